@@ -37,9 +37,10 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
                 name: torch.stack([weights[expert, name] for expert in experts])
                 for name in sorted({name for _, name in weights})
             }  # (E, H, D), (E, D, H), (E, H) or (E, D)
-            if "gate_proj" in layer:
-                halves = [layer.pop("gate_proj"), layer.pop("up_proj")]
-                layer["gate_up_proj"] = torch.cat(halves, dim=1)  # (E, 2H, D)
+            for kind in ("proj", "bias"):
+                if f"gate_{kind}" in layer:
+                    halves = [layer.pop(f"gate_{kind}"), layer.pop(f"up_{kind}")]
+                    layer[f"gate_up_{kind}"] = torch.cat(halves, dim=1)  # (E, 2H, D) or (E, 2H)
         except KeyError as missing:
             raise ValueError(f"{prefix}: expert weight {missing} is missing") from None
         stacked |= {f"{prefix}.{name}": value for name, value in layer.items()}

@@ -50,6 +50,14 @@ except ImportError as error:
         FLASH_ATTENTION_FAULT = str(error)
 
 
+def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(width, elementwise_affine=False, eps=eps)
+
+
+NORMS = {"layer": layer_norm, "rms": partial(nn.RMSNorm, eps=1e-6)}  # called with (width, eps=...)
+QK_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Hyperparameters that define a DiT, stored with its weights.
@@ -76,6 +84,10 @@ class DiTConfig:
         + "; ".join(f"{name} is {kind.about}" for name, kind in CONDITIONS.items()),
     )
     patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
+    patch_bottleneck: int | None = option(
+        None, ge=1, le=1_000_000,
+        help="width between the two linear layers that embed a patch in JiT (default: one layer)",
+    )
     hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
     depth: int = option(28, help="number of blocks", ge=1, le=1000)
     num_heads: int = option(16, help="attention heads", ge=1)
@@ -89,9 +101,9 @@ class DiTConfig:
         le=1000,
     )
     mlp_type: str | None = option(
-        None, choices=("swiglu", "gelu"),
+        None, choices=("swiglu", "swiglu_bias", "gelu"),
         help="type of the experts, or of a dense model's feed-forward layers; gelu has a bias, as "
-        "in DiT (default: swiglu, or gelu for a dense model)",
+        "in DiT, and swiglu_bias, as in JiT (default: swiglu, or gelu for a dense model)",
     )
     mlp_ratio: float = option(
         4.0, help="width of an expert, in units of the model's width (default: the preset's "
@@ -109,7 +121,7 @@ class DiTConfig:
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
-        None, help="type of the dense blocks' feed-forward layers; gelu and silu have a bias "
+        None, help="type of the dense blocks' feed-forward layers; all but swiglu have a bias "
         "(default: mlp_type)",
         choices=tuple(MLP_TYPES),
     )
@@ -122,6 +134,17 @@ class DiTConfig:
     aux_loss_alpha: float | None = option(
         None, help="weight of the router's loss (default: 0.01 or 1, depending on the router)",
         ge=0, belongs_to="router", binds="resume",
+    )
+    class_tokens: int = option(
+        0, ge=0, le=4096,
+        help="tokens of the class that join the patches: the embedding of the class plus a learned "
+        "position each, as in JiT",
+    )
+    class_tokens_start: int = option(0, ge=0, help="first block with class tokens")
+    norm: str = option(
+        "layer", choices=tuple(NORMS),
+        help="norm in the blocks and before the output: layer, LayerNorm without weights; or rms, "
+        "RMSNorm with weights, as in JiT",
     )
     rope: bool = option(
         False, help="add 2-D rotary positions to the attention (Heo et al. 2024, arXiv 2403.13298)"
@@ -185,6 +208,8 @@ class DiTConfig:
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
             ("conditions", len(widths) == len(self.conditions), "each condition once"),
             ("conditions", not lacks_width, "a width too, such as vector:768"),
+            ("class_tokens", "label" in widths or not self.class_tokens, "0 without the label"),
+            ("class_tokens_start", self.class_tokens_start < self.depth, f"below {self.depth}"),
             ("hidden_size", width // heads % 4 == 0 or not self.rope,
              f"a multiple of {4 * heads}, because rope needs a head width divisible by 4"),
         )
@@ -235,7 +260,7 @@ class DiTConfig:
 
         Tokens that are no patches may join before any block, in front of the patches.
         """
-        return self.num_patches
+        return self.num_patches + (self.class_tokens if layer >= self.class_tokens_start else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -271,15 +296,49 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 class PatchEmbed(nn.Module):
-    """Linear layer on each p x p patch of an image, implemented as a convolution."""
+    """Linear layer on each p x p patch of an image, implemented as a convolution.
 
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+    bottleneck: width between two linear layers, of which the first has no bias; None: one layer
+    """
+
+    def __init__(
+        self, patch_size: int, in_channels: int, hidden_size: int, bottleneck: int | None = None
+    ):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        width, bias = bottleneck or hidden_size, bottleneck is None
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size, bias=bias)
+        self.expand = nn.Linear(bottleneck, hidden_size) if bottleneck else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, h, w) to patches (N, P, D), in row-major order."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.expand(self.proj(x).flatten(2).transpose(1, 2))
+
+
+class ClassTokens(nn.Module):
+    """Tokens of the class that join in front of the patches, as in JiT (arXiv 2511.13720).
+
+    A token is the embedding of the class plus a learned position. It is not rotated.
+    """
+
+    def __init__(self, count: int, hidden_size: int):
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(1, count, hidden_size))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(
+        self, x: Tensor, angles: Tensor | None, label: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the tokens (N, T, D) and their angles (T, d/2), with zeros for the class tokens.
+
+        x: patches (N, P, D)
+        angles: angles (P, d/2) of the patches, or None
+        label: embedding (N, D) of the class
+        """
+        if angles is not None:
+            angles = F.pad(angles, (0, 0, self.positions.shape[1], 0))
+        return torch.cat([label.unsqueeze(1) + self.positions, x], dim=1), angles
 
 
 class Attention(nn.Module):
@@ -288,17 +347,16 @@ class Attention(nn.Module):
     On CUDA in half precision, flash-attn computes the attention if it is installed, except under
     torch.func.jvp. In all other cases, PyTorch computes the attention.
 
-    qk_norm: apply LayerNorm to the queries and keys of each head
+    qk_norm: makes the norm of the queries and keys of each head, from its width
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, qk_norm: bool = False, qk_norm_eps: float = 1e-6
+        self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        norm = partial(nn.LayerNorm, self.head_dim, eps=qk_norm_eps) if qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = qk_norm(self.head_dim), qk_norm(self.head_dim)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
@@ -350,10 +408,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def layer_norm(hidden_size: int, eps: float = 1e-6) -> nn.LayerNorm:
-    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=eps)
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning.
 
@@ -363,11 +417,12 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
-        self.norm1 = layer_norm(config.hidden_size)
+        self.norm1 = NORMS[config.norm](config.hidden_size)
+        qk_norm = partial(QK_NORMS[config.norm], eps=config.qk_norm_eps)
         self.attn = Attention(
-            config.hidden_size, config.num_heads, config.qk_norm, config.qk_norm_eps
+            config.hidden_size, config.num_heads, qk_norm if config.qk_norm else nn.Identity
         )
-        self.norm2 = layer_norm(config.hidden_size, eps=config.mlp_norm_eps)
+        self.norm2 = NORMS[config.norm](config.hidden_size, eps=config.mlp_norm_eps)
         self.moe = self.mlp = None
         if layer in config.sparse_layers:
             self.moe = SparseMoEBlock(
@@ -431,9 +486,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Final layer: normalises, modulates and projects each token to the pixels of its patch."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, norm: str = "layer"):
         super().__init__()
-        self.norm_final = layer_norm(hidden_size)
+        self.norm_final = NORMS[norm](hidden_size)
         self.linear = ZeroLinear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(hidden_size, 2 * hidden_size))
 
@@ -474,7 +529,9 @@ class DiT(nn.Module):
         self.router_metrics: dict[str, Tensor] = {}
         self.experts_per_token: list[float] = []
 
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.x_embedder = PatchEmbed(
+            config.patch_size, config.in_channels, config.hidden_size, config.patch_bottleneck
+        )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         for spec in config.conditions:
             name, width = split_condition(spec)
@@ -484,7 +541,12 @@ class DiT(nn.Module):
         positions = config.num_patches if config.absolute_positions else 1
         self.register_buffer("pos_embed", torch.empty(1, positions, config.hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        self.class_tokens = None
+        if config.class_tokens:
+            self.class_tokens = ClassTokens(config.class_tokens, config.hidden_size)
+        self.final_layer = FinalLayer(
+            config.hidden_size, config.patch_size, self.out_channels, config.norm
+        )
         self.initialize_weights()
 
     @property
@@ -625,9 +687,11 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, P, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
+        vectors: dict[str, Tensor] = {}                                     # (N, D) each
         for name, condition in self.conditions.items():
             values = y[name] if name in y else condition.default(len(x), x.device)
-            c = c + condition(values)
+            vectors[name] = condition(values)
+            c = c + vectors[name]
         no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
         if "label" in y:
             no_class = y["label"][:, None] == self.config.num_classes
@@ -640,7 +704,9 @@ class DiT(nn.Module):
         recompute = partial(checkpoint, **checkpoint_options(self.kept_operators))
         is_recomputed = self.gradient_checkpointing and self.training
         is_recomputed = is_recomputed and not self.recomputes_in_graphs
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            if self.class_tokens is not None and layer == self.config.class_tokens_start:
+                x, angles = self.class_tokens(x, angles, vectors["label"])  # (N, T, D), (T, d/2)
             inputs = x, c, image_facts, angles
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
@@ -796,9 +862,8 @@ def count_macs(config: DiTConfig) -> int:
     """Returns the number of multiply-adds in the matrix products of one image's forward pass."""
     with torch.device("meta"):
         model = DiT(config)
-    tokens = config.num_tokens
-    per_token = config.depth * 2 * tokens * config.hidden_size              # q k^T, weights times v
-    per_image = 0
+    tokens = [config.tokens_of(layer) for layer in range(config.depth)]
+    total = sum(2 * count**2 * config.hidden_size for count in tokens)      # q k^T, weights times v
     for name, weight in model.named_parameters():
         is_table = name == "y_embedder.embedding_table.weight"
         if weight.ndim == 1 or is_table or name.endswith("bias"):
@@ -806,10 +871,12 @@ def count_macs(config: DiTConfig) -> int:
         is_stack = ".moe.experts." in name
         macs = weight[0].numel() * config.num_experts_per_tok if is_stack else weight.numel()
         if "_embedder.mlp." in name or ".adaLN_modulation." in name:
-            per_image += macs
-        else:
-            per_token += macs
-    return tokens * per_token + per_image
+            total += macs
+        elif name.startswith("blocks."):
+            total += macs * tokens[int(name.split(".")[1])]
+        elif name != "class_tokens.positions":
+            total += macs * config.num_patches
+    return total
 
 
 # Depth, width and heads of the sizes S to G (arXiv 2407.11633, table 1). The paper has no Ti;
@@ -823,9 +890,31 @@ SIZES = {
     "G": dict(depth=40, hidden_size=1408, num_heads=16),
 }
 
-
 DiT_models = {
-    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **fields)
-    for size, fields in SIZES.items()
+    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **shape)
+    for size, shape in SIZES.items()
     for patch_size in ((2,) if size in ("Ti", "G") else (2, 4, 8))
 }
+
+# JiT (Li and He 2025, arXiv 2511.13720), which is trained on pixels, and JiTMoE, its variant with
+# experts in every second block (https://github.com/yhlleo/EfficientMoE).
+JIT = dict(
+    input_size=256, patch_size=16, in_channels=3, learn_sigma=False, norm="rms", qk_norm=True,
+    rope=True, class_tokens=32, mlp_type="swiglu_bias",
+)  # fmt: skip
+JIT_SIZES = {
+    "B": dict(hidden_size=768, num_heads=12, patch_bottleneck=128, class_tokens_start=4),
+    "L": dict(hidden_size=1024, num_heads=16, patch_bottleneck=128, class_tokens_start=8),
+    "H": dict(hidden_size=1280, num_heads=16, patch_bottleneck=256, class_tokens_start=10),
+}
+JIT_SPARSE = dict(
+    num_experts=16, num_experts_per_tok=2, sparse_layers="every-second", dense_mlp_ratio=8 / 3,
+    router="sigmoid", router_scale=2.5, router_bias_step=0.0,
+)  # fmt: skip
+JIT_DEPTHS = {"B": (12, 10, 2.0), "L": (24, 20, 2.0), "H": (32, 28, 1.6)}
+for size, (depth, sparse_depth, ratio) in JIT_DEPTHS.items():
+    both = JIT | JIT_SIZES[size]
+    dense = dict(depth=depth, num_experts=0, mlp_ratio=8 / 3)
+    sparse = dict(depth=sparse_depth, mlp_ratio=ratio, n_shared_experts=ratio) | JIT_SPARSE
+    DiT_models[f"JiT-{size}/16"] = partial(DiT, **both, **dense)
+    DiT_models[f"JiTMoE-{size}/16"] = partial(DiT, **both, **sparse)

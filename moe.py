@@ -16,6 +16,7 @@ Shape legend:
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,13 +30,13 @@ from routers import ROUTERS, Routing
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without bias (Shazeer 2020, arXiv 2002.05202)."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = GatedLinear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = GatedLinear(intermediate_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
@@ -49,8 +50,10 @@ class GatedLinear(nn.Linear):
         # `GatedLinearFunction` has no jvp method, because torch.compile rejects autograd Functions
         # that have one. Under torch.func.jvp, plain operations therefore compute the layer.
         if has_tangent(gate, up, self.weight):
-            return F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
-        return GatedLinearFunction.apply(gate, up, self.weight)
+            y = F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
+        else:
+            y = GatedLinearFunction.apply(gate, up, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class GatedLinearFunction(torch.autograd.Function):
@@ -94,7 +97,9 @@ class SiluMLP(GeluMLP):
         return self.fc2(F.silu(self.fc1(x)))
 
 
-MLP_TYPES = {"swiglu": SwiGLU, "gelu": GeluMLP, "silu": SiluMLP}
+MLP_TYPES = {
+    "swiglu": SwiGLU, "swiglu_bias": partial(SwiGLU, bias=True), "gelu": GeluMLP, "silu": SiluMLP,
+}  # fmt: skip
 
 
 def width_of(hidden_size: int, mlp_ratio: float) -> int:
@@ -115,10 +120,11 @@ class ExpertWeights(NamedTuple):
 class Experts(nn.Module):
     """E experts of a layer as stacked parameters, SwiGLU or GELU.
 
-    swiglu  gate_up_proj (E, 2H, D), the H rows of the gate before the H rows of the up projection;
-            down_proj (E, D, H)
-    gelu    up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E
-            layers like `GeluMLP`, such as the copies of a dense layer that upcycling makes
+    swiglu       gate_up_proj (E, 2H, D), the H rows of the gate before the H rows of the up
+                 projection; down_proj (E, D, H)
+    swiglu_bias  also gate_up_bias (E, 2H) and down_bias (E, D)
+    gelu         up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E layers
+                 like `GeluMLP`, such as the copies of a dense layer that upcycling makes
     """
 
     is_spread = False  # whether other processes hold other experts of the layer
@@ -134,11 +140,12 @@ class Experts(nn.Module):
         super().__init__()
         self.backend = backend
         d, h = hidden_size, expert_size
-        shapes = {
-            "swiglu": {"gate_up_proj": (2 * h, d), "down_proj": (d, h)},
-            "gelu": {"up_proj": (h, d), "up_bias": (h,), "down_proj": (d, h), "down_bias": (d,)},
-        }
-        for name, shape in shapes[mlp_type].items():
+        up, width = ("up", h) if mlp_type == "gelu" else ("gate_up", 2 * h)
+        shapes = {f"{up}_proj": (width, d), f"{up}_bias": (width,), "down_proj": (d, h),
+                  "down_bias": (d,)}  # fmt: skip
+        for name, shape in shapes.items():
+            if name.endswith("bias") and mlp_type == "swiglu":
+                continue
             self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
         self.reset_parameters()
 
@@ -159,8 +166,9 @@ class Experts(nn.Module):
         return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
 
     def weights(self) -> ExpertWeights:
-        up = "gate_up_proj" if hasattr(self, "gate_up_proj") else "up_proj"
-        return ExpertWeights(*map(self.weight, (up, "down_proj", "up_bias", "down_bias")))
+        up = "gate_up" if hasattr(self, "gate_up_proj") else "up"
+        names = (f"{up}_proj", "down_proj", f"{up}_bias", "down_bias")
+        return ExpertWeights(*map(self.weight, names))
 
     def weight(self, name: str) -> Tensor | QuantizedWeight | None:
         return getattr(self, name, None)
@@ -241,7 +249,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
     if not routing.per_token:  # `compute_experts` expects the rows sorted by token
         token, order = token.sort(stable=True)
         expert, weight = expert[order], weight.gather(0, order)
-    # up_proj, down_proj and, for GELU, up_bias; down_bias is added below.
+    # up_proj, down_proj and, if the experts have biases, up_bias; down_bias is added below.
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
     if weights.down_bias is not None:  # add weight * down_bias for each row
@@ -262,7 +270,7 @@ class SparseMoEBlock(nn.Module):
     mlp_ratio: width H of an expert, in units of D
     n_shared_experts: width of the shared expert, in units of D; 0 for none
     expert_backend: a key of `EXPERT_BACKENDS`
-    mlp_type: type of all experts, swiglu or gelu
+    mlp_type: type of all experts, swiglu, swiglu_bias or gelu
     router: a key of `routers.ROUTERS`
     router_options: options of that router
     """

@@ -168,7 +168,12 @@ def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> d
         }
     gate_up = torch.cat([stack("gate_proj.weight"), stack("up_proj.weight")], dim=1)
     down = stack("down_proj.weight", dim=1, scale=split)
-    return {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    experts = {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    if config.mlp_type == "swiglu_bias":
+        bias = torch.cat([stack("gate_proj.bias"), stack("up_proj.bias")], dim=1)
+        down_bias = dense["down_proj.bias"].float().repeat(config.num_experts, 1)
+        experts |= {"experts.gate_up_bias": bias, "experts.down_bias": down_bias}
+    return experts
 
 
 def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, Tensor]:
@@ -181,6 +186,6 @@ def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, T
     weights = {}
     for name, like in shapes.items():
         weights[f"shared_experts.{name}"] = value = torch.zeros(like.shape)
-        if name.startswith(("fc1.weight", "gate_proj", "up_proj")):
+        if name in ("fc1.weight", "gate_proj.weight", "up_proj.weight"):
             nn.init.xavier_uniform_(value, generator=generator)
     return weights

@@ -40,7 +40,9 @@ from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder
 
 MODEL_FILE = "model.safetensors"
-WEIGHTS = ("ema", "ema_model_state_dict", "model", "model_state_dict")  # keys of a .pt, best first
+WEIGHTS = (  # keys of a .pt, best first
+    "ema", "ema_model_state_dict", "model_ema1", "model", "model_state_dict"
+)  # fmt: skip
 EMA_FILES = "model-ema-{}.safetensors"  # further EMAs of a run, next to MODEL_FILE
 PUBLISHED_FILE = "model.pt"  # written by export.py in the published layout
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
@@ -121,7 +123,7 @@ def read_checkpoint(
     OWNER/NAME[@REVISION][:FILE]. Code in a file is never run.
 
     hints: fields of DiTConfig and "objective", which fill gaps of the file
-    ema: name of an EMA of the run, see `average_file`; None: the first EMA
+    ema: name of an EMA of a run (see `average_file`) or of a .pt file; None: the first EMA
     quantize: int8 or int4 quantises the expert weights; a file may store quantised weights, too
     overrides: fields of DiTConfig, and options of the router such as router_scale, that replace the
         values of the file
@@ -129,11 +131,12 @@ def read_checkpoint(
     Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
-    path = find_weights(path) if ema is None else average_file(path, ema)
+    is_pickled = path.is_file() and path.suffix != ".safetensors"
+    path = find_weights(path) if ema is None or is_pickled else average_file(path, ema)
     if path.is_dir():
         state_dict, record = read_diffusers(path, overrides)
     else:
-        state_dict, record = read_file(path, hints or {}, overrides)
+        state_dict, record = read_file(path, hints or {}, overrides, ema)
     with as_user_error(path, "a different model"):
         if quantize:
             quantize_state_dict(state_dict, quantize)
@@ -218,8 +221,13 @@ def average_file(path: Path, name: str) -> Path:
     return found[name]
 
 
-def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tensor], Record]:
-    """Reads a .safetensors file, with or without our record, or a published .pt file."""
+def read_file(
+    path: Path, hints: dict, overrides: dict, ema: str | None = None
+) -> tuple[dict[str, Tensor], Record]:
+    """Reads a .safetensors file, with or without our record, or a published .pt file.
+
+    ema: key of the weights in a .pt file, such as "model_ema2"; None: the best of `WEIGHTS`
+    """
     if path.suffix == ".safetensors":
         state_dict, metadata = read_tensors(path)
         arguments = hints
@@ -228,7 +236,10 @@ def read_file(path: Path, hints: dict, overrides: dict) -> tuple[dict[str, Tenso
         args = stored.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         arguments = {**hints, **(args if isinstance(args, dict) else {})}
-        state_dict = next((stored[name] for name in WEIGHTS if name in stored), stored)
+        if ema is not None and ema not in stored:
+            raise UserError(f"--ema: got {ema}, but {path} has {', '.join(map(str, stored))}"[:300])
+        names = WEIGHTS if ema is None else (ema,)
+        state_dict = next((stored[name] for name in names if name in stored), stored)
         if "ema_model_state_dict" in stored:  # ProMoE's code trained this model or baseline
             arguments["time_scale"] = 1000.0
     with as_user_error(path, "cannot be read as a DiT-MoE with these flags"):

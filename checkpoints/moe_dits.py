@@ -1,15 +1,18 @@
-"""Reads the weight files of other published sparse DiTs: ProMoE, DiffMoE, its baselines and DSMoE.
+"""Reads the weight files of other published sparse DiTs: ProMoE, DiffMoE, its baselines, DSMoE and
+JiTMoE.
 
     if is_moe_dit(state_dict, known):
         state_dict, fields, facts = from_moe_dit(state_dict, known)
 
 A file is recognised by the names and shapes of its weights. Architectural differences become
-DiTConfig fields. A reversed time axis and a target of opposite sign are absorbed into the weights.
+DiTConfig fields. A reversed time axis, a target of opposite sign and other pairs of rotary
+positions are absorbed into the weights.
 docs/models.md lists the settings that the files do not record and users have to pass.
 
 Shape legend: E experts, D width, d width of a head, C latent channels, p patch size
 """
 
+import math
 import re
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 
 from checkpoints.published import HEADS
 from conditions import sinusoids
+from latents.autoencoder import PIXELS
+from models import JIT_SIZES
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
 NAMES = {  # name in a published sparse layer -> our name
@@ -26,7 +31,6 @@ NAMES = {  # name in a published sparse layer -> our name
     "experts.blocks": "experts",
 }  # fmt: skip
 UNSUPPORTED = {  # pattern in a weight's name -> the unsupported variant that has such weights
-    r"^net\.": "JiTMoE, a pixel-space model",
     r"^blocks\..*sink": "DSMoE's attention sinks",
     r"^blocks\..*(kda|attn\.q_proj)": "DSMoE's KDA, a linear attention",
     r"^blocks\.\d+\.norm1\.weight": "DSMoE's RMSNorm, used in its variants with expert groups",
@@ -40,6 +44,8 @@ def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
     mentions a YAML config of that project, or if the user says that it is a rectified flow, which
     the official DiT never is.
     """
+    if is_jit(state_dict):
+        return True
     for pattern, what in UNSUPPORTED.items():
         if any(re.search(pattern, key) for key in state_dict):
             raise ValueError(f"got {what}, which is not supported")
@@ -58,6 +64,8 @@ def from_moe_dit(
     known: other known facts by name, such as num_heads or objective; time_scale 1000 marks a
         baseline that was trained with ProMoE's code, whose time axis equals ours
     """
+    if is_jit(state_dict):
+        return from_jit(state_dict, known)
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     width, tokens = len(patches), state_dict.get("pos_embed", patches).shape[1]
     fields = router_of(state_dict, known)
@@ -69,7 +77,8 @@ def from_moe_dit(
             raise ValueError(f"num_heads: is required, because no preset has width {width}")
         fields |= {"rope": True, "absolute_positions": False}
         fields["input_size"] = known.get("input_size", 32)  # the size of all published models
-        state_dict = {**in_our_rope_order(state_dict, heads), "pos_embed": torch.zeros(1, 1, width)}
+        state_dict = reorder_heads(state_dict, heads, DSMOE_PAIRS)
+        state_dict["pos_embed"] = torch.zeros(1, 1, width)
     if fields.get("router") == "prototype" or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
         facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
@@ -77,7 +86,7 @@ def from_moe_dit(
         facts = {"objective": "gaussian"}
     else:
         facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
-        state_dict = reverse_time(state_dict)
+        state_dict = negate_output(reverse_time(state_dict))
     return renamed(state_dict), fields, facts
 
 
@@ -132,15 +141,20 @@ def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns, for the weights of a model f, the weights of (x, t, y) -> -f(x, 1 - t, y).
+    """Returns, for the weights of a model f, the weights of (x, t, y) -> f(x, 1 - t, y).
 
     The time embedding stays the same linear function because cos and sin of w (1 - t) are linear
-    combinations of cos and sin of w t. Only the first C output channels change sign.
+    combinations of cos and sin of w t.
     """
     cos, sin = sinusoids(torch.ones(1), 256)[0].chunk(2)
     a, b = state_dict["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # (D, 128) each
     weight = torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1)
-    result = {**state_dict, "t_embedder.mlp.0.weight": weight}
+    return {**state_dict, "t_embedder.mlp.0.weight": weight}
+
+
+def negate_output(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Changes the sign of the first C output channels."""
+    result = dict(state_dict)
     _, channels, patch, _ = state_dict["x_embedder.proj.weight"].shape
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = state_dict[name].unflatten(0, (patch * patch, -1)).clone()  # (p*p, C or 2C, ...)
@@ -149,17 +163,76 @@ def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def in_our_rope_order(state_dict: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """Reorders queries and keys from the rotary pairs of DSMoE to ours.
+# Rotary pairs of a head of width d, as shapes: the halves of the last axis but one of a view of
+# range(d) are pairs. We pair (i, i + d/2): the first d/4 pairs rotate with the row of the patch,
+# the others with the column.
+DSMOE_PAIRS = (2, 2, -1)  # (i, i + d/4) within each half of a head
+JIT_PAIRS = (-1, 2, 1)  # (2i, 2i + 1)
 
-    DSMoE pairs (i, i + d/4) within each half of a head. We pair (i, i + d/2): the first d/4 pairs
-    rotate with the row, the others with the column.
-    """
+
+def reorder_heads(
+    state_dict: dict[str, Tensor], heads: int, pairs: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """Reorders queries and keys from another code's rotary pairs to ours."""
     result = dict(state_dict)
     for key, value in state_dict.items():
-        if ".attn.qkv." in key:
-            rows = value.unflatten(0, (3, heads, -1)).clone()  # (3, heads, d, ...)
-            order = torch.arange(rows.shape[2]).view(2, 2, -1).transpose(0, 1).flatten()
-            rows[:2] = rows[:2, :, order]
+        is_qkv = ".attn.qkv." in key
+        if is_qkv or ".attn.q_norm." in key or ".attn.k_norm." in key:
+            rows = value.unflatten(0, (3, heads, -1) if is_qkv else (1, 1, -1)).clone()
+            order = torch.arange(rows.shape[2]).view(pairs).transpose(0, 1).flatten()
+            rows[:2] = rows[:2, :, order]  # (3 or 1, heads or 1, d, ...)
             result[key] = rows.flatten(0, 2)
     return result
+
+
+def is_jit(state_dict: dict[str, Tensor]) -> bool:
+    return "net.x_embedder.proj1.weight" in state_dict
+
+
+JIT_NAMES = {  # in a published name -> in our name
+    "x_embedder.proj1.": "x_embedder.proj.", "x_embedder.proj2.": "x_embedder.expand.",
+    "in_context_posemb": "class_tokens.positions", ".experts.blocks.": ".experts.",
+    ".w3.": ".down_proj.",
+}  # fmt: skip
+
+
+def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tensor], dict, dict]:
+    """Converts weights of JiT or JiTMoE; see `from_moe_dit`."""
+    layers: dict[str, Tensor] = {}
+    sparse = {m[0] for key in state_dict if (m := re.match(r"net\.blocks\.\d+\.mlp\.experts", key))}
+    for key, value in state_dict.items():
+        layer = re.sub(r"\.mlp\..*", ".mlp.experts", key)
+        key = key.removeprefix("net.").replace(".mlp.", ".moe." if layer in sparse else ".mlp.")
+        for theirs, ours in JIT_NAMES.items():
+            key = key.replace(theirs, ours)
+        if ".w12." in key:
+            halves = zip(("gate_proj", "up_proj"), value.chunk(2), strict=True)
+            layers |= {key.replace("w12", name): half.clone() for name, half in halves}
+        else:
+            layers[key] = value.flatten(1) if key == "x_embedder.expand.weight" else value
+    width, side = layers["pos_embed"].shape[2], math.isqrt(layers["pos_embed"].shape[1])
+    size = next((size for size in JIT_SIZES.values() if size["hidden_size"] == width), {})
+    settings = size | known
+    for name in ("num_heads", "class_tokens_start"):
+        if name not in settings:
+            raise ValueError(f"{name}: is required, because no preset of JiT has width {width}")
+    positions = layers.get("class_tokens.positions", torch.empty(1, 0, width))
+    fields = {
+        "norm": "rms", "rope": True, "num_heads": settings["num_heads"],
+        "class_tokens": positions.shape[1], "class_tokens_start": settings["class_tokens_start"],
+    }  # fmt: skip
+    if sparse:
+        fields |= {
+            "router": "sigmoid", "num_experts_per_tok": 2, "router_scale": 2.5,
+            "router_bias_step": 0.0,
+        }  # fmt: skip
+    options = {
+        "mean": -known.get("P_mean", -0.8), "std": known.get("P_std", 0.8),
+        "clamp": known.get("t_eps", 0.05), "noise_scale": known.get("noise_scale", 1.0),
+    }  # fmt: skip
+    facts = {
+        "objective": "flow_x", "objective_options": options, "vae_path": PIXELS,
+        "image_size": side * layers["x_embedder.proj.weight"].shape[2],
+    }  # fmt: skip
+    layers = reorder_heads(layers, settings["num_heads"], JIT_PAIRS)
+    return reverse_time(layers), fields, facts

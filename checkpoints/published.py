@@ -10,9 +10,9 @@ from torch import Tensor
 
 from checkpoints.record import parse_config
 from layouts import FLASH_ATTENTION_NAMES
-from models import SIZES, DiT_models, DiTConfig
+from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
 
-HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
     "x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight",
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
@@ -48,13 +48,15 @@ def infer_config(
             f"unknown layout: got {len(state_dict)} tensors such as "
             f"{', '.join(list(state_dict)[:3])}, expected {', '.join(missing)}"
         )
-    patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
-    hidden_size, in_channels, patch_size, _ = patches.shape
+    patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p), or (bottleneck, C, p, p)
+    width, in_channels, patch_size, _ = patches.shape
+    hidden_size = state_dict["pos_embed"].shape[2]
     rows = len(state_dict["y_embedder.embedding_table.weight"])
     has_null_class = rows != overrides.get("num_classes", arguments.get("num_classes"))
     known = {
         "input_size": math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
+        "patch_bottleneck": width if "x_embedder.expand.weight" in state_dict else None,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "depth": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
@@ -81,22 +83,25 @@ def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
         found = (v for k, v in state_dict.items() if k.startswith("blocks.") and k.endswith(name))
         return next(found, None)
 
+    def type_of(gate: Tensor | None, bias: Tensor | None) -> str:
+        return "gelu" if gate is None else "swiglu" if bias is None else "swiglu_bias"
+
     known: dict = {}
-    for name, mlp_type in ((".mlp.fc1.weight", "gelu"), (".mlp.gate_proj.weight", "swiglu")):
-        if (dense := first(name)) is not None:  # (H, D)
-            known = {"dense_mlp_type": mlp_type, "dense_mlp_ratio": len(dense) / hidden_size}
+    gate, bias = first(".mlp.gate_proj.weight"), first(".mlp.gate_proj.bias")
+    if (dense := first(".mlp.fc1.weight") if gate is None else gate) is not None:  # (H, D)
+        known = {"dense_mlp_type": type_of(gate, bias), "dense_mlp_ratio": len(dense) / hidden_size}
     experts = first(".moe.experts.down_proj")  # (E, D, H)
     if experts is None:
         if not known:
             raise ValueError("got no feed-forward layers, expected dense or sparse layers")
         return {"num_experts": 0, **{k.removeprefix("dense_"): v for k, v in known.items()}}
-    is_gelu = first(".moe.experts.down_bias") is not None
-    shared = first(f".moe.shared_experts.{'fc2' if is_gelu else 'down_proj'}.weight")
+    mlp_type = type_of(first(".moe.experts.gate_up_proj"), first(".moe.experts.down_bias"))
+    shared = first(f".moe.shared_experts.{'fc2' if mlp_type == 'gelu' else 'down_proj'}.weight")
     ratio = 0 if shared is None else shared.shape[1] / hidden_size  # of (D, shared width)
     return {
         **known,
         "mlp_ratio": experts.shape[2] / hidden_size,
-        "mlp_type": "gelu" if is_gelu else "swiglu",
+        "mlp_type": mlp_type,
         "num_experts": len(first(".moe.gate.weight")),
         "n_shared_experts": ratio,
         "sparse_layers": sorted({int(k.split(".")[1]) for k in state_dict if ".moe." in k}),

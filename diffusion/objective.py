@@ -43,6 +43,7 @@ class Objective(Component, ABC):
     guides_in_training = False
     uses_jvp = False  # whether the loss applies torch.func.jvp to the network
     noise_time = 1.0  # t of pure noise
+    noise_scale = 1.0  # factor of the standard normal noise that sampling starts from and adds
     guided_channels = None  # number of leading channels that guidance acts on; None: all C
     # Whether guidance puts the conditional and the unconditional half into one batch even if a
     # prediction depends on the other images of the batch.

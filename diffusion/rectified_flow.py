@@ -154,6 +154,12 @@ class XPredictionFlow(RectifiedFlow):
     """
 
     clamp: float = option(0.05, help="lower bound of t as a denominator", gt=0, le=1)
+    noise_scale: float = option(
+        1.0, help="standard deviation of the noise, in training and sampling", gt=0
+    )
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return super().noised(x, self.noise_scale * noise, t)
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return (z - output) / t.clamp_min(self.clamp)[:, None, None, None]

@@ -37,7 +37,9 @@ class SamplingConfig:
         "hub id, OWNER/NAME[@REVISION][:FILE]",
     )
     ema: str | None = flag(
-        None, help="EMA of the run, such as 0.999 (default: the run's first EMA)"
+        None,
+        help="EMA of the run, such as 0.999, or of a .pt file, such as model_ema2 (default: "
+        "the first EMA)",
     )
     model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
     num_experts: int | None = flag(None, ge=0, help="routed experts per block; 0: dense")

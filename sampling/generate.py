@@ -223,8 +223,9 @@ def generate(
         noise = PerImageNoise(seeds)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    z = noise.randn(config.latent_shape, device)
+    factor = objective.noise_scale
+    z = factor * noise.randn(config.latent_shape, device)
     return objective.samplers[settings.sampler](
         objective.denoiser(denoise), z, times_of(settings, objective), callback,
-        noise_fn=noise.randn_like, progress=progress,
+        noise_fn=lambda x: factor * noise.randn_like(x), progress=progress,
     )  # fmt: skip

@@ -49,6 +49,10 @@ EVERYTHING = {  # the other flags that interact with sharding, several per run
                   "--auxiliary-repa-width=24", "--accum-iter=2"],
 }  # fmt: skip
 IN_TWO = (*ROUTERS, "topk-muon", "race-muon", "batch_pool-muon")  # Muon also updates routers
+JIT = [  # class tokens and experts with biases; the runs of one router have them
+    "--norm=rms", "--class-tokens=3", "--class-tokens-start=1", "--patch-bottleneck=6",
+    "--mlp-type=swiglu_bias",
+]  # fmt: skip
 SPREAD = ["--shard", "--expert-parallel=2"]
 FOUR = {  # runs on four processes, with as many micro-batches in total as two processes take
     "expert_choice-2x2": [*SPREAD, "--router=expert_choice"],
@@ -76,7 +80,8 @@ def flags(train_flags, latent_cache):
             "latents_path": latent_cache, "data-path": None, "image-size": None, "run-name": "run",
             "num_experts": 5,
         }  # fmt: skip
-        return [*train_flags(results, **values | changes), *more]
+        jit = JIT if "sigmoid" in str((changes, more)) else []
+        return [*train_flags(results, **values | changes), *jit, *more]
 
     return make
 

@@ -145,7 +145,7 @@ def dense_checkpoint(layout: str, folder):
     if layout == "diffusers":
         random_diffusers_model().save_pretrained(folder)
         return read_checkpoint(folder)
-    model = randomised(**DENSE, depth=3, mlp_type="swiglu" if layout == "swiglu" else "gelu")
+    model = randomised(**DENSE, depth=3, mlp_type=layout if layout.startswith("swiglu") else "gelu")
     if layout == "official":
         torch.save(model.state_dict(), folder / "DiT.pt")
         return read_checkpoint(folder / "DiT.pt", num_heads=2)
@@ -174,7 +174,7 @@ def upcycled(dense: DiT, **options) -> DiT:
     ],
     ids=["copies", "one layer", "halves", "quarters"],
 )
-@pytest.mark.parametrize("layout", ["official", "diffusers", "ours", "swiglu"])
+@pytest.mark.parametrize("layout", ["official", "diffusers", "ours", "swiglu", "swiglu_bias"])
 def test_upcycling_keeps_the_function_of_a_dense_model(layout, fields, backend, tmp_path):
     stored = dense_checkpoint(layout, tmp_path)
     want = predict(built(stored.state_dict, stored.config))

@@ -100,6 +100,7 @@ def test_rotary_attention_rotates_pairs_and_depends_only_on_relative_positions()
 
 def test_every_preset_can_be_built():
     names = {f"DiT-{size}/{p}" for size in ("S", "B", "L", "XL") for p in (2, 4, 8)}
+    names |= {f"{kind}-{size}/16" for kind in ("JiT", "JiTMoE") for size in "BLH"}
     assert names | {"DiT-G/2", "DiT-Ti/2"} == set(DiT_models)
     with torch.device("meta"):
         for name, build in DiT_models.items():

@@ -54,8 +54,9 @@ def any_rows(num_tokens: int, num_experts: int, num_rows: int) -> Routing:
     return Routing(token, expert, weight, per_token=0, loss=zero, load=zero)
 
 
-def random_weights(num_experts: int, d: int, h: int, gated: bool = True) -> ExpertWeights:
-    shapes = [(2 * h if gated else h, d), (d, h), *(() if gated else ((h,), (d,)))]
+def random_weights(num_experts: int, d: int, h: int, kind: str = "swiglu") -> ExpertWeights:
+    width = h if kind == "gelu" else 2 * h
+    shapes = [(width, d), (d, h), *(() if kind == "swiglu" else ((width,), (d,)))]
     return ExpertWeights(*(torch.randn(num_experts, *s) / s[-1] ** 0.5 for s in shapes))
 
 
@@ -92,7 +93,7 @@ def fill_free_memory_with_nan() -> None:
 
 
 def cases() -> Iterator:
-    kinds, kernels = ("swiglu", "gelu"), ("loop", "torch", "triton")
+    kinds, kernels = ("swiglu", "swiglu_bias", "gelu"), ("loop", "torch", "triton")
     for case in itertools.product((*SIZES, *WIDE), DTYPES, kinds, kernels):
         size, dtype, kind, back_end = case
         marks = [needs_triton] if back_end == "triton" else []
@@ -109,13 +110,13 @@ def test_every_expert_back_end_agrees_with_the_loop_in_fp64(
 ):
     """Compares output and every gradient, at aligned and unaligned addresses, twice."""
     tokens, experts, k, d, h = {**SIZES, **WIDE}[size]
-    dtype, gated = DTYPES[dtype], kind == "swiglu"
+    dtype = DTYPES[dtype]
     torch.manual_seed(0)
     x, logits = torch.randn(tokens, d).to(dtype), torch.randn(tokens, experts)
     logits[:, IDLE] -= 100
     routing = route_top_k(logits, k) if k else any_rows(tokens, experts, 2 * tokens)
     routing = routing._replace(weight=routing.weight.to(dtype).float())
-    weights = [w.to(dtype).float() for w in random_weights(experts, d, h, gated) if w is not None]
+    weights = [w.to(dtype).float() for w in random_weights(experts, d, h, kind) if w is not None]
     moved = [w.new_empty(w.numel() + 1)[1:].view_as(w).copy_(w) for w in weights]
     exact = routing._replace(weight=routing.weight.double())
     want = results(experts_loop, x.double(), exact, ExpertWeights(*(w.double() for w in weights)))
@@ -198,7 +199,7 @@ def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():
         first.sum().backward()
 
 
-@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp_type", ["swiglu", "swiglu_bias", "gelu"])
 def test_each_expert_slice_is_initialised_like_a_linear_layer(mlp_type):
     experts = Experts(64, 128, 6, mlp_type=mlp_type)
     bound = (6 / (64 + 128)) ** 0.5

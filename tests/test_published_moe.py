@@ -312,7 +312,6 @@ def test_a_model_without_absolute_positions_loads_for_any_grid():
     ("changes", "words"),
     [
         ("dsmoe_grouped.pt", "RMSNorm"),
-        ("jitmoe.safetensors", "JiTMoE"),
         ({"blocks.0.attn.sinks": torch.zeros(2)}, "sinks"),
         ({"blocks.0.attn.q_proj.weight": torch.zeros(16, 16)}, "KDA"),
         ({"blocks.1.mlp.shared_experts.gate_proj.weight": None,

@@ -1,5 +1,7 @@
 """Quantised experts: rounding errors, accuracy, exported files and errors."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import SMALL, call_main, expect_error, relative_error, save_checkpoint
@@ -56,8 +58,10 @@ def test_the_error_of_a_quantised_weight_is_at_most_half_a_step_in_any_dtype(kin
         assert quantized.to(dtype).equal(quantized.to(torch.float32).to(dtype))
 
 
-@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(
+    "router, mlp_type",
+    [*itertools.product(ROUTERS, ["swiglu", "gelu"]), ("sigmoid", "swiglu_bias")],
+)
 def test_quantised_predictions_stay_close_and_the_back_ends_agree(router, mlp_type):
     fields = dict(router=router, mlp_type=mlp_type, class_dropout_prob=0.1)
     settings, inputs = SamplerSettings("rectified_flow", num_steps=4), tiny_batch()

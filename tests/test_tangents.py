@@ -18,16 +18,16 @@ TOKENS, EXPERTS, WIDTH, HIDDEN = 21, 4, 24, 40
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("kind", ["swiglu", "swiglu_bias", "gelu"])
 @pytest.mark.parametrize("along", [("x",), ("x", "weight"), ("up_proj", "down_proj", "up_bias")])
 def test_grouped_experts_have_the_same_tangents_as_the_loop(kind, along):
     """Tangents along tokens, row weights and parameters. The tangent itself is differentiable."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        routing, gated = any_rows(TOKENS, EXPERTS, 50), kind == "swiglu"
-        shapes = {"up_proj": ((2 if gated else 1) * HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
-        if not gated:
-            shapes |= {"up_bias": (HIDDEN,), "down_bias": (WIDTH,)}
+        routing, width = any_rows(TOKENS, EXPERTS, 50), (1 if kind == "gelu" else 2) * HIDDEN
+        shapes = {"up_proj": (width, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+        if kind != "swiglu":
+            shapes |= {"up_bias": (width,), "down_bias": (WIDTH,)}
         values = {name: torch.randn(EXPERTS, *s).double() / 5 for name, s in shapes.items()}
         values |= {"x": torch.randn(TOKENS, WIDTH).double(), "weight": routing.weight.double()}
         moved = {name: value for name, value in values.items() if name in along}

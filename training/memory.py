@@ -295,7 +295,7 @@ def model_activations(config: DiTConfig, batch: int, precision: str, recomputed:
     if recomputed == "nothing":
         return forward_bytes(config, batch, precision)[0]
     sparse = (0,) if config.sparse_layers else ()
-    one_block = replace(config, depth=1, sparse_layers=sparse)
+    one_block = replace(config, depth=1, sparse_layers=sparse, class_tokens_start=0)
     tokens = batch * sum(map(config.tokens_of, range(config.depth)))
     of_block, kept_of_block = forward_bytes(one_block, batch, precision)
     total = of_block + 4 * tokens * config.hidden_size
