@@ -169,12 +169,20 @@ def choose_gpu(local_rank: int, visible: int) -> torch.device:
     return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
-def raise_descriptor_limit(dist: Distributed) -> None:
-    """Allows this process as many open files and sockets as the system permits.
+def needed_descriptors(world_size: int) -> int:
+    """Returns the number of files and sockets that a process opens.
 
     Each of the three groups of gloo (hosts, signals, saves) opens a socket to every other process.
     """
-    needed = 3 * dist.world_size + OTHER_DESCRIPTORS
+    return 3 * world_size + OTHER_DESCRIPTORS
+
+
+def raise_descriptor_limit(dist: Distributed) -> None:
+    """Allows this process as many open files and sockets as the system permits.
+
+    Prints a line if this is not enough.
+    """
+    needed = needed_descriptors(dist.world_size)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS permits fewer than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

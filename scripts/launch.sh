@@ -37,6 +37,26 @@ split() {
     ACCUM=$((share / MICRO))
 }
 
+# processes: sets START, the command that starts a script on every GPU, and its environment.
+processes() {
+    # torchrun forwards SIGTERM and SIGUSR1. Training then saves, within the given time.
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
+    # The rendezvous store ends with its processes, so a restart does not find dead processes.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # When a collective hangs, every process writes its last collectives to $TRACES; `torchfrtrace`
+    # reads them. Without a limit, each process would start up to 32 compiler threads.
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    local traces=${TRACES:-$PWD/traces}
+    mkdir -p "$traces"
+    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$traces/${SLURM_JOB_ID:+job_${SLURM_JOB_ID}_}rank_
+    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+    START=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
+        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}"
+        ${NUMA:+--numa-binding="$NUMA"})
+}
+
 launch() {
     local size="$*" input=()
     size=${size##*--image-size } size=${size%% *}
@@ -46,31 +66,16 @@ launch() {
         WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@" "${input[@]}"
         return
     fi
-    # torchrun forwards SIGTERM and SIGUSR1. Training then saves, within the given time.
-    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
-    # The rendezvous store ends with its processes, so a restart does not find dead processes.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    # When a collective hangs, every process writes its last collectives to $TRACES; `torchfrtrace`
-    # reads them. Without a limit, each process would start up to 32 compiler threads.
-    export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-    local traces=${TRACES:-$PWD/traces}
-    mkdir -p "$traces"
-    export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$traces/${SLURM_JOB_ID:+job_${SLURM_JOB_ID}_}rank_
-    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
-    local start=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}"
-        ${NUMA:+--numa-binding="$NUMA"})
+    processes
     if [ -n "${IMAGES:-}" ]; then
-        exec "${start[@]}" "$@" "${input[@]}" --data-path "${DATA:-}"
+        exec "${START[@]}" "$@" "${input[@]}" --data-path "${DATA:-}"
     fi
     LATENTS=${LATENTS:-data/latents-$size}
     if [ -n "${DATA:-}" ]; then # existing shards are not encoded again
-        "${start[@]}" cache_latents.py --data-path "$DATA" --image-size "$size" "${input[@]}" \
+        "${START[@]}" cache_latents.py --data-path "$DATA" --image-size "$size" "${input[@]}" \
             --output "$LATENTS"
     fi
-    exec "${start[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
+    exec "${START[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
 }
 
 # launch_g SIZE MANY ONE FLAGS...: trains G on images of SIZE pixels. On several nodes, the experts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import call_main, in_processes
 
-from benchmarks import bench_save, bench_train
+from benchmarks import bench_cluster, bench_save, bench_train
 from benchmarks.common import time_by_kind
 from runtime.processes import Distributed
 
@@ -63,11 +63,15 @@ def test_bench_train_measures_each_back_end_with_new_inputs_at_every_step(tmp_pa
     assert len(seen) >= 20 and max(Counter(seen).values()) == 2  # once by each back end
 
 
-def test_benchmarks_measure_steps_and_saves_of_two_processes(tmp_path):
-    for steps, saves in in_processes(measure_together, tmp_path / "saves"):
+def test_benchmarks_measure_steps_saves_and_a_cluster_of_two_processes(tmp_path):
+    for steps, saves, cluster in in_processes(measure_together, tmp_path / "saves"):
         assert [row["processes"] for row in (*steps, *saves)] == [2] * 4
         assert all(row["images"] == 4 and row["images_per_sec"] > 0 for row in steps)
         assert all(row["gb"] > 0 and row["read_s"] > 0 for row in saves)
+        checks = {row["check"]: row for row in cluster}
+        assert checks["ulimit -n"]["result"] == "pass" and checks["save, gb"]["value"] > 0
+        assert checks["--expert-parallel 2, step_ms"]["value"] > 0
+        assert any(name.startswith("all_to_all of 1 MB, experts") for name in checks)
     assert not (tmp_path / "saves" / "checkpoints" / "0000001").exists()  # the second replaced it
 
 
@@ -81,7 +85,12 @@ def measure_together(dist: Distributed, folder: Path) -> tuple[list[dict], ...]:
     config = bench_save.SaveConfig(
         **tiny, precisions=("fp32",), shard=True, saves=2, wait_ms=5, folder=folder
     )
-    return steps, list(bench_save.measure(config, dist))
+    saves = list(bench_save.measure(config, dist))
+    cluster = bench_cluster.ClusterConfig(
+        model="DiT-Ti/2", num_experts=4, depth=1, image_size=64, batch_size=2, precision="fp32",
+        compile=False, seconds=0.01, megabytes=1, folder=folder,
+    )  # fmt: skip
+    return steps, saves, list(bench_cluster.measure(cluster, dist))
 
 
 def test_kernel_times_are_grouped_by_the_names_of_kernels():
