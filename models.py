@@ -846,39 +846,6 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
-def count_parameters(config: DiTConfig) -> tuple[int, int]:
-    """Returns the number of all parameters and of the parameters active for one token."""
-    with torch.device("meta"):
-        parameters = dict(DiT(config).named_parameters())
-    total = sum(parameter.numel() for parameter in parameters.values())
-    idle = sum(
-        (len(stack) - config.num_experts_per_tok) * stack[0].numel()
-        for name, stack in parameters.items() if ".moe.experts." in name
-    )
-    return total, total - idle
-
-
-def count_macs(config: DiTConfig) -> int:
-    """Returns the number of multiply-adds in the matrix products of one image's forward pass."""
-    with torch.device("meta"):
-        model = DiT(config)
-    tokens = [config.tokens_of(layer) for layer in range(config.depth)]
-    total = sum(2 * count**2 * config.hidden_size for count in tokens)      # q k^T, weights times v
-    for name, weight in model.named_parameters():
-        is_table = name == "y_embedder.embedding_table.weight"
-        if weight.ndim == 1 or is_table or name.endswith("bias"):
-            continue
-        is_stack = ".moe.experts." in name
-        macs = weight[0].numel() * config.num_experts_per_tok if is_stack else weight.numel()
-        if "_embedder.mlp." in name or ".adaLN_modulation." in name:
-            total += macs
-        elif name.startswith("blocks."):
-            total += macs * tokens[int(name.split(".")[1])]
-        elif name != "class_tokens.positions":
-            total += macs * config.num_patches
-    return total
-
-
 # Depth, width and heads of the sizes S to G (arXiv 2407.11633, table 1). The paper has no Ti;
 # scripts/demo.sh trains a DiT-Ti/2.
 SIZES = {

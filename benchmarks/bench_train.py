@@ -35,10 +35,10 @@ from benchmarks.common import (
     report,
     train_step,
 )
+from costs import count_macs
 from diffusion.objectives import Gaussian
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
-from models import count_macs
 from runtime.devices import memory_in_use
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config

@@ -31,13 +31,13 @@ from statistics import mean
 
 from benchmarks.common import best_times, make_engine, open_processes, train_step
 from checkpoints import load_model, step_folders
+from costs import count_macs, count_parameters
 from engines.flags import DDPFlags
 from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, arm_flags
 from experiments.report import read_lines, write_report
 from latents.cache import CachedLatents
 from latents.loading import available_cores
-from models import count_macs, count_parameters
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, spelling

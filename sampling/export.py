@@ -12,9 +12,9 @@ from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
 from checkpoints.record import settings_of
 from checkpoints.weights import write_pickle
+from costs import count_macs, count_parameters
 from diffusion import OBJECTIVES
 from latents.autoencoder import PIXELS
-from models import count_macs, count_parameters
 from parts import options_of
 from runtime.errors import printable
 

@@ -17,6 +17,7 @@ ALLOWED_IMPORTS = {
     "routers": "parts",
     "moe": "moe_kernels parts routers",
     "models": "conditions cpu layouts moe parts recomputation routers",
+    "costs": "cpu models",
     "diffusion": "parts",
     "runtime": "parts",
 }
@@ -26,8 +27,8 @@ ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 for module in ("benchmarks", "experiments"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)
 PURE = (
-    "models", "conditions", "moe", "layouts", "parts", "recomputation", "routers", "moe_kernels",
-    "diffusion",
+    "models", "costs", "conditions", "moe", "layouts", "parts", "recomputation", "routers",
+    "moe_kernels", "diffusion",
 )  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 

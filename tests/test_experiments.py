@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, call_main, expect_error
 
 from checkpoints import step_folders
+from costs import count_macs, count_parameters
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
@@ -24,7 +25,7 @@ from experiments.report import (
 )
 from experiments.samples import DropSmall
 from experiments.specialisation import bits, call, count_choices
-from models import DiT, count_macs, count_parameters
+from models import DiT
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
 from training.config import parse_training, resolve

@@ -24,8 +24,9 @@ from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
+from costs import count_macs
 from latents.autoencoder import load_autoencoder
-from models import DiT, DiT_models, DiTConfig, count_macs, select_layers
+from models import DiT, DiT_models, DiTConfig, select_layers
 from runtime import files
 from runtime.errors import UserError
 
@@ -92,6 +93,22 @@ def test_compute_of_a_dense_model_matches_the_dit_paper_and_experts_add_only_gat
     few, many = (randomised(num_experts=n).config for n in (4, 8))
     gates = 2 * 16 * 32 * 4  # layers x tokens x width x additional experts
     assert count_macs(many) - count_macs(few) == gates
+
+
+def test_compute_counts_the_products_of_the_router_and_of_its_loss():
+    layers, tokens, width, experts = 2, 16, 32, 4
+    topk, *others = (
+        count_macs(randomised(router=name).config)
+        for name in ("topk", "sigmoid", "expert_choice", "batch_pool", "race", "prototype")
+    )
+    per_token = (0, 0, width * (width + experts), width * width + 2 * experts**2, experts * width)
+    per_image = (0, 0, 0, 0, experts**2 * width)
+    for got, of_token, of_image in zip(others, per_token, per_image, strict=True):
+        assert got - topk == layers * (tokens * of_token + of_image)
+    assert (
+        count_macs(randomised(router="prototype", router_options={"choice": "expert"}).config)
+        == topk
+    )
 
 
 @pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import ROOT, call_main
 
+from costs import count_parameters
 from engines.flags import DDPFlags
-from models import DiT, count_parameters
+from models import DiT
 from training.config import DataFacts, TrainConfig, parse_training, resolve
 
 FOLDER = ROOT / "config" / "recipes"

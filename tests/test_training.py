@@ -39,11 +39,12 @@ from torch.nn.utils import parameters_to_vector
 import training.step
 from checkpoints import load_model, read_record
 from checkpoints.record import settings_of
+from costs import count_macs
 from cpu import lacks_instructions
 from diffusion import OBJECTIVES, RectifiedFlow
 from engines.ddp import DDPEngine
 from engines.flags import DDPFlags
-from models import DiTConfig, count_macs
+from models import DiTConfig
 from parts import option
 from routers import ROUTERS, Router
 from runtime import signals

@@ -15,10 +15,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from costs import count_macs, count_parameters
 from cpu import keep_freed_memory, lacks_instructions
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
-from models import FLASH_ATTENTION_FAULT, count_macs, count_parameters
+from models import FLASH_ATTENTION_FAULT
 from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import (
     STOPPED,

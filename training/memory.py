@@ -5,20 +5,25 @@ print_plan(user_flags, DDPFlags, choose_engine)                # --dry-run
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpu import fused_attention
+from costs import (
+    count_macs,
+    count_parameters,
+    fake_forward,
+    fake_model,
+    with_fixed_rows,
+)
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
-from models import DiT, DiTConfig, count_macs, count_parameters
+from models import DiT, DiTConfig
 from moe import width_of
 from recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES, pinned_bytes
@@ -229,8 +234,8 @@ def copied_bytes(
 
 def activation_bytes(config: TrainConfig, micro_batch: int) -> int:
     """Returns the bytes that a forward pass saves for backward, from tensors without data."""
-    step, model = config.step, replace(config.model, expert_backend="grouped")
-    return model_activations(model, micro_batch, step.precision, step.recomputed)
+    step = config.step
+    return model_activations(config.model, micro_batch, step.precision, step.recomputed)
 
 
 def received_rows(config: TrainConfig, micro_batch: int) -> int:
@@ -289,37 +294,47 @@ class Outputs(TorchDispatchMode):
 def model_activations(config: DiTConfig, batch: int, precision: str, recomputed: str) -> int:
     """Computes `activation_bytes`; see `StepConfig.recomputed`.
 
-    With checkpointing, the activations are the input of each block and all that one block saves.
-    The outputs that selective checkpointing keeps are added, apart from those of that block.
+    With checkpointing, the activations are the inputs of the blocks and all that one block saves.
+    Selective checkpointing also keeps the outputs of some operators in the other blocks.
     """
+    outside, blocks = forward_bytes(config, batch, precision)
+    inputs, saved, kept = zip(*blocks, strict=True)
     if recomputed == "nothing":
-        return forward_bytes(config, batch, precision)[0]
-    sparse = (0,) if config.sparse_layers else ()
-    one_block = replace(config, depth=1, sparse_layers=sparse, class_tokens_start=0)
-    tokens = batch * sum(map(config.tokens_of, range(config.depth)))
-    of_block, kept_of_block = forward_bytes(one_block, batch, precision)
-    total = of_block + 4 * tokens * config.hidden_size
+        return outside + sum(saved)
+    largest = max(saved)
+    total = outside + sum(inputs) + largest
     if recomputed == "selective":
-        total += forward_bytes(config, batch, precision)[1] - kept_of_block
+        total += sum(kept) - kept[saved.index(largest)]
     return total
 
 
 @cache
-def forward_bytes(config: DiTConfig, batch: int, precision: str) -> tuple[int, int]:
-    """Returns the bytes that a forward pass saves, and those that `KEPT_OPERATORS` return."""
-    with FakeTensorMode(), fused_attention():
-        model = DiT(config).train()
-        weights = {weight.untyped_storage() for weight in model.parameters()}
-        size = (batch, *config.latent_shape)
-        x, t, y = torch.zeros(size), torch.zeros(batch), torch.zeros(batch, dtype=torch.long)
-        enabled = precision != "fp32"
-        with (
-            saved_tensors() as saved, Outputs() as outputs,
-            torch.autocast("cpu", DTYPES[precision], enabled=enabled),
-        ):  # fmt: skip
-            try:
-                model(x, t, y)
-            except DynamicOutputShapeException:  # the labels decide the number of rows, about S*K
-                by_token = replace(config, router="topk", router_options={})
-                return forward_bytes(by_token, batch, precision)
-    return tuple(sum(s.nbytes() for s in found - weights) for found in (saved, outputs.storages))
+@with_fixed_rows
+def forward_bytes(
+    config: DiTConfig, batch: int, precision: str
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """Returns the bytes that a forward pass saves outside of the blocks, and those of each block:
+    of its input, of all that it saves, and of what `KEPT_OPERATORS` return.
+    """
+    model, places = fake_model(config), []
+    weights = {weight.untyped_storage() for weight in model.parameters()}
+    autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
+    with ExitStack() as hooks, autocast, saved_tensors() as saved, Outputs() as outputs:
+
+        def note(block: nn.Module, inputs: tuple[Tensor, ...], *_: Tensor) -> None:
+            places.append((inputs[0].nbytes, {*saved}, {*outputs.storages}))
+
+        for block in model.blocks:  # two notes for each block: before and after it
+            hooks.enter_context(block.register_forward_pre_hook(note))
+            hooks.enter_context(block.register_forward_hook(note))
+        fake_forward(config, batch)
+    blocks, outside = [], saved - weights
+    for (size, *before), (_, *after) in zip(places[::2], places[1::2], strict=True):
+        of_block = [now - then - weights for now, then in zip(after, before, strict=True)]
+        blocks.append((size, *map(storage_bytes, of_block)))
+        outside -= of_block[0]
+    return storage_bytes(outside), blocks
+
+
+def storage_bytes(storages: set[torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for storage in storages)

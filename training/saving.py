@@ -26,7 +26,7 @@ from torch import Tensor
 
 from checkpoints import Record, ema_file, step_folders
 from checkpoints.tensor_file import Box, Piece, TensorFile, joined
-from models import DiT
+from costs import fake_model
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed
@@ -68,8 +68,7 @@ class Saver:
 
     def __init__(self, run: Path, config: TrainConfig, dist: Distributed):
         self.run, self.config, self.dist = run, config, dist
-        with torch.device("meta"):
-            tensors = DiT(config.model).state_dict().items()
+        tensors = fake_model(config.model).state_dict().items()
         self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
         if dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
