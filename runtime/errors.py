@@ -4,6 +4,7 @@ import difflib
 import errno
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -96,6 +97,10 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
     except KeyboardInterrupt:
         print_safely(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        if not drop_unread_output():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_IS_FULL:
             raise
@@ -109,3 +114,18 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
             with suppress(OSError), open(path, "w") as file:
                 json.dump({"message": line, "timestamp": int(time.time())}, file)
         sys.exit(USER_ERROR)
+    finally:
+        drop_unread_output()
+
+
+def drop_unread_output() -> bool:
+    """Discards further output if its reader has ended, as `head` does; returns whether it has."""
+    with suppress(OSError):  # such as a full disk, which the interpreter reports
+        sys.stdout.flush()
+    poll = select.poll()
+    with suppress(OSError, ValueError):  # no file, as in a notebook
+        poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

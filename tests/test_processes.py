@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,20 @@ def test_a_training_process_ends_when_its_torchrun_is_killed(tmp_path):
         if alive := worker.exists():
             os.kill(int(worker.name), signal.SIGKILL)
     assert not alive
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_gives_no_traceback(tmp_path, unbuffered):
+    script = tmp_path / "plan.py"
+    script.write_text(
+        "from runtime.errors import run_main\n"
+        "run_main(lambda: [print(n, end=n * ' ') for n in range(2000)] and 0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = ["bash", "-c", f"{sys.executable} {script} | head -c 1; exit ${{PIPESTATUS[0]}}"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stderr == "" and ended.stdout == "0"
+    assert ended.returncode == 128 + signal.SIGPIPE
 
 
 INTERRUPTED = """
