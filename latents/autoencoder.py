@@ -35,6 +35,8 @@ DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 NoiseFn = Callable[[Tensor], Tensor]
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 PICKLED_FILE = "diffusion_pytorch_model.bin"  # in older repositories; read with weights_only=True
+# Images. Per image, a decoder needs far more memory than a model: at 512 pixels 0.8 GB.
+DECODED_AT_ONCE = 4
 VAE_FOLDER = "vae"  # in the folder of a pipeline
 PIXELS = "pixels"  # the path that means no autoencoder; a folder of this name is ./pixels
 STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
@@ -233,6 +235,10 @@ class Autoencoder:
         z = self.norm.invert(latents.float())
         with torch.autocast(z.device.type, enabled=False):
             return to_uint8(self.decode_raw(z.to(self.dtype)))
+
+    def decode_to_host(self, latents: Tensor) -> Tensor:
+        """Decodes latents as `decode` does, a few at a time; returns images on the CPU."""
+        return torch.cat([self.decode(part).cpu() for part in latents.split(DECODED_AT_ONCE)])
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

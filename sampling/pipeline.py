@@ -27,7 +27,6 @@ from sampling.offload import offload_blocks
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
-DECODED_AT_ONCE = 8  # images; the SD autoencoder needs 0.8 GB per image of 512 pixels
 # Fields of SamplingConfig that can be changed per call.
 CALL_SETTINGS = (
     "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",
@@ -142,8 +141,7 @@ class SamplingPipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (N, 3, H, W) uint8 on the CPU."""
-        parts = latents.split(DECODED_AT_ONCE)
-        return torch.cat([self.vae.decode(part).cpu() for part in parts])
+        return self.vae.decode_to_host(latents)
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:

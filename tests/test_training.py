@@ -382,11 +382,21 @@ def test_a_second_signal_stops_a_process_that_waits_in_cpp():
 
 
 @pytest.fixture(scope="module")
-def two_processes(flags, tmp_path_factory) -> list[dict]:
+def two_processes(flags, image_tree, tmp_path_factory) -> list[dict]:
     root, changes = tmp_path_factory.mktemp("two"), {"num_experts": 2, "max-steps": PROFILED}
     usual = flags(root / "usual", accum_iter=2, **changes)
+    three_images = shutil.copytree(image_tree / "class-0", root / "images")
+    for path in sorted(three_images.iterdir())[3:]:
+        path.unlink()
+    (three_images / "00.png").write_bytes(b"")
+    changes["data-path"] = three_images  # both processes see each of them
     with_state = flags(root / "state", router="sigmoid", **changes)
-    return in_processes(in_two_processes, usual, with_state)
+    found = in_processes(in_two_processes, usual, with_state)
+    return [one | {"rows": rows(root / "state")} for one in found]
+
+
+def test_an_image_that_several_processes_cannot_read_counts_once(two_processes):
+    assert [row.get("skipped_images") for row in two_processes[0]["rows"]][-1] == 1
 
 
 def test_a_step_with_nan_on_one_process_changes_nothing_on_any_process(two_processes):

@@ -268,16 +268,14 @@ class TrainingLoop:
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
         values |= dict(zip(peaks, self.dist.largest(list(peaks.values())), strict=True))
         values |= expert_metrics(model, self.dist)
-        read = min(self.num_read, stream.num_images)  # different images
-        local = [len(self.unreadable), read, self.tracker.waited / seconds]
+        local = [len(self.unreadable), self.num_read, self.tracker.waited / seconds]
         local = torch.tensor(local, dtype=torch.float64, device=self.dist.device)
         unreadable, read, waited = self.dist.sum(local).tolist()
         values["data_wait"] = waited / self.dist.world_size
+        if unreadable:  # several processes may have met the same image
+            unreadable = len(set().union(*self.dist.gather(self.unreadable)))
         skipped_steps, in_a_row = self.skipped.tolist()
-        counts = {
-            "skipped_images": int(unreadable),
-            "skipped_steps": skipped_steps,
-        }
+        counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             times = self.config.data.val_times
@@ -285,7 +283,7 @@ class TrainingLoop:
         self.log.metrics(done, values, steps_per_second)
         for line in self.alarms.check(values):
             self.log.text(line)
-        check_unreadable("--data-path", int(unreadable), int(read))
+        check_unreadable("--data-path", unreadable, min(int(read), stream.num_images))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))

@@ -3,15 +3,12 @@
 grid = draw_preview(run, engine)     # (3, H, W) uint8 on the CPU
 """
 
-import torch
 from torch import Tensor
 
 from latents.loading import collate, evenly_spaced
 from sampling.generate import SamplerSettings, generate
 from training.engine import Engine
 from training.start import Run
-
-DECODED = 4  # latents decoded at once: per image, a decoder needs far more memory than the model
 
 
 def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
@@ -46,6 +43,6 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         return None
     from sampling.grid import class_caption, image_grid  # imports matplotlib, which takes a second
 
-    images = torch.cat([run.vae.decode(part).cpu() for part in latents.split(DECODED)])
+    images = run.vae.decode_to_host(latents)
     captions = [class_caption(run.dataset.classes[label], label) for label in labels]
     return image_grid(images, captions, len(labels) // shown)
