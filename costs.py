@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from cpu import fused_attention
 from models import DiT, DiTConfig
+from parts import Part
 
 
 @cache
@@ -41,7 +42,7 @@ def with_fixed_rows(measure: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return measure(config, *arguments)
         except DynamicOutputShapeException:  # the rows are about as many, K per token
-            return measure(replace(config, router="topk", router_options={}), *arguments)
+            return measure(replace(config, router=Part("topk")), *arguments)
 
     return measured
 

@@ -13,7 +13,7 @@ The tokens of a block are the patches, after tokens that are no patches, if ther
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -37,9 +37,10 @@ from conditions import (
 from cpu import attention_by_products, products_are_faster
 from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
-from parts import Size, complete_options, option, options_of, sides
+from parts import Part, Size, option, options_of, sides
 from recomputation import EXPERT_OPERATORS, checkpoint_options
 from routers import ROUTERS, Router, Routing
+from settings import build, completed, flags_of, flattened, read
 
 FLASH_ATTENTION_FAULT = ""  # reason why an installed flash-attn does not load
 try:
@@ -65,10 +66,7 @@ class DiTConfig:
     Raises ValueError if the model cannot be built.
     """
 
-    # The default of `parts.Option.binds` for the fields below. "branch" means that the value must
-    # stay the same in a resumed run and in a branch. A branch is a new run that starts with
-    # --resume from a checkpoint of another run.
-    binds: ClassVar = "branch"
+    change: ClassVar = "state"  # a resumed run has the same values, see `settings.change_of`
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.
@@ -125,15 +123,10 @@ class DiTConfig:
         "(default: mlp_type)",
         choices=tuple(MLP_TYPES),
     )
-    router: str = option(
-        "topk", table=ROUTERS,
+    router: Part | None = option(  # None for a dense model
+        Part("topk"), table=ROUTERS,
         help="assignment of tokens to experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
         "expert_choice of EC-DiT, race of Expert Race, batch_pool of DiffMoE, prototype of ProMoE",
-    )
-    router_options: dict = field(default_factory=dict, hash=False)  # options of the chosen router
-    aux_loss_alpha: float | None = option(
-        None, help="weight of the router's loss (default: 0.01 or 1, depending on the router)",
-        ge=0, belongs_to="router", binds="resume",
     )
     class_tokens: int = option(
         0, ge=0, le=4096,
@@ -174,25 +167,26 @@ class DiTConfig:
         "0 to n - 1; DiT uses 0, and diffusers' DiT uses 1",
     )
     expert_backend: str = option(
-        "grouped", choices=tuple(EXPERT_BACKENDS), binds="free",
+        "grouped", choices=tuple(EXPERT_BACKENDS), change="how",
         help="computation of the experts: grouped is fast, loop is the reference",
     )
 
     def __post_init__(self):
         for name, declared in options_of(DiTConfig).items():
-            object.__setattr__(self, name, declared.read(getattr(self, name)))
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, declared.read(value))
         # Two configs are equal if one omits a field and the other sets the field to the default.
         # Therefore this method fills in the defaults that depend on other fields, and sets
         # `dense_mlp_type` to None if the value equals the default.
-        dense, alpha = self.num_experts == 0, self.aux_loss_alpha
+        dense, declared = self.num_experts == 0, options_of(DiTConfig)["router"]
+        layers = self.sparse_layers or "all"  # a dense config stores ()
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
         values = {
             "mlp_type": mlp_type,
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
-            "sparse_layers": () if dense else select_layers(self.sparse_layers, self.depth),
+            "sparse_layers": () if dense else select_layers(layers, self.depth),
             "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
-            "router_options": complete_options(ROUTERS, "router", self.router, self.router_options),
-            "aux_loss_alpha": ROUTERS[self.router].default_alpha if alpha is None else alpha,
+            "router": None if dense else completed(declared, self.router or declared.default),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -218,26 +212,24 @@ class DiTConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
-    def from_flat(cls, values: Mapping[str, Any]) -> "DiTConfig":
-        """Builds a config from one mapping of fields and router options, such as router_scale."""
-        names = {f.name for f in fields(cls)}
-        options = {k: v for k, v in values.items() if k not in names and k.startswith("router_")}
-        field_values = {name: value for name, value in values.items() if name not in options}
-        options = {name.removeprefix("router_"): value for name, value in options.items()}
-        field_values["router_options"] = {**values.get("router_options", {}), **options}
-        return cls(**field_values)
+    def of(cls, values: Mapping[str, Any]) -> "DiTConfig":
+        """Builds a config from fields, nested as in a file or flat: router_scale, aux_loss_alpha.
 
-    def flat(self) -> dict[str, Any]:
-        """Returns the fields and the router options by name: the input of `from_flat`.
-
-        A dense model has no router, so the router and its options are omitted.
+        Raises ValueError for an unknown field and for a wrong value.
         """
-        values = dict(vars(self))
-        options = values.pop("router_options")
-        if not self.num_experts:
-            del values["router"], values["aux_loss_alpha"]
-            return values
-        return values | {f"router_{name}": value for name, value in options.items()}
+        flags = flags_of((cls,))
+        if unknown := sorted(map(str, flattened(values, flags).keys() - flags.keys())):
+            raise ValueError(f"{', '.join(unknown):.200}: unknown, expected fields of DiTConfig")
+        layer = read(values, flags)
+        if layer.get("num_experts") == 0:
+            layer = {name: value for name, value in layer.items()
+                     if flags[name].field.name != "router"}  # fmt: skip
+        return build(cls, layer, flags)
+
+    @property
+    def router_options(self) -> dict[str, Any]:
+        """Options of the router by name; empty for a dense model."""
+        return self.router.options if self.router else {}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -270,7 +262,7 @@ class DiTConfig:
     @property
     def experts_per_layer(self) -> int:
         """Number of experts per sparse layer: routed experts and the router's extra experts."""
-        return self.num_experts + ROUTERS[self.router].extra_experts
+        return self.num_experts + (ROUTERS[self.router.name].extra_experts if self.router else 0)
 
 
 def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -433,8 +425,8 @@ class DiTBlock(nn.Module):
                 n_shared_experts=config.n_shared_experts,
                 expert_backend=config.expert_backend,
                 mlp_type=config.mlp_type,
-                router=config.router,
-                router_options=config.router_options,
+                router=config.router.name,
+                router_options=config.router.options,
             )
         else:
             self.mlp = MLP_TYPES[config.dense_mlp_type or config.mlp_type](
@@ -519,7 +511,7 @@ class DiT(nn.Module):
         super().__init__()
         if config is not None and fields:
             raise TypeError(f"got a config and {', '.join(fields)}, expected one or the other")
-        self.config = config = config or DiTConfig.from_flat(fields)
+        self.config = config = config or DiTConfig.of(fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.gradient_checkpointing = False
         self.kept_operators: frozenset[str] = frozenset()
@@ -715,7 +707,8 @@ class DiT(nn.Module):
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
-        loss = self.config.aux_loss_alpha * torch.stack([r.loss for r in routings]).sum()
+        alpha = self.config.router_options["aux_loss_alpha"]
+        loss = alpha * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
         self.expert_load = torch.stack([routing.load for routing in routings])

@@ -36,13 +36,24 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(**rules)}, kw_only=True)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A chosen component: its name, and its options (in a config all, elsewhere those given)."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, table: Registry, **facts: Any) -> Any:
+        """Creates the component; `facts` are the fields that are no options."""
+        return make_component(table, "", self.name, self.options, **facts)
+
+
 @dataclass(eq=False, kw_only=True)
 class Option:
-    """Properties of a field that users can set.
-
-    If several components have options of the same name, `component_options` merges these options
-    into one `Option`.
-    """
+    """Properties of a field that users can set."""
 
     help: str
     group: str | None = None  # title in the help, for this option and the following ones
@@ -55,47 +66,37 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the value can name. Users can also set the options of these components,
-    # under names such as router_scale or, with by_component, auxiliary_repa_weight.
+    # The components that the field can name; the field is then a `Part` or a tuple of them. Their
+    # options are flags too: router_scale, or with by_component auxiliary_repa_weight.
     table: Registry | None = None
-    by_component: bool = False
-    # The chooser: the option that chooses the component, such as "router" for router_scale.
-    # aux_loss_alpha is a field of DiTConfig and belongs to "router", too, because its default
-    # depends on the router. With by_component, this is CHOOSER_COMPONENT, such as auxiliary_repa.
-    belongs_to: str | None = None
-    # "resume": a resumed run must have the same value. "branch": a branch, which is a new run that
-    # starts with --resume from a checkpoint of another run, must have the same value too.
-    # "free": the value may change. "command": the value applies to one command and is not stored.
-    # None: the attribute `binds` of a class decides. This is the class that declares the field or,
-    # for an option of a component, the class that declares the chooser (`belongs_to`). If the class
-    # has no `binds`: "resume".
-    binds: Literal["resume", "branch", "free", "command"] | None = None
-    # (other option, value, value, ...): this option has an effect only if the other option has one
-    # of these values; ("data_path", None) excludes data_path. An option of a component needs the
-    # component.
-    needs: tuple = ()
+    by_component: bool = False  # several components, each at most once
+    is_bare: bool = False  # an option of a component whose flag is its name alone
+    # What a resumed run may change, if it is not what the class says; see `change_of`.
+    change: Literal["state", "result", "how", "command"] | None = None
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
-    # Filled in by `options_of` and `component_options`:
+    # Filled in by `options_of`:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    # The dataclass that has the field. For an option of a component: the dataclass that has the
-    # chooser. DiTConfig has the field `router`, so DiTConfig is the owner of router_scale.
-    owner: type | None = None
-    # For an option of a component: the default in each component that has it, by name.
-    defaults: dict[str, Any] = field(default_factory=dict)
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the field names several components."""
+        return self.table is not None and typing.get_origin(self.hint) is tuple
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
+        if self.table is not None:
+            return self.read_parts(value, name or self.name)
         if value is self.checked:
             return value
-        allowed, found = self.choices or self.table, value
+        allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
         with suppress(ValueError, OverflowError):
             found = convert(value, self.hint)
@@ -125,18 +126,34 @@ class Option:
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
         return f"{describe(self.hint)} {ranges}".strip()
 
-    def default_beside(self, values: Mapping[str, Any]) -> Any:
-        """Returns the default. `values` contains the names of the chosen components; the first
-        chosen component that has this option determines the default of the option."""
-        chosen = values.get(self.belongs_to)
-        names = chosen if isinstance(chosen, list | tuple) else [chosen]
-        return next((self.defaults[n] for n in names if n in self.defaults), self.default)
+    def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
+        """Reads "sigmoid", {"sigmoid": {"scale": 2.5}}, a `Part`, or for `is_list` several of them.
 
-    def is_idle(self, values: Mapping[str, Any]) -> bool:
-        """Returns whether these values make the option useless (see `needs`)."""
-        value = values.get(self.needs[0]) if self.needs else None
-        found = value if isinstance(value, list | tuple) else [value]
-        return bool(self.needs) and not set(self.needs[1:]) & set(found)
+        Only the given options are in the result.
+        """
+        several = isinstance(value, list | tuple)
+        items = [*value] if several else [value]
+        items = [one for item in items for one in ([{k: v} for k, v in item.items()]
+                 if isinstance(item, dict) else [item])]  # fmt: skip
+        found = []
+        for item in items:
+            if isinstance(item, dict):
+                ((kind, given),) = item.items()
+            else:
+                kind, given = (item.name, item.options) if isinstance(item, Part) else (item, {})
+            if not isinstance(kind, str) or kind not in self.table:
+                raise ValueError(f"{name}: got {kind!r:.200}, expected {self.expected()}")
+            found.append(Part(kind, read_options(self.table, self.name, kind, given or {})))
+        if self.by_component:
+            found = [*{one.name: one for one in found}.values()]
+        if len(found) != len({str((one.name, one.options)) for one in found}):
+            shown = ", ".join(map(str, found))
+            raise ValueError(f"{name}: got {shown}, expected different ones")
+        if self.is_list:
+            return tuple(found)
+        if len(found) != 1:
+            raise ValueError(f"{name}: got {len(found)} components, expected one")
+        return found[0]
 
 
 class Component:
@@ -170,51 +187,15 @@ def sides(size: Size) -> tuple[int, int]:
 def options_of(kind: type) -> dict[str, Option]:
     """Returns the options of a component or config class, by name. The help shows the default,
     unless the default is None, False or empty."""
-    hints, binds, found = typing.get_type_hints(kind), getattr(kind, "binds", None), {}
+    hints, found = typing.get_type_hints(kind), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):
             default, help = one.default, rules.help
             if str(default) not in ("None", "False", "()") and default is not MISSING:
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help += "" if "default" in help else f" (default: {shown})"
-            found[one.name] = replace(
-                rules, name=one.name, hint=hints[one.name], default=default, owner=kind,
-                binds=rules.binds or binds, help=help,
-            )  # fmt: skip
-    return found
-
-
-def component_options(chooser: Option) -> dict[str, Option]:
-    """Returns the options of all components in a registry; equally named options are merged.
-
-    chooser: the option that chooses one or several components
-
-    If `chooser` can choose several components, every option accepts several values. With
-    `by_component`, options are not merged: each component has separate options.
-    """
-    owners: dict[str, dict[str, Option]] = {}  # option name: component: option
-    for component, kind in chooser.table.items():
-        prefix = f"{chooser.name}_{component}" if chooser.by_component else chooser.name
-        for name, one in options_of(kind).items():
-            owners.setdefault(f"{prefix}_{name}", {})[component] = one
-    found, several = {}, typing.get_origin(chooser.hint) is tuple and not chooser.by_component
-    for key, ones in owners.items():
-        texts: dict[str, list[str]] = {}
-        for component, one in ones.items():
-            texts.setdefault(one.help, []).append(component)
-        # A merged option omits the rules that differ between the components. The chosen component
-        # later checks the value with all rules.
-        rules = (*LIMITS, "choices", "suffixes")
-        differing = [rule for rule in rules if len({getattr(o, rule) for o in ones.values()}) > 1]
-        found[key] = replace(
-            one, name=key, hint=tuple[one.hint, ...] if several else one.hint,
-            default=one.default if chooser.by_component else None,
-            help="; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items()),
-            belongs_to=key.removesuffix(f"_{one.name}"), owner=chooser.owner, group=None,
-            needs=(chooser.name, *ones), binds=one.binds or getattr(chooser.owner, "binds", None),
-            defaults={k: (one.default,) if several else one.default for k, one in ones.items()},
-            **{rule: getattr(Option, rule) for rule in differing},
-        )  # fmt: skip
+            hint = hints[one.name]
+            found[one.name] = replace(rules, name=one.name, hint=hint, default=default, help=help)
     return found
 
 
@@ -222,10 +203,10 @@ def component_names(table: Registry) -> str:
     return f"one of {', '.join(table)}, or one of your own with --plugin FILE.py"
 
 
-def complete_options(
+def read_options(
     table: Registry, kind: str, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the values of all options of a component, with defaults for missing ones.
+    """Reads some options of a component.
 
     table: registry of the components
     kind: kind of the components, such as "router"
@@ -235,12 +216,23 @@ def complete_options(
     """
     if name not in table:
         raise ValueError(f"{kind}: got {name!r}, expected {component_names(table)}")
-    has = options_of(table[name])
-    for unknown in options.keys() - has.keys():
+    has, prefix = options_of(table[name]), f"{kind}_" if kind else ""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{kind}: got {options!r:.80} for {name}, expected its options")
+    given = {str(key).replace("-", "_"): value for key, value in options.items()}
+    for unknown in given.keys() - has.keys():
         raise ValueError(
-            f"{kind}_{unknown}: unknown option; {kind} {name} has {', '.join(has) or 'none'}"
+            f"{prefix}{unknown}: unknown option; {kind} {name} has {', '.join(has) or 'none'}"
         )
-    return {k: one.read(options.get(k, one.default), f"{kind}_{k}") for k, one in has.items()}
+    return {k: has[k].read(v, k if has[k].is_bare else prefix + k) for k, v in given.items()}
+
+
+def complete_options(
+    table: Registry, kind: str, name: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns all options of a component, with defaults for missing ones; see `read_options`."""
+    given = read_options(table, kind, name, options)
+    return {k: given.get(k, one.default) for k, one in options_of(table[name]).items()}
 
 
 def make_component(

@@ -20,7 +20,7 @@ Shape legend:
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ from torch import Tensor, nn
 from parts import Component, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
+
+
+def loss_weight(default: float) -> Any:
+    """Declares `aux_loss_alpha`, the weight of a router's loss, under the published flag."""
+    return option(
+        default, ge=0, is_bare=True, change="result", help="weight of the router's loss"
+    )
 
 
 class Routing(NamedTuple):
@@ -66,8 +73,9 @@ class Router(Component, nn.Module):
         "embedding of the time, as in arXiv 2604.12163",
     )
 
+    aux_loss_alpha: float = loss_weight(0.01)
+
     extra_experts = 0  # number of experts in addition to the E routed experts
-    default_alpha = 0.01  # default of aux_loss_alpha
     weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
     depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
@@ -374,8 +382,8 @@ class BatchPoolRouter(ThresholdRouter):
         "above the threshold; count, the same number of tokens with the largest scores in the "
         "batch, as in DiffMoE's released code, so that an image depends on the rest of the batch",
     )
+    aux_loss_alpha: float = loss_weight(1.0)
 
-    default_alpha = 1.0
     weight_std = 0.006
 
     def __post_init__(self):
@@ -450,9 +458,9 @@ class PrototypeRouter(Router):
     unconditional_expert: bool = option(
         True, help="route the tokens of images without a class to one extra expert"
     )
+    aux_loss_alpha: float = loss_weight(1.0)
 
     extra_experts = 1
-    default_alpha = 1.0
     weight_std = 0.02
     temperature = 0.07
 

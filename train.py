@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 from engines.flags import DDPFlags
 from latents.sources import GivenImages
 from runtime.errors import UserError
-from runtime.flags import FlagValues
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
+from settings import Layer
 from training.config import TrainConfig, parse_training
 
 
-def parse_args() -> FlagValues:
+def parse_args() -> Layer:
     return parse_training(DDPFlags, __doc__)
 
 
@@ -55,8 +55,8 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     precision = torch.get_float32_matmul_precision()
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        user_flags = {name: value for name, value in flags.items() if value is not None}
-        return main(parse_training(DDPFlags, arguments=user_flags))
+        said = {name: value for name, value in flags.items() if value is not None}
+        return main(parse_training(DDPFlags, arguments=said))
     finally:
         close_distributed()
         torch.set_float32_matmul_precision(precision)
@@ -79,15 +79,15 @@ def choose_engine(config: TrainConfig) -> type:
     return DDPEngine
 
 
-def main(user_flags: FlagValues) -> int:
+def main(said: Layer) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.loop import train  # imported here: takes seconds
     from training.memory import print_plan
 
-    if user_flags.get("dry_run"):
-        print_plan(user_flags, DDPFlags, choose_engine)
+    if said.get("dry_run"):
+        print_plan(said, DDPFlags, choose_engine)
         return 0
-    code = train(user_flags, DDPFlags, choose_engine, setup_distributed())
+    code = train(said, DDPFlags, choose_engine, setup_distributed())
     close_distributed()
     return code
 

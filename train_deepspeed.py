@@ -12,16 +12,16 @@ After an interruption, run the same command again to resume.
 import os
 
 from engines.flags import DeepSpeedFlags
-from runtime.flags import FlagValues
 from runtime.processes import close_distributed, run_process, setup_distributed
+from settings import Layer
 from training.config import parse_training
 
 
-def parse_args() -> FlagValues:
+def parse_args() -> Layer:
     return parse_training(DeepSpeedFlags, __doc__)
 
 
-def main(user_flags: FlagValues) -> int:
+def main(said: Layer) -> int:
     """Returns the exit code, see `training.loop.train`."""
     import torch  # imported here: takes seconds
 
@@ -33,14 +33,14 @@ def main(user_flags: FlagValues) -> int:
     from engines.deepspeed_engine import DeepSpeedEngine
     from engines.zero_config import asks_for_fp16
 
-    has_precision = "precision" in user_flags or "config" in user_flags
-    if not has_precision and asks_for_fp16(user_flags.get("deepspeed_config", "")):
-        user_flags = {**user_flags, "precision": "fp16"}
-    if user_flags.get("dry_run"):
-        print_plan(user_flags, DeepSpeedFlags, lambda config: DeepSpeedEngine)
+    has_precision = "precision" in said or "config" in said
+    if not has_precision and asks_for_fp16(said.get("deepspeed_config", "")):
+        said = {**said, "precision": "fp16"}
+    if said.get("dry_run"):
+        print_plan(said, DeepSpeedFlags, lambda config: DeepSpeedEngine)
         return 0
     dist = setup_distributed(always_group=True)
-    code = train(user_flags, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
+    code = train(said, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
     close_distributed()
     return code
 

@@ -63,7 +63,7 @@ def describe(pipeline: SamplingPipeline, path: str) -> dict:
     """Returns title and subtitle of one side."""
     config, title = pipeline.model.config, pipeline.checkpoint.record.model_name
     experts = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router}"
-    title += experts if config.sparse_layers else ", dense"
+    title += experts if config.router else ", dense"
     return {"title": title, "about": f"{path}: {pipeline.describe()}"}
 
 

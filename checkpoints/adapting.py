@@ -14,12 +14,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
-from conditions import split_condition
+from conditions import CONDITIONS, split_condition
 from models import DiT, DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
+from parts import Part
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes differ
+
+
+def is_adapted(name: str) -> bool:
+    """Returns whether `adapt` replaces a weight if the models differ."""
+    return name in ADAPTED or name.startswith(tuple(f"{embedder_of(one)}." for one in CONDITIONS))
 
 
 def adapt(
@@ -111,8 +117,8 @@ def upcycled_config(
             raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
     return replace(
         config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
-        mlp_ratio=hidden_units / split / config.hidden_size, router="topk",
-        router_options={"renormalize": renormalize},
+        mlp_ratio=hidden_units / split / config.hidden_size,
+        router=Part("topk", {"renormalize": renormalize}),
     )  # fmt: skip
 
 

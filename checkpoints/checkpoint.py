@@ -38,6 +38,7 @@ from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder
+from settings import flat
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = (  # keys of a .pt, best first
@@ -246,7 +247,7 @@ def read_file(
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            config = DiTConfig.from_flat({**record.config.flat(), **overrides})
+            config = DiTConfig.of({**flat(record.config), **overrides})
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
@@ -254,7 +255,7 @@ def read_file(
             facts |= more_facts
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record.of_weights(config.flat(), facts)
+        return state_dict, Record.of_weights(config, facts)
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
@@ -313,6 +314,6 @@ def step_folders(run: Path) -> list[Path]:
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides. Raises UserError for invalid values."""
     try:
-        return DiTConfig.from_flat({**DiT_models[model].keywords, **overrides})
+        return DiTConfig.of({**DiT_models[model].keywords, **overrides})
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.record import Record, parse_config
+from checkpoints.record import Record
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
-from models import position_embedding
+from models import DiTConfig, position_embedding
 from runtime.errors import reported_as
 from runtime.files import read_json
 
@@ -96,7 +96,7 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
         "timestep_frequency_shift": 1,
     }
-    state_dict["pos_embed"] = position_embedding(parse_config(fields))
+    state_dict["pos_embed"] = position_embedding(DiTConfig.of(fields))
     return state_dict, fields
 
 

@@ -8,9 +8,9 @@ import math
 
 from torch import Tensor
 
-from checkpoints.record import parse_config
 from layouts import FLASH_ATTENTION_NAMES
 from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
+from parts import Part
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -73,7 +73,7 @@ def infer_config(
     known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
     if "num_heads" not in known:
         raise ValueError(f"num_heads: is required, because no preset has width {hidden_size}")
-    return parse_config(known)
+    return DiTConfig.of(known)
 
 
 def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
@@ -116,11 +116,14 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     converted to the layout of the official DiT. Raises ValueError for a model that no published
     code can compute.
     """
-    plain = DiTConfig(depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1)
+    alpha = config.router_options.get("aux_loss_alpha", 0.0)  # of no effect on the function
+    router = Part("topk", {"aux_loss_alpha": alpha})
+    plain = DiTConfig(
+        depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1, router=router
+    )
     for name in (
         "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps", "rope",
-        "absolute_positions", "dense_mlp_type", "router_options", "mlp_type", "sparse_layers",
-        "conditions",
+        "absolute_positions", "dense_mlp_type", "mlp_type", "sparse_layers", "conditions",
     ):  # fmt: skip
         if (got := getattr(config, name)) != (expected := getattr(plain, name)):
             raise ValueError(f"{name}: got {got}, expected {expected} as in the published code")

@@ -17,6 +17,7 @@ from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
 from parts import Size, complete_options, convert
 from runtime.files import parse_json
+from settings import nested
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names
@@ -73,12 +74,12 @@ class Record:
         Weights from other code have few settings except the model's.
         `expert_backend` is omitted, because it does not affect the function of the model.
         """
-        model = {k: v for k, v in self.config.flat().items() if k != "expert_backend"}
-        options = {f"objective_{name}": value for name, value in self.objective_options.items()}
+        model = {k: v for k, v in nested(self.config).items() if k != "expert_backend"}
+        objective = self.objective and {self.objective: self.objective_options}
         typed = {
             "model": {"model": self.model, **model},
             "data": {"image_size": self.image_size, "vae_path": self.vae_path},
-            "step": {"objective": self.objective, **options},
+            "step": {"objective": objective},
         }
         joined = {name: typed.get(name, {}) | self.settings.get(name, {})
                   for name in (typed | self.settings)}  # fmt: skip
@@ -94,32 +95,34 @@ class Record:
         return known | {"config": self.sections()}
 
     @classmethod
-    def of_weights(cls, config: dict[str, Any], facts: dict[str, Any]) -> "Record":
-        """Builds the record of weights from other code: fields of DiTConfig, and of Record."""
-        facts = dict(facts)
-        options = facts.pop("objective_options", {}).items()
-        sections: dict[str, dict[str, Any]] = {"model": dict(config), "data": {}, "step": {}}
-        for name, section in TYPED.items():
-            sections[section][name] = facts.pop(name, None)
-        sections["step"] |= {f"objective_{name}": value for name, value in options}
-        return cls.from_dict({**facts, "config": sections})
-
-    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
         """Builds a record from the result of `to_dict`. Raises ValueError for a wrong field."""
-        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+        sections = values.get("config") if isinstance(values, dict) else None
+        if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
-        sections = values["config"]
         if not all(isinstance(section, dict) for section in sections.values()):
             raise ValueError("config: got no sections, expected the sections of a config.yaml")
         settings, facts = {k: dict(s) for k, s in sections.items()}, dict(values)
         facts |= {name: settings[section].pop(name, None)
                   for name, section in TYPED.items() if section in settings}  # fmt: skip
-        step = settings.get("step", {})
-        options = {name for name in step if name.startswith("objective_")}
-        facts["objective_options"] = {n.removeprefix("objective_"): step.pop(n) for n in options}
-        facts["config"] = config = parse_config(settings.pop("model"))
+        step, objective = settings.get("step", {}), facts.get("objective")
+        # The options stood beside the name until version 0.2: {"objective": ..., "objective_mean"}.
+        beside = [name for name in step if name.startswith("objective_")]
+        options = {name.removeprefix("objective_"): step.pop(name) for name in beside}
+        if isinstance(objective, dict) and len(objective) == 1:
+            ((facts["objective"], options),) = objective.items()
+        facts["objective_options"] = options
+        model = settings.pop("model")
         facts["settings"] = {name: section for name, section in settings.items() if section}
+        return cls.of_weights(model, {k: v for k, v in facts.items() if k != "config"})
+
+    @classmethod
+    def of_weights(cls, fields: dict[str, Any] | DiTConfig, facts: dict[str, Any]) -> "Record":
+        """Builds a record from the fields of the model, nested or flat, and known facts.
+
+        Raises ValueError for a wrong field.
+        """
+        config = fields if isinstance(fields, DiTConfig) else DiTConfig.of(fields)
         facts = {name: value for name, value in facts.items() if value is not None}
         hints = get_type_hints(cls)
         for name, value in facts.items():
@@ -139,7 +142,7 @@ class Record:
             raise ValueError(f"model: got {facts['model']!r:.80}, expected a name such as DiT-S/2")
         if not isinstance((facts.get("initialized_from") or {"path": ""}).get("path"), str):
             raise ValueError("initialized_from: got no path, expected one")
-        return cls(**facts)
+        return cls(config=config, **facts)
 
     def to_metadata(self) -> dict[str, str]:
         return {METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, default=str)}
@@ -153,15 +156,3 @@ class Record:
 def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns the settings of all sections by name."""
     return {name: value for section in sections.values() for name, value in section.items()}
-
-
-def parse_config(values: dict[str, Any]) -> DiTConfig:
-    """Builds a DiTConfig from stored fields. Raises ValueError for unknown or invalid fields."""
-    if not isinstance(values, dict):
-        raise ValueError(f"config: got a {type(values).__name__}, expected the fields of a model")
-    values = {name: value for name, value in values.items() if value is not None}
-    try:
-        return DiTConfig.from_flat(values)
-    except TypeError:
-        unknown = sorted(map(str, values.keys() - {f.name for f in fields(DiTConfig)}))
-        raise ValueError(f"config: got {unknown!s:.80}, expected fields of DiTConfig") from None

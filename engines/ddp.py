@@ -306,8 +306,11 @@ class DDPEngine:
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         self.find_spikes.load_state_dict(state["spikes"])
-        stored = averages_of(folder)  # a branch may have other EMAs, or another order
+        stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
         for number, ema in enumerate(self.emas):
+            if stored and ema.name not in stored:
+                ema.start(self.shards)
+                continue
             path = stored.get(ema.name, folder / ema_file(ema.name, is_first=not number))
             with (
                 open_safetensors(path) as file,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
+from checkpoints.checkpoint import averages_of
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -178,7 +179,7 @@ class DeepSpeedEngine:
         Raises UserError, on all processes, if a file is damaged.
         """
         self.dist.run_on_all(lambda: self.read_state(folder))
-        self.dist.run_on_all(lambda: self.load_ema(folder / MODEL_FILE))
+        self.dist.run_on_all(lambda: self.load_ema(folder))
         zero.publish_masters(self.engine.optimizer)
 
     def read_state(self, folder: Path) -> None:
@@ -237,16 +238,20 @@ class DeepSpeedEngine:
                 shards.scatter(name, whole, partitions)
         return result
 
-    def load_ema(self, path: Path) -> None:
+    def load_ema(self, folder: Path) -> None:
         """Reads the EMA and the buffers, one tensor at a time."""
-        shards = self.shards
+        shards, stored = self.shards, averages_of(folder)
+        path, is_new = stored.get(self.ema.name, folder / MODEL_FILE), False
+        if stored and self.ema.name not in stored:
+            self.ema.start(shards.masters)
+            is_new = True
         with (
             open_safetensors(path) as file,
             as_user_error(path, "damaged, or of a different model"),
         ):
             for name, buffer in shards.buffers.items():
                 buffer.copy_(file.get_tensor(name))
-            for name in shards.shapes:
+            for name in () if is_new else shards.shapes:
                 shards.scatter(name, file.get_tensor(name), self.ema.averages)
 
 

@@ -38,7 +38,6 @@ from engines.initial import allocate, build_empty, draw_initial_weights
 from engines.state import Place, shard_dim, shard_place
 from models import DiT
 from moe import Experts
-from routers import ROUTERS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
@@ -259,7 +258,7 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
     experts = config.model.num_experts
     if spread > max(1, experts):
         raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
-    return Layout(size // spread, spread, ROUTERS[config.model.router].extra_experts)
+    return Layout(size // spread, spread, config.model.experts_per_layer - config.model.num_experts)
 
 
 def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:

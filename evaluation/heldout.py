@@ -18,7 +18,7 @@ from diffusion import Objective, PerImageNoise
 from latents.autoencoder import Autoencoder
 from latents.cache import check_networks, open_data, read_settings
 from latents.loading import collate, evenly_spaced, split
-from latents.sources import Batch, Source
+from latents.sources import Batch, Source, same_images
 from models import DiT
 from parts import Size, convert
 from runtime.errors import UserError
@@ -118,7 +118,7 @@ def open_held_out(
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
-    if not (share and images.fingerprint == record.images):
+    if not (share and same_images(images.fingerprint, record.images)):
         return images, None, facts
     _, indices = split(images, share)
     path = pipeline.checkpoint.path

@@ -82,7 +82,7 @@ class CacheSettings:
                 object.__setattr__(self, name, convert(getattr(self, name), hint))
         with reported_as("listing", ValueError):
             counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
-            convert(self.listing.get("sha256"), str)
+            convert(self.listing.get("names", self.listing.get("sha256")), str)
         if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
             raise ValueError("got a size or a number below 1")
         if self.num_shards > MAX_SHARDS:

@@ -1,33 +1,38 @@
 """Flags of the scripts that read images and an autoencoder."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from parts import Size
-from runtime.flags import flag, free
+from runtime.flags import flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    data_path: str | None = free(
+    change: ClassVar = "how"  # images may move; what decides the result says so, see `change_of`
+
+    data_path: str | None = flag(
         None, group="data",
         help="images: a folder with one sub-folder per class, or of images without classes; "
         "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
     )  # fmt: skip
-    vae_path: str | None = free(
+    vae_path: str | None = flag(
         None,
         help="autoencoder or pipeline: a folder in diffusers' format, or a hub id; or pixels, to "
         "train without an autoencoder, with the settings of config/recipes/pixels.yaml (default: "
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = flag(
-        None, ge=1,
+        None, ge=1, change="result",
         help="pixels per side of a square, or height and width (default: 256, or the size of "
         "cached latents)",
     )  # fmt: skip
     flip: bool = flag(
-        True, help="also use mirrored images; pass False if left and right have a meaning"
+        True,
+        change="result",
+        help="also use mirrored images; pass False if left and right have a meaning",
     )
-    num_workers: int | None = free(
+    num_workers: int | None = flag(
         None, ge=0,
         help="worker processes per rank that read images, at most the rank's share of the cores "
         "(default: 4 with a GPU, 0 without, because training then needs all cores)",

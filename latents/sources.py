@@ -46,6 +46,7 @@ from parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.files import open_untrusted
 
+SIZES_READ = 1000  # images whose sizes are part of the fingerprint
 MAX_LABEL_BYTES = 1000  # largest .cls file
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
@@ -90,9 +91,16 @@ class Source(Protocol):
         """
 
 
+def same_images(one: dict | None, other: dict | None) -> bool:
+    """Returns whether two fingerprints are equal in what both of them have."""
+    one, other = one or {}, other or {}
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
 def images_name(fingerprint: dict) -> str:
-    """Returns a short name of a fingerprint for errors, such as "131 images (e4cefcfb8781)"."""
-    return f"{fingerprint.get('count')} images ({fingerprint.get('sha256')!s:.12})"
+    """Returns a short name of a fingerprint for errors: "131 images (e4cefcfb, 87819fd0)"."""
+    digests = [value[:8] for value in fingerprint.values() if isinstance(value, str)]
+    return f"{fingerprint.get('count')} images ({', '.join(digests)})"
 
 
 class ImageSource(Dataset):
@@ -140,12 +148,16 @@ class ImageSource(Dataset):
 
     @cached_property
     def fingerprint(self) -> dict:
-        """Fingerprint: the number of images, and a hash of names below `root`, sizes and labels."""
+        """Fingerprint: the numbers of images and classes, a digest of labels and names below
+        `root`, and a digest of the sizes of 1000 images that the first digest chooses."""
         sha = hashlib.sha256()
         for index, label in enumerate(self.labels):
-            name = os.fsencode(self.name(index).removeprefix(self.root))
-            sha.update(b"%b\0%d\0%d\n" % (name, self.num_bytes(index), label))
-        return {"count": len(self), "sha256": sha.hexdigest()}
+            sha.update(b"%b\0%d\n" % (os.fsencode(self.name(index).removeprefix(self.root)), label))
+        draw = np.random.default_rng([*sha.digest()])
+        some = draw.choice(len(self), min(len(self), SIZES_READ), replace=False)
+        sizes = hashlib.sha256(str([self.num_bytes(index) for index in some]).encode())
+        return {"count": len(self), "classes": len(self.classes), "names": sha.hexdigest(),
+                "sizes": sizes.hexdigest()}  # fmt: skip
 
     def num_bytes(self, index: int) -> int:
         """Returns the stored size of an image; -1 if it is unknown without reading the image."""

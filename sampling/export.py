@@ -10,13 +10,13 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.published import to_published
-from checkpoints.record import settings_of
 from checkpoints.weights import write_pickle
 from costs import count_macs, count_parameters
 from diffusion import OBJECTIVES
 from latents.autoencoder import PIXELS
 from parts import options_of
 from runtime.errors import printable
+from settings import nested
 
 ROOT = Path(__file__).parent.parent
 PRIVATE = re.compile(  # settings with paths or names of the user
@@ -83,7 +83,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
-    model = {k: v for k, v in checkpoint.config.flat().items() if k != "expert_backend"}
+    model = {k: v for k, v in nested(checkpoint.config).items() if k != "expert_backend"}
     with torch.device("meta"):
         transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
@@ -101,8 +101,8 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 # Matches imports from this repository: (indentation, module, first imported name).
 OWN_IMPORT = re.compile(
-    r"^( *)from ((?:conditions|cpu|models|moe|layouts|parts|routers|moe_kernels|diffusion|runtime|"
-    r"latents|sampling)\b[\w.]*)"
+    r"^( *)from ((?:conditions|cpu|models|moe|layouts|parts|routers|settings|moe_kernels|diffusion|"
+    r"runtime|latents|sampling)\b[\w.]*)"
     r" import (\w*)",
     re.MULTILINE,
 )
@@ -178,7 +178,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         "classes": config.num_classes,
         "class names": ", ".join(names[:20]) + ", ..." * (len(names) > 20) or "not recorded",
         "steps trained": record.step or "not recorded",
-        **settings_of(record.settings),
+        **{name: v for one in record.settings.values() for name, v in one.items()},
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"

@@ -24,6 +24,7 @@ from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
+from settings import flat
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
@@ -168,7 +169,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     checkpoint = read_checkpoint(
         config.ckpt, hints, ema=config.ema, quantize=config.quantize, **changes
     )
-    model, values = checkpoint.config, checkpoint.config.flat()
+    model, values = checkpoint.config, flat(checkpoint.config)
     for name in options:
         if not model.num_experts or name not in values:
             kind = f"a model with router {model.router}" if model.num_experts else "a dense model"

@@ -14,12 +14,13 @@ ALLOWED_IMPORTS = {
     "layouts": "",
     "recomputation": "",
     "moe_kernels": "cpu",
+    "settings": "parts",
     "routers": "parts",
     "moe": "moe_kernels parts routers",
-    "models": "conditions cpu layouts moe parts recomputation routers",
-    "costs": "cpu models",
+    "models": "conditions cpu layouts moe parts recomputation routers settings",
+    "costs": "cpu models parts",
     "diffusion": "parts",
-    "runtime": "parts",
+    "runtime": "parts settings",
 }
 for module in ("latents", "checkpoints", "sampling", "evaluation", "training", "engines"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)  # all modules listed before this one
@@ -27,8 +28,8 @@ ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 for module in ("benchmarks", "experiments"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)
 PURE = (
-    "models", "costs", "conditions", "moe", "layouts", "parts", "recomputation", "routers",
-    "moe_kernels", "diffusion",
+    "models", "costs", "conditions", "moe", "layouts", "parts", "settings", "recomputation",
+    "routers", "moe_kernels", "diffusion",
 )  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 

@@ -124,9 +124,11 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     torch.manual_seed(1)
     batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
     batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
-    config = resolve({"precision": "fp32", "ema_decay": (0.9,)}, DDPFlags)
+    given = {"precision": "fp32", "ema_decay": (0.9,), "auxiliary": {name: part.option_values()},
+             "objective": "rectified_flow"}  # fmt: skip
+    config = resolve(given, DDPFlags)
     config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
-                     auxiliary=(part,), shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
+                     shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
     engine = DDPEngine(ALONE, config, None)
     for weight in engine.parameters.values():  # gates initialised to zero would hide errors
         weight.data += 0.1 * torch.randn_like(weight)
@@ -185,7 +187,7 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
     run, last = only_run(tmp_path / "whole"), step_folder(tmp_path / "whole", 3)
     assert_same_state(step_folder(tmp_path / "half", 3), last)
     assert {*EVERY, "val_loss"} <= rows(tmp_path / "whole")[-1].keys()
-    assert "auxiliary_contrastive_weight: 0.1" in (run / "config.yaml").read_text()
+    assert "{contrastive: {weight: 0.1}}" in (run / "config.yaml").read_text()
     weights = load_file(last / "model.safetensors")
     assert weights.keys() == load_model(run).state_dict().keys()
     (state,) = (last / "state").iterdir()
@@ -193,10 +195,13 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
     assert len(moved) == 6 + 4  # the projection layers of repa and sra
 
     branch = flags(tmp_path / "without", "--resume", str(last), **{"max-steps": 4})
-    call_main("train.py", *branch, *asked[-4:])
+    call_main("train.py", *branch, "--auxiliary", *asked[-4:])
+    assert "repa" not in rows(tmp_path / "without")[-1]
     branch = flags(tmp_path / "with", "--resume", str(step_folder(tmp_path / "without", 4)))
     call_main("train.py", *branch, *asked, "--max-steps", "5")
     assert "repa" in rows(tmp_path / "with")[-1]
+    log = (only_run(tmp_path / "with") / "log.txt").read_text()
+    assert "note: auxiliary loss repa starts with new weights" in log
     branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
     line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
     assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line

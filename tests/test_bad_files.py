@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import get_type_hints
 
@@ -16,17 +15,17 @@ from conftest import TINY_MODEL, expect_error
 from safetensors.torch import save_file
 
 from checkpoints import Record, load_model, save_model
-from checkpoints.record import parse_config
 from latents.autoencoder import open_autoencoder
 from latents.cache import open_data
 from models import DiT, DiTConfig
 from runtime.errors import UserError
 from runtime.files import read_json
+from settings import nested
 
 REFERENCE = Path(__file__).parent / "reference" / "dit_moe_flash.pt"
 MODEL = DiT(**TINY_MODEL)
 WEIGHTS = MODEL.state_dict()
-CONFIG = asdict(MODEL.config)
+CONFIG = nested(MODEL.config)
 POS_EMBED = WEIGHTS["pos_embed"]
 
 
@@ -178,7 +177,7 @@ def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
     assert {"depth", "input_size", "num_classes", "dense_mlp_ratio"} <= set(numbers)
     for name in numbers:
         with pytest.raises(ValueError, match="2000000000"):
-            parse_config({**CONFIG, name: 2_000_000_000})
+            DiTConfig.of({**CONFIG, name: 2_000_000_000})
 
 
 def test_the_gadget_executes_when_torch_loads_it_without_protection(tmp_path):

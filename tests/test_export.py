@@ -34,6 +34,7 @@ from checkpoints.adapting import upcycled_config
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
 from sampling.export import model_card
+from settings import nested
 
 NAMES = ("ape", "bee", "cat", "dog")
 DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)
@@ -259,8 +260,8 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
 def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
     images = []
     for classes, labels in ((1, ()), (1, ([0],)), (2, ())):
-        dit = randomised(**DENSE, num_classes=classes).config.flat()
-        transformer = DiTMoETransformer(dit, {"objective": "rectified_flow"})
+        dit = randomised(**DENSE, num_classes=classes).config
+        transformer = DiTMoETransformer(nested(dit), {"objective": "rectified_flow"})
         pipeline = DiTMoEPipeline(transformer, AutoencoderKL.from_pretrained(tiny_vae))
         required = pytest.raises(UserError, match="class_labels: got None")
         with required if classes > 1 else contextlib.nullcontext():
@@ -276,7 +277,7 @@ def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path
         objective="rectified_flow", objective_options={"shift": 3.0},
     )  # fmt: skip
     for path, flags, message in (
-        (upcycled, ("--format", "published"), "router_options: got"),
+        (upcycled, ("--format", "published"), "router: got"),
         (rotary, ("--format", "published"), "rope: got True"),
         (trained["mean_flow"], ("--format", "published"), "objective: got mean_flow, expected"),
         (wide, ("--format", "published"), "input_size: got (8, 32), expected a square"),

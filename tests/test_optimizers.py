@@ -1,7 +1,5 @@
 """Muon compared with a loop over matrices, AdamW, learning rate schedules, and EMAs."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
@@ -11,11 +9,10 @@ from torch import nn
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
-from training.config import StepConfig
 from training.ema import ExponentialEMA, PowerEMA
 from training.optimizers import AdamW, Muon
 from training.rebuilding import snapshots_of
-from training.schedule import rate_factor
+from training.schedule import SCHEDULES, rate_factor
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
@@ -93,14 +90,13 @@ def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
 
 
 def test_the_linear_schedule_falls_from_the_warm_up_to_zero():
-    config = StepConfig(lr_schedule="linear", warmup_steps=2)
-    rates = [rate_factor(config, done, 6) for done in range(1, 7)]
+    rates = [rate_factor(SCHEDULES["linear"](), 2, done, 6) for done in range(1, 7)]
     assert rates == pytest.approx([1 / 2, 1, 3 / 4, 1 / 2, 1 / 4, 0])
 
 
 def test_the_trapezoid_schedule_is_constant_and_then_falls_to_zero():
-    config = StepConfig(lr_schedule="trapezoid", warmup_steps=10, decay_share=0.25)
-    rates = [rate_factor(config, done, 100) for done in range(1, 101)]
+    schedule = SCHEDULES["trapezoid"](decay_share=0.25)
+    rates = [rate_factor(schedule, 10, done, 100) for done in range(1, 101)]
     assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert set(rates[10:75]) == {1.0}
     assert rates[75:] == pytest.approx([1 - step / 25 for step in range(1, 26)])
@@ -108,10 +104,11 @@ def test_the_trapezoid_schedule_is_constant_and_then_falls_to_zero():
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
 def test_a_learning_rate_schedule_ends_at_lr_floor(schedule, capsys):
-    config = StepConfig(lr_schedule=schedule, lr_floor=0.1)
-    rates = [rate_factor(config, done, 100) for done in range(1, 101)]
+    rates, free = (
+        [rate_factor(SCHEDULES[schedule](lr_floor=floor), 0, done, 100) for done in range(1, 101)]
+        for floor in (0.1, 0.0)
+    )
     assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
-    free = [rate_factor(replace(config, lr_floor=0.0), done, 100) for done in range(1, 101)]
     assert rates == pytest.approx([0.1 + 0.9 * rate for rate in free])
     constant = "train.py", "--lr-floor=0.1"
     assert "--lr-floor: has no effect without --lr-schedule" in expect_error(capsys, *constant)
@@ -223,7 +220,7 @@ def test_a_branch_continues_each_ema_by_name(runs, train_flags, tmp_path):
         assert (got - want).norm() < 0.5 * (got - wrong).norm()
     call_main("train.py", *train_flags(tmp_path / "new", **common), "--ema-decay", "0.5")
     log = (only_run(tmp_path / "new") / "log.txt").read_text()
-    assert f"note: EMA 0.5 starts from the average 0.999 of {source}" in log
+    assert f"note: EMA 0.5 starts from the weights: {source} does not have it" in log
 
 
 def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(runs, capsys):

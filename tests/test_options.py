@@ -15,11 +15,12 @@ import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
 from engines.flags import DDPFlags
-from parts import Component, Option, make_component, option
+from parts import Component, Option, Part, option
 from runtime.errors import UserError, run_main
-from runtime.flags import flag, flags_of, layered, parse_config, parse_flags
+from runtime.flags import flag, parse_config, parse_flags, read_values
+from settings import flags_of
 from train import run
-from training.config import RECIPES, resolve, training_flags
+from training.config import RECIPES, override, resolve, training_flags
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",
@@ -119,7 +120,7 @@ class Example:
     count: int = flag(3, ge=1, help="a number", group="numbers")
     the_scale: float | None = flag(None, ge=0, help="another")
     wide: bool = flag(False, help="on or off")
-    names: tuple[str, ...] = flag((), help="some", binds="free")
+    names: tuple[str, ...] = flag((), help="some")
 
 
 def test_a_config_dataclass_is_parsed_from_a_command_line():
@@ -190,9 +191,9 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         config = resolve(module.parse_args(), DDPFlags)
     assert config.step.lr == 2e-3 and config.optimizer.betas == (0.9, 0.95)
     assert config.model.router_options["scale"] == 2.5
-    assert config.step.objective == "rectified_flow"
+    assert config.step.objective.name == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
-        assert resolve(module.parse_args(), DDPFlags).model.router == "race"
+        assert resolve(module.parse_args(), DDPFlags).model.router.name == "race"
     with command_line("train.py", ("--config", recipe, "--num_experts", "0")) as module:
         dense = resolve(module.parse_args(), DDPFlags)
         assert "dense" in dense.name
@@ -219,7 +220,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     recipe.write_text("# Starts with a marker.\n---\nrf: true\nobjective-mean: -0.4\n")
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
         with command_line("train.py", ("--config", recipe, *words)) as module:
-            assert resolve(module.parse_args(), DDPFlags).step.objective == objective
+            assert resolve(module.parse_args(), DDPFlags).step.objective.name == objective
     for text, words in (
         ("learning: 1", "--learning: unknown flag"),
         ("config: x", "got the key config"),
@@ -257,33 +258,47 @@ def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
 
 def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_stored_settings():
     flags = training_flags(DDPFlags)
-    for base, top in (
-        ({"shard": True, "reshard_after_forward": False, "expert_parallel": 2}, {"shard": False}),
-        ({"lr_schedule": "trapezoid", "decay_share": 0.3}, {"lr_schedule": "cosine"}),
-    ):
-        assert layered(base, top, flags) == top
-    kept = {"lr_schedule": "cosine", "lr_floor": 0.1}
-    assert layered(kept, {"lr_schedule": "linear"}, flags) == kept | {"lr_schedule": "linear"}
+    sharded = {"shard": True, "reshard_after_forward": False, "expert_parallel": 2}
+    assert override(sharded, {"shard": False}, flags) == {"shard": False}
+    trapezoid = read_values({"lr_schedule": "trapezoid", "decay_share": 0.3}, flags)
+    config = resolve(override(trapezoid, {"lr_schedule": Part("cosine")}, flags), DDPFlags)
+    assert config.step.lr_schedule == Part("cosine", {"lr_floor": 0.0})
+    kept = read_values({"lr_schedule": {"cosine": {"lr_floor": 0.1}}}, flags)
+    config = resolve(override(kept, {"lr_schedule": Part("cosine")}, flags), DDPFlags)
+    assert config.schedule.lr_floor == 0.1
 
 
 def test_options_of_several_components_are_set_by_component_name():
     class Weighted(Component):
         weight: float = option(1.0, help="of this loss", ge=0)
 
-    table = {"one": Weighted, "two": type("Two", (Weighted,), {})}
+    Config = losses_config({"one": Weighted, "two": type("Two", (Weighted,), {})})
+    words = ["--losses", "two", "one", "--losses-two-weight", "0.5"]
+    assert parse_config(Config, None, words).losses == (
+        Part("two", {"weight": 0.5}), Part("one", {"weight": 1.0}),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
+        parse_config(Config, None, ["--losses-two-weight", "-1"])
 
+    class One(Component):
+        loss_x: int = option(1, help="x")
+
+    class Other(Component):
+        x: int = option(1, help="x")
+
+    Clash = losses_config({"my": One, "my-loss": Other})
+    with pytest.raises(TypeError, match="losses_my_loss_x is a flag"):
+        flags_of((Clash,))
+
+
+def losses_config(table: dict[str, type]) -> type:
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        losses: tuple[str, ...] = flag(
+        losses: tuple[Part, ...] = flag(
             (), table=table, by_component=True, help="any number of them"
         )
 
-    flags = flags_of((Config,))
-    user_flags = parse_flags(flags, None, ["--losses", "two", "one", "--losses-two-weight", "0.5"])
-    assert user_flags == {"losses": ("two", "one"), "losses_two_weight": 0.5}
-    assert flags["losses_two_weight"].belongs_to == "losses_two"
-    with pytest.raises(UserError, match="--losses-two-weight: got -1.0"):
-        parse_flags(flags, None, ["--losses-two-weight", "-1"])
+    return Config
 
 
 def test_an_option_of_several_components_accepts_what_one_of_the_components_accepts():
@@ -297,14 +312,37 @@ def test_an_option_of_several_components_accepts_what_one_of_the_components_acce
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        side: str = flag("left", table={"left": Left, "right": Right}, help="side")
+        side: Part = flag(Part("left"), table={"left": Left, "right": Right}, help="side")
 
     flags = flags_of((Config,))
     assert parse_flags(flags, None, ["--side-to", "a", "--side-size", "20"])["side_to"] == "a"
     with pytest.raises(UserError, match="--side-size: got 0, expected an integer at least 1$"):
         parse_flags(flags, None, ["--side-size", "0"])
-    with pytest.raises(ValueError, match="side_to: got 'a', expected one of b, c"):
-        make_component(flags["side"].table, "side", "right", {"to": "a"})
+    with pytest.raises(UserError, match="--side-to: got 'a', expected one of b, c"):
+        parse_config(Config, None, ["--side", "right", "--side-to", "a"])
+
+
+def test_a_recipe_may_be_nested_or_flat():
+    """Words, as in a command, typed values of YAML and a stored config give equal settings."""
+    flags = training_flags(DDPFlags)
+    flat = {"router": "sigmoid", "router-scale": 2.5, "aux-loss-alpha": 0.1, "lr": 1e-3,
+            "ema-decay": [0.9, 0.99], "lr-schedule": "trapezoid", "decay-share": 0.5,
+            "auxiliary": ["sra"], "auxiliary-sra-weight": 0.3}  # fmt: skip
+    file = {
+        "model": {"router": {"sigmoid": {"scale": "2.5", "aux-loss-alpha": "0.1"}}},
+        "step": {"lr": "1e-3", "ema": [{"exponential": {"decay": "0.9"}}, {"exponential":
+                 {"decay": "0.99"}}], "lr_schedule": {"trapezoid": {"decay_share": "0.5"}}},
+        "auxiliary": {"sra": {"weight": "0.3"}},
+    }  # fmt: skip
+    configs = [resolve(values, DDPFlags) for values in (flat, file)]
+    stored = configs[0].sections()
+    configs.append(resolve(stored, DDPFlags))
+    for config in configs[1:]:
+        assert config.sections() == stored
+        assert [ema.name for ema in config.emas] == ["0.9", "0.99"]
+    assert stored["model"]["router"]["sigmoid"]["aux_loss_alpha"] == 0.1
+    choices = {name for name, flag in flags.items() if flag.field.table}
+    assert not choices & stored.keys()  # a mapping under such a name is a component
 
 
 def test_importing_train_imports_no_slow_packages():
@@ -321,7 +359,7 @@ def test_an_option_is_checked_at_most_twice_for_any_number_of_layers(monkeypatch
     def counted(one: Option, value, name=None) -> object:
         before = one.checked
         found = read(one, value, name)
-        counts[one.name.removeprefix(f"{one.belongs_to}_")] += one.checked is not before
+        counts[one.name] += one.checked is not before
         return found
 
     monkeypatch.setattr(Option, "read", counted)

@@ -31,7 +31,7 @@ from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
 from layouts import to_stacked_layout
-from models import DiT, DiTConfig
+from models import DiT
 from runtime.errors import UserError
 from sampling.config import SamplingConfig
 from sampling.pipeline import open_checkpoint
@@ -257,7 +257,7 @@ def test_router_flags_fill_gaps_of_a_file_and_cannot_contradict_a_file(tmp_path)
     config = SamplingConfig(ckpt=weights_path("dsmoe"), **hints("dsmoe"), router_scale=1.5)
     assert open_checkpoint(config).config.router_options["scale"] == 1.5
     options = dict(num_experts=4, router="sigmoid", router_scale=2.5)
-    model = DiT(DiTConfig.from_flat({**SMALL, **options}))
+    model = DiT(**SMALL, **options)
     path = save_checkpoint(model, tmp_path / "ours.safetensors")
     assert open_checkpoint(SamplingConfig(ckpt=path, router_scale=2.5))
     with pytest.raises(UserError, match="different model: router_scale: got 1.0, expected 2.5"):

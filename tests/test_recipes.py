@@ -81,7 +81,7 @@ def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name)
 def test_a_published_recipe_has_the_published_training_settings(name):
     config, training = config_of(name), preset_of(name)["training"]
     optimizer, step = config.optimizer, config.step
-    assert step.lr == training["lr"] and step.lr_schedule == "constant" and not step.warmup_steps
+    assert step.lr == training["lr"] and not step.warmup_steps
     assert list(optimizer.betas) == training["betas"]
     assert optimizer.weight_decay == training["weight_decay"]
     assert step.grad_clip == (training["clip_grad_norm"] or 0)

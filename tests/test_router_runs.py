@@ -107,7 +107,7 @@ def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained,
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
     call_main("export.py", "--ckpt", run, "--output", exported, "--samples", 0)
     got, want = load_model(exported), load_model(run)
-    assert got.config.router == name
+    assert got.config.router.name == name
     assert_same_values(got.state_dict(), want.state_dict())
     call_main("sample.py", "--ckpt", exported, *few, "--output", tmp_path / "grid.png")
     data = tmp_path / "experts.npz"
@@ -207,5 +207,7 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
     log = rows(tmp_path / "two")
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 2
     assert log[-1]["val_loss"] > 0
-    assert (settings["router"], settings["aux_loss_alpha"]) == ("mine", "0.001")
-    assert (settings["objective_clamp"], settings["optimizer_weight_decay"]) == ("0.1", "0.1")
+    (router,), step = settings["model"]["router"].items(), settings["step"]
+    assert router[0] == "mine" and router[1]["aux_loss_alpha"] == "0.001"
+    assert step["objective"]["flow_noise"]["clamp"] == "0.1"
+    assert step["optimizer"]["adafactor"]["weight_decay"] == "0.1"

@@ -17,28 +17,27 @@ import torch
 import yaml
 from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
 
-from checkpoints import MODEL_FILE, Record, read_record, step_folders
-from checkpoints.record import settings_of
+from checkpoints import MODEL_FILE, read_record, step_folders
 from engines.flags import DDPFlags
 from engines.state import STATE_FILES
 from latents.loading import BatchStream
 from runtime.errors import UserError
-from runtime.flags import read_values
-from training import loop, preview, setup, start
-from training.config import parse_training, resolve, training_flags
+from settings import differences
+from training import loop, preview, start
+from training.config import override, parse_training, resolve, training_flags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
     default_folder,
-    differences,
     enter_run_folder,
     lock_folder,
     named_run,
     newest_record,
-    stored_values,
+    stored_settings,
 )
 from training.saving import Saver
+from training.start import stored_config
 
 STATE_FILE = STATE_FILES.format(0)
 
@@ -79,49 +78,46 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-FLAGS = training_flags(DDPFlags)
-
-
 def folder_of(facts: dict | None = None, **changes) -> Path:
-    user_flags = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
-    return default_folder(resolve(user_flags, DDPFlags), user_flags, facts or {})
+    said = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
+    return default_folder(resolve(said, DDPFlags), facts or {})
 
 
 def test_run_folders_are_named_by_the_settings_that_cannot_change():
-    """A flag that repeats the default does not change the name either."""
+    """A flag that repeats the default does not change the name, nor does the order of flags."""
     assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, data_path="moved")
-    others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False}]
+    others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False},
+              {"aux_loss_alpha": 0.5}, {"ema_decay": [0.9, 0.99]}]  # fmt: skip
     assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
     assert folder_of({"zero": 2}) != folder_of()
+    flags = {"router": "sigmoid", "router_scale": 2, "ema_decay": [0.9], "ema_warmup": True}
+    assert folder_of(**flags) == folder_of(**dict(reversed(flags.items())))
 
 
 def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished, image_tree):
     """config.yaml is readable, works with --config, and equals the metadata of the weights."""
     path = finished / "run" / CONFIG_FILE
     sections, facts = yaml.safe_load_all(path.read_text())
-    stored = read_values(settings_of(sections), FLAGS) | facts
-    assert "\n  objective: rectified_flow\n" in path.read_text()
-    assert stored["image_size"] == 16 and stored["freeze"] == () and stored["depth"] == 2
-    assert stored["flip"] and stored["data_path"] == str(image_tree) and stored["lr"] == 1e-3
-    assert stored["objective_std"] == 1.0 and stored["optimizer_betas"] == (0.9, 0.999)
+    assert "\n  objective: {rectified_flow: {times: logit-normal" in path.read_text()
+    assert sections["step"]["ema"] == [{"exponential": {"decay": 0.9, "warmup": False}}]
+    assert sections["model"]["depth"] == 2 and sections["step"]["lr"] == 1e-3
+    assert sections["data"]["data_path"] == str(image_tree) and sections["data"]["flip"]
     record = read_record(step_folder(finished, 3))
-    stored, in_weights = (json.loads(json.dumps(v)) for v in (stored, stored_values(record, FLAGS)))
-    assert in_weights.pop("normalisation") == "shift 0.1 and scale 0.5"
-    assert not {"decay_share", "gpus", "rf", "config"} & stored.keys()
-    del stored["expert_backend"], stored["version"]  # not stored with weights
-    assert in_weights == {**stored, "vae_path": record.vae_path}
-
-
-def test_changed_latents_are_reported_with_the_flag_that_names_them():
-    found = differences({"latents_norm_sha256": "a"}, {"latents_norm_sha256": "b"}, FLAGS)
-    assert found == ["--latents-path: mean and standard deviation per channel: was a, is b"]
+    in_weights = json.loads(json.dumps(record.sections()))
+    assert str(record.norm) == "shift 0.1 and scale 0.5" == facts["normalisation"]
+    assert not {"dry_run", "gpus", "rf", "config"} & sections["run"].keys()
+    del sections["model"]["expert_backend"]  # not stored with weights
+    sections["data"]["vae_path"] = record.vae_path
+    assert in_weights == sections
+    assert facts["images"] == record.images and facts["script"] == record.facts["script"]
 
 
 def test_epochs_of_the_command_replace_the_steps_of_a_run_or_recipe(finished):
-    user_flags, *_ = named_run({"resume": str(finished / "run"), "epochs": 9}, FLAGS)
+    record, flags = read_record(step_folder(finished, 3)), training_flags(DDPFlags)
+    stored, _ = stored_settings(record, flags)
     recipe = str(ROOT / "config" / "recipes" / "diffmoe_s.yaml")
     recipe = parse_training(DDPFlags, None, ["--config", recipe, "--epochs", "9"])
-    for values in (user_flags, recipe):
+    for values in (override(stored, {"epochs": 9}, flags), recipe):
         assert values["epochs"] == 9 and "max_steps" not in values
 
 
@@ -132,13 +128,14 @@ def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, 
     assert only_run(tmp_path).name != "run"
     assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
     parsed = parse_training(DDPFlags, None, ["--config", str(recipe), "--router", "race"])
-    assert parsed["lr"] == 1e-3 and not {"run_name", "num_classes", "router_gating"} & parsed.keys()
+    assert parsed["lr"] == 1e-3 and parsed["router"].name == "race"
+    assert not {"run_name", "num_classes"} & parsed.keys()
 
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
 def test_a_run_name_cannot_leave_the_results_folder(name):
     with pytest.raises(UserError, match="--run-name: got"):
-        named_run({"run_name": name}, FLAGS)
+        named_run({"run_name": name})
 
 
 def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
@@ -147,37 +144,34 @@ def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_
 
 
 def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
-    """The settings of the newest checkpoint count. Omitting a flag that the run was started with is
-    also an error. A run whose config is damaged is rejected too.
+    """The settings of the newest checkpoint count, and an edited config.yaml does not. Omitting a
+    flag that the run was started with is also an error. With --resume, what a flag says changes,
+    except what shapes the state.
     """
     before, path = snapshot(copied), copied / "run" / CONFIG_FILE
-    by_its_folder = {"run-name": None, "resume": f"{copied / 'run'}/"}
-    for changes in ({}, by_its_folder):
-        line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3, **changes))
-        assert "--lr: was 0.001, is 0.002" in line and "--num-experts: was 2, is 3" in line
-        assert line.endswith("the same settings, or a new run (--run-name NEW, without --resume)")
+    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3))
+    assert "--lr: was 0.001, is 0.002" in line and "--num-experts: was 2, is 3" in line
+    assert line.endswith("the same settings, or a new run (--run-name NEW, without --resume)")
     assert "--lr: was 0.001, is 0.0001" in expect_error(
         capsys, "train.py", *flags(copied, lr=None), "--dry-run"
     )
-    text = path.read_text()
-    for damaged in ("step: {lr: 0.00", text.partition("\nrun:")[0], ""):
-        path.write_text(damaged)
-        assert f"{path}: damaged" in expect_error(capsys, "train.py", "--resume", copied / "run")
-    path.write_text(text)
-    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--num_experts", 0)
-    assert "--num-experts: was 2, is 0" in line
-    path.unlink()
-    for arguments in (flags(copied, lr=2e-3), ["--resume", copied / "run", "--lr", 2e-3]):
-        assert "--lr: was 0.001" in expect_error(capsys, "train.py", *arguments)
-    edited = before["run/config.yaml"].replace(b"lr: 0.001", b"lr: 0.002")
-    path.write_bytes(edited)
-    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--max-steps", 4)
+    resume = ["train.py", "--resume", f"{copied / 'run'}/"]
+    for changes in (["--num_experts", 0], ["--hidden-size", 64, "--lr", 2e-3], ["--router", "race"],
+                    ["--optimizer", "muon"], ["--objective", "flow_x"], ["--model", "DiT-S/2"],
+                    ["--freeze", "x_embedder"]):  # fmt: skip
+        line = expect_error(capsys, *resume, *changes)
+        assert f"{changes[0].replace('_', '-')}: was" in line and "--lr: was" not in line
+    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
     assert "--lr: was 0.001, is 0.002" in line
+    assert f"or --resume {copied / 'run'} with the flags that are to change" in line
     assert line.endswith(f"or a branch (--resume {step_folder(copied, 3)} --run-name NEW)")
-    path.write_bytes(before["run/config.yaml"])
     assert snapshot(copied) == before
+    path.write_text("step: {lr: 0.00")  # written for people
+    call_main(*resume, "--max-steps", 4)
+    assert steps_of(copied) == [1, 2, 3, 4] and "lr: 0.001" in path.read_text()
+    text = path.read_bytes()
     call_main("train.py", *flags(copied, **{"max-steps": 2}))  # a finished run keeps its config
-    assert path.read_bytes() == before["run/config.yaml"]
+    assert path.read_bytes() == text
 
 
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
@@ -212,41 +206,19 @@ def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
 
 def test_a_run_started_before_an_option_existed_resumes_with_the_default(finished):
     """A run of a version without an option had the default of the option."""
-    record = read_record(step_folder(finished, 3))
-    now = stored_values(record, FLAGS)
-    gone = ("rope", "objective_shift", "optimizer_betas", "ema_decay", "lr_schedule")
-    was = {name: value for name, value in now.items() if name not in gone}
-    assert differences(was, now, FLAGS) == ["--ema-decay: was [0.9999], is [0.9]"]
-    was["ema_decay"], now["objective_shift"] = (0.9,), 2.0
-    assert differences(was, now, FLAGS) == ["--objective-shift: was 1.0, is 2.0"]
+    record, flags = read_record(step_folder(finished, 3)), training_flags(DDPFlags)
+    del record.settings["step"]["optimizer"], record.settings["step"]["lr_schedule"]
+    record.settings["step"]["ema"] = [{"exponential": {}}]
+    now, _ = stored_config(read_record(step_folder(finished, 3)), DDPFlags)
+    was, notes = stored_config(record, DDPFlags)
+    found = [(name, a.value, b.value) for name, a, b in differences(was.step, now.step)]
+    assert found == [("ema_decay", [0.9999], [0.9])] and not notes
+    record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
+    (note,) = stored_settings(record, flags)[1]
+    assert "unknown settings" in note and "ema: exponential: gone, gone" in note
 
 
-def test_settings_that_this_version_does_not_know_are_noted(copied, flags, monkeypatch, capsys):
-    def read(folder: Path) -> Record:
-        record = read_record(folder)
-        record.settings["run"]["gone"] = 1
-        return record
-
-    monkeypatch.setattr(start, "read_record", read)
-    path = copied / "run" / CONFIG_FILE
-    path.write_text(path.read_text().replace("  ckpt_every:", "  ckpt_ever:"))
-    call_main("train.py", "--resume", copied / "run", "--max-steps", 4)
-    assert steps_of(copied) == [1, 2, 3, 4]
-    out = capsys.readouterr().out
-    assert "run: ignored unknown settings: ckpt_ever" in out
-    assert "0000003: ignored unknown settings: gone" in out
-
-
-def test_a_run_keeps_the_settings_and_latents_of_its_checkpoint(
-    copied, flags, tiny_vae, tmp_path, capsys
-):
-    """An edited config.yaml and an autoencoder with an edited scaling are rejected."""
-    path = copied / "run" / CONFIG_FILE
-    text = path.read_text()
-    path.write_text(text.replace("\n  lr: 0.001\n", "\n  lr: 0.002\n"))
-    line = expect_error(capsys, "train.py", "--resume", copied / "run", "--max-steps", 4)
-    assert "--lr: was 0.001, is 0.002" in line
-    path.write_text(text)
+def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
     line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
@@ -260,7 +232,9 @@ def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, 
     call_main("train.py", *flags(results, resume=best))
     shutil.rmtree(results / "run" / "checkpoints")
     capsys.readouterr()
-    call_main("train.py", *flags(results, resume=results / "run"))
+    line = expect_error(capsys, "train.py", *flags(results, resume=results / "run"))
+    assert "run the command that began it again" in line
+    call_main("train.py", *flags(results, resume=best))
     output = capsys.readouterr().out
     assert "no checkpoint yet: training starts at step 2" in output
     assert f"resumed from {best}" in output
@@ -375,7 +349,7 @@ def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
         shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
         return enter_run_folder(folder, *more)
 
-    monkeypatch.setattr(setup, "enter_run_folder", enter)
+    monkeypatch.setattr(start, "enter_run_folder", enter)
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
     assert "another process saved a checkpoint" in line
     assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
@@ -539,15 +513,11 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
 
 
 def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, capsys):
-    """A branch is also rejected if the source checkpoint lacks one of the EMAs."""
     before, run = snapshot(copied), copied / "run"
     for changes in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
         line = expect_error(capsys, "train.py", *flags(copied, resume=run, **changes))
         assert f"--resume {run}: " in line and "expected the same folder" in line
-    branch = {"resume": step_folder(copied, 2), "run-name": "new"}
-    arguments = [*flags(copied, **{**branch, "ema-decay": None}), "--ema-decay", 0.9, 0.5]
-    assert "--ema: got 0.5, expected an EMA that" in expect_error(capsys, "train.py", *arguments)
-    assert snapshot(copied) == before and not (copied / "new").exists()
+    assert snapshot(copied) == before
 
 
 def test_fine_tuning_and_branching_from_the_same_weights_are_separate_runs(copied, flags, capsys):

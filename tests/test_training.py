@@ -38,7 +38,6 @@ from torch.nn.utils import parameters_to_vector
 
 import training.step
 from checkpoints import load_model, read_record
-from checkpoints.record import settings_of
 from costs import count_macs
 from cpu import lacks_instructions
 from diffusion import OBJECTIVES, RectifiedFlow
@@ -87,7 +86,7 @@ def engine_of(
 ) -> DDPEngine:
     OPTIMIZERS["plain"] = Plain  # processes started by in_processes need this too
     user_flags = {"precision": precision, "ema_decay": (0.9,), "lr": 1e-3, **settings}
-    config = replace(resolve(user_flags, DDPFlags), model=DiTConfig(**{**TINY_MODEL, **model}))
+    config = replace(resolve(user_flags, DDPFlags), model=DiTConfig.of({**TINY_MODEL, **model}))
     return DDPEngine(dist, config, None)
 
 
@@ -505,8 +504,11 @@ def test_a_branch_keeps_the_optimizer_moments_and_uses_the_new_flags(finished, f
     changes = {"optimizer-weight-decay": 0.5, "lr": 0, "max-steps": 3, "precision": "bf16"}
     origin = step_folder(finished, 2)
     call_main("train.py", *flags(tmp_path, resume=origin, **changes))
-    settings = settings_of(read_record(step_folder(tmp_path, 3)).sections())
-    assert settings["optimizer_weight_decay"] == 0.5
+    step = read_record(step_folder(tmp_path, 3)).sections()["step"]
+    assert step["optimizer"]["adamw"]["weight_decay"] == 0.5 and step["lr"] == 0
+    changed = "--lr: was 0.001, is 0.0"
+    assert changed in rows(tmp_path)[0]["changed"]
+    assert changed in (only_run(tmp_path) / "log.txt").read_text()
     got, want = state_of(step_folder(tmp_path, 3)), state_of(origin)
     moments = [name for name in want if name.endswith("/exp_avg_sq")]
     assert all((got[name] >= 0.998 * want[name]).all() for name in moments)  # decay by 0.999

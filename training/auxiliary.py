@@ -122,10 +122,12 @@ class Repa(AuxiliaryLoss):
         gt=0, le=1,
     )  # fmt: skip
     width: int = option(
-        2048, help="width of the projector, three layers with SiLU", ge=1, binds="branch"
+        2048, help="width of the projector, three layers with SiLU", ge=1, change="state"
     )
     spatial: bool = option(
-        False, help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens"
+        False,
+        change="state",
+        help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens",
     )
     gamma: float = option(1.0, help="with spatial: fraction of the mean to subtract", ge=0, le=1)
 

@@ -1,96 +1,95 @@
 """The config of a run: nested frozen dataclasses, and the one function that builds it.
 
-    user_flags = parse_training(DDPFlags, __doc__)    # recipe and command
-    # record: metadata of the opened weights; facts: properties of the opened data
-    config = resolve(user_flags, DDPFlags, weights=record, data=facts)
+    said = parse_training(DDPFlags, __doc__)          # recipe and command
+    # weights: record of the opened weights; data: properties of the opened data
+    config = resolve(said, DDPFlags, weights=record, data=facts)
     config.sections()                                 # the content of config.yaml
 
 Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
-(--config) and the command. With --resume RUN, the stored settings of the run take the place of the
-first two. Each source overrides the sources before it. The opened data then determine settings
-such as num_classes. `DiTConfig` declares the fields of the model.
+(--config) and the command. With --resume, the stored settings of the run take the place of the
+first two. Each source overrides the sources before it (see settings.py). The opened data then
+determine settings such as num_classes. `DiTConfig` declares the fields of the model.
+
+What a resumed run may change follows from the class of a field, see `settings.change_of`.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import yaml
 
 from checkpoints import Record
-from checkpoints.record import settings_of
 from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Option, Size, make_component, options_of, sides
+from parts import Part, Size, make_component, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.files import open_untrusted, read_yaml
-from runtime.flags import (
-    Flags,
-    FlagValues,
-    flag,
-    flags_of,
-    free,
-    layered,
-    naming_flags,
-    of_command,
-    parse_flags,
-    read_values,
-    spelling,
-    with_effect,
-)
+from runtime.flags import flag, naming_flags, parse_flags, read_values
 from runtime.plugins import import_plugins, named_plugins
+from settings import (
+    Flags,
+    Layer,
+    build,
+    chosen,
+    flags_of,
+    flattened,
+    merge,
+    nested,
+    read,
+    spelling,
+)
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
-from training.ema import EMA, EMAS, make_emas
+from training.ema import EMA, EMAS
 from training.optimizers import OPTIMIZERS, Optimizer
+from training.schedule import SCHEDULES, Schedule
 
 RECIPES = Path(__file__).parent.parent / "config" / "recipes"
 # Fields of the model that the data determine; only the first one is a flag.
 DATA_FACTS = ("num_classes", "input_size", "in_channels")
+EPOCHS = 1400  # without --epochs and --max-steps
+ALTERNATIVES = (  # pairs of flags of which a command gives one
+    ("epochs", "max_steps"), ("latents_path", "data_path"), ("val_share", "val_path"),
+)  # fmt: skip
+SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
+PLANNING = ("gpus", "gpu_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig:
+    change: ClassVar = "state"
+
     model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
-    pretraining_tp: int = of_command(1, help="has no effect; published commands pass it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Settings of an optimizer step."""
+    """Settings of an optimizer step, which decide the result."""
 
-    objective: str = flag("gaussian", table=OBJECTIVES, help="training objective",
-                          binds="branch", group="optimisation")  # fmt: skip
-    rf: bool | None = of_command(None, help="published spelling of --objective rectified_flow")
-    auxiliary: tuple[str, ...] = flag(
+    change: ClassVar = "result"
+
+    objective: Part = flag(Part("gaussian"), table=OBJECTIVES, help="training objective",
+                           change="state", group="optimisation")  # fmt: skip
+    auxiliary: tuple[Part, ...] = flag(
         (),
         table=AUXILIARY_LOSSES,
         by_component=True,
         help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: str = flag("adamw", table=OPTIMIZERS, binds="branch", help="optimizer")
+    optimizer: Part = flag(Part("adamw"), table=OPTIMIZERS, change="state", help="optimizer")
     lr: float = flag(1e-4, ge=0, help="learning rate")
-    lr_schedule: str = flag(
-        "constant",
-        choices=("constant", "cosine", "linear", "trapezoid"),
+    lr_schedule: Part = flag(
+        Part("constant"), table=SCHEDULES,
         help="schedule after the warm-up: constant; cosine or linear, which decay to --lr-floor; "
         "or trapezoid, which is constant and decays over the last --decay-share of the steps",
-    )
-    decay_share: float = flag(
-        0.2, gt=0, le=1, needs=("lr_schedule", "trapezoid"),
-        help="fraction of the steps over which the trapezoid schedule decays",
-    )  # fmt: skip
-    lr_floor: float = flag(
-        0.0, ge=0, lt=1, metavar="FRACTION",
-        needs=("lr_schedule", "cosine", "linear", "trapezoid"),
-        help="final learning rate of a decaying schedule, as a fraction of --lr",
     )  # fmt: skip
     warmup_steps: int = flag(
         0, ge=0, help="steps over which the learning rate rises linearly to --lr"
@@ -101,11 +100,11 @@ class StepConfig:
         help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
         "steps; 0 for never",
     )  # fmt: skip
-    ema: tuple[str, ...] = flag(
-        ("exponential",), table=EMAS,
+    ema: tuple[Part, ...] = flag(
+        (Part("exponential"),), table=EMAS,
         help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
-    accum_iter: int = free(1, ge=1, help="micro-batches per optimizer step")
+    accum_iter: int = flag(1, ge=1, change="how", help="micro-batches per optimizer step")
     precision: str = flag(
         "bf16",
         choices=tuple(DTYPES),
@@ -115,18 +114,20 @@ class StepConfig:
         False,
         help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
     )
-    compile: bool = free(False, help="compile each block with torch.compile")
-    gradient_checkpointing: bool = free(
-        False, help="recompute each block in the backward pass instead of storing its activations"
-    )
-    selective_checkpointing: bool = free(
-        False, help="as --gradient-checkpointing, but store the outputs of attention and of experts"
-    )
+    compile: bool = flag(False, change="how", help="compile each block with torch.compile")
+    gradient_checkpointing: bool = flag(
+        False, change="how",
+        help="recompute each block in the backward pass instead of storing its activations",
+    )  # fmt: skip
+    selective_checkpointing: bool = flag(
+        False, change="how",
+        help="as --gradient-checkpointing, but store the outputs of attention and of experts",
+    )  # fmt: skip
     freeze: tuple[str, ...] = flag(
-        (), metavar="PATTERN", binds="branch",
+        (), metavar="PATTERN", change="state",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = flag(False, binds="branch", help="train only the routers")
+    train_router_only: bool = flag(False, change="state", help="train only the routers")
 
     @property
     def recomputed(self) -> str:
@@ -143,31 +144,30 @@ class StepConfig:
 class DataConfig(ImagesConfig):
     """Training images or latents, and held-out images."""
 
-    latents_path: str | None = free(
+    latents_path: str | None = flag(
         None,
-        needs=("data_path", None),
         help="folder of cached latents from cache_latents.py, in place of --data-path; the cache "
         "determines --image-size, and the autoencoder is used only for sample grids and for "
         "images of --val-path",
     )
     latents_norm: str = flag(
-        "autoencoder", choices=("autoencoder", "data"),
+        "autoencoder", choices=("autoencoder", "data"), change="result",
         help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
         "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
-    val_path: str | None = free(
+    val_path: str | None = flag(
         None,
         help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
         "logged, with fixed times and noise",
         group="held-out loss",
     )
     val_share: float = flag(
-        0.0, ge=0, lt=1, metavar="FRACTION", needs=("val_path", None),
+        0.0, ge=0, lt=1, metavar="FRACTION", change="result",
         help="in place of --val-path: fraction of the training images to hold out; the choice "
         "depends only on the images",
     )  # fmt: skip
-    val_images: int = free(1000, ge=1, help="number of held-out images to use")
-    val_times: str = free(
+    val_images: int = flag(1000, ge=1, help="number of held-out images to use")
+    val_times: str = flag(
         "uniform", choices=("uniform", "training"),
         help="distribution of the fixed times of the held-out loss: uniform, which makes runs "
         "comparable, or training, the distribution of the times in training",
@@ -176,96 +176,108 @@ class DataConfig(ImagesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Location, start, length and output of a run."""
+    """Location, start, length and output of a run: how and where it trains."""
 
-    config: str | None = of_command(
-        None, metavar="RECIPE", group="run",
+    change: ClassVar = "how"
+
+    config: str | None = flag(
+        None, metavar="RECIPE", group="run", change="command",
         help="YAML file whose keys are flags, such as a run's config.yaml; flags of the command "
         "override the file",
     )  # fmt: skip
-    plugin: tuple[str, ...] = of_command(
-        (), metavar="FILE.py",
+    plugin: tuple[str, ...] = flag(
+        (), metavar="FILE.py", change="command",
         help="Python files to import, which define components of your own, such as a router; a "
         "recipe cannot name them",
     )  # fmt: skip
-    results_dir: str = free("results", help="folder of the run folders")
-    run_name: str | None = free(
+    results_dir: str = flag("results", help="folder of the run folders")
+    run_name: str | None = flag(
         None,
         help="name of the run folder (default: model, objective and a digest of settings and data)",
     )
-    resume: str | None = free(
-        None,
-        needs=("finetune", None),
-        help="run folder to resume; no other flag is needed. A checkpoint (RUN/checkpoints/STEP) "
-        "starts a new run, a branch, from its weights, step and optimizer state",
+    rf: bool | None = flag(
+        None, change="command", help="published spelling of --objective rectified_flow"
     )
-    finetune: str | None = free(
+    pretraining_tp: int = flag(
+        1, change="command", help="has no effect; published commands pass it"
+    )
+    resume: str | None = flag(
+        None,
+        help="run folder to resume; no other flag is needed. A checkpoint (RUN/checkpoints/STEP) "
+        "with a --run-name starts a branch: a new run that goes on from there. Flags of the "
+        "command change what they say",
+    )
+    finetune: str | None = flag(
         None, metavar="WEIGHTS",
         help="path or hub id of the weights to start from: weights that this code saved, published "
         "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
         "conditions and image size may change",
     )  # fmt: skip
-    epochs: int = free(1400, ge=1, needs=("max_steps", None), help="passes over the images")
-    max_steps: int | None = free(None, ge=1, le=10**12, help="number of steps; excludes --epochs")
-    global_seed: int = flag(0, ge=0, help="seed of the random numbers in training")
-    deterministic: bool = free(
+    epochs: int | None = flag(
+        None, ge=1, help=f"passes over the images (default: {EPOCHS}, or --max-steps)"
+    )
+    max_steps: int | None = flag(None, ge=1, le=10**12, help="number of steps; excludes --epochs")
+    global_seed: int = flag(0, ge=0, change="result", help="seed of the random numbers in training")
+    deterministic: bool = flag(
         False,
         help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
         "number and kind of GPUs are then bit-identical (on a CPU, runs always are)",
     )
-    dry_run: bool = of_command(False, help="print model, parameters, memory and steps, and stop")
-    gpus: int | None = of_command(
+    dry_run: bool = flag(
+        False, change="command", help="print model, parameters, memory and steps, and stop"
+    )
+    gpus: int | None = flag(
         None,
         ge=1,
-        needs=("dry_run", True),
+        change="command",
         help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
-    gpus_per_node: int | None = free(
+    gpus_per_node: int | None = flag(
         None,
         ge=1,
         help="GPUs per node, for sharding (default: the launcher's value; without "
         "one, the number of processes, at most 8)",
     )
-    gpu_memory: float | None = of_command(
+    gpu_memory: float | None = flag(
         None,
         gt=0,
-        needs=("dry_run", True),
+        change="command",
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
-    log_every: int | None = free(
+    log_every: int | None = flag(
         None, ge=1,
         help="steps between log lines (default: the largest round number of steps that take at "
         "most ten seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
-    profile: int | None = free(
+    profile: int | None = flag(
         None, ge=1, metavar="STEPS",
         help="write a torch.profiler trace of STEPS steps, after the first three, to profile/ in "
         "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
-    val_every: int = free(1000, ge=1, help="steps between held-out losses")
-    ckpt_every: int = free(
+    val_every: int = flag(1000, ge=1, help="steps between held-out losses")
+    ckpt_every: int = flag(
         50_000, ge=1,
         help="steps between checkpoints that are kept; the last step is always saved",
     )  # fmt: skip
-    keep_last: int | None = free(
+    keep_last: int | None = flag(
         None, ge=1, metavar="N",
         help="keep only the N newest checkpoints of --ckpt-every (default: all)",
     )  # fmt: skip
-    save_minutes: float = free(
+    save_minutes: float = flag(
         15.0, ge=0,
         help="minutes between rolling checkpoints, each with a sample grid (0: no rolling "
         "checkpoints); each save replaces the previous rolling checkpoint; a crash loses at most "
         "about this much training",
     )  # fmt: skip
-    num_sample: int = free(16, ge=0, help="largest number of images in a sample grid; 0 for none")
-    sample_every: int = free(10_000, ge=1, help="steps between sample grids")
-    sample_cfg_scale: float = free(
+    num_sample: int = flag(16, ge=0, help="largest number of images in a sample grid; 0 for none")
+    sample_every: int = flag(10_000, ge=1, help="steps between sample grids")
+    sample_cfg_scale: float = flag(
         4.0, ge=0,
         help="guidance scale of the sample grids; always 1 if the objective trains with guidance, "
         "or if --class-dropout-prob is 0",
     )  # fmt: skip
-    wandb: str | None = free(
+    wandb: str | None = flag(
         None, metavar="PROJECT", help="also log to this project of Weights & Biases"
     )
 
@@ -290,15 +302,37 @@ class TrainConfig:
 
     preset: str  # such as DiT-S/2
     model: DiTConfig
-    objective: Objective
-    optimizer: Optimizer
-    emas: list[EMA]
-    auxiliary: tuple[AuxiliaryLoss, ...]
-    shapes: Shapes  # shapes of one image's tensors, by name; empty without data
     step: StepConfig
     data: DataConfig
     run: RunConfig
     engine: Any  # the flags of the engine's script
+    shapes: Shapes  # shapes of one image's tensors, by name; empty without data
+
+    @cached_property
+    def objective(self) -> Objective:
+        chosen = self.step.objective
+        return make_component(OBJECTIVES, "objective", chosen.name, chosen.options)
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        chosen = self.step.optimizer
+        return make_component(OPTIMIZERS, "optimizer", chosen.name, chosen.options)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        chosen = self.step.lr_schedule
+        return make_component(SCHEDULES, "lr_schedule", chosen.name, chosen.options)
+
+    @cached_property
+    def emas(self) -> list[EMA]:
+        return [make_component(EMAS, "ema", one.name, one.options) for one in self.step.ema]
+
+    @cached_property
+    def auxiliary(self) -> tuple[AuxiliaryLoss, ...]:
+        return tuple(
+            make_component(AUXILIARY_LOSSES, f"auxiliary_{one.name}", one.name, one.options)
+            for one in self.step.auxiliary
+        )
 
     @property
     def name(self) -> str:
@@ -306,61 +340,51 @@ class TrainConfig:
         experts = f"{self.model.num_experts}E{self.model.num_experts_per_tok}A"
         return f"{self.preset}-{experts if self.model.num_experts else 'dense'}"
 
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """Returns the settings by section and flag: the content of config.yaml.
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The config of each section of a file. Their names differ from the fields that name
+        components, because a mapping under such a field is a component."""
+        return {"model": self.model, "data": self.data, "step": self.step, "engine": self.engine,
+                "run": self.run}  # fmt: skip
 
-        Four kinds of flags are omitted: router flags of a dense model (see `DiTConfig.flat`); flags
-        without effect (see `Option.needs`); flags without a value; and flags that apply to one
-        command.
-        """
-        parts = {"objective": self.objective, "optimizer": self.optimizer}
-        parts |= {f"auxiliary_{one.name}": one for one in self.auxiliary}
-        options: dict[str, Any] = {}
-        for kind, part in parts.items():
-            options |= {f"{kind}_{name}": value for name, value in part.option_values().items()}
-        for ema in self.emas:  # there is one EMA for each combination of values
-            for name, value in ema.option_values().items():
-                values = options.setdefault(f"ema_{name}", [])
-                values += [value] if value not in values else []
-        preset = self.preset if self.preset in DiT_models else None  # weights may have any size
-        found = {
-            "model": {"model": preset, **self.model.flat()}, "data": vars(self.data),
-            "step": vars(self.step) | options, "engine": vars(self.engine), "run": vars(self.run),
-        }  # fmt: skip
-        flags = training_flags(type(self.engine))
-        stored = {
-            name for name, value in with_effect(settings_of(found), flags).items()
-            if value is not None and flags[name].binds != "command"
-        }  # fmt: skip
-        return {
-            section: {name: value for name, value in values.items() if name in stored}
-            for section, values in found.items()
-        }
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Returns the settings as config.yaml has them, see `settings.nested`."""
+        found = {name: nested(part) for name, part in self.parts.items()}
+        if self.preset in DiT_models:  # weights may have any size
+            found["model"] = {"model": self.preset, **found["model"]}
+        return found
 
     def total_steps(self, num_images: int, global_batch: int) -> int:
-        return self.run.max_steps or max(1, self.run.epochs * num_images // global_batch)
+        epochs = self.run.epochs or EPOCHS
+        return self.run.max_steps or max(1, epochs * num_images // global_batch)
 
 
-def training_flags(engine_flags: type) -> dict[str, Option]:
-    """Returns the flags of a training script.
+def training_flags(engine_flags: type) -> Flags:
+    """Returns the flags of a training script."""
+    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    return flags_of(kinds)
+
+
+def help_flags(engine_flags: type) -> Flags:
+    """Returns the flags of a command.
 
     The help text of a flag that the preset sets, such as --depth, shows the value in the default
     preset.
     """
-    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    flags, preset = flags_of(kinds), PresetConfig.model
+    flags, preset = dict(training_flags(engine_flags)), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
-        text = flags[name].help.partition(" (default")[0]
+        one = flags[name].field
+        text = one.help.partition(" (default")[0]
         help = f"{text} (default: the preset's, {size} for {preset})"
-        flags[name] = replace(flags[name], help=help)
-    return flags
+        flags[name] = replace(flags[name], field=replace(one, help=help))
+    return {name: flag for name, flag in flags.items() if name not in DATA_FACTS[1:]}
 
 
 def parse_training(
     engine_flags: type,
     description: str | None = None,
     arguments: Sequence[str] | Mapping[str, Any] | None = None,
-) -> FlagValues:
+) -> Layer:
     """Reads the flags of a training script; they override the recipe that --config names.
 
     If the recipe is the config.yaml of a run, the following are ignored: the facts after the line
@@ -370,52 +394,42 @@ def parse_training(
     """
     is_mapping = isinstance(arguments, Mapping)
     import_plugins(arguments.get("plugin", ()) if is_mapping else named_plugins(arguments))
-    flags = {k: v for k, v in training_flags(engine_flags).items() if k not in DATA_FACTS[1:]}
+    flags = help_flags(engine_flags)
     if is_mapping:
-        user_flags = read_values(arguments, flags)
+        command = read_values(arguments, flags)
     else:
-        user_flags = parse_flags(flags, description, arguments)
-    base: FlagValues = {}
-    if path := user_flags.get("config"):
+        command = parse_flags(flags, description, arguments)
+    recipe: Layer = {}
+    if path := command.get("config"):
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
             if not Path(path).exists():
                 recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
                 raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
             with open_untrusted(path) as file:
-                recipe, is_of_run = parse_yaml(file)
+                values, is_of_run = parse_yaml(file)
+            values = flattened(values, flags)
             for name in ("config", "plugin"):
-                if name in recipe:
+                if name in values:
                     raise ValueError(f"got the key {name}, which only a command can have")
             ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
-            base = read_values({k: v for k, v in recipe.items() if k not in ignored}, flags)
-            if is_of_run:  # older versions also stored flags without effect
-                base = with_effect(base, flags)
-    base = dense_or_sparse(base, user_flags, flags)
+            recipe = read_values({k: v for k, v in values.items() if k not in ignored}, flags)
+            with naming_flags(flags):
+                check_alternatives(recipe)
     with naming_flags(flags):
-        for values in (user_flags, base):
-            if "rf" in values:
-                values["objective"] = objective_named(values.get("objective"), values.pop("rf"))
-    return layered(base, user_flags, flags)
-
-
-def dense_or_sparse(base: FlagValues, top: FlagValues, flags: Flags) -> FlagValues:
-    """Returns the settings of a recipe or a run that still apply if `top` removes or adds experts.
-
-    A dense model has no router. The config.yaml of a dense run states that no block is sparse.
-    """
-    if top.get("num_experts") == 0:
-        return {k: v for k, v in base.items() if "router" not in (k, flags[k].belongs_to)}
-    if top.get("num_experts") and base.get("num_experts") == 0:
-        return {k: v for k, v in base.items() if k != "sparse_layers" or v}
-    return base
+        for layer in (command, recipe):
+            if (rf := layer.pop("rf", None)) is not None:
+                named = layer.get("objective")
+                name = objective_named(named and named.name, rf)
+                layer["objective"] = named or Part(name)
+        check_alternatives(command)
+        return override(recipe, command, flags)
 
 
 def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     """Reads a recipe or a config.yaml.
 
-    Returns the values by flag, as text, and whether the file is the config.yaml of a run. The flags
-    may be sorted into sections. A config.yaml has a second YAML document, the facts (see
-    `start.facts_of`). Raises ValueError for other content.
+    Returns the values, as text, and whether the file is the config.yaml of a run: such a file has a
+    second YAML document, the facts. Raises ValueError for other content.
     """
     expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:
@@ -425,119 +439,145 @@ def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     found = found or {}
     if not isinstance(found, dict):
         raise ValueError(f"got a {type(found).__name__}, expected {expected}")
-    sections = {k: v if isinstance(v, dict) else {k: v} for k, v in found.items()}
-    return settings_of(sections), bool(facts)
+    return found, bool(facts)
 
 
-def check_together(user_flags: FlagValues, known: FlagValues, flags: Flags) -> None:
-    """Raises UserError if the known settings of the run make a flag useless.
+def override(base: Layer, top: Layer, flags: Flags) -> Layer:
+    """Merges two layers; `top` also drops what it makes useless in `base`."""
+    gone = {b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if a in top}
+    if top.get("shard") is False:
+        gone |= {*SHARDING}
+    if top.get("num_experts") == 0:  # a dense model has no router
+        gone |= {"router"}
+    kept = {name: value for name, value in base.items() if flags[name].field.name not in gone}
+    return merge(kept, top, flags)
 
-    A flag that has its default value is accepted, except for options of components.
+
+def check_alternatives(said: Layer) -> None:
+    """Raises ValueError if a command or recipe gives two flags of which one is enough."""
+    for one, other in ALTERNATIVES:
+        if said.get(one) and said.get(other):
+            raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
+
+
+def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
+    """Raises ValueError for a flag without effect, unless it has its default value.
+
+    said: the recipe and the command
+    known: with the other settings of the run
+    `settings.build` checks the options of components.
     """
-    values = {name: one.default for name, one in flags.items()} | known
-    for name, value in user_flags.items():
-        one = flags[name]
-        if one.is_idle(values) and (one.belongs_to or value != one.default):
-            needed, *wanted = one.needs
-            why = f"cannot be combined with {spelling(needed)}"
-            if wanted != [None]:
-                why = f"has no effect without {spelling(needed)} {' or '.join(map(str, wanted))}"
-            if isinstance(chosen := values[needed], str) and one.belongs_to:
-                has = [
-                    k for k, o in flags.items() if o.belongs_to == needed and not o.is_idle(values)
-                ]
-                why += f"; {needed} {chosen} has {', '.join(map(spelling, has)) or 'no options'}"
-            raise UserError(f"{spelling(name)}: {why}")
+    for name, value in said.items():
+        is_default = value == flags[name].field.default
+        if name in PLANNING and not is_default and not known.get("dry_run"):
+            raise ValueError(f"{name}: has no effect without --dry-run True")
+        if name in SHARDING and not is_default and not known.get("shard"):
+            raise ValueError(f"{name}: has no effect without --shard True")
+        if flags[name].field.name == "router" and known.get("num_experts") == 0:
+            raise ValueError(f"{name}: given with a dense model, expected a model with experts")
 
 
 def resolve(
-    user_flags: FlagValues,
+    said: Mapping[str, Any],
     engine_flags: type,
     *,
+    stored: Layer | None = None,
     weights: Record | None = None,
     data: DataFacts | None = None,
 ) -> TrainConfig:
     """Builds the config from the flags of recipe and command.
 
-    The config starts from the preset or the weights, which the flags override. The data determine
-    the settings in `data_settings`.
+    The flags override the stored settings of a resumed run; or the model of the weights; or the
+    preset. The data determine the settings in `data_settings`.
 
-    weights: record of the weights that the run starts from, or None
+    said: flags of the recipe and the command
+    stored: settings of the run or checkpoint that --resume names, or None
+    weights: record of that checkpoint, or of the weights that the run starts from, or None
     data: facts of the opened data, or None
     Raises UserError, with a message that names the flag, if two flags contradict each other, or if
     a flag contradicts the weights or the data.
     """
     flags = training_flags(engine_flags)
-    base: FlagValues = {"model": user_flags.get("model", PresetConfig.model)}
+    said = read_values(said, flags)
     with naming_flags(flags):
-        if weights is None:
-            base |= DiT_models[base["model"]].keywords
+        preset = said.get("model", PresetConfig.model)
+        if stored is not None:
+            base = stored
+            preset = said.get("model", weights.model_name)
+        elif weights is not None:
+            base, preset = settings_of_weights(weights, flags), weights.model_name
         else:
-            before = weights.config
-            base |= {name: value for name, value in before.flat().items() if name not in DATA_FACTS}
-            if before.class_dropout_prob == default_dropout(before.conditions, before.num_classes):
-                del base["class_dropout_prob"]
-            if weights.objective is not None:
-                options = weights.objective_options.items()
-                base |= {"objective": weights.objective} | {f"objective_{k}": v for k, v in options}
-        known = layered(base, user_flags, flags)
-        routing = [name for name in user_flags if "router" in (name, flags[name].belongs_to)]
-        if routing and not known.get("num_experts", DiTConfig.num_experts):
-            raise ValueError(
-                f"{routing[0]}: given with a dense model, expected a model with experts"
-            )
-        check_together(user_flags, known, flags)
+            base = read(DiT_models[preset].keywords, flags)
+        known = override(base, said, flags)
+        check_effect(said, known, flags)
         known |= data_settings(known, data) if data else {}
-        words = known.get("conditions", DiTConfig.conditions)
-        words += OBJECTIVES[known.get("objective", StepConfig.objective)].conditions
-        known["conditions"] = words = tuple(dict.fromkeys(words))
-        dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
-        if weights and dropout < default_dropout(before.conditions, before.num_classes):
-            # The new model has nothing to drop, so the probability of the weights does not apply.
-            known["class_dropout_prob"] = user_flags.get("class_dropout_prob", dropout)
-        known.setdefault("class_dropout_prob", dropout)
+        if stored is None:
+            known = derived(known, weights, said, flags)
+        config = configure(known, engine_flags, preset, data and data.shapes or {})
+        check_components(config, data)
+        return config
 
-        fields = {name: value for name, value in known.items() if flags[name].owner is DiTConfig}
-        model = DiTConfig.from_flat(fields)
-        if weights is None and 0 < len(model.sparse_layers) < model.depth:
-            # A dense block is as wide as the experts that a token activates in a sparse block.
-            active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
-            model = replace(model, dense_mlp_ratio=fields.get("dense_mlp_ratio", active))
 
-        step, images, run, engine = (
-            cls(**{name: known[name] for name in options_of(cls) if name in known})
-            for cls in (StepConfig, DataConfig, RunConfig, engine_flags)
+def settings_of_weights(weights: Record, flags: Flags) -> Layer:
+    """Returns the model and the objective of weights, except what the data determine."""
+    before = weights.config
+    values = {name: value for name, value in nested(before).items() if name not in DATA_FACTS}
+    if before.class_dropout_prob == default_dropout(before.conditions, before.num_classes):
+        del values["class_dropout_prob"]
+    if weights.objective is not None:
+        values["objective"] = {weights.objective: weights.objective_options}
+    return read(values, flags)
+
+
+def derived(known: Layer, weights: Record | None, said: Layer, flags: Flags) -> Layer:
+    """Adds the settings of a new run whose defaults depend on several others."""
+    ((objective,), _) = chosen("objective", known, flags)
+    words = known.get("conditions", DiTConfig.conditions) + OBJECTIVES[objective.name].conditions
+    words = tuple(dict.fromkeys(words))
+    dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
+    before = weights and weights.config
+    if before and dropout < default_dropout(before.conditions, before.num_classes):
+        # The new model has nothing to drop, so the probability of the weights does not apply.
+        known["class_dropout_prob"] = said.get("class_dropout_prob", dropout)
+    known = {"class_dropout_prob": dropout} | known | {"conditions": words}
+    model = build(DiTConfig, without_router(known, flags), flags)
+    if weights is None and 0 < len(model.sparse_layers) < model.depth:
+        # A dense block is as wide as the experts that a token activates in a sparse block.
+        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+        known.setdefault("dense_mlp_ratio", active)
+    return known
+
+
+def without_router(known: Layer, flags: Flags) -> Layer:
+    """Returns the settings of a dense model without those of a router."""
+    if known.get("num_experts") != 0:
+        return known
+    return {name: value for name, value in known.items() if flags[name].field.name != "router"}
+
+
+def configure(known: Layer, engine_flags: type, preset: str, shapes: Shapes) -> TrainConfig:
+    """Builds the config of complete settings. Raises ValueError for a wrong one."""
+    flags = training_flags(engine_flags)
+    known = without_router(known, flags)
+    kinds = {"model": DiTConfig, "step": StepConfig, "data": DataConfig, "run": RunConfig,
+             "engine": engine_flags}  # fmt: skip
+    sections = {name: build(kind, known, flags) for name, kind in kinds.items()}
+    return TrainConfig(preset=preset, shapes=shapes, **sections)
+
+
+def check_components(config: TrainConfig, data: DataFacts | None) -> None:
+    """Raises ValueError if components do not fit each other, the model or the data."""
+    if config.objective.guides_in_training and not config.model.class_dropout_prob:
+        raise ValueError(
+            "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
+            "needs images without a class"
         )
-        chosen: dict[str | None, FlagValues] = defaultdict(dict)  # options, such as chosen["ema"]
-        for name, value in known.items():
-            kind = flags[name].belongs_to
-            chosen[kind][name.removeprefix(f"{kind}_")] = value
-        objective = make_component(OBJECTIVES, "objective", step.objective, chosen["objective"])
-        if objective.guides_in_training and not model.class_dropout_prob:
-            raise ValueError(
-                "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
-                "needs images without a class"
-            )
-        auxiliary = tuple(
-            make_component(AUXILIARY_LOSSES, kind := f"auxiliary_{name}", name, chosen[kind])
-            for name in dict.fromkeys(step.auxiliary)
-        )
-        for one in auxiliary:
-            if expected := one.check(objective, data and data.shapes):
-                raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
-        return TrainConfig(
-            preset=weights.model_name if weights else known["model"],
-            model=model,
-            objective=objective,
-            auxiliary=auxiliary,
-            shapes=data and data.shapes or {},
-            optimizer=make_component(OPTIMIZERS, "optimizer", step.optimizer, chosen["optimizer"]),
-            emas=make_emas(step.ema, chosen["ema"]),
-            step=step,
-            data=images,
-            run=run,
-            engine=engine,
-        )
+    for one in config.auxiliary:
+        if expected := one.check(config.objective, data and data.shapes):
+            raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
+    names = [ema.name for ema in config.emas]
+    if len(set(names)) < len(names):
+        raise ValueError(f"ema: got {', '.join(names)}, expected different averages")
 
 
 def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
@@ -552,7 +592,7 @@ def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
     return DiTConfig.class_dropout_prob if can_drop else 0.0
 
 
-def data_settings(known: FlagValues, data: DataFacts) -> FlagValues:
+def data_settings(known: Layer, data: DataFacts) -> Layer:
     """Returns the settings that the opened data determine, such as the width of the condition
     "vector:768". Raises ValueError if flags differ.
     """

@@ -1,28 +1,24 @@
 """Moving averages of the weights, one class per kind; a run can track several at once.
 
-    emas = make_emas(("exponential",), {"decay": (0.9999, 0.999)})
-    for ema in emas:
-        ema.start(weights)                        # a list of fp32 tensors
+    ema = EMAS["exponential"](decay=0.999)
+    ema.start(weights)                            # a list of fp32 tensors
     ema.update(weights, step, skipped)            # after each optimizer step, from 1
     ema.averages                                  # like the weights
-    emas = make_emas(("power",), {"length": (0.05, 0.1)})   # rebuild_ema.py makes other lengths
 
 To add a kind of average, write a subclass of `EMA` with `decay_at` and `name`, and add its name to
 `EMAS`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE, start_of_average
-from parts import Component, make_component, option, options_of
+from parts import Component, option
 from runtime.errors import pluralize
 
 PIECE = 2**26  # elements that are swapped at a time
@@ -134,19 +130,3 @@ def start_notes(emas: Sequence[EMA], steps: int, is_pretrained: bool) -> list[st
         for ema in emas
         if (share := ema.initial_fraction(steps)) >= NOTED_SHARE
     ]
-
-
-def make_emas(names: Sequence[str], options: Mapping[str, Sequence[Any]]) -> list[EMA]:
-    """Makes the averages of the given kinds, one for every combination of option values.
-
-    Raises ValueError for wrong names or options, and for two averages with the same name.
-    """
-    emas: list[EMA] = []
-    for name in names:
-        lists = {k: v for k, v in options.items() if k in options_of(EMAS[name])}
-        for values in product(*lists.values()):
-            emas.append(make_component(EMAS, "ema", name, dict(zip(lists, values, strict=True))))
-    labels = [ema.name for ema in emas]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"ema: got {', '.join(labels)}, expected different averages")
-    return emas

@@ -144,13 +144,20 @@ def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:
 
 
 def freeze(model: nn.Module, config: StepConfig) -> None:
-    """Freezes the parameters that --freeze names. With --train-router-only, also freezes all
-    parameters except the parameters of the routers.
+    """Freezes the parameters that --freeze and --train-router-only name, see `frozen_names`."""
+    frozen = {*frozen_names(model, config)}
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen)
+
+
+def frozen_names(model: nn.Module, config: StepConfig) -> list[str]:
+    """Returns the names of the parameters that --freeze names. With --train-router-only, also of
+    all parameters except those of the routers.
 
     A pattern of --freeze is a shell-style pattern for names of parameters or modules. Raises
     UserError if a pattern matches nothing, or if no parameter is left to train.
     """
-    parameters = dict(model.named_parameters())
+    parameters, frozen = [name for name, _ in model.named_parameters()], set()
     for pattern in config.freeze:
         matching = [
             n for n in parameters if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")
@@ -160,11 +167,10 @@ def freeze(model: nn.Module, config: StepConfig) -> None:
                 f"--freeze: got {pattern}, expected a name (such as {next(iter(parameters))}) or a "
                 "pattern of parameters or modules"
             )
-        for name in matching:
-            parameters[name].requires_grad_(False)
+        frozen.update(matching)
     if config.train_router_only:
-        for name, weight in parameters.items():
-            weight.requires_grad_(weight.requires_grad and ".moe.gate." in name)
-    if not any(weight.requires_grad for weight in parameters.values()):
+        frozen.update(name for name in parameters if ".moe.gate." not in name)
+    if len(frozen) == len(parameters):
         flag = "--train-router-only" if config.train_router_only else "--freeze"
         raise UserError(f"{flag}: freezes all parameters, expected some left to train")
+    return [name for name in parameters if name in frozen]

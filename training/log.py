@@ -94,6 +94,12 @@ class RunLog:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def changes(self, step: int, changed: list[str]) -> None:
+        """Logs the settings that a resumed run changes after a step, "--lr: was 1, is 2"."""
+        if self.is_main and changed:
+            self.write(self.rows_file, json.dumps({"step": step, "changed": changed}))
+            self.text(f"changed: {'; '.join(changed)}")
+
     def advance(self) -> None:
         if self.is_main:
             self.bar.update()

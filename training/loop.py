@@ -1,6 +1,6 @@
 """The training loop, which train.py and train_deepspeed.py run with their engines.
 
-    code = train(user_flags, DDPFlags, lambda config: DDPEngine, dist)
+    code = train(said, DDPFlags, lambda config: DDPEngine, dist)
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
 step: weights, optimizer state, EMAs and the state of the routers do not change.
@@ -29,9 +29,9 @@ from runtime.errors import (
     printable,
     reported_as,
 )
-from runtime.flags import FlagValues
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
+from settings import Layer
 from training.alarms import Alarms
 from training.ema import start_notes
 from training.engine import Engine
@@ -49,8 +49,7 @@ from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
 from training.schedule import rate_factor
-from training.setup import prepare_run
-from training.start import ChooseEngine, Run
+from training.start import ChooseEngine, Run, open_run
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
@@ -58,19 +57,17 @@ LOG_SECONDS = 10  # between log lines, unless --log-every is set
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
-def train(
-    user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
-) -> int:
+def train(said: Layer, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
     """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
-    user_flags: flags of the command, see `runtime.flags.parse_flags`
+    said: flags of the recipe and the command, see `training.config.parse_training`
     engine_flags: class that declares the flags of the engine
     choose_engine: maps a config to the engine class
 
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
     Raises UserError for problems that the user can fix.
     """
-    run = prepare_run(user_flags, engine_flags, choose_engine, dist)
+    run = open_run(said, engine_flags, choose_engine, dist)
     try:
         code = train_run(run, dist)
     except BaseException:
@@ -228,7 +225,9 @@ class TrainingLoop:
 
     def rate(self, done: int) -> float:
         """Returns the factor of the learning rates in step `done`; the first step is step 1."""
-        return rate_factor(self.config.step, done, self.run.stream.end_step)
+        return rate_factor(
+            self.config.schedule, self.config.step.warmup_steps, done, self.run.stream.end_step
+        )
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
         """Moves a batch to the device without waiting.

@@ -1,6 +1,6 @@
 """--dry-run: prints what a command would train and the memory required, without allocating it.
 
-print_plan(user_flags, DDPFlags, choose_engine)                # --dry-run
+print_plan(said, DDPFlags, choose_engine)                # --dry-run
 """
 
 import shutil
@@ -28,15 +28,15 @@ from moe import width_of
 from recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
-from runtime.flags import FlagValues
 from runtime.processes import read_environment
+from settings import Layer
 from training.auxiliary import add_projectors
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
 from training.engine import Bytes, freeze, share_out
 from training.optimizers import planned_state
 from training.setup import batch_notes, open_dataset
-from training.start import ChooseEngine, specify_run
+from training.start import ChooseEngine, plan_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -45,12 +45,13 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def print_plan(user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine) -> None:
+def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
-    run = specify_run(user_flags, engine_flags, choose_engine, open_planned)
-    config, engine, num_images = run.config, run.engine, IMAGENET[0]
+    run = plan_run(said, engine_flags, open_planned)
+    config, num_images = run.config, IMAGENET[0]
+    engine = choose_engine(config)
     if run.dataset is not None:
         num_images = len(split(run.dataset, config.data.val_share)[0])
     world_size, model = config.run.gpus or dist.world_size, config.model
@@ -116,16 +117,16 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
+def open_planned(settings: Layer) -> tuple[Source | None, DataFacts]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
-    path = user_flags.get("latents_path") or user_flags.get("data_path")
+    path = settings.get("latents_path") or settings.get("data_path")
     is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
-    if user_flags.get("latents_path") or is_there:
-        return open_dataset(user_flags)
+    if settings.get("latents_path") or is_there:
+        return open_dataset(settings)
     missing = f"{path} is not on this machine" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
-    image_size = user_flags.get("image_size", 256)
-    vae_path = user_flags.get("vae_path") or DEFAULT_VAE
+    image_size = settings.get("image_size", 256)
+    vae_path = settings.get("vae_path") or DEFAULT_VAE
     try:
         vae = open_autoencoder(vae_path, local_files_only=True)
     except UserError:
@@ -135,7 +136,7 @@ def open_planned(user_flags: FlagValues) -> tuple[Source | None, DataFacts]:
             "run or weights have others"
         )
     facts = DataFacts(
-        num_classes=user_flags.get("num_classes", IMAGENET[1]), in_channels=vae.channels,
+        num_classes=settings.get("num_classes", IMAGENET[1]), in_channels=vae.channels,
         input_size=vae.latent_size(image_size), image_size=image_size, vae_path=vae_path,
         notes=tuple(notes),
     )  # fmt: skip

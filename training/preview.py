@@ -31,7 +31,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         }
     is_guided = model.config.class_dropout_prob and not config.objective.guides_in_training
     settings = SamplerSettings(
-        config.step.objective,
+        config.step.objective.name,
         sampler=config.objective.preview_sampler,
         num_steps=config.objective.preview_steps,
         cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,

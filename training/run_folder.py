@@ -18,7 +18,6 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
@@ -27,106 +26,66 @@ from typing import Any, BinaryIO
 import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
-from checkpoints.record import settings_of
-from latents.sources import images_name
+from parts import Option, options_of
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
-from runtime.files import open_run_file, open_untrusted, write_durably
-from runtime.flags import Flags, FlagValues, layered, read_values, spelling, with_effect
-from training.config import (
-    DATA_FACTS,
-    RunConfig,
-    TrainConfig,
-    dense_or_sparse,
-    parse_yaml,
-    training_flags,
-)
+from runtime.files import open_run_file, write_durably
+from runtime.flags import read_values
+from settings import Flags, Layer, flattened, values_of
+from training.config import DATA_FACTS, RunConfig, TrainConfig
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
-DATA = ("images", "vae_sha256", "normalisation")  # facts that some checkpoints do not record
-NAMES = {  # how messages name facts, and settings that have no flag
-    "images": "--data-path",
-    "vae_sha256": "--vae-path: weights",
-    "latents_norm_sha256": "--latents-path: mean and standard deviation per channel",
-    "normalisation": "--vae-path: normalisation",
-    "features_sha256": "--latents-path: the network of the features",
-    "start": "the weights that the run started from",
-    "input_size": "the latent size",
-    "in_channels": "--vae-path: the number of latent channels",
-    "script": "the script",
-}
 
 
-def named_run(user_flags: FlagValues, flags: Flags) -> tuple[FlagValues, Path | None, list[str]]:
-    """Returns the flags, the folder that --resume or --run-name names, and notes for the user.
+def named_run(said: Layer) -> tuple[Path | None, Path | None]:
+    """Returns the folder of the run that the flags name, and the run or checkpoint of --resume.
 
-    For --resume RUN, the flags are the stored flags, overridden by flags of the command.
+    The folder is None for a run without a name. With --resume RUN, both are RUN.
     """
-    name, run = user_flags.get("run_name"), Path(user_flags.get("resume") or "")
+    name, source = said.get("run_name"), said.get("resume") and Path(said["resume"])
     is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
     # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    is_run = os.path.isfile(run / CONFIG_FILE)
-    if not user_flags.get("resume") or not is_run and not step_folders(run):
-        results = user_flags.get("results_dir", RunConfig.results_dir)
-        return user_flags, name and Path(results, name), []
-    named = Path(user_flags.get("results_dir", run.resolve().parent), name or run.resolve().name)
-    if named.resolve() != run.resolve():
-        other = f"--resume {run}/checkpoints/STEP --run-name NEW"
+    if not source or not os.path.isfile(source / CONFIG_FILE) and not step_folders(source):
+        folder = name and Path(said.get("results_dir", RunConfig.results_dir), name)
+        return folder or None, source or None
+    run = source.resolve()
+    named = Path(said.get("results_dir", run.parent), name or run.name)
+    if named.resolve() != run:
+        other = f"--resume {source}/checkpoints/STEP --run-name NEW"
         raise UserError(
-            f"--resume {run}: --run-name or --results-dir names {named}, expected the same folder; "
-            f"to start a separate run: {other}"
+            f"--resume {source}: --run-name or --results-dir names {named}, expected the same "
+            f"folder; to start a separate run: {other}"
         )
-    now = {name: value for name, value in user_flags.items() if name != "resume"}
-    stored, notes = read_settings(run, flags)
-    return layered(dense_or_sparse(stored, now, flags), now, flags), run, notes
+    return source, source
 
 
-def default_folder(config: TrainConfig, user_flags: FlagValues, facts: dict[str, Any]) -> Path:
-    """Returns the folder of a run without a name: model, objective if not Gaussian, digest."""
-    flags = training_flags(type(config.engine))
-    special = {
-        name: value for name, value in sorted(user_flags.items())
-        if flags[name].binds in (None, "resume", "branch") and value != flags[name].default
-        and name not in DATA_FACTS
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps([special, facts], sort_keys=True).encode()).hexdigest()[:8]
-    objective = "" if config.step.objective == "gaussian" else f"-{config.step.objective}"
+def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
+    """Returns the folder of a run without a name: model, objective if not Gaussian, digest.
+
+    The digest is that of the facts and of the settings that decide the result and differ from
+    their defaults, so that a new setting renames no run.
+    """
+    special: dict[str, Any] = {}
+    for part in config.parts.values():
+        defaults = values_of(type(part)())
+        for name, one in values_of(part).items():
+            default = defaults[name].value if name in defaults else one.default
+            if one.change in ("state", "result") and one.value != default:
+                special[name] = one.value
+    special = {name: value for name, value in special.items() if name not in DATA_FACTS}
+    content = json.dumps([special, facts], sort_keys=True, default=str)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    objective = config.step.objective.name
+    objective = "" if objective == "gaussian" else f"-{objective}"
     name = re.sub(r"[^\w.+-]", "-", f"{config.name}{objective}-{digest}")
     return Path(config.run.results_dir, name)
 
 
 def is_step_folder(path: Path) -> bool:
     return os.path.isfile(path / MODEL_FILE)
-
-
-def read_settings(run: Path, flags: Flags) -> tuple[FlagValues, list[str]]:
-    """Returns the flags of a run, and a note on unknown settings.
-
-    The flags come from config.yaml or, without this file, from the newest checkpoint. The fields of
-    the model that the data determine are omitted, and so are flags without effect, which older
-    versions stored. Raises UserError if the file is damaged.
-    """
-    path, record = run / CONFIG_FILE, newest_record(run)
-    how = "delete the file, then repeat the command that started the run: it writes a new file"
-    with reported_as(f"{path}: damaged; {how}", OSError, ValueError, UserError):
-        if os.path.isfile(path):
-            with open_untrusted(path) as file:
-                settings, is_of_run = parse_yaml(file)
-            if not is_of_run:
-                raise ValueError("got no facts after the line ---")
-        else:
-            settings = settings_of(record.sections()) if record else {}
-        known = {k: v for k, v in settings.items() if k in flags and k not in DATA_FACTS}
-        return with_effect(read_values(known, flags), flags), unknown_settings(settings, flags, run)
-
-
-def unknown_settings(settings: Mapping[str, Any], flags: Flags, source: Path) -> list[str]:
-    """Returns a note on the settings that this version does not know, if there are any."""
-    unknown = ", ".join(sorted(settings.keys() - flags.keys()))
-    return [f"{source}: ignored unknown settings: {unknown}"] if unknown else []
 
 
 def newest_record(run: Path) -> Record | None:
@@ -137,44 +96,33 @@ def newest_record(run: Path) -> Record | None:
     return None
 
 
-def stored_values(record: Record | None, flags: Flags) -> FlagValues:
-    """Returns the settings and facts of a checkpoint; empty without a checkpoint."""
-    if record is None:
-        return {}
-    settings = {k: v for k, v in settings_of(record.sections()).items() if k in flags}
-    norm = record.norm and str(record.norm)
-    data = {"images": record.images, "vae_sha256": record.vae_sha256, "normalisation": norm}
-    return read_values(settings, flags) | record.facts | data
+def known_options(choice: Option, value: Any) -> tuple[Any, list[str]]:
+    """Returns stored components without the options that this version does not know."""
+    unknown: list[str] = []
+    kept = []
+    for one in value if isinstance(value, list) else [value]:
+        for name, options in one.items() if isinstance(one, dict) else [(one, {})]:
+            has = options_of(choice.table[name]) if name in choice.table else options
+            unknown += [f"{choice.name}: {name}: {key}" for key in options if key not in has]
+            kept.append({name: {key: v for key, v in options.items() if key in has}})
+    return kept, unknown
 
 
-def differences(
-    was: FlagValues, now: FlagValues, flags: Flags, binding: tuple[str, ...] = ("resume", "branch")
-) -> list[str]:
-    """Lists the settings and facts that have changed, as "NAME: was A, is B".
-
-    A setting that did not exist when the run began has the default value. A setting is compared
-    only if it has an effect on both sides, and the facts in DATA only if `was` has them.
-
-    binding: values of `Option.binds`. This function compares only the settings and facts with one
-        of these values. The fact "script" counts as "branch", every other fact as "resume".
-    """
-    defaults, found = {name: one.default for name, one in flags.items()}, []
-    for name in dict.fromkeys([*now, *was]):
-        then, value, one = was.get(name), now.get(name), flags.get(name)
-        binds = one.binds if one else "branch" if name == "script" else None
-        if (binds or "resume") not in binding or name in DATA and then is None:
+def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
+    """Returns the settings of a checkpoint, and a note on those that this version does not know."""
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in flattened(record.sections(), flags).items():
+        if name not in flags:
+            unknown.append(name)
             continue
-        if one and any(one.is_idle(defaults | values) for values in (was, now)):
-            continue
-        if one and name not in was:
-            then = one.default_beside(defaults | was)
-        if name == "images" and then and value:
-            then, value = images_name(then), images_name(value)
-        then, value = json.loads(json.dumps([then, value]))
-        if then != value:
-            label = NAMES.get(name) or spelling(name)
-            found.append(f"{label}: was {then!s:.300}, is {value!s:.300}")
-    return found
+        one = flags[name].field
+        if one.table and not flags[name].options:
+            value, gone = known_options(one, value)
+            unknown += gone
+        known[name] = value
+    note = f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}"
+    return read_values(known, flags), [note] if unknown else []
 
 
 def enter_run_folder(
@@ -190,11 +138,13 @@ def enter_run_folder(
         f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
         f"# To start a new run with the same settings: {script} --config FILE, with this file.\n"
     )
+    style = {"default_flow_style": True, "width": 10_000, "sort_keys": False}
     for section, settings in config.sections().items():
         text += f"{section}:\n"
         for name, value in settings.items():
-            flow = None if isinstance(value, list | tuple) else False
-            line = yaml.safe_dump({name: value}, default_flow_style=flow, width=1000)
+            line = yaml.safe_dump({name: value}, width=10_000)
+            if isinstance(value, list | tuple | dict):  # options stand in the line of a component
+                line = f"{name}: {yaml.safe_dump(value, **style)}"
             text += indent(line, "  ")
     facts = {"version": __version__, **facts}
     text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---

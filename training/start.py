@@ -1,108 +1,113 @@
-"""The specification of a run: config, data, weights, run folder, and the start of training.
+"""The start of a run: one function opens it, from the flags to the first step.
 
-run = specify_run(user_flags, DDPFlags, choose_engine, open_dataset)
-choose_start(run, dist)
+run = open_run(said, DDPFlags, choose_engine, dist)
+
+    a new run         its flags over the preset
+    --finetune        its flags over the model of the weights
+    --resume RUN      the newest intact checkpoint and its settings; flags change what they say
+    --resume STEP     a branch: a new run that goes on from a checkpoint in the same way
+    the same command  the newest intact checkpoint of its folder, which must have equal settings
 """
 
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from checkpoints import Checkpoint, Record, config_of, read_checkpoint, read_record, step_folders
-from checkpoints.adapting import ADAPTED, adapt
+from checkpoints import (
+    MODEL_FILE,
+    Checkpoint,
+    Record,
+    config_of,
+    read_checkpoint,
+    read_record,
+    step_folders,
+)
+from checkpoints.adapting import adapt, is_adapted
 from checkpoints.checkpoint import averages_of
-from checkpoints.record import settings_of
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
+from costs import fake_model
 from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import FEATURES
-from latents.loading import BatchStream
-from latents.sources import Batch, Source
-from models import DiT, DiTConfig
-from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, reported_as
-from runtime.flags import Flags, FlagValues, spelling
+from latents.loading import BatchStream, split
+from latents.sources import Batch, ImageSource, Source, images_name, same_images, size_notes
+from runtime.devices import DTYPES, be_deterministic
+from runtime.errors import UserError, check_same, pluralize, printable, reported_as
+from runtime.flags import naming_flags
 from runtime.processes import Distributed
+from settings import Layer, check_loose, differences, flat, spelling
 from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    check_together,
+    check_effect,
+    configure,
+    override,
     resolve,
     training_flags,
 )
-from training.engine import Engine, freeze
+from training.engine import Engine, frozen_names
 from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
-    DATA,
+    CONFIG_FILE,
     default_folder,
-    differences,
+    enter_run_folder,
     is_step_folder,
     named_run,
     newest_record,
-    stored_values,
-    unknown_settings,
+    stored_settings,
 )
+from training.schedule import rate_factor
+from training.setup import batch_notes, check_batch, open_dataset, open_held_out
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
-OpenData = Callable[[FlagValues], tuple[Source | None, DataFacts]]
+OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
+# Inputs of a run besides its settings: their names in messages, and the flags that change them.
+FACTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "images": ("--data-path", ("data_path", "latents_path")),
+    "vae_sha256": ("--vae-path: weights", ("vae_path",)),
+    "normalisation": ("--vae-path: normalisation", ("vae_path", "latents_norm")),
+    "latents_norm_sha256": (
+        "--latents-path: mean and standard deviation per channel",
+        ("latents_path", "latents_norm"),
+    ),
+    "features_sha256": ("--latents-path: the network of the features", ("latents_path",)),
+    "global_batch_size": ("the images of a step", ("train_batch_size", "accum_iter")),
+    "start": ("the weights that the run started from", ()),
+    "script": ("the script", ()),
+}
+UNRECORDED = ("images", "vae_sha256", "normalisation")  # by weights of other code
+FOLLOWS = ("image_size", "flip")  # settings that follow from --latents-path
+BEGINNINGS = ("run_name", "resume", "finetune")  # of a run, which its branches do not share
+LABELS = {"input_size": "the latent size", "in_channels": "--vae-path: the number of channels"}
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A run, filled by `specify_run`, then `choose_start`, then `training.setup.prepare_run`."""
+    """An opened run: all that training needs."""
 
     config: TrainConfig
-    user_flags: FlagValues  # for --resume RUN, with the stored flags of the run
-    flags: Flags
     engine: type[Engine]
-    dataset: Source | None  # None with --dry-run, if the data are not on this machine
-    weights: Checkpoint | None  # the weights that the flags name, until a checkpoint replaces them
-    folder: Path | None  # for a run without a name: None until `choose_start`
-    was: FlagValues  # settings and facts of the newest checkpoint in the folder, if any
-    notes: list[str]  # lines for the user
-
-    facts: dict[str, Any] = field(default_factory=dict)  # inputs besides the flags, see `facts_of`
-    found: list[Path] = field(default_factory=list)  # step folders of the run, newest first
-    state_folder: Path | None = None  # step folder with the full state that the run starts from
-    start: Record | None = None  # record of the state folder or of the weights
-    origin: dict | None = None  # provenance of the weights that training began from, if any
-
-    stream: BatchStream | None = None  # the remaining steps
+    folder: Path
+    facts: dict[str, Any]  # inputs besides the settings, see `FACTS`
+    dataset: Source
     # None if the latents are cached, the run draws no grids, and the path of the autoencoder is the
     # path that the cache records.
-    vae: Autoencoder | None = None
-    held_out: list[Batch] | None = None  # latents of --val-path or --val-share
-    lock: BinaryIO | None = None  # on the main process; keeps other runs out of the folder
-    log: RunLog | None = None
-
-    def values(self) -> FlagValues:
-        """Returns the settings and, after `choose_start` has found them, the facts of the run."""
-        facts = self.facts and self.facts | {"normalisation": str(self.dataset.norm)}
-        return settings_of(self.config.sections()) | facts
-
-    def refuse_others(self, was: FlagValues) -> None:
-        """Raises UserError if the checkpoint of the run has other settings or facts.
-
-        was: settings and facts of the checkpoint; settings only, before `facts_of`
-        """
-        if not (was and (found := differences(was, self.values(), self.flags))):
-            return
-        separate = "or a new run (--run-name NEW, without --resume)"
-        if not differences(was, self.values(), self.flags, ("branch",)):
-            step = self.state_folder or step_folders(self.folder)[0]
-            separate += f", or a branch (--resume {step} --run-name NEW)"
-        raise UserError(
-            f"{self.folder} was created with other settings: {'; '.join(found)}; expected the same "
-            f"settings, {separate}"
-        )
+    vae: Autoencoder | None
+    held_out: list[Batch] | None  # latents of --val-path or --val-share
+    stream: BatchStream  # the remaining steps
+    state_folder: Path | None  # step folder with the state that the run starts from
+    weights: Checkpoint | None  # or the weights that it starts from, until the engine has them
+    origin: dict | None  # provenance of the weights that training began from, if any
+    lock: BinaryIO | None  # on the main process; keeps other runs out of the folder
+    log: RunLog
 
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
@@ -112,7 +117,7 @@ class Run:
         if self.vae is not None:
             vae_path = resolve_vae_path(self.config.data.vae_path)
         sections["data"]["vae_path"] = vae_path
-        facts = dict(self.facts)
+        facts = {name: value for name, value in self.facts.items() if name != "normalisation"}
         typed = {name: facts.pop(name) for name in ("images", "vae_sha256")}
         return Record.from_dict({
             "config": sections, "facts": facts, **typed, "step": step,
@@ -121,168 +126,243 @@ class Run:
         })  # fmt: skip
 
 
-def specify_run(
-    user_flags: FlagValues, engine_flags: type, choose_engine: ChooseEngine, open_data: OpenData
-) -> Run:
-    """Opens the data and the weights that the flags name, and resolves the flags.
+class Plan(NamedTuple):
+    """What the flags, the data and the weights say, before a run folder is touched."""
 
-    Raises UserError if flags, data and weights do not fit together, or if the settings differ from
-    the stored settings of the run that the command names.
+    config: TrainConfig
+    dataset: Source | None  # None with --dry-run, if the data are not on this machine
+    folder: Path | None  # None for a run without a name
+    resumes: bool  # --resume RUN
+    branch: Path | None  # step folder that a branch starts from
+    weights: Checkpoint | None  # of --finetune, unless the run has a checkpoint already
+    start: str | None  # kind and digest of `branch` or `weights`
+    notes: list[str]
+
+
+def open_run(
+    said: Layer, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
+) -> Run:
+    """Opens the run that the flags name; all processes call it together.
+
+    said: flags of the recipe and the command
+    The run folder is created after the checks of flags, data and weights. PyTorch's global options
+    are set before latents are encoded. Raises UserError for wrong flags, data or weights, and if
+    the run folder cannot be used.
     """
-    flags = training_flags(engine_flags)
-    user_flags, folder, notes = named_run(user_flags, flags)
-    # This check runs before weights and data are read. It leaves out options of components, which
-    # `resolve` checks.
-    plain = {name: value for name, value in user_flags.items() if not flags[name].belongs_to}
-    check_together(plain, user_flags, flags)
-    stored = folder and newest_record(folder)
-    was, weights, record = stored_values(stored, flags), None, None
-    if user_flags.get("finetune") or user_flags.get("resume"):
-        # If the run began from these weights, use the record of its newest checkpoint, because the
-        # weights may no longer exist.
-        record = stored
-        if not was or any(user_flags.get(n) != was.get(n) for n in ("finetune", "resume")):
-            weights = open_weights(user_flags)
-            record = weights.record
-    dataset, data = open_data(user_flags)
-    if dataset is None:  # --dry-run without data: use classes and latent shape of run or weights
-        known = (stored or record).config.flat() if stored or record else {}
-        names = [name for name in DATA_FACTS if name in known and name not in user_flags]
-        data = replace(data, **{name: known[name] for name in names})
-    config = resolve(user_flags, engine_flags, weights=record, data=data)
+    plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
+    config, dataset, weights, notes = plan.config, plan.dataset, plan.weights, plan.notes
+    engine = choose_engine(config)
+    facts, vae = inputs_of(config, dataset, dist)
+    facts = {**engine.check(config, dist), **facts, "start": plan.start}
+    folder = plan.folder or default_folder(config, facts)
+    if config.step.freezes:  # checks the patterns before the run folder is created
+        frozen_names(fake_model(config.model), config.step)
+
+    # Where training starts: at a checkpoint of this run or of another one, at weights, or anew.
+    found = dist.broadcast(step_folders(folder))
+    state_folder = newest_intact(folder, found, notes, dist)
+    is_own = state_folder is not None
+    if not is_own and plan.branch:
+        state_folder = plan.branch
+        if fault := find_fault(state_folder, dist):
+            raise UserError(f"--resume {state_folder}: {fault}")
+    before, changed, origin = None, [], weights and weights.origin
+    if state_folder:
+        before = read_record(state_folder)
+        facts["start"] = facts["start"] or before.facts.get("start")
+        was, unknown = stored_config(before, engine_flags)
+        said = said if plan.resumes or not is_own else {}  # {}: the same command
+        changed = changes(before, was, config, facts, said, state_folder, folder)
+        notes += unknown + state_notes(config, was, state_folder)
+        weights, origin = None, before.initialized_from
+    elif weights is not None:
+        notes += data_notes(weights.record, weights.path, config, facts)
+        weights = start_weights(weights, config, dataset, notes)
+    if os.path.isdir(folder) and not is_own:
+        step = before.step if before else 0
+        notes.append(f"{folder} has no checkpoint yet: training starts at step {step}")
+
+    # The steps that remain, and their data.
+    if config.run.deterministic:
+        be_deterministic()
+    if config.step.tf32:
+        torch.set_float32_matmul_precision("high")
+    micro_batch = engine.micro_batch(config, dist.world_size)
+    check_batch(config, micro_batch)
+    trained, held_out_indices = split(dataset, config.data.val_share)
+    global_batch = micro_batch * config.step.accum_iter * dist.world_size
+    stream = BatchStream(
+        len(trained), micro_batch=micro_batch, accumulation=config.step.accum_iter,
+        rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
+        start_step=before.step if before else 0,
+        end_step=config.total_steps(len(trained), global_batch),
+        flip=config.data.flip, indices=trained,
+    )  # fmt: skip
+    dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
+    held_out = None
+    if config.data.val_path or config.data.val_share:
+        held_out = open_held_out(config, dataset, vae, facts, held_out_indices)
+    dataset.requested += [name for one in config.auxiliary for name in one.needs]
+    notes += batch_notes(global_batch, len(trained)) + rate_notes(config, before, stream)
+    if dist.is_main and isinstance(dataset, ImageSource):  # reads images
+        notes += size_notes(dataset)
+
+    # The run folder and its logs.
+    is_finished = stream.start_step >= stream.end_step
+    lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
+    if dist.broadcast(step_folders(folder)) != found:  # listed before this process had the lock
+        raise UserError(
+            f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
+        )
+    if not os.path.isfile(folder / CONFIG_FILE):
+        raise UserError(
+            f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
+            "all nodes share"
+        )
+    values = {name: v for part in config.parts.values() for name, v in flat(part).items()}
+    with reported_as(f"{folder}: cannot write the log", OSError):
+        log = dist.run_on_all(
+            lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
+        )
+    for note in notes:
+        log.text(printable(f"note: {note}"))
+    log.changes(stream.start_step, changed)
+    return Run(
+        config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
+        held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
+        origin=origin, lock=lock, log=log,
+    )  # fmt: skip
+
+
+def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
+    """Opens the data and the weights that the flags name, and builds the config.
+
+    Raises UserError if flags, data and weights do not fit together.
+    """
+    flags, notes = training_flags(engine_flags), []
+    folder, source = named_run(said)  # source: run folder or checkpoint of --resume
+    resumes = source is not None and source == folder
+    own = newest_record(folder) if folder else None
+    began = own.settings.get("run", {}) if own else {}  # how the run itself began
+    branch = weights = record = stored = start = None
+    if resumes:
+        record, said = own, {name: value for name, value in said.items() if name != "resume"}
+        if own is None:
+            raise UserError(
+                f"--resume {folder}: got a run without a checkpoint, expected one; run the command "
+                f"that began it again, or begin a new run: --config {folder / CONFIG_FILE}"
+            )
+    elif source is not None and said.get("finetune"):
+        raise UserError("--resume: cannot be combined with --finetune in a new run")
+    elif source is not None and is_step_folder(source):
+        branch, record = source, read_record(source)
+        if str(began.get("resume")) != said["resume"]:
+            start = f"resume {sampled_digest(source / MODEL_FILE)}"
+    elif source is not None:
+        record = own  # the checkpoint was deleted after the branch had begun
+        if str(began.get("resume")) != said["resume"]:
+            raise UserError(
+                f"--resume: got {source}, expected a run folder or RUN/checkpoints/STEP; to start "
+                f"from weights: --finetune {source}"
+            )
+    elif said.get("finetune"):
+        record = own
+        if began.get("finetune") != said["finetune"]:
+            weights = open_weights(said)
+            record, start = weights.record, f"finetune {sampled_digest(weights.path)}"
+    if source is not None:
+        stored, _ = stored_settings(record, flags)
+        for name in BEGINNINGS if branch else ():
+            stored.pop(name, None)
+        for name in FOLLOWS if "latents_path" in said else ():
+            stored.pop(name, None)
+    settings = override(stored or {}, said, flags)
+    with naming_flags(flags):  # before data are opened; weights may name other components
+        check_effect(said, settings, flags)
+        if not said.get("finetune"):
+            check_loose(settings, flags)
+    dataset, data = open_data(settings)
+    if dataset is None and (known := record or own):  # --dry-run without data
+        has = {name: getattr(known.config, name) for name in DATA_FACTS if name not in said}
+        data = replace(data, **has)
+    config = resolve(said, engine_flags, stored=stored, weights=record, data=data)
     notes += data.notes
     if weights is not None:
-        notes += check_weights(config, weights, flags)
-    run = Run(
-        config=config, user_flags=user_flags, flags=flags, engine=choose_engine(config),
-        dataset=dataset, weights=weights, folder=folder, was=was, notes=notes,
-    )  # fmt: skip
-    run.refuse_others({k: v for k, v in was.items() if k in flags and k not in stored.facts})
-    return run
+        notes += check_weights(config, weights)
+    if before := own or branch and record:
+        was, _ = stored_config(before, engine_flags)
+        step = step_folders(folder)[0] if own else branch
+        changes(before, was, config, {}, said if resumes or not own else {}, step, folder)
+    return Plan(config, dataset, folder, resumes, branch, weights, start, notes)
 
 
-def open_weights(user_flags: FlagValues) -> Checkpoint:
-    """Reads the weights that --finetune or, for a branch, --resume names."""
-    flag = "finetune" if user_flags.get("finetune") else "resume"
-    path, named = user_flags.get(flag), user_flags.get("model")
-    if flag == "resume" and not is_step_folder(Path(path)):
-        expected = "a run folder or RUN/checkpoints/STEP"
-        raise UserError(
-            f"--resume: got {path}, expected {expected}; to start from weights: --finetune {path}"
-        )
+def open_weights(said: Layer) -> Checkpoint:
+    """Reads the weights that --finetune names."""
+    path, named = said["finetune"], said.get("model")
     # Published files do not record these fields.
     names = ("num_heads", "num_experts_per_tok")
-    hints = {name: user_flags[name] for name in names if name in user_flags}
+    hints = {name: said[name] for name in names if name in said}
     # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
-    if user_flags.get("objective") == "gaussian":
+    if (objective := said.get("objective")) and objective.name == "gaussian":
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()
     except UserError as error:
-        raise UserError(f"{spelling(flag)} {error}") from None
+        raise UserError(f"--finetune {error}") from None
     if named is not None:
-        sizes, preset = ("hidden_size", "depth", "patch_size"), config_of(named).flat() | user_flags
-        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, source.config.flat()))
+        sizes, preset = ("hidden_size", "depth", "patch_size"), flat(config_of(named)) | said
+        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, flat(source.config)))
         check_same(f"--model {named}: {path} is a different model", got, has)
-    if flag == "finetune" and user_flags.get("num_experts") and not source.config.num_experts:
+    if said.get("num_experts") and not source.config.num_experts:
         raise UserError(
-            f"--num-experts: got {user_flags['num_experts']}, but {path} is a dense model; first "
-            "add experts: python upcycle.py --ckpt WEIGHTS --num_experts N --output FOLDER, then "
+            f"--num-experts: got {said['num_experts']}, but {path} is a dense model; first add "
+            "experts: python upcycle.py --ckpt WEIGHTS --num_experts N --output FOLDER, then "
             "train: --finetune FOLDER"
         )
     return source
 
 
-def check_weights(config: TrainConfig, source: Checkpoint, flags: Flags) -> list[str]:
+def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     """Checks that a run can start from these weights; returns a note on what the flags change.
 
-    The flags may not change a field of the model whose `Option.binds` is "branch". With --finetune,
-    they may, unless this changes the shape of a weight that `adapt` does not replace.
+    The flags may not change the shape of a weight that `adapt` does not replace.
     """
-    model, before, kind = config.model, source.config, "resume"
-    if config.run.finetune:
-        adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
-        kind = "finetune"
-        before = replace(before, **{name: getattr(model, name) for name in adapted})
-    was, now = before.flat(), model.flat()
-    if config.run.finetune and source.record.objective:
-        was["objective"], now["objective"] = source.record.objective, config.step.objective
-    found = "; ".join(differences(was, now, flags, ("branch",)))
-    if found and (kind == "resume" or weight_shapes(model) != weight_shapes(before)):
-        raise UserError(f"--{kind}: {source.path} is a different model: {found}")
-    return [f"{source.path} was trained with other settings: {found}"] if found else []
+    adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
+    before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
+    found = [
+        difference(name, was.value, now.value)
+        for name, was, now in differences(before, config.model) if now.change == "state"
+    ]  # fmt: skip
+    if source.record.objective not in (None, config.step.objective.name):
+        found.append(difference("objective", source.record.objective, config.step.objective.name))
+    if not found:
+        return []
+    shapes, has = (
+        {name: value.shape for name, value in state_dict.items() if not is_adapted(name)}
+        for state_dict in (fake_model(config.model).state_dict(), source.state_dict)
+    )
+    if shapes != has:
+        raise UserError(f"--finetune: {source.path} is a different model: {'; '.join(found)}")
+    return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
 
 
-def weight_shapes(config: DiTConfig) -> dict[str, torch.Size]:
-    """Returns the shapes of all weights, except of the weights that `adapt` replaces."""
-    with torch.device("meta"):
-        state_dict = DiT(config).state_dict()
-    return {name: value.shape for name, value in state_dict.items() if name not in ADAPTED}
+def difference(name: str, was: Any, now: Any) -> str:
+    was, now = ([*value] if isinstance(value, tuple) else value for value in (was, now))
+    return f"{LABELS.get(name) or spelling(name)}: was {was!s:.300}, is {now!s:.300}"
 
 
-def frozen_names(config: TrainConfig) -> list[str]:
-    """Returns the names of the parameters that --freeze and --train-router-only freeze."""
-    with torch.device("meta"):
-        model = DiT(config.model)
-    freeze(model, config.step)
-    return [name for name, weight in model.named_parameters() if not weight.requires_grad]
-
-
-def choose_start(run: Run, dist: Distributed) -> None:
-    """Chooses the start: the newest intact checkpoint of the run. A run without checkpoints starts
-    from the weights or the state that --finetune or --resume names, or from initial weights.
-
-    All processes call it together. Raises UserError if the folder or the checkpoint belongs to a
-    different run, or if the run has checkpoints but all are damaged.
-    """
-    config = run.config
-    run.facts = facts_of(run, dist)
-    if run.folder is None:
-        run.folder = default_folder(config, run.user_flags, run.facts)
-    if config.step.freezes:
-        frozen_names(config)  # checks the patterns before the run folder is created
-    faults = []
-    run.found = dist.broadcast(step_folders(run.folder))
-    for folder in run.found:
-        if (fault := find_fault(folder, dist)) is None:
-            run.state_folder, run.start, run.weights = folder, read_record(folder), None
-            run.origin = run.start.initialized_from
-            break
-        faults.append(f"skipped the checkpoint {folder}: {fault}")
-    run.was = stored_values(run.start, run.flags)
-    run.refuse_others(run.was)
-    if run.state_folder:
-        run.notes += faults
-        run.notes += unknown_settings(
-            settings_of(run.start.sections()), run.flags, run.state_folder
-        )
-        return
-    if faults:
-        raise UserError(
-            f"{run.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore "
-            "the damaged files from a copy, or start a new run with a different --run-name"
-        )
-    if run.weights is not None:
-        start_from_weights(run, dist)
-    if os.path.isdir(run.folder):
-        step = run.start.step if run.state_folder else 0
-        run.notes.append(f"{run.folder} has no checkpoint yet: training starts at step {step}")
-
-
-def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
-    """Returns the inputs besides the flags: script, images, autoencoder, features and weights.
-
-    Also loads the autoencoder into `run.vae`, if the run needs one.
-    """
-    config, dataset, weights = run.config, run.dataset, run.weights
+def inputs_of(
+    config: TrainConfig, dataset: Source, dist: Distributed
+) -> tuple[dict[str, Any], Autoencoder | None]:
+    """Returns the digests of images, autoencoder and features; and the autoencoder, if needed."""
     # One process reads the sizes of the files, which are slow to read on a shared file system.
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
-    digest, path = dataset.vae_sha256, config.data.vae_path
+    digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
         with nullcontext() if digest is None else reported_as(moved, UserError):
-            vae = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
-            got, norm = dist.broadcast(vae and (vae.weights_sha256, vae.norm))
+            loaded = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
+            got, norm = dist.broadcast(loaded and (loaded.weights_sha256, loaded.norm))
         if digest not in (None, got):
             raise UserError(
                 f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
@@ -290,62 +370,179 @@ def facts_of(run: Run, dist: Distributed) -> dict[str, Any]:
                 f"{config.data.latents_path}"
             )
         digest, dataset.norm = got, dataset.norm or norm
-        run.vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
-    start = None
-    if weights is None and (config.run.finetune or config.run.resume):
-        start = run.was.get("start")  # a checkpoint of the run was read, not the weights
-    elif weights is not None:
-        kind = "finetune" if config.run.finetune else "resume"
-        start = f"{kind} {sampled_digest(weights.path)}"
-    inputs = {"images": dataset.fingerprint, "vae_sha256": digest, "start": start}
-    if dataset.norm.is_per_channel:  # omitted otherwise, as in runs older than this setting
-        inputs["latents_norm_sha256"] = dataset.norm.sha256
+        vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
+    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
+    facts["normalisation"] = str(dataset.norm)
+    if dataset.norm.is_per_channel:
+        facts["latents_norm_sha256"] = dataset.norm.sha256
     read = {split_condition(word)[0] for word in config.model.conditions}
     if read.union(*(one.needs for one in config.auxiliary)) & set(FEATURES):
-        inputs["features_sha256"] = dataset.features_sha256
-    return {**run.engine.check(config, dist), **inputs}
+        facts["features_sha256"] = dataset.features_sha256
+    return facts, vae
 
 
-def start_from_weights(run: Run, dist: Distributed) -> None:
-    """Starts from the weights that the flags name, or from the state of a different run.
+def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distributed) -> Path | None:
+    """Returns the newest intact checkpoint of a run, if it has one; notes the damaged ones.
 
-    Adds notes if the data differ from the data that the weights were trained on.
+    Raises UserError if all are damaged.
     """
-    config, weights, now = run.config, run.weights, run.values()
-    start = run.start = weights.record
-    run.origin = weights.origin
-    has_state, step = now["start"].startswith("resume"), Path(config.run.resume or "")
-    was = stored_values(start, run.flags if has_state else {})
-    names = DATA if has_state else DATA[1:]  # fine-tuning usually uses other images
-    if found := differences({n: was[n] for n in names}, {n: now[n] for n in names}, {}):
-        run.notes.append(f"{weights.path} was trained on other data: {'; '.join(found)}")
-    share, wanted = settings_of(start.settings).get("val_share", 0.0), config.data.val_share
-    if start.images == now["images"] and share < wanted:
-        run.notes.append(
-            f"--val-share {wanted:g} holds out images that {weights.path} was trained on, because "
-            f"{weights.path} was trained with --val-share {share:g}"
+    faults = []
+    for folder in found:
+        if (fault := find_fault(folder, dist)) is None:
+            notes += faults
+            return folder
+        faults.append(f"skipped the checkpoint {folder}: {fault}")
+    if faults:
+        raise UserError(
+            f"{run}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore the "
+            "damaged files from a copy, or start a new run with a different --run-name"
         )
-    if config.run.finetune:
-        classes, seed = run.dataset.classes, config.run.global_seed
-        run.weights, notes = adapt(weights, config.model, classes, seed)
-        run.notes += notes
-        if config.step.freezes:
-            run.notes += [
-                f"{name} is new and frozen, so it does not learn"
-                for name in frozen_names(config)
-                if run.weights.state_dict[name] is not weights.state_dict.get(name)
-            ]
-    if not has_state:
-        return
-    if fault := find_fault(step, dist):
-        raise UserError(f"--resume {step}: {fault}")
-    stored, (first, *others) = averages_of(step), (ema.name for ema in config.emas)
-    if missing := set(others) - stored.keys():
-        raise UserError(f"--ema: got {min(missing)}, expected an EMA that {step} has")
-    if stored and first not in stored:
-        run.notes.append(f"EMA {first} starts from the average {next(iter(stored))} of {step}")
-    if found := differences(was, now, run.flags, ("branch",)):
-        # The stored state of the optimizer belongs to different parameters or settings.
-        why = f"the state was saved with other settings: {'; '.join(found)}"
-        raise UserError(f"--resume {step}: {why}; --finetune starts from the weights only")
-    run.weights, run.state_folder, run.origin = None, step, start.initialized_from
+    return None
+
+
+def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
+    """Returns the config of a checkpoint, and notes on settings that this version lacks."""
+    stored, notes = stored_settings(before, training_flags(engine_flags))
+    return configure(stored, engine_flags, before.model_name, {}), notes
+
+
+def changes(
+    before: Record, was: TrainConfig, config: TrainConfig, facts: dict, said: Layer, step: Path,
+    folder: Path,
+) -> list[str]:  # fmt: skip
+    """Returns what the flags change in a run that goes on, as "--lr: was 0.0001, is 5e-05".
+
+    before: record of the checkpoint `step`, and `was`, its config
+    facts: inputs besides the settings, or {} before they are known
+    said: flags beside --resume, which may change what decides the result; {} for the same command
+    Raises UserError for a difference in the state, or one that no flag says; see
+    `settings.change_of`.
+    """
+    flags = training_flags(type(config.engine))
+    may = {flags[name].field.name for name in said}
+    may |= {*FOLLOWS} if "latents_path" in said else set()
+    fixed, unsaid, changed = [], [], []
+    if was.preset != config.preset:
+        fixed.append(difference("model", was.preset, config.preset))
+    for section, part in config.parts.items():
+        for name, old, new in differences(was.parts[section], part):
+            lines = {"state": fixed, "result": changed if new.field in may else unsaid}
+            lines.get(new.change, []).append(difference(name, old.value, new.value))
+    is_own = folder is not None and step.is_relative_to(folder)
+    known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
+    known["normalisation"] = before.norm and str(before.norm)
+    for name in dict.fromkeys([*facts, *known]) if facts else ():
+        old, new = known.get(name), facts.get(name)
+        if name == "start" and not is_own:
+            continue
+        label, sayers = FACTS.get(name, (spelling(name), ()))
+        if old == new or old is None and name in UNRECORDED:
+            continue
+        if name == "images":
+            if same_images(old, new):
+                continue
+            old, new = images_name(old), images_name(new)
+        lines = changed if said.keys() & {*sayers} else unsaid if sayers else fixed
+        lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
+    if fixed and not is_own:
+        raise UserError(
+            f"--resume {step}: the state was saved with other settings: {'; '.join(fixed)}; "
+            "--finetune starts from the weights only"
+        )
+    if found := fixed + unsaid:
+        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
+        if not fixed:
+            expected += f", or --resume {folder} with the flags that are to change, or a branch "
+            expected += f"(--resume {step} --run-name NEW)"
+        raise UserError(
+            f"{folder} was created with other settings: {'; '.join(found)}; expected {expected}"
+        )
+    return changed
+
+
+def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
+    """Returns notes on the EMAs and auxiliary losses that the state does not have."""
+    names = {*averages_of(step)}
+    notes = [
+        f"EMA {ema.name} starts from the weights: {step} does not have it"
+        for ema in config.emas if names and ema.name not in names
+    ]  # fmt: skip
+    trained = {one.name for one in was.step.auxiliary}
+    notes += [
+        f"auxiliary loss {one.name} starts with new weights: {step} does not have it"
+        for one in config.auxiliary if one.name not in trained
+    ]  # fmt: skip
+    return notes
+
+
+def start_weights(
+    weights: Checkpoint, config: TrainConfig, dataset: Source, notes: list[str]
+) -> Checkpoint:
+    """Adapts the weights of --finetune to the config, and adds notes on what is new."""
+    adapted, more = adapt(weights, config.model, dataset.classes, config.run.global_seed)
+    notes += more
+    if config.step.freezes:
+        notes += [
+            f"{name} is new and frozen, so it does not learn"
+            for name in frozen_names(fake_model(config.model), config.step)
+            if adapted.state_dict[name] is not weights.state_dict.get(name)
+        ]
+    return adapted
+
+
+def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
+    """Returns notes if the data differ from the data that the weights were trained on.
+
+    The images usually differ.
+    """
+    notes, norm = [], start.norm and str(start.norm)
+    pairs = {"vae_sha256": start.vae_sha256, "normalisation": norm}
+    if found := [
+        f"{FACTS[name][0]}: was {was!s:.300}, is {facts[name]!s:.300}"
+        for name, was in pairs.items() if was not in (None, facts[name])
+    ]:  # fmt: skip
+        notes.append(f"{path} was trained on other data: {'; '.join(found)}")
+    share, wanted = start.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    if start.images and same_images(start.images, facts["images"]) and share < wanted:
+        notes.append(
+            f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
+            f"was trained with --val-share {share:g}"
+        )
+    return notes
+
+
+def rate_notes(config: TrainConfig, before: Record | None, stream: BatchStream) -> list[str]:
+    """Returns notes on a long warm-up and, for a resumed run, on changed noise and on a jump of the
+    learning rate.
+
+    The learning rate jumps if an earlier command set a smaller number of steps and the learning
+    rate has already decayed, following the schedule of the shorter run.
+    """
+    notes, (warmup, last) = [], (config.step.warmup_steps, stream.end_step)
+    if warmup > last:
+        notes.append(
+            f"--warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
+            f"the learning rate reaches {config.step.lr * last / warmup:.2g}, not "
+            f"{config.step.lr:.2g}"
+        )
+    if before is None:
+        return notes
+    if before.micro_batch not in (None, stream.micro_batch):
+        notes.append(
+            f"micro-batches have {stream.micro_batch} images instead of {before.micro_batch}: the "
+            "run continues, but the noise differs from the noise of an uninterrupted run"
+        )
+    run = before.settings.get("run", {})
+    length = {name: run.get(name) for name in ("max_steps", "epochs")}
+    shorter = replace(config, run=replace(config.run, **length))
+    end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
+    fallen, now = (
+        config.step.lr * rate_factor(config.schedule, warmup, done, total)
+        for total in (end, stream.end_step)
+    )
+    if now > 1.01 * fallen:
+        notes.append(
+            f"the learning rate fell to {fallen:.2g} by step {done}, as in a run of {end} "
+            f"steps; in a run of {stream.end_step} steps, the learning rate jumps to {now:.2g}"
+        )
+    return notes
