@@ -42,13 +42,20 @@ from recomputation import EXPERT_OPERATORS, checkpoint_options
 from routers import ROUTERS, Router, Routing
 from settings import build, completed, flags_of, flattened, read
 
-FLASH_ATTENTION_FAULT = ""  # reason why an installed flash-attn does not load
-try:
-    from flash_attn import flash_attn_func
-except ImportError as error:
-    flash_attn_func = None
-    if find_spec("flash_attn"):  # built for another PyTorch, for example
-        FLASH_ATTENTION_FAULT = str(error)
+
+def load_flash_attention() -> tuple[Callable | None, str]:
+    """Returns the function of flash-attn; or None, and the reason if the package does not load.
+
+    A package that was built for another PyTorch does not load.
+    """
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        return None, str(error) if find_spec("flash_attn") else ""
+    return flash_attn_func, ""
+
+
+flash_attn_func, flash_attention_fault = load_flash_attention()
 
 
 def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:

@@ -187,6 +187,9 @@ def test_sharding_on_two_processes_gives_the_results_of_ddp(two, name):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_expert_parallelism_gives_the_results_of_ddp(two, router):
     compare(two / f"{router}-spread", two / f"{router}-ddp")
+    load = rows(two / f"{router}-spread")[-1]["expert_parallel_load"]
+    assert 1 <= load <= 2
+    assert load == 1 or router not in ("expert_choice", "batch_pool")
 
 
 @pytest.mark.parametrize("name", [*FOUR, "gathered-2x2", "spread-first"])

@@ -1,7 +1,9 @@
 """The model: agreement with the published implementation, gradients, compilation and attention."""
 
+import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -304,6 +306,15 @@ def test_bf16_attention_by_matrix_products_equals_attention(tokens):
     want = results(scaled_dot_product_attention, torch.float64)
     for got, reference in zip(results(attention_by_products, torch.bfloat16), want, strict=True):
         assert relative_error(got, reference) < 1e-2
+
+
+def test_a_flash_attention_that_does_not_load_is_named(tmp_path, monkeypatch):
+    """Such as a wheel for another PyTorch. Without the package there is nothing to say."""
+    assert importlib.util.find_spec("flash_attn") or models.load_flash_attention() == (None, "")
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert models.load_flash_attention() == (None, "undefined symbol: _ZN3c10")
 
 
 @pytest.mark.parametrize("tokens, used", [(256, True), (257, False)])

@@ -284,7 +284,8 @@ def test_a_training_step_reads_nothing_from_the_device(precision, flags, tmp_pat
         return metrics
 
     monkeypatch.setattr(TrainingLoop, "step", step)
-    call_main("train.py", *flags(tmp_path, precision=precision, **{"max-steps": 2, "rf": False}))
+    changes = {"max-steps": 2, "rf": False, "grad-skip": 10}
+    call_main("train.py", *flags(tmp_path, precision=precision, **changes))
     assert "aten::_fused_adamw_" in names
     assert not reads
 
@@ -299,6 +300,8 @@ def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[s
         "with state": sent_by_the_last_step(dist, with_state),
         "broken": [broken_step(dist, optimizer) for optimizer in (FUSED, SGD, MUON)],
         "requests": requests_of_a_run(dist),
+        "largest": dist.largest([float(dist.rank), -float(dist.rank)]),
+        "on main": dist.gather_on_main(dist.rank),
     }
 
 
@@ -400,6 +403,11 @@ def test_an_image_that_several_processes_cannot_read_counts_once(two_processes):
 
 def test_a_step_with_nan_on_one_process_changes_nothing_on_any_process(two_processes):
     assert [got["broken"] for got in two_processes] == [[(True, True, True)] * 3] * 2
+
+
+def test_numbers_of_all_processes_are_compared_and_values_gathered_on_the_first(two_processes):
+    assert [got["largest"] for got in two_processes] == [[1.0, 0.0]] * 2
+    assert [got["on main"] for got in two_processes] == [[0, 1], None]
 
 
 def test_gradients_are_reduced_once_per_step_and_router_statistics_too(two_processes):

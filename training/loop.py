@@ -19,7 +19,7 @@ from costs import count_macs, count_parameters
 from cpu import keep_freed_memory, lacks_instructions
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
-from models import FLASH_ATTENTION_FAULT
+from models import flash_attention_fault
 from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import (
     STOPPED,
@@ -125,8 +125,8 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         notes += disk_notes(config, stream.end_step, run.folder / "checkpoints")
     for note in notes:
         run.log.text(f"note: {note}")
-    if FLASH_ATTENTION_FAULT:
-        reason = printable(FLASH_ATTENTION_FAULT)[:300]
+    if flash_attention_fault:
+        reason = printable(flash_attention_fault)[:300]
         run.log.text(
             f"note: flash-attn is installed but does not load ({reason}); PyTorch's "
             "attention is used instead"
