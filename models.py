@@ -62,8 +62,18 @@ def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=eps)
 
 
-NORMS = {"layer": layer_norm, "rms": partial(nn.RMSNorm, eps=1e-6)}  # called with (width, eps=...)
-QK_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm with weights, in fp32 under autocast, as autocast does for LayerNorm."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+NORMS = {"layer": layer_norm, "rms": RMSNorm}  # in the blocks and before the output
+QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 
 @dataclass(frozen=True)

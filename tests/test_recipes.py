@@ -41,6 +41,9 @@ SOURCES = {  # recipe: (list of presets.json, name in the list)
     "dsmoe_b_e48": ("dsmoe", f"DSMoE_B_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
     "dsmoe_l_e48": ("dsmoe", f"DSMoE_L_E48_{DSMOE}0.4_s1a5_rope2d_l24"),
 }  # fmt: skip
+JIT = {f"jit_{size.lower()}16": ("jitmoe", f"JiT-{size}/16") for size in "BLH"}
+JIT |= {f"jitmoe_{size.lower()}16_e16": ("jitmoe", f"JiT-{size}/16-E16") for size in "BLH"}
+SOURCES |= JIT
 # Parameters of the dense models in presets.json; total and active millions in DiT-MoE's paper.
 DENSE = {"dit_b2": 130_315_808, "dit_l2": 457_840_672, "dit_xl2": 674_834_720}
 MILLIONS = {
@@ -52,9 +55,11 @@ MILLIONS = {
 
 def config_of(name: str) -> TrainConfig:
     user_flags = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
-    size = int(user_flags["image_size"]) // 8
-    facts = DataFacts(num_classes=1000, input_size=size, in_channels=4,
-                      image_size=int(user_flags["image_size"]), vae_path="vae")  # fmt: skip
+    image_size, is_latent = int(user_flags["image_size"]), name not in JIT
+    facts = DataFacts(
+        num_classes=1000, input_size=image_size // (8 if is_latent else 1), image_size=image_size,
+        in_channels=4 if is_latent else 3, vae_path=user_flags["vae_path"],
+    )  # fmt: skip
     return resolve(user_flags, DDPFlags, data=facts)
 
 
@@ -77,7 +82,10 @@ def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name)
     )
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if "training" in preset_of(name)])
+PUBLISHED = [name for name in SOURCES if "training" in preset_of(name) and name not in JIT]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_has_the_published_training_settings(name):
     config, training = config_of(name), preset_of(name)["training"]
     optimizer, step = config.optimizer, config.step
@@ -90,6 +98,22 @@ def test_a_published_recipe_has_the_published_training_settings(name):
     assert config.model.class_dropout_prob == training["label_dropout"]
     assert config.objective.times == training["time"].split()[0].replace(",", "")
     assert (config.model.time_scale == 1000) == ("1000 t" in training["objective"])
+
+
+@pytest.mark.parametrize("name", JIT)
+def test_a_recipe_of_jit_has_the_published_training_settings(name):
+    config, training = config_of(name), preset_of(name)["training"]
+    assert config.step.lr == 2e-4 and "2e-4 at 1024" in training["lr"]
+    assert config.step.warmup_steps == 5 * 1_281_167 // 1024 and "5 epochs" in training["schedule"]
+    assert list(config.optimizer.betas) == training["betas"]
+    assert [ema.decay for ema in config.emas] == training["ema_decay"]
+    assert config.engine.global_batch_size == training["batch_size"]
+    assert config.run.epochs == training["epochs_in_script"]
+    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert training["time"] == "logit-normal mean -0.8 std 0.8, t = 1 data"
+    objective = config.objective
+    assert (objective.mean, objective.std, objective.clamp) == (0.8, 0.8, 0.05)
+    assert objective.noise_scale == training["noise_scale"]
 
 
 @pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
@@ -105,7 +129,7 @@ def test_dit_and_dit_moe_have_the_published_parameters(name):
 def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run(name, capsys):
     path = FOLDER / f"{name}.yaml"
     assert f"--config config/recipes/{path.name}" in path.read_text()
-    if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2"):
+    if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_l16_e16"):
         call_main("train.py", "--config", path, "--dry-run", "--gpus", 8)
         assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
 
