@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the style, then runs the tests, one file per process and one process per core, at most four.
+# Checks the style, then runs the tests on one process per core, at most four.
 # A test uses one thread. Arguments are passed to pytest: bash scripts/test.sh -k resume -n 0
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
@@ -18,4 +18,4 @@ if [ "$(uname -s)" = Linux ] && [ ! -d data/triton-3.7 ]; then
 fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }
-exec python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"

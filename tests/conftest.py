@@ -92,13 +92,22 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
 
 
-# Files that take half a minute or more. They start first, so that no worker ends with one of them.
-SLOW_FILES = [
-    f"test_{name}.py"
-    for name in ("deepspeed", "interruptions", "fsdp", "training", "kernels", "router_runs")
-]
+# Workers of pytest-xdist share the tests by time: the tests of a file that need the same fixture of
+# SHARED stay together, all others go to any worker, and what takes longest starts first.
+SHARED = (
+    "launched", "trained", "two_processes", "finished", "workspace", "tree", "checkpoints",
+    "compiler", "single", "runs", "config", "folders", "cache", "pipelines", "files", "checkpoint",
+    "network",
+)  # fmt: skip
+# Tests of ten seconds or more that share nothing.
+SLOW = (
+    "test_two_processes_stop", "test_pressing_ctrl_c", "test_deepspeed_resumes",
+    "test_a_run_stopped", "test_a_run_killed", "test_weights_and_biases", "test_the_documented",
+    "test_compiled_blocks", "test_sharded_fake", "test_a_training_step_on_fake", "test_two_",
+)  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config, items) -> None:
     if config.getoption("--gpu"):
         names = {"gpu", "needs_gpu"}
@@ -106,8 +115,17 @@ def pytest_collection_modifyitems(config, items) -> None:
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
-        place = {name: number for number, name in enumerate(SLOW_FILES)}
-        items.sort(key=lambda item: place.get(item.path.name, len(place)))
+        for item in items:
+            if shared := [name for name in SHARED if name in item.fixturenames]:
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared[0]}"))
+        items.sort(key=place_of)
+
+
+def place_of(item) -> int:
+    """Place in the order of starts: long launches, long tests, shared fixtures, others."""
+    order = (*SHARED[:4], *SLOW, *SHARED[4:])
+    is_of = [name in item.fixturenames or item.name.startswith(name) for name in order]
+    return is_of.index(True) if True in is_of else len(order)
 
 
 @pytest.fixture(scope="session")
