@@ -153,7 +153,8 @@ def write_heatmap(
         print(f"{title}: {heatmap.panels.flat[0]:.3g} everywhere, so there is nothing to draw")
         return
     save_figure(heatmap.draw(), output)
-    statistics = to_csv(heatmap.statistics, layers, numbers)
+    shown = [i for i in layers if all(i < len(x) for x in heatmap.statistics.values())]
+    statistics = to_csv(heatmap.statistics, shown, numbers)
     write_durably(output.with_suffix(".csv"), statistics)
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
 
@@ -249,8 +250,58 @@ def experts_per_token_cells(
     return dict(panels=tiled(maps, grid), center=mean, unit=unit, across=(TIME, np.round(times, 3)))
 
 
+def persistence_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """Plots the share of a patch's experts that it keeps at the next step: layers down."""
+    if len(counts.times) == 1:
+        raise UserError("--only persistence: got counts of a single step, expected a next one")
+    with np.errstate(invalid="ignore"):
+        kept = counts.kept[:-1].sum(1) / counts.by_step_and_position[:-1].sum(1)  # (S - 1, L)
+    return Heatmap(
+        title=f"Experts kept at the next step\n{counts}",
+        panels=kept.T[None, layers],
+        center=kept.mean(),
+        unit="share of a patch's experts (log scale, white: mean)",
+        down=named_layers(counts, layers),
+        across=(TIME, counts.times[:-1].round(3)),
+        statistics={"persistence": kept.mean(0)},
+    )
+
+
+def flow_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
+    """Plots one panel per layer and its next: how often pairs of their experts share a patch."""
+    layers = [layer for layer in layers if layer < len(counts.together)]
+    if not layers:
+        raise UserError("--only flow: got a single layer, expected a layer and its next one")
+    pairs = counts.together[layers]  # (P, E, E)
+    rows, columns, whole = pairs.sum(2), pairs.sum(1), pairs.sum((1, 2))
+    chance = rows[:, :, None] * columns[:, None] / np.maximum(whole, 1)[:, None, None]
+    experts = range(counts.num_experts)
+    return Heatmap(
+        title=f"Pairs of experts in neighbouring layers\n{counts}",
+        panels=np.divide(pairs, chance, out=np.ones_like(chance), where=chance > 0),
+        center=1,
+        unit="pairs on a patch, relative to chance (log scale, white: 1)",
+        down=("expert", experts),
+        across=("expert of the next layer", experts),
+        panel_titles=[
+            f"layers {counts.layer_numbers[layer]}, {counts.layer_numbers[layer + 1]}"
+            for layer in layers
+        ],
+        statistics={"pairs": counts.together.sum((1, 2))},
+    )
+
+
 def tiled(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Arranges maps (P, Q, T) of the image in one panel, P down and Q across."""
     rows, columns, _ = maps.shape
     tiles = maps.reshape(rows, columns, *grid).transpose(0, 2, 1, 3)
     return tiles.reshape(1, rows * grid[0], columns * grid[1])
+
+
+# The views of expert_report.py --only.
+VIEWS = {
+    "patch": position_map,
+    "spending": experts_per_token_map,
+    "persistence": persistence_map,
+    "flow": flow_map,
+}

@@ -196,6 +196,7 @@ def describe(
     recorder: RoutingRecorder, grid: tuple[int, int],
 ) -> dict:  # fmt: skip
     """Returns the settings of the counts."""
+    groups = list(dict.fromkeys(group for group, _ in prompts))
     return {
         "model": type(pipeline).__name__.removesuffix("Pipeline"),
         "sampler": type(pipeline.scheduler).__name__,
@@ -205,6 +206,7 @@ def describe(
         "images_per_class": settings.images_per_prompt,
         "images": len(prompts) * settings.images_per_prompt,
         "prompts": [prompt for _, prompt in prompts],
+        "groups": [groups.index(group) for group, _ in prompts],
         "grid": grid,
         "layers": [layer.name for layer in recorder.layers],
     }

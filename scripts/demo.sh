@@ -46,16 +46,17 @@ python sample.py $draw $grid --batch-size 100 --output "$out/samples.png"
 python sample.py $draw --class-labels $three --output "$out/three.png" --experts "$out/experts.png"
 python expert_data.py $draw --images-per-class "$per_class" --batch-size 100 \
     --output "$out/expert_data.npz"
-for map in class timestep patch; do
+for map in class timestep; do
     python "heatmap_$map.py" --data "$out/expert_data.npz" --output "$out/heatmap_$map.png" &
 done
+python expert_report.py --data "$out/expert_data.npz" &
 python plot_run.py "$out"
 for job in $(jobs -p); do wait "$job"; done
 cat <<EOF
 
 The pictures, all in $out:
     samples.png    images of each class            experts.png    where each patch goes as it forms
-    run.png        losses, speed, expert load      heatmap_class.png, _timestep, _patch
+    run.png        losses, speed, expert load      expert_report.html, heatmap_class.png, _timestep
 Try next:
     python sample.py --ckpt $out --class-labels $one --images-per-class 16 --seed 1000
     python train.py --latents-path $latents --model DiT-Ti/2 --rf --router expert_choice \\

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from PIL import Image
 from test_models import randomised, tiny_batch
 
-from analysis.ablation import expert_removed, load_ablation, save_ablation
+from analysis.ablation import Ablation, expert_removed, load_ablation, save_ablation
 from analysis.counts import (
     RoutingCounts,
     choose_rows,
@@ -21,7 +21,7 @@ from analysis.counts import (
     row_information,
 )
 from analysis.gallery import Gallery, crop
-from analysis.heatmap import class_map, experts_per_token_map, position_map, step_map
+from analysis.heatmap import VIEWS, class_map, step_map
 from analysis.pictures import DARKEST, ExpertPicture, expert_colours, strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
@@ -331,7 +331,9 @@ def test_a_gallery_has_the_images_with_the_largest_weights_in_any_batches():
 @pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 12, 5), (13, 5, 150, 30)])
 def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     counts = random_counts(*size)
-    for map_of in (class_map, step_map, position_map, experts_per_token_map):
+    for map_of in (class_map, step_map, *VIEWS.values()):
+        if size[3] == 1 and map_of in (VIEWS["flow"], VIEWS["persistence"]):
+            continue  # a single layer, and a single step
         heatmap = map_of(counts, range(counts.num_layers))
         figure = heatmap.draw()
         figure.draw_without_rendering()
@@ -352,7 +354,7 @@ def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path
     assert numbers == [4.5, 4, 5, 3, 6]  # mean; min and max over steps; min and max over positions
     counts.by_step_and_position[:] = 10
     counts.save(tmp_path / "expert_data.npz")
-    call_main("heatmap_spending.py", "--data", tmp_path)
+    call_main("expert_report.py", "--data", tmp_path, "--only", "spending")
     assert "2 everywhere" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["expert_data.npz"]
 
@@ -371,16 +373,28 @@ def test_heat_maps_show_the_first_middle_and_last_layer_unless_layers_are_given(
 
 
 def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
-    data, file = tmp_path / "counts.npz", tmp_path / "file"
+    data, file, old = (tmp_path / name for name in ("counts.npz", "file", "old.npz"))
     random_counts().save(data)
     file.touch()
+    np.savez(old, by_class=np.ones((3, 2, 4)))
+    other = tmp_path / "other.jsonl"
+    save_ablation(other, {}, [Ablation(0, 64, None, None, 0.1)])
     for arguments, message in (
         (("--data", file), "not the counts of expert_data.py (it is not an .npz file"),
         (("--data", data, "--layers", "2"), "got 2, expected some of 0, 1, the blocks"),
+        (("--data", old), "got format 1, expected 2: run expert_data.py again"),
         (("--data", data, "--output", file / "heat.png"), "--output: cannot write"),
         (("--data", data, "--output", tmp_path / "heat.xyz"), "--output: got"),
     ):
-        assert message in expect_error(capsys, "heatmap_patch.py", *arguments)
+        assert message in expect_error(capsys, "heatmap_timestep.py", *arguments)
+    for arguments, message in (
+        (("--data", old), "got format 1, expected 2: run expert_data.py again"),
+        (("--data", data, "--layers", "1"), "--layers: has no effect without --only"),
+        (("--data", data, "--output", tmp_path / "x.pdf"), "expected .html without --only"),
+        (("--data", data, "--ablation", file), "not the file of expert_ablation.py"),
+        (("--data", data, "--ablation", other), "has experts of another model"),
+    ):
+        assert message in expect_error(capsys, "expert_report.py", *arguments)
     line = expect_error(capsys, "expert_data.py", "--ckpt", "x", "--output", "counts.txt")
     assert "--output: got" in line and ".npz" in line
 

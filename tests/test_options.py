@@ -24,7 +24,7 @@ from training.config import RECIPES, override, resolve, training_flags
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",
-    "expert_data", "heatmap_class", "heatmap_timestep", "heatmap_patch", "heatmap_spending",
+    "expert_data", "expert_ablation", "expert_report", "heatmap_class", "heatmap_timestep",
     "check_gpu",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from diffusers import (
     NucleusMoEImagePipeline,
     NucleusMoEImageTransformer2DModel,
 )
+from test_report import data_of, table_of
 
 from analysis.ablation import expert_removed, load_ablation
 from analysis.counts import RoutingCounts
@@ -286,6 +287,11 @@ def test_expert_data_counts_the_conditional_tokens_of_a_pipeline(name, pipelines
     shown = counts.gallery_image >= 0
     assert shown.any() and (counts.gallery_place[shown] < patches).all()
     assert counts.gallery_image.max() == IMAGES - 1 and len(counts.crop_ends)
+    call_main("expert_report.py", "--data", tmp_path / "c.npz")
+    data = data_of(tmp_path / "expert_report.html")
+    assert np.array_equal(table_of(data, "byClass"), counts.by_class)
+    assert np.array_equal(table_of(data, "other"), counts.other_by_step)
+    assert data["gallery"][0][0][0][3] in (0, 1) and data["classes"] == ["cat", "moon"]
     one = tmp_path / "one.npz"  # guidance and the batch do not change what is conditional
     call_main("expert_data.py", *flags(pipelines, name, one, "--cfg-scale", 1, "--batch-size", 3))
     first = RoutingCounts.load(one)

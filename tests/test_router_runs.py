@@ -118,7 +118,8 @@ def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained,
         assert (spent == 2).all()
     elif name == "expert_choice":
         assert np.allclose(spent.mean(1), 2) and spent.std() > 0
-    call_main("heatmap_spending.py", "--data", data, "--output", tmp_path / "map.png")
+    figure = ("--only", "spending", "--output", tmp_path / "map.png")
+    call_main("expert_report.py", "--data", data, *figure)
     if name != "batch_pool":  # its initial thresholds may select every expert for every token
         assert (tmp_path / "map.png").exists() == (name in ("race", "expert_choice"))
 

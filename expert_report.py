@@ -1,0 +1,82 @@
+r"""Writes one HTML page about the experts of a model: what each takes, when, where and with whom.
+
+    python expert_report.py --data results/RUN
+    python expert_report.py --data results/RUN --only patch --output figures/patch.pdf
+
+The page reads the counts of expert_data.py and, if there is one, the file of expert_ablation.py
+beside them. It needs no network and no other file. With --only, one view becomes a figure for a
+paper, beside a CSV file with numbers of each layer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.config import ABLATION_FILE
+from analysis.counts import COUNTS_FILE, RoutingCounts
+from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
+from runtime.errors import UserError, run_main
+from runtime.files import prepare_output, write_durably
+from runtime.flags import flag, parse_config, spelling
+
+PAGE, FIGURES = ".html", (".png", ".pdf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertReportConfig(HeatmapConfig):
+    output: Path | None = flag(
+        None, suffixes=(PAGE, *FIGURES), help="default: expert_report.html near --data"
+    )
+    only: str | None = flag(
+        None, choices=tuple(VIEWS),
+        help="write one view as .png or .pdf: patch, the experts of each position; spending, the "
+        "experts per token by step and position; persistence, the share of experts kept at the "
+        "next step; flow, how often pairs of experts of neighbouring layers meet",
+    )  # fmt: skip
+    ablation: Path | None = flag(
+        None, metavar="FILE", help=f"file of expert_ablation.py (default: {ABLATION_FILE}, if any)"
+    )
+
+
+def parse_args() -> ExpertReportConfig:
+    return parse_config(ExpertReportConfig, __doc__)
+
+
+def check_flags(config: ExpertReportConfig) -> None:
+    """Raises UserError for flags that do not go together."""
+    idle = ("ablation",) if config.only else ("layers",)
+    if given := [name for name in idle if getattr(config, name)]:
+        raise UserError(
+            f"{spelling(given[0])}: has no effect with{'' if config.only else 'out'} --only"
+        )
+    expected = FIGURES if config.only else (PAGE,)
+    if config.output and config.output.suffix.lower() not in expected:
+        how = f"{' or '.join(expected)} with{'' if config.only else 'out'} --only"
+        raise UserError(f"--output: got {config.output}, expected {how}")
+
+
+def main(config: ExpertReportConfig) -> None:
+    check_flags(config)
+    if config.only:
+        write_heatmap(config, config.only, VIEWS[config.only])
+        return
+    data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
+    output = config.output or data.with_name("expert_report.html")
+    prepare_output("--output", output)
+    counts = RoutingCounts.load(data)
+    from analysis.ablation import load_ablation
+    from analysis.report import report
+
+    path, rows = config.ablation or data.with_name(ABLATION_FILE), []
+    if config.ablation or path.exists():
+        _, rows = load_ablation(path)
+        if max(row.layer for row in rows) >= counts.num_layers or max(
+            row.expert for row in rows
+        ) >= counts.num_experts:  # fmt: skip
+            raise UserError(f"{path}: has experts of another model than {data}")
+    page = report(counts, rows)
+    write_durably(output, page)
+    print(f"{output}: {len(page) / 2**20:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

@@ -1,0 +1,127 @@
+"""The page of expert_report.py: its tables, the size of its pictures, and a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_main
+from PIL import Image
+from test_analysis import random_counts
+
+from analysis import report
+from analysis.ablation import Ablation, save_ablation
+from analysis.counts import RoutingCounts
+from analysis.gallery import Gallery
+
+
+def data_of(page: Path) -> dict:
+    """The data in a page."""
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text()
+    )
+    return json.loads(text)
+
+
+def table_of(data: dict, name: str) -> np.ndarray:
+    table = data["tables"][name]
+    values = np.frombuffer(base64.b64decode(table["data"]), "<f4")
+    return values.reshape(table["shape"])
+
+
+def counts_with_gallery(**sizes) -> RoutingCounts:
+    counts = random_counts(**sizes)
+    torch.manual_seed(0)
+    layers, images = counts.num_layers, len(counts.labels)
+    gallery = Gallery(layers, counts.num_experts)
+    weights = list(torch.rand(layers, images, 4, counts.num_experts))
+    pictures = torch.randint(0, 256, (images, 3, 32, 32)).byte()
+    gallery.add(weights, (2, 2), 0, lambda chosen: pictures[chosen])
+    return replace(counts, **gallery.arrays())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> tuple[Path, RoutingCounts]:
+    """The page of a model with 70 classes and 64 experts, one of them dead."""
+    folder = tmp_path_factory.mktemp("report")
+    counts = counts_with_gallery(num_layers=3, num_experts=64, num_classes=70)
+    for name in ("by_class", "by_step", "by_position"):
+        getattr(counts, name)[:, 1, 5] = 0
+    counts = replace(counts, class_names=np.array([f"</script>{i}" for i in range(70)]))
+    counts.save(folder / "expert_data.npz")
+    rows = [Ablation(i, j, 0.01 * j, 0.001, 0.02) for i in range(3) for j in range(60)]
+    save_ablation(folder / "expert_ablation.jsonl", {}, rows)
+    call_main("expert_report.py", "--data", folder)
+    return folder / "expert_report.html", counts
+
+
+def test_the_page_has_the_tables_and_the_crops(page):
+    path, counts = page
+    data = data_of(path)
+    for name, table in (
+        ("byClass", counts.by_class), ("together", counts.together),
+        ("byPlace", counts.by_position),
+        ("kept", counts.kept[:-1].sum(1) / counts.by_step_and_position[:-1].sum(1)),
+    ):  # fmt: skip
+        np.testing.assert_allclose(table_of(data, name), table, rtol=1e-6)
+    damage = table_of(data, "damage")
+    assert damage[1, 2, 59] == np.float32(0.59) and np.isnan(damage[:, :, 60:]).all()
+    crop, weight, image, label = data["gallery"][2][63][0]
+    assert image == label == counts.gallery_image[2, 63, 0]
+    assert weight == round(float(counts.gallery_weight[2, 63, 0]), 4)
+    crops, ends = base64.b64decode(data["crops"]), [0, *data["cropEnds"]]
+    picture = Image.open(io.BytesIO(crops[ends[crop] : ends[crop + 1]]))
+    assert picture.format == "WEBP" and picture.size == (64, 64)
+
+
+def test_crops_become_smaller_if_they_would_not_fit(monkeypatch):
+    counts = counts_with_gallery(num_experts=8)
+    whole = sum(map(len, report.fitting_crops(counts)))
+    monkeypatch.setattr(report, "MOST_BYTES", whole // 3)
+    crops = report.fitting_crops(counts)
+    assert sum(map(len, crops)) <= whole // 3 and len(crops) == len(counts.crop_ends)
+    assert Image.open(io.BytesIO(crops[0])).size[0] in report.SIDES
+
+
+def test_large_grids_are_joined_in_blocks():
+    table = np.arange(80 * 48).reshape(-1, 1)
+    joined = report.on_small_grid(table, (80, 48), np.sum)
+    assert report.small_grid((80, 48)) == (27, 16) and len(joined) == 27 * 16
+    assert joined.sum() == table.sum() and joined[0] == sum(
+        r * 48 + c for r in range(3) for c in range(3)
+    )
+
+
+def test_the_page_works_in_a_browser_and_fits_a_telephone(page):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in programs:
+        pytest.skip("needs the programs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    try:
+        size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.get(f"{page[0].as_uri()}#layer-1-expert-5")
+        title = driver.find_element("css selector", "#one h2").text
+        assert title == "Expert 5 of layer 1"
+        assert "1·5" in driver.find_element("id", "dead").text
+        assert "No patch" not in driver.find_element("id", "gallery").text
+        driver.find_element("id", "after").click()
+        assert driver.find_element("css selector", "#one h2").text == "Expert 6 of layer 1"
+        sizes = "document.documentElement.scrollWidth, document.images.length"
+        assert driver.execute_script(f"return [{sizes}]") == [390, 16]
+        assert driver.execute_script("return document.images[0].naturalWidth") == 64
+        assert not driver.get_log("browser")
+    finally:
+        driver.quit()
