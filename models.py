@@ -516,7 +516,7 @@ class DiT(nn.Module):
     the attributes keep the empty defaults.
         expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
-        router_metrics      scalars for the log, by name, averaged over the layers
+        router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
         observed            (L, ...) statistics for `update_routers`, or None, see
                             `Routing.observed`
     Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
@@ -643,6 +643,12 @@ class DiT(nn.Module):
             and not name.endswith(("bias", "moe.gate.weight"))
         }
 
+    def checkpoint_options(self) -> dict[str, Any]:
+        """Returns the options with which torch recomputes a block."""
+        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
+        draws_nothing = all(gate.draws_nothing for gate in gates)
+        return checkpoint_options(self.kept_operators, draws_nothing=draws_nothing)
+
     def compile_blocks(self) -> None:
         """Compiles each block separately. Blocks of the same structure share one compiled graph.
 
@@ -659,7 +665,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             eager = block.forward
             if self.recomputes_in_graphs:
-                options = checkpoint_options(self.kept_operators)
+                options = self.checkpoint_options()
                 eager = partial(recomputed_in_training, block, eager, options)
             block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
 
@@ -710,7 +716,7 @@ class DiT(nn.Module):
             head_dim = self.config.hidden_size // self.config.num_heads
             angles = rotary_angles(head_dim, self.config.grid, x.device)                # (P, d/2)
         routings, rates = [], []                                            # one per sparse layer
-        recompute = partial(checkpoint, **checkpoint_options(self.kept_operators))
+        recompute = partial(checkpoint, **self.checkpoint_options())
         is_recomputed = self.gradient_checkpointing and self.training
         is_recomputed = is_recomputed and not self.recomputes_in_graphs
         for layer, block in enumerate(self.blocks):
@@ -730,9 +736,13 @@ class DiT(nn.Module):
             return prediction, loss
         self.expert_load = torch.stack([routing.load for routing in routings])
         self.experts_per_token = rates
-        self.router_metrics = {
-            f"router_{name}": torch.stack([routing.metrics[name] for routing in routings]).mean()
+        metrics = {
+            name: torch.stack([routing.metrics[name] for routing in routings])  # (L,) or (L, 1)
             for name in routings[0].metrics
+        }
+        self.router_metrics = {
+            f"router_{name}": values.mean() if values.dim() == 1 else values.flatten()
+            for name, values in metrics.items()
         }
         observed = [routing.observed for routing in routings]
         self.observed = None if observed[0] is None else torch.stack(observed)

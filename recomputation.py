@@ -27,13 +27,14 @@ KEPT_OPERATORS = EXPERT_OPERATORS | {
 }
 
 
-def checkpoint_options(kept: Collection[str]) -> dict[str, Any]:
+def checkpoint_options(kept: Collection[str], *, draws_nothing: bool = False) -> dict[str, Any]:
     """Returns the options of torch's `checkpoint`.
 
     kept: names of operators whose outputs are kept
+    draws_nothing: whether the block uses no random numbers, so that the state of the generators
+        need not be saved for the second computation
     """
-    # Blocks use no random numbers, so checkpointing need not save the generator's state.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not draws_nothing}
     if kept:
         policy = partial(keep_outputs, frozenset(kept))
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)

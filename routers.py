@@ -51,7 +51,9 @@ class Routing(NamedTuple):
     # Statistics of a router with state. `Router.update` receives their mean over micro-batches and
     # processes. None for a router without state. In eval mode, only `SigmoidRouter` returns them.
     observed: Tensor | None = None
-    metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars to log, by name
+    # Numbers to log, by name: scalars, which are averaged over the layers, or (1,), of which each
+    # layer's is logged. The block may add its own.
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
     is_even: bool = False  # whether every expert has exactly R / E rows
 
 
@@ -61,7 +63,16 @@ class Router(Component, nn.Module):
     The router's input is the token (D), followed by facts about the token's image, which
     `DiTBlock.router_input` appends. `asks_for` names these facts: "time", the embedding of the time
     (D), or "no_class" (1), true for images without a class. The gate does not use "no_class".
+
+    draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient
+        checkpointing then need not restore the state of the generators.
     """
+
+    draws_nothing = False
+
+    def __init_subclass__(cls, draws_nothing: bool = False, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.draws_nothing = draws_nothing
 
     hidden_size: int
     num_experts: int
@@ -137,7 +148,7 @@ def gate_scores(logits: Tensor, gating: str) -> Tensor:
     return logits.sigmoid() if gating == "sigmoid" else logits
 
 
-class TopKRouter(Router):
+class TopKRouter(Router, draws_nothing=True):
     """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
 
     p = softmax(W x) over all experts. Each token goes to the K experts with the largest p, and the
@@ -173,7 +184,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(Router, draws_nothing=True):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
     equations 12 to 16). DSMoE uses this router for diffusion; DSMoE's code never updates the bias.
 
@@ -221,7 +232,7 @@ class SigmoidRouter(Router):
         self.e_score_correction_bias += torch.where(skipped, 0.0, step)
 
 
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(Router, draws_nothing=True):
     """Expert choice (Zhou et al. 2022, arXiv 2202.09368) within each image, as in EC-DiT (arXiv
     2410.02098).
 
@@ -291,7 +302,7 @@ class ThresholdRouter(Router):
         self.threshold.lerp_(observed, 1 - self.momentum)
 
 
-class RaceRouter(ThresholdRouter):
+class RaceRouter(ThresholdRouter, draws_nothing=True):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
 
     z = W gelu(W1 x). A process's micro-batch has S E logits, one per pair (token, expert). The
@@ -354,7 +365,7 @@ class RaceRouter(ThresholdRouter):
         return (weight * similarity).sum() / tokens
 
 
-class BatchPoolRouter(ThresholdRouter):
+class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
     p = softmax(W x). Among the S tokens of a process's micro-batch, every expert takes the
@@ -422,7 +433,7 @@ class BatchPoolRouter(ThresholdRouter):
         return Routing(*rows, loss, load, observed, is_even=True)
 
 
-class PrototypeRouter(Router):
+class PrototypeRouter(Router, draws_nothing=True):
     """ProMoE's prototype routing (ICLR 2026), by token choice (ProMoE-TC) or expert choice
     (ProMoE-EC).
 

@@ -14,10 +14,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.weights import check_shapes, shapes_of
 from conditions import CONDITIONS, split_condition
+from costs import fake_model
 from models import DiT, DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
 from parts import Part
+from runtime.errors import reported_as
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes differ
@@ -34,7 +37,8 @@ def adapt(
     """Adapts weights to a config with other classes, conditions or another input size.
 
     seed: seed of newly initialised weights
-    Returns the checkpoint and notes about the changed weights.
+    Returns the checkpoint and notes about the changed weights. Raises UserError if the result does
+    not fit the config, as with a condition that owns weights outside its embedder.
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     kind = "input_size", "absolute_positions"
@@ -59,6 +63,9 @@ def adapt(
             rows[-1] = table[-1].float()
         state_dict[LABEL_TABLE] = rows
         notes.append(f"{LABEL_TABLE}: new rows for {config.num_classes} classes")
+    message = f"{source.path}: cannot start a model with conditions {' '.join(config.conditions)}"
+    with reported_as(message, ValueError):
+        check_shapes(shapes_of(state_dict), shapes_of(fake_model(config).state_dict()))
     kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
     first = f"started from {source.path}: {kept} of {len(state_dict)} weights are unchanged"
     record = replace(source.record, config=config, class_names=tuple(class_names))

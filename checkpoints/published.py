@@ -18,6 +18,14 @@ NEEDED = (
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
 )  # fmt: skip
 
+# Fields that a published file, its arguments or the presets say, and those that only training or
+# the speed depends on. A model with another value than the default in any other field is refused.
+SAID = (
+    "input_size", "in_channels", "num_classes", "patch_size", "hidden_size", "depth", "num_heads",
+    "num_experts", "num_experts_per_tok", "n_shared_experts", "mlp_ratio", "dense_mlp_ratio",
+    "qk_norm", "class_dropout_prob", "learn_sigma", "expert_backend",
+)  # fmt: skip
+
 
 def facts_of(arguments: dict) -> dict:
     """Translates the arguments of a published file to fields of a Record."""
@@ -117,16 +125,14 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     code can compute.
     """
     alpha = config.router_options.get("aux_loss_alpha", 0.0)  # of no effect on the function
-    router = Part("topk", {"aux_loss_alpha": alpha})
-    plain = DiTConfig(
-        depth=config.depth, num_experts=config.num_experts, num_experts_per_tok=1, router=router
-    )
-    for name in (
-        "mlp_norm_eps", "timestep_frequency_shift", "time_scale", "router", "qk_norm_eps", "rope",
-        "absolute_positions", "dense_mlp_type", "mlp_type", "sparse_layers", "conditions",
-    ):  # fmt: skip
-        if (got := getattr(config, name)) != (expected := getattr(plain, name)):
-            raise ValueError(f"{name}: got {got}, expected {expected} as in the published code")
+    said = {name: getattr(config, name) for name in SAID}
+    plain = DiTConfig(router=Part("topk", {"aux_loss_alpha": alpha}), **said)
+    if differing := [
+        f"{name}: got {got}, expected {expected}"
+        for name, expected in vars(plain).items()
+        if (got := getattr(config, name)) != expected
+    ]:
+        raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):
         raise ValueError(f"input_size: got {config.input_size}, expected a square")
     if (width := config.n_shared_experts) % 1:

@@ -16,7 +16,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from latents.autoencoder import CONFIG_FILE, LatentNorm, wrap_autoencoder
 from models import DiT
@@ -65,7 +65,12 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, dit: dict, info: dict, quantization: str | None = None):
         super().__init__()
-        self.model = DiT(**dit)
+        with torch.device("meta"):
+            model = DiT(**dit)
+        self.model = model.to_empty(device=torch.get_default_device())
+        # Within from_pretrained, nn.init does nothing, because the weights are loaded afterwards.
+        if nn.init.constant_(torch.zeros(1, device="cpu"), 1.0):
+            self.model.initialize_weights()
         if quantization:
             for name, weight in self.model.named_parameters():
                 if ".moe.experts." in name:

@@ -19,6 +19,7 @@ from runtime.errors import printable
 from settings import nested
 
 ROOT = Path(__file__).parent.parent
+OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
 PRIVATE = re.compile(  # settings with paths or names of the user
     "path$|_dir$|_config$|^run_name$|^resume$|^finetune$|^wandb$"
 )
@@ -55,11 +56,10 @@ def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     config, record = checkpoint.in_full_precision().config, checkpoint.record
     if record.objective not in (None, "gaussian", "rectified_flow"):
         raise ValueError(f"objective: got {record.objective}, expected gaussian or rectified_flow")
-    for name in ("schedule", "shift"):  # options that change the sampling
-        default = options_of(OBJECTIVES[record.objective or "gaussian"]).get(name)
-        if default and record.objective_options.get(name, default.default) != default.default:
-            got = record.objective_options[name]
-            raise ValueError(f"objective_{name}: got {got}, expected {default.default}")
+    for name, option in options_of(OBJECTIVES[record.objective or "gaussian"]).items():
+        got = record.objective_options.get(name, option.default)
+        if name not in OF_TRAINING and got != option.default:
+            raise ValueError(f"objective_{name}: got {got}, expected {option.default}")
     args = {
         **typed_facts(checkpoint),
         **{n: getattr(config, n) for n in ("num_heads", "num_classes", "num_experts_per_tok")},
@@ -99,13 +99,8 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 }
 
 
-# Matches imports from this repository: (indentation, module, first imported name).
-OWN_IMPORT = re.compile(
-    r"^( *)from ((?:conditions|cpu|models|moe|layouts|parts|routers|settings|moe_kernels|diffusion|"
-    r"runtime|latents|sampling)\b[\w.]*)"
-    r" import (\w*)",
-    re.MULTILINE,
-)
+# Matches an import: (indentation, module, first imported name).
+IMPORT = re.compile(r"^( *)from (\w[\w.]*) import (\w*)", re.MULTILINE)
 
 
 def copy_code(entry: str, folder: Path) -> None:
@@ -119,7 +114,10 @@ def copy_code(entry: str, folder: Path) -> None:
 
     def rewrite(match: re.Match) -> str:
         indent, module, name = match.groups()
-        if (ROOT / module.replace(".", "/") / f"{name}.py").is_file():  # a module of a package
+        path = ROOT / module.replace(".", "/")
+        if not path.is_dir() and not path.with_suffix(".py").is_file():  # of another package
+            return match[0]
+        if (path / f"{name}.py").is_file():  # a module of a package
             found.append(f"{module}.{name}")
             return f"{indent}from . import {flat_name(found[-1])} as {name}"
         found.append(module)
@@ -131,7 +129,7 @@ def copy_code(entry: str, folder: Path) -> None:
             path = ROOT / module.replace(".", "/")
             file = path.with_suffix(".py")
             source = file if file.is_file() else path / "__init__.py"
-            text = OWN_IMPORT.sub(rewrite, source.read_text())
+            text = IMPORT.sub(rewrite, source.read_text())
             # Custom operators need other names, so that a process can also import this repository.
             texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')
     for module, text in texts.items():

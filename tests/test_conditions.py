@@ -10,6 +10,7 @@ from conftest import call_main, expect_error, only_run, relative_error
 from test_models import randomised
 from test_training import engine_of
 
+import models
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import load_model, read_checkpoint
 from diffusion import RectifiedFlow, classifier_free_guidance
@@ -162,6 +163,26 @@ def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditi
     with torch.no_grad():
         model.size_embedder.mlp[2].weight.zero_(), model.size_embedder.mlp[2].bias.zero_()
         assert torch.equal(new(x, t, y)[0], model(x, t, y)[0])
+
+
+def test_fine_tuning_with_a_condition_whose_weights_it_cannot_make_is_one_line(monkeypatch):
+    """A condition that a new layer of each block reads, as in cross-attention."""
+    from checkpoints import Record
+    from checkpoints.checkpoint import Checkpoint
+
+    class Block(models.DiTBlock):
+        def __init__(self, config, layer=0):
+            super().__init__(config, layer)
+            if "size" in config.conditions:
+                self.read_size = torch.nn.Linear(4, 8)
+
+    monkeypatch.setattr(models, "DiTBlock", Block)
+    model = randomised(num_classes=7)  # of no other test, because shapes are computed once a config
+    source = Checkpoint("x.pt", model.state_dict(), Record(config=model.config), "x.pt")
+    config = replace(model.config, conditions=("label", "size"))
+    line = r"x.pt: .* conditions label size \(blocks.0.read_size.bias: got none, expected \(8,\)"
+    with pytest.raises(UserError, match=line):
+        adapt(source, config, [], seed=0)
 
 
 @pytest.fixture

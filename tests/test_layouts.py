@@ -119,6 +119,20 @@ def test_converting_published_weights_to_ours_and_back_changes_nothing(name, tmp
     assert_same_values(again, published.get("ema", published))
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("norm", "rms"), ("rope", True), ("time_scale", 1000.0), ("class_tokens", 2),
+     ("router", "race"), ("conditions", ("label", "size")), ("mlp_type", "gelu"),
+     ("sparse_layers", (1,)), ("patch_bottleneck", 8)],
+)  # fmt: skip
+def test_a_model_that_published_code_cannot_compute_is_refused_by_the_name_of_the_field(
+    field, value
+):
+    model = randomised(**{field: value})
+    with pytest.raises(ValueError, match=f"{field}: got .*, expected .*, as in the published code"):
+        to_published(model.state_dict(), model.config)
+
+
 def test_an_unreachable_hub_is_a_one_line_error_at_once(monkeypatch, capfd):
     from huggingface_hub import constants
 

@@ -32,6 +32,8 @@ from models import (
 from moe_kernels import experts
 from recomputation import KEPT_OPERATORS
 from routers import ROUTERS
+from runtime.processes import ALONE
+from training.metrics import MetricTracker
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("loop", "grouped")
@@ -187,9 +189,34 @@ def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
     assert relative_error(*reversed(gradients)) < 1e-5
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}, {"sparse_layers": (1,)}])
-def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch):
-    """Selective checkpointing computes attention and experts only once."""
+class NoisyRouter(routers.TopKRouter):
+    """Noisy top-k (Shazeer et al. 2017, arXiv 1701.06538), with one learned scale per expert."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.scale = nn.Parameter(torch.empty(self.num_experts))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.ones_(self.scale)
+
+    def choose(self, logits: torch.Tensor) -> routers.Routing:
+        routing = super().choose(logits + self.scale * torch.randn_like(logits))
+        mean = logits.mean().detach()
+        return routing._replace(metrics={"mean": mean, "mean_of": mean.view(1)})
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "noisy", NoisyRouter)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"num_experts": 0}, {"sparse_layers": (1,)}, {"router": "noisy"}]
+)
+def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
+    """Selective checkpointing computes attention and experts only once. A router that draws random
+    numbers draws the same ones again."""
     calls, gradients, compute = [], [], experts.forward_rows
     monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     for kept in (None, (), KEPT_OPERATORS):
@@ -204,9 +231,22 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch):
 
 
 def gradients_of(model: DiT) -> list[torch.Tensor | None]:
+    torch.manual_seed(1)
     prediction, aux_loss = model.train()(*tiny_batch())
     (prediction.square().sum() + aux_loss).backward()
     return [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_number_of_a_router_is_logged_as_a_mean_or_for_each_layer(noisy):
+    model, tracker = randomised(router="noisy"), MetricTracker(ALONE)
+    model(*tiny_batch())
+    found = model.router_metrics
+    assert found["router_mean_of"].shape == (2,) and found["router_mean"].shape == ()
+    for _ in range(2):
+        tracker.add({**found, "skipped": torch.tensor(False)})
+    means = tracker.means()
+    assert means["router_mean_of"] == pytest.approx(found["router_mean_of"].tolist())
+    assert means["router_mean"] == pytest.approx(found["router_mean_of"].mean().item())
 
 
 @pytest.fixture

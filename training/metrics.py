@@ -29,7 +29,9 @@ class MetricTracker:
         self.pauses, self.waited = 0.0, 0.0  # seconds
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds the scalars of a step. A skipped step counts only for the time."""
+        """Adds the numbers of a step: scalars, or one a layer. A skipped step counts only for the
+        time.
+        """
         skipped = metrics["skipped"]
         for name, value in metrics.items():
             if name != "skipped":
@@ -54,12 +56,15 @@ class MetricTracker:
         yield
         self.waited += time.perf_counter() - start
 
-    def means(self) -> dict[str, float]:
+    def means(self) -> dict[str, float | list[float]]:
         """Returns the means over the steps and all processes; waits for the steps to finish."""
-        values = torch.stack([*self.sums.values(), self.good])
+        values = torch.cat([total.flatten() for total in (*self.sums.values(), self.good)])
         *sums, steps = self.dist.sum(values).tolist()
-        means = [total / steps if steps else math.nan for total in sums]
-        return dict(zip(self.sums, means, strict=True))
+        means = iter([total / steps if steps else math.nan for total in sums])
+        return {
+            name: [next(means) for _ in total] if total.dim() else next(means)
+            for name, total in self.sums.items()
+        }
 
     def seconds(self) -> float:
         """Returns the time of the steps so far. Call `means` first, which waits for the steps."""

@@ -36,8 +36,8 @@ def take_step(
     step: number of the step, from 1
     rate: factor of the optimizer's learning rates
 
-    Returns scalars by name: the terms of the loss, averaged over the micro-batches of this process,
-    and the values that `Engine.optimizer_step` returns.
+    Returns numbers by name: the terms of the loss, averaged over the micro-batches of this process,
+    and the values that `Engine.optimizer_step` returns. Each is a scalar or has one number a layer.
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
@@ -45,8 +45,8 @@ def take_step(
         with engine.micro_step(is_last=number + 1 == count):
             terms = losses(engine, objective, batch, auxiliary)
             engine.backward((terms["loss"] + terms["aux_loss"]) / count)
-        for name, value in terms.items():  # each (N,) or scalar
-            mean = value.detach().mean() / count
+        for name, value in terms.items():
+            mean = value.detach() / count
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
     updated = engine.optimizer_step(step, rate)
@@ -63,8 +63,8 @@ def losses(
     """Returns the terms of the loss on a batch, by name.
 
     "loss" and "aux_loss" are scalars whose sum is minimised. "aux_loss" is the routers' loss plus
-    the weighted losses of --auxiliary. The other terms, (N,) or scalar, are only logged: among them
-    are the losses of --auxiliary, without their weights.
+    the weighted losses of --auxiliary. The other terms, scalars or one number a layer, are only
+    logged: among them are the losses of --auxiliary, without their weights.
 
     This function draws times and noise, and then drops conditions once, so that all conditional
     calls of the network get the same conditions. An objective that trains with classifier-free
@@ -111,5 +111,6 @@ def losses(
         terms["aux_loss"] = terms["aux_loss"] + auxiliary_loss.weight * term
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
-    routers = engine.model.router_metrics
-    return {**terms, **routers, "loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
+    logged = {name: term.detach().mean() for name, term in terms.items()}  # each (N,) or scalar
+    logged |= engine.model.router_metrics
+    return {**logged, "loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}
