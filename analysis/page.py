@@ -6,12 +6,12 @@
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
-from itertools import count
+from functools import lru_cache, partial
 from pathlib import Path
+from queue import Queue
 
 import torch
 from torch import Tensor
@@ -20,25 +20,34 @@ from torchvision.io import encode_png
 from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import averages_of
 from diffusion import OBJECTIVES
-from runtime.errors import UserError, printable, reported_as
+from runtime.errors import UserError, did_you_mean, printable, reported_as
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
 
 # Arguments of gr.HTML. The `value` in the view is the result of `draw`; Handlebars escapes it.
 PAGE = {"html_template": "view.html", "css_template": "style.css", "js_on_load": "script.js"}
+# On a narrow screen, the first controls stand above the pictures, and the others below.
+LAYOUT = """
+#first { gap: 0.5rem } #waiting { min-height: 1.2rem; padding: 0 }
+@media (max-width: 700px) {
+  #page { flex-direction: column; gap: 0.75rem } #left { display: contents }
+  #left > * { order: 2 } #left > #first { order: 0 } #right { order: 1 }
+}
+"""
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
 # Flags that describe --ckpt and are reset for --compare.
 ABOUT_CKPT = dict.fromkeys(
     (*MODEL_FLAGS, *ROUTER_FLAGS, "ema", "model", "vae_path", "image_size", "guide_ckpt")
 )
 INTRODUCTION = (
-    "An image forms out of noise, and its patches go to experts. Choose a class and press Draw."
+    "Choose a class and press Draw: an image forms out of noise, and its patches go to experts."
 )
-FIRST_CLASS = "person-role"  # class that the page shows first; without it, the model's first class
+FIRST_CLASS = "face-smiling"  # class that the page shows first; without it, the model's first class
 FEW_STEPS = 8  # up to this number of steps, the page by default draws while a control moves
 MOST_IMAGES = 64  # largest number of images in a grid
 MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps
 MOST_WAITING = 16  # requests in the queue; more are rejected
+PREVIEW_SECONDS, PREVIEW_SHARE = 0.4, 0.2  # time between previews, and share of the time for them
 UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
 NAMES = {  # names of the controls, by the names that errors use
     "labels": "Class", "seeds": "Seed", "--seed": "Seed", "sampler": "Sampler",
@@ -46,6 +55,9 @@ NAMES = {  # names of the controls, by the names that errors use
     "cfg_scale": "Guidance", "--cfg-scale": "Guidance", "ema": "EMA", "--ema": "EMA",
     "guidance_interval": "Guide from t, to t", "--guidance-interval": "Guide from t, to t",
 }  # fmt: skip
+
+# Called after each step of a sampler, with None or a function that returns what there is to show.
+AfterStep = Callable[[Callable | None], None]
 
 opened = lru_cache(maxsize=2)(open_pipeline)  # two, for both sides, or for two EMAs
 
@@ -77,91 +89,148 @@ def draw_cell(pipeline: SamplingPipeline, image: Tensor, label: int, seed: int) 
 
 
 def draw_image(
-    pipeline: SamplingPipeline, label: int, seed: int, after_step: Callable[[], None]
+    pipeline: SamplingPipeline, label: int, seed: int, after_step: AfterStep
 ) -> tuple[dict, list[list[str]], list[str]]:
     """Generates one image; returns its description, its pictures at each step, and step names.
 
-    The pictures of a step are the predicted image and a map of experts for each layer.
+    The pictures of a step are the predicted image and a map of experts for each layer. After a step
+    with pictures, `after_step` gets a function that returns the same for this step only.
     """
     config, num_steps = pipeline.model.config, pipeline.settings.num_steps
-    layers, legend, hooks = config.sparse_layers, [], ExitStack()
+    layers, hooks = config.sparse_layers, ExitStack()
     pictures = [trajectory := Trajectory(num_steps)]
     if layers:
         pictures.append(experts := ExpertPicture(pipeline.model, num_steps, range(len(layers))))
         hooks = experts.hooks
+    recorded = sorted(trajectory.recorded_steps)
+
+    def shown(latents: Tensor) -> tuple[dict, list[list[str]], list[str]]:
+        """Shows the newest of the recorded steps, given their predictions (F, C, h, w)."""
+        newest, legend = slice(-len(latents), None), []
+        images = pipeline.decode(latents)
+        frames = [[png(image)] for image in images]
+        if layers:
+            chosen = torch.stack([frame[2][:, 0] for frame in experts.frames[newest]])  # (F, L, T)
+            for frame, maps in zip(frames, experts.maps(chosen), strict=True):
+                frame += map(png, maps)
+            colours = ["#" + bytes(colour).hex() for colour in expert_colours(experts.num_experts)]
+            legend = [{"name": str(i), "colour": colour} for i, colour in enumerate(colours[:-1])]
+            legend += [{"name": "none", "colour": colours[-1]}] if -1 in chosen else []
+        about = {"legend": legend, "layers": list(layers)}
+        steps = zip(recorded[: len(trajectory.frames)], trajectory.frames, strict=True)
+        names = [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, (t, _) in steps]
+        return draw_cell(pipeline, images[-1], label, seed) | about, frames, names[newest]
 
     def watch(state: dict) -> None:
         for picture in pictures:
             picture(state)
-        after_step()
+        is_recorded = state["step"] in trajectory.recorded_steps
+        after_step(partial(shown, trajectory.frames[-1][1]) if is_recorded else None)
 
     with hooks:
         latents = pipeline.latents([label], [seed], watch)
-    predictions = torch.cat([*(x for _, x in trajectory.frames[:-1]), latents])  # (F, C, h, w)
-    images = pipeline.decode(predictions)
-    frames = [[png(image)] for image in images]
-    if layers:
-        chosen = torch.stack([frame[2][:, 0] for frame in experts.frames])  # (F, L, T)
-        for frame, maps in zip(frames, experts.maps(chosen), strict=True):
-            frame += map(png, maps)
-        colours = ["#" + bytes(colour).hex() for colour in expert_colours(experts.num_experts)]
-        legend = [{"name": str(i), "colour": colour} for i, colour in enumerate(colours[:-1])]
-        legend += [{"name": "none", "colour": colours[-1]}] if -1 in chosen else []
-    kept = zip(sorted(trajectory.recorded_steps), trajectory.frames, strict=True)
-    side = draw_cell(pipeline, images[-1], label, seed) | {"legend": legend, "layers": list(layers)}
-    return side, frames, [f"step {i + 1} of {num_steps}, t = {t:.3g}" for i, (t, _) in kept]
+    return shown(torch.cat([*(x for _, x in trajectory.frames[:-1]), latents]))
 
 
 def draw_grid(
-    pipeline: SamplingPipeline, labels: list[int], seeds: list[int], after_step: Callable[[], None]
+    pipeline: SamplingPipeline, labels: list[int], seeds: list[int], after_step: AfterStep
 ) -> list[dict]:
-    """Generates images of each class from the same seeds; returns the cells, ordered by class."""
-    cells = []
-    for label in labels:
-        images = pipeline.images([label] * len(seeds), seeds, lambda _: after_step())
+    """Generates images of each class from the same seeds; returns the cells, ordered by class.
+
+    After each step, `after_step` gets a function that returns the cells so far.
+    """
+    cells: list[dict] = []
+
+    def with_images(images: Tensor, label: int) -> list[dict]:
         pairs = zip(images, seeds, strict=True)
-        cells += [draw_cell(pipeline, image, label, seed) for image, seed in pairs]
+        return cells + [draw_cell(pipeline, image, label, seed) for image, seed in pairs]
+
+    for label in labels:
+
+        def watch(state: dict, label: int = label) -> None:
+            x = state["pred_xstart"]
+            after_step(lambda: with_images(pipeline.decode(x), label))
+
+        images = pipeline.images([label] * len(seeds), seeds, watch)
+        cells = with_images(images, label)
     return cells
 
 
 def draw(
-    configs: list[SamplingConfig], given: dict, after_step: Callable[[int, int], None]
+    configs: list[SamplingConfig], given: dict, after_step: Callable[[Callable | None], None]
 ) -> dict:
     """Generates the requested images with each checkpoint; returns the data of assets/page.
 
     given: values of the controls, by name
-    after_step: called after each step with the number of finished steps and of all steps
+    after_step: called after each step, with None or a function that returns the data so far
     """
     most_steps = max(MOST_STEPS, *(opened(config).settings.num_steps for config in configs))
-    labels, seeds = requested_images(given, most_steps)
-    sides, drawn, steps, done = [], [], [], count(1)
+    classes = shared_classes(configs)
+    labels, seeds = requested_images(given, most_steps, classes)
+    sides, drawn = [], []
     is_grid = len(labels) * len(seeds) > 1
-    for config in configs:
+
+    def data(side: dict, frames: list, steps: list[str], live: bool) -> dict:
+        """Combines a side with the finished ones, of which earlier frames may be left out."""
+        parts = [earlier[-len(frames) :] for earlier in drawn] + [frames]
+        frames = [sum(pictures, []) for pictures in zip(*parts, strict=True)]
+        return {
+            "sides": [*sides, side], "frames": frames, "steps": steps, "last": len(frames) - 1,
+            "grid": is_grid, "live": live,
+        }  # fmt: skip
+
+    for number, config in enumerate(configs):
         pipeline = opened(config)
         changes = {"cfg_scale": given["scale"], "guidance_interval": (given["low"], given["high"])}
         sampler = {"sampler": given["sampler"], "steps": int(given["steps"])}
         if tuple(sampler.values()) != (pipeline.settings.sampler, pipeline.settings.num_steps):
             changes |= sampler
         pipeline = pipeline.with_settings(**changes)
-        total = pipeline.settings.num_steps * len(configs) * (len(labels) if is_grid else 1)
-        step = lambda total=total: after_step(next(done), total)  # noqa: E731
         about = describe(pipeline, config.ckpt)
+        chosen = [classes[label][1][number] for label in labels]
+
+        def complete(found, live: bool, about: dict = about) -> dict:
+            if is_grid:
+                return data({**about, "cells": found, "columns": len(seeds)}, [], [], live)
+            side, frames, steps = found
+            return data(about | side, frames, steps, live)
+
+        def step(preview: Callable | None, complete=complete) -> None:
+            after_step(preview and (lambda: complete(preview(), live=True)))
+
         if is_grid:
-            cells = draw_grid(pipeline, labels, seeds, step)
-            sides.append({**about, "cells": cells, "columns": len(seeds)})
-            continue
-        side, frames, steps = draw_image(pipeline, labels[0], seeds[0], step)
-        sides.append(about | side)
-        drawn.append(frames)
-    frames = [sum(parts, []) for parts in zip(*drawn, strict=True)]
-    return {
-        "sides": sides, "frames": frames, "steps": steps, "last": len(frames) - 1,
-        "grid": is_grid, "live": bool(given["live"]),
-    }  # fmt: skip
+            found = draw_grid(pipeline, chosen, seeds, step)
+        else:
+            found = draw_image(pipeline, chosen[0], seeds[0], step)
+            frames = found[1]
+        shown = complete(found, live=bool(given["live"]))
+        sides.append(shown["sides"][-1])
+        drawn.append([] if is_grid else frames)
+    return shown
 
 
-def requested_images(given: dict, most_steps: int) -> tuple[list[int], list[int]]:
-    """Returns the requested classes and seeds. Raises UserError for invalid values."""
+def shared_classes(configs: list[SamplingConfig]) -> list[tuple[str, list[int]]]:
+    """Returns the classes that all checkpoints have: name, and the label in each checkpoint.
+
+    Checkpoints with the same list of classes share them by number, as names may occur twice.
+    """
+    first, *others = names = [opened(config).class_names for config in configs]
+    if all(other == first for other in others):
+        return [(name, [label] * len(names)) for label, name in enumerate(first)]
+    return [
+        (name, [each.index(name) for each in names])
+        for name in dict.fromkeys(first)
+        if all(name in other for other in others)
+    ]
+
+
+def requested_images(
+    given: dict, most_steps: int, classes: list[tuple[str, list[int]]]
+) -> tuple[list[int], list[int]]:
+    """Returns the requested classes, as places in `shared_classes`, and seeds.
+
+    Raises UserError for invalid values.
+    """
     seed, number = given["seed"], given["images"]
     for name, value, least, most in (
         ("Seed", seed, 0, 2**32 - 1),
@@ -176,8 +245,11 @@ def requested_images(given: dict, most_steps: int) -> tuple[list[int], list[int]
     if not isinstance(more, list):
         raise UserError(f"Also draw: got {more!s:.80}, expected a list of classes")
     labels = [given["label"], *more]
-    if wrong := [label for label in labels if not isinstance(label, int)]:
-        raise UserError(f"Class: got {wrong[0]!s:.80}, expected a class")
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < len(classes):
+            names = {name: name for name, _ in classes}
+            hint = did_you_mean(str(label), names) or f", such as {classes[0][0]}"
+            raise UserError(f"Class: got {label!s:.80}, expected a class of the model{hint}")
     labels = list(dict.fromkeys(labels))
     seeds = list(range(int(seed), min(int(seed + number), 2**32)))
     if (total := len(labels) * len(seeds)) > MOST_IMAGES:
@@ -194,15 +266,17 @@ def raw(component):
     return component
 
 
-def make_controls(gr, config: SamplingConfig) -> dict:
+def make_controls(gr, configs: list[SamplingConfig]) -> dict:
     """Creates the controls, by the names that `draw` uses."""
-    s, names = opened(config).settings, opened(config).class_names
+    config = configs[0]
+    s, names = opened(config).settings, [name for name, _ in shared_classes(configs)]
     found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
     emas = list(zip(found, ["", *found[1:]], strict=True))  # without --ema the first one is used
     samplers = OBJECTIVES[s.objective].samplers
     classes = [(name, i) for i, name in enumerate(names)]
     first = names.index(FIRST_CLASS) if FIRST_CLASS in names else 0
-    label = gr.Dropdown(classes, value=first, label="Class")
+    # With custom values, `answer` gets the name of an unknown class, and says that it is unknown.
+    label = gr.Dropdown(classes, value=first, label="Class", allow_custom_value=True, render=False)
     seed = gr.Number(config.seed, label="Seed", info="determines the initial noise", precision=0)
     scale = gr.Slider(0, max(10, s.cfg_scale), s.cfg_scale, step=0.1, label="Guidance")
     scale.info = "strength of the class; 1 is no guidance"
@@ -229,6 +303,49 @@ def make_controls(gr, config: SamplingConfig) -> dict:
     return {name: raw(component) for name, component in inputs.items()}
 
 
+def forming(
+    draw: Callable[[AfterStep], dict], stopping: threading.Event, is_read: Callable[[], bool]
+) -> Iterator[dict]:
+    """Yields the data of an image while it forms, at last the complete ones.
+
+    Ends early if `stopping` is set, or if the browser does not read for UNREAD_SECONDS. The sampler
+    runs in a thread, because it calls back after each step. Re-raises its errors.
+    """
+    found: Queue = Queue()
+    start = heard = shown = time.monotonic()
+    spent = 0.0  # seconds
+
+    def after_step(preview: Callable | None) -> None:
+        nonlocal heard, shown, spent
+        now = time.monotonic()
+        heard = now if is_read() else heard
+        if stopping.is_set() or now - heard > UNREAD_SECONDS:
+            raise Stopped
+        is_due = now - shown > PREVIEW_SECONDS and spent < PREVIEW_SHARE * (now - start)
+        if preview and is_due and heard == now:
+            found.put(preview())
+            shown = time.monotonic()
+            spent += shown - now
+
+    def work() -> None:
+        try:
+            found.put(draw(after_step))
+            found.put(Stopped())
+        except BaseException as error:
+            found.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while not isinstance(one := found.get(), Stopped):
+            if isinstance(one, BaseException):
+                raise one
+            yield one
+    finally:  # also if gradio closes this generator
+        stopping.set()
+        thread.join()
+
+
 def page_error(error: UserError) -> str:
     """Returns the message of an error, with the control's name on the page in place of the flag."""
     line = printable(str(error))
@@ -246,7 +363,10 @@ def launch(config: SamplingConfig):
     if config.compare:
         configs.append(replace(config, **ABOUT_CKPT, ckpt=config.compare))
         first, second = (opened(side).checkpoint for side in configs)
-        check_same_task(f"--compare {second.path}: cannot be shown with", config, second, first)
+        message = f"--compare {second.path}: cannot be shown with"
+        check_same_task(message, config, second, first, same_classes=False)
+        if not shared_classes(configs):
+            raise UserError(f"{message} {first.path}: they have no class in common")
     missing = "the page requires gradio; run: pip install -r requirements-extras.txt"
     with reported_as(missing, ImportError):
         import gradio as gr
@@ -256,52 +376,50 @@ def launch(config: SamplingConfig):
         if event := stops.get(request.session_hash):
             event.set()
 
-    def answer(values: dict, request: gr.Request, progress=gr.Progress()):  # noqa: B008
+    def answer(values: dict, request: gr.Request) -> Iterator[dict]:
         given = {name: values[control] for name, control in controls.items()}
+        sides = [replace(config, ema=given["ema"] or None), *configs[1:]]
         session = request.session_hash
-        stopping = stops[session] = threading.Event()
-        heard = time.monotonic()
+        stops[session] = stopping = threading.Event()
+        yield gr.skip()  # gradio empties the view if a generator yields nothing
 
-        def after_step(done: int, total: int) -> None:
-            nonlocal heard
+        def is_read() -> bool:
             messages = page._queue.pending_messages_per_session.get(session)
-            heard = time.monotonic() if messages is None or messages.empty() else heard
-            if stopping.is_set() or time.monotonic() - heard > UNREAD_SECONDS:
-                raise Stopped
-            progress((done, total), unit="steps")
+            return messages is None or messages.empty()
 
         try:
-            sides = [replace(config, ema=given["ema"] or None), *configs[1:]]
-            return draw(sides, given, after_step)
-        except Stopped:
-            return gr.skip()
+            yield from forming(partial(draw, sides, given), stopping, is_read)
         except UserError as error:
             raise gr.Error(page_error(error), print_exception=False) from None
         finally:
             stops.pop(session, None)
 
-    def answer_live(values: dict, request: gr.Request):
-        is_live = values[controls["live"]]
-        return answer(values, request, lambda *_, **__: None) if is_live else gr.skip()
+    def answer_live(values: dict, request: gr.Request) -> Iterator[dict]:
+        yield from answer(values, request) if values[controls["live"]] else [gr.skip()]
 
     with gr.Blocks(title="DiT-MoE", analytics_enabled=False) as page:
         gr.Markdown(f"# DiT-MoE\n{INTRODUCTION}")
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+        with gr.Row(elem_id="page"):
+            with gr.Column(scale=1, min_width=280, elem_id="left"):
+                first = gr.Column(elem_id="first")
+                controls = make_controls(gr, configs)
+            with first:
+                controls["label"].render()
                 with gr.Row():
                     draw_button = gr.Button("Draw", variant="primary", min_width=70, size="sm")
                     next_button = gr.Button("Next seed", min_width=70, size="sm")
                     stop_button = gr.Button("Stop", min_width=70, size="sm")
-                controls = make_controls(gr, config)
-            with gr.Column(scale=3, min_width=300):
+                waiting = gr.HTML(elem_id="waiting")
+            with gr.Column(scale=3, min_width=300, elem_id="right"):
                 parts = {part: (FOLDER / name).read_text() for part, name in PAGE.items()}
                 view = gr.HTML(**parts)
         event = dict(inputs=set(controls.values()), outputs=view)
         event |= dict(concurrency_id="draw", concurrency_limit=1)  # requests share model and hooks
-        running = [draw_button.click(answer, **event)]
+        shown = dict(show_progress="minimal", show_progress_on=waiting)  # the place in the queue
+        running = [draw_button.click(answer, **event, **shown)]
         seed = controls["seed"]
         one_more = next_button.click(lambda seed: int(seed or 0) + 1, seed, seed)
-        running.append(one_more.then(answer, **event))
+        running.append(one_more.then(answer, **event, **shown))
         moved = [
             controls[name].input for name in ("label", "seed", "scale", "steps", "images", "more")
         ]
@@ -309,7 +427,7 @@ def launch(config: SamplingConfig):
             gr.on(moved, answer_live, **event, trigger_mode="always_last", show_progress="hidden")
         )
         if controls["live"].value:
-            running.append(page.load(answer_live, **event))
+            running.append(page.load(answer_live, **event, **shown))
         stop_button.click(stop, cancels=running, queue=False)
         page.unload(stop)
     page.queue(max_size=MOST_WAITING)
@@ -317,7 +435,7 @@ def launch(config: SamplingConfig):
     try:
         page.launch(
             server_name=config.host, server_port=config.port, share=config.share, theme=theme,
-            quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=1,
+            quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=1, css=LAYOUT,
         )  # fmt: skip
     except OSError:
         raise UserError(

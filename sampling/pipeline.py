@@ -237,8 +237,9 @@ def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
 
 
 def check_same_task(
-    message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint
-) -> None:
+    message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint, *,
+    same_classes: bool = True,
+) -> None:  # fmt: skip
     """Raises UserError, "MESSAGE PATH: ...", if the models do not predict the same quantity for
     the same latents and classes.
     """
@@ -248,7 +249,7 @@ def check_same_task(
         {
             "latents": " x ".join(map(str, c.config.latent_shape)),
             "normalisation of latents": str(c.record.norm) if has_norms else None,
-            "classes": c.config.num_classes,
+            "classes": c.config.num_classes if same_classes else None,
             "objective": c.record.objective or choose_objective(config, checkpoint),
             "schedule": c.record.objective_options.get("schedule", "linear"),
         }

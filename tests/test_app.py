@@ -165,6 +165,7 @@ def test_a_grid_on_the_page_has_one_row_per_class_and_one_column_per_seed(visit,
     links = visitor.all("a[download]")
     sides = len(links) // 2
     assert sides == 4 and len(visitor.all(".maps")) == 0
+    assert visitor.wait(".note", "draw one class with one image")
     cells = [(0, 0), (0, 1), (2, 0), (2, 1)]
     for ckpt, part in ((config.ckpt, links[:sides]), (config.compare, links[sides:])):
         for link, (label, seed) in zip(part, cells, strict=True):
@@ -212,8 +213,7 @@ def test_the_stop_button_and_closing_the_tab_end_the_sampling(visit, browser, ca
         visitor.wait("label", "Draw while controls move").click()
         visitor.set("number input for Steps", 250)
         visitor.wait("button", "Draw").click()
-        while len(calls) < before + 5:
-            time.sleep(0.05)
+        visitor.wait("output", " of 250, t = 0.9")  # the image is shown while it forms
         if leave:
             browser.close()
             browser.switch_to.window(browser.window_handles[0])
@@ -221,6 +221,9 @@ def test_the_stop_button_and_closing_the_tab_end_the_sampling(visit, browser, ca
             visitor.wait("button", "Stop").click()
         wait_for_an_end(calls)
         assert len(calls) < before + 249
+        if not leave:  # the unfinished image stays
+            visitor.wait("output", " of 250")
+            assert len(visitor.all(".image")) == 1 and len(visitor.all(".map")) == 2
     visitor = visit()
     visitor.wait("figcaption", f"{NAMES[0]}, seed 0")  # the page still draws
 
@@ -238,6 +241,8 @@ def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(vi
             opened(config).with_settings(**changes)
         assert page.page_error(wrong.value).startswith(message)
     for changes, message in (
+        ({"label": "bee"}, "Class: got bee, expected a class of the model; did you mean Bee?"),
+        ({"label": 4}, "Class: got 4, expected a class of the model, such as ape"),
         ({"steps": 10**7}, "Steps: got 10000000, expected an integer from 1 to 250"),
         ({"more": 5}, "Also draw: got 5, expected a list of classes"),
     ):
@@ -301,10 +306,28 @@ def test_the_page_opens_the_emoji_model_by_default_with_a_class_that_it_samples_
     gradio = pytest.importorskip("gradio")
     monkeypatch.chdir(ROOT)
     with gradio.Blocks():
-        label = page.make_controls(gradio, AppConfig())["label"]
+        label = page.make_controls(gradio, [AppConfig()])["label"]
     names = dict(label.choices)
     assert len(names) == 70 and names["activities-other"] == 0
-    assert label.value == names["person-role"]
+    assert label.value == names["face-smiling"]
+
+
+def test_models_with_other_classes_are_compared_on_the_classes_that_both_have(tmp_path, tiny_vae):
+    facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
+    configs = []
+    for names in (("ape", "cat", "dog"), ("dog", "ant", "bee", "cat")):
+        model = randomised(num_classes=len(names), class_dropout_prob=0.1)
+        path = save_checkpoint(
+            model, tmp_path / f"{len(names)}.safetensors", class_names=names, **facts
+        )
+        configs.append(AppConfig(ckpt=str(path), num_sampling_steps=STEPS))
+    assert page.shared_classes(configs) == [("cat", [1, 3]), ("dog", [2, 0])]
+    controls = dict(label=0, seed=0, images=1, more=[], sampler="euler", steps=STEPS, live=True)
+    controls |= dict(scale=1.5, low=0.0, high=1.0)
+    sides = page.draw(configs, controls, lambda preview: None)["sides"]
+    for side, config, label in zip(sides, configs, (1, 3), strict=True):
+        assert side["caption"] == "cat, seed 0"
+        assert_draws(side["png"], config.ckpt, label=label, seed=0)
 
 
 def test_missing_gradio_is_an_error_with_the_install_command(checkpoints, monkeypatch, capsys):

@@ -4,7 +4,8 @@ function show(step) {
   element.querySelectorAll("section").forEach((side) => {
     side.style.setProperty("--image", `url(${side.querySelector("img").src})`);
   });
-  element.querySelector("input").value = step;
+  const slider = element.querySelector("input");  // missing while an image forms
+  if (slider) slider.value = step;
   element.querySelector("output").textContent = props.value.steps[step];
 }
 function play(step) {
@@ -21,5 +22,4 @@ watch("value", () => {
   if (!props.value || props.value.grid) return;
   if (props.value.live) return show(props.value.last);
   play(0);
-  if (innerWidth < 700) element.scrollIntoView({ behavior: "smooth" });
 });
