@@ -174,6 +174,40 @@ def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags,
     assert path.read_bytes() == text
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "change"),
+    [
+        ("hidden-size", 64, "state"), ("router", "race", "state"), ("optimizer", "muon", "state"),
+        ("freeze", "x_embedder", "state"), ("optimizer-weight-decay", 0.1, "result"),
+        ("ema-decay", 0.5, "result"), ("aux-loss-alpha", 0.5, "result"), ("lr", 5e-4, "result"),
+        ("lr-schedule", "cosine", "result"), ("global-seed", 1, "result"),
+        ("accum_iter", 2, "how"), ("gradient-checkpointing", True, "how"),
+        ("expert-backend", "loop", "how"), ("log-every", 2, "how"),
+    ],
+)  # fmt: skip
+def test_what_a_run_may_change_follows_from_the_class_of_the_field(
+    copied, flags, flag, value, change, capsys
+):
+    """The same command with a changed flag; a branch; and --resume RUN with the flag."""
+    said, line = (f"--{flag}", str(value)), f"--{flag.replace('_', '-')}: was "
+    same = ["train.py", *flags(copied, **{"max-steps": 4, flag.replace("_", "-"): value})]
+    branch = ["--resume", step_folder(copied, 3), "--run-name=new", "--results-dir", copied]
+    resume = ["train.py", "--resume", copied / "run", "--max-steps", 4, *said]
+    if change == "state":
+        for command in (same, resume, ["train.py", *branch, *said]):
+            assert line in expect_error(capsys, *command)
+        return
+    if change == "result":
+        assert line in expect_error(capsys, *same)
+        call_main("train.py", *branch, "--max-steps", 4, *said)
+        assert line in (copied / "new" / "log.txt").read_text()
+    call_main(*resume)
+    log = [json.loads(row) for row in (copied / "run" / "log.jsonl").read_text().splitlines()]
+    changed = [one for row in log for one in row.get("changed", ())]
+    assert [line in one for one in changed] == [True] * (change == "result")
+    assert read_record(copied / "run" / "checkpoints" / "0000004").step == 4
+
+
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
     """Nothing is lost: such a run has ended before its first save."""
     shutil.rmtree(copied / "run" / "checkpoints")
