@@ -45,6 +45,7 @@ class Objective(Component, ABC):
     noise_time = 1.0  # t of pure noise
     noise_scale = 1.0  # factor of the standard normal noise that sampling starts from and adds
     guided_channels = None  # number of leading channels that guidance acts on; None: all C
+    guidance_interval = (0.0, 1.0)  # times in which guidance acts, see `guidance_within`
     # Whether guidance puts the conditional and the unconditional half into one batch even if a
     # prediction depends on the other images of the batch.
     guides_in_one_batch = False

@@ -158,6 +158,10 @@ class XPredictionFlow(RectifiedFlow):
         1.0, help="standard deviation of the noise, in training and sampling", gt=0
     )
 
+    # An error of the predicted data becomes an error of the velocity that is larger by 1 / t. Near
+    # t = 0, guidance would therefore amplify the errors of a patch, and squares would show.
+    guidance_interval = (0.1, 0.9)
+
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return super().noised(x, self.noise_scale * noise, t)
 

@@ -104,10 +104,10 @@ class SamplingConfig:
         help="latent channels that guidance acts on, a number or 'all' (default: all, but 3 for "
         "the gaussian objective without --guide-ckpt, as published)",
     )  # fmt: skip
-    guidance_interval: tuple[float, float] = flag(
-        (0.0, 1.0), metavar=("LOW", "HIGH"),
+    guidance_interval: tuple[float, float] | None = flag(
+        None, metavar=("LOW", "HIGH"),
         help="interval of times in which guidance acts, from 0 (data) to 1 (noise); outside, the "
-        "unconditional pass is skipped (default: 0 1)",
+        "unconditional pass is skipped (default: 0 1, or 0.1 0.9 for flow_x)",
     )  # fmt: skip
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),

@@ -30,7 +30,7 @@ class SamplerSettings:
     # None: 1.5, or 1 (no guidance) if the model cannot be guided or was trained with guidance.
     cfg_scale: float | None = None
     guided_channels: int | str | None = None  # the first N, or "all"; None: the objective's default
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # see `guidance_within`
+    guidance_interval: tuple[float, float] | None = None  # None: the objective's default
     objective_options: dict = field(default_factory=dict)
     time_shift: float | None = None  # shift of a flow's times; None: the shift of training
     respacing: str | None = None  # spec such as "10,5,3", for num_steps None or 18
@@ -64,8 +64,9 @@ def resolve_settings(
             f"--cfg-scale: got {cfg_scale}, expected 1, because the model was trained without "
             "label dropout"
         )
+    interval = settings.guidance_interval or objective.guidance_interval
     try:  # check now, before sampling starts
-        guidance_within(settings.guidance_interval, cfg_scale)
+        guidance_within(interval, cfg_scale)
     except ValueError as error:
         raise UserError(f"--guidance-interval: {error}") from None
     published = most if guide else min(objective.guided_channels or most, most)
@@ -75,7 +76,8 @@ def resolve_settings(
     if channels not in range(1, most + 1):
         raise UserError(f"--guided-channels: got {channels}, expected 1 to {most}, or all")
     spec = settings.num_steps if isinstance(settings.num_steps, str) else settings.respacing
-    found = dict(num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels)
+    found = dict(num_steps=times.num_steps, cfg_scale=cfg_scale, guided_channels=channels,
+                 guidance_interval=interval)  # fmt: skip
     return replace(settings, **found, respacing=spec)
 
 

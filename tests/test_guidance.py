@@ -1,5 +1,7 @@
 """Classifier-free guidance and autoguidance: formula, guided channels, and forward passes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import call_main, expect_error, save_checkpoint
@@ -7,6 +9,7 @@ from PIL import Image, ImageChops
 from test_models import randomised
 
 from diffusion import autoguidance, classifier_free_guidance, guidance_within
+from sampling.generate import SamplerSettings, generate
 
 N, C = 3, 4
 Y, NULL_Y = torch.tensor([1, 2, 3]), torch.tensor([10, 10, 10])
@@ -79,6 +82,25 @@ LABELS, T = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
 def network(factor: float, channels: int):
     """Network whose output of `channels` channels depends on the input and the label."""
     return lambda x, t, y: factor * (x + y[:, None, None, None]).repeat(1, channels // 4, 1, 1)
+
+
+def test_flow_x_is_not_guided_near_the_data_by_default():
+    """There, the velocity is the error of the predicted data, divided by a small t."""
+    model, guided = randomised(learn_sigma=False, class_dropout_prob=0.1).eval(), []
+    model.register_forward_hook(
+        lambda _, args, __: guided.append((args[1][0].item(), len(args[0])))
+    )
+    for objective, expected in (("rectified_flow", 10), ("flow_x", 9)):
+        guided.clear()
+        generate(model, [1], [0], SamplerSettings(objective, "euler", 10, 2.0))
+        times = [round(t, 3) for t, count in guided if count == 2]
+        assert len(times) == expected and set(times) >= {0.3, 0.5, 0.7}
+        assert (1.0 in times) == (objective == "rectified_flow")
+    last = SamplerSettings("flow_x", "euler", 20, 2.0)
+    for changes, lowest in (({}, 0.1), ({"guidance_interval": (0.0, 1.0)}, 0.05)):
+        guided.clear()
+        generate(model, [1], [0], replace(last, **changes))
+        assert min(t for t, count in guided if count == 2) == pytest.approx(lowest)
 
 
 def test_autoguidance_moves_the_prediction_away_from_the_guide():
