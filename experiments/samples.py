@@ -3,21 +3,27 @@ r"""Measures the KID of samples by number of steps, guidance scale and precision
     python -m experiments.samples --runs results/few/mean-flow-600-* --steps 1 2 4 8 25 \
         --choosing data/choosing.npz --reporting data/reporting.npz --output results/few.jsonl
 
-The samples of each setting are compared with two sets of real images. The guidance scale is chosen
-on the first set; the result on the second set is reported (`experiments.report` makes the tables).
+Each setting gets several disjoint groups of samples. The first group is compared with the choosing
+images, to choose sampler and guidance scale; the other groups with the reporting images. Their
+deviation is the noise of sampling (`experiments.report` makes the tables). Runs with different
+seeds sample different images. "passes" counts the forward passes per image; guidance doubles them.
+
 A finished setting adds a row to OUTPUT. Run the same command again to measure the missing rows. A
 picture for each run, next to OUTPUT, has a line of images for each number of steps.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from benchmarks.common import open_processes
 from evaluation.features import load_extractor
@@ -25,6 +31,7 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from experiments.report import read_lines
+from latents.features import FeatureNetwork
 from routers import Router, Routing
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
@@ -59,7 +66,8 @@ class SamplesConfig:
     precision: str | None = flag(
         None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
     )
-    num_images: int = flag(500, ge=1, help="number of samples per setting")
+    num_images: int = flag(500, ge=1, help="number of samples per group")
+    groups: int = flag(5, ge=1, help="groups of samples that are reported, besides the first one")
     batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
     choosing: Path = flag(
         group="real images",
@@ -117,11 +125,57 @@ def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipelin
                 handle.remove()
 
 
-def sample(pipeline: SamplingPipeline, num_images: int, batch_size: int) -> Tensor:
-    """Samples images (N, 3, H, W) uint8 of all classes in turn; the seed of image i is i."""
-    labels = sample_labels("equal", num_images, pipeline.model.config.num_classes, 0)
-    batches = (range(num_images)[i : i + batch_size] for i in range(0, num_images, batch_size))
-    return torch.cat([pipeline.images([labels[i] for i in batch], batch) for batch in batches])
+class Passes:
+    """Forward hook of a block that counts the images which pass through the network."""
+
+    images = 0
+
+    def __call__(self, block: Module, args: tuple, output: object) -> None:
+        self.images += len(args[0])
+
+
+def sample(pipeline: SamplingPipeline, seeds: range, batch_size: int) -> Tensor:
+    """Samples images (N, 3, H, W) uint8 of all classes in turn, one for each seed."""
+    labels = sample_labels("equal", len(seeds), pipeline.model.config.num_classes, 0)
+    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    return torch.cat([pipeline.images(labels[batch], seeds[batch]) for batch in batches])
+
+
+def seeds_of_groups(run: str, num_groups: int, num_images: int) -> list[range]:
+    """Returns the image seeds of each group; runs with different seeds share none."""
+    (number,) = re.findall(r"-(\d+)$", run) or (0,)
+    first = int(number) * num_groups * num_images
+    return [range(first + i * num_images, first + (i + 1) * num_images) for i in range(num_groups)]
+
+
+def measure(
+    pipeline: SamplingPipeline, run: str, config: SamplesConfig, extractor: FeatureNetwork,
+    real: dict[str, Statistics],
+) -> dict:  # fmt: skip
+    """Returns the passes and KIDs of a row.
+
+    "reporting" is the mean and the standard deviation of "groups", the KIDs of the groups.
+    "choosing", and "reporting" of a single group, have the deviation between subsets.
+    """
+    counter, kids = Passes(), []
+    handle = pipeline.model.blocks[0].register_forward_hook(counter)
+    groups = seeds_of_groups(run, config.groups + 1, config.num_images)
+    for group, seeds in enumerate(groups):
+        images = sample(pipeline, seeds, config.batch_size)
+        images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
+        samples = collect(images, extractor, config.batch_size)
+        statistics = real["reporting" if group else "choosing"]
+        found = score(samples, statistics, ["kid"], config.kid_subset_size)
+        kids.append((found["kid"], found["kid_std"]))
+    handle.remove()
+    values = [kid for kid, _ in kids[1:]]
+    spread = stdev(values) if len(values) > 1 else kids[1][1]
+    return {
+        "passes": counter.images / (len(groups) * config.num_images),
+        "choosing": list(kids[0]),
+        "reporting": [mean(values), spread],
+        "groups": values,
+    }
 
 
 def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
@@ -130,7 +184,8 @@ def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
     for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
         settings = pipeline.with_settings(steps=row["steps"], cfg_scale=row["scale"])
         lines[pluralize(row["steps"], "step")] = settings
-    images = torch.cat([sample(settings, PICTURED, PICTURED) for settings in lines.values()])
+    seeds = range(PICTURED)
+    images = torch.cat([sample(settings, seeds, PICTURED) for settings in lines.values()])
     write_png(captioned_rows(enlarge(images), list(lines)), path)
 
 
@@ -167,7 +222,8 @@ def main(config: SamplesConfig) -> None:
     rows = [{"min_weight": 0.0} | row for row in read_lines(config.output)]
     for shared, opened, hook in open_settings(config):
         facts = {
-            "images": config.num_images, "kid_subset_size": config.kid_subset_size,
+            "images": config.num_images, "num_groups": config.groups,
+            "kid_subset_size": config.kid_subset_size,
             "precision": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
             "choose_by": str(config.choosing), "report_by": str(config.reporting),
             "checkpoint": opened.checkpoint.record.step,
@@ -180,14 +236,9 @@ def main(config: SamplesConfig) -> None:
                 continue
             pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
             hook.rows_per_token.clear()
-            images = sample(pipeline, config.num_images, config.batch_size)
+            row |= measure(pipeline, shared["run"], config, extractor, real)
             used = hook.rows_per_token or [shared["experts_per_token"]]
             row["mean_experts_per_token"] = sum(used) / len(used)
-            images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
-            samples = collect(images, extractor, config.batch_size)
-            for name, statistics in real.items():
-                found = score(samples, statistics, ["kid"], config.kid_subset_size)
-                row[name] = [found["kid"], found["kid_std"]]
             row |= facts
             print(json.dumps(row))
             with config.output.open("a") as file:

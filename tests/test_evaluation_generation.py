@@ -16,6 +16,7 @@ from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixt
 from evaluate import EvaluateConfig, results_folder, settings_of
 from evaluation.generation import sample_labels
 from evaluation.images import read_image
+from experiments.samples import seeds_of_groups
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import open_pipeline
@@ -165,6 +166,7 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     flags = [
         "--runs", checkpoint, "--choosing", real, "--reporting", real, "--output", rows,
         "--sampler", "euler", "--batch-size", 6, "--num-images", 24, "--kid-subset-size", 24,
+        "--groups", 1,
     ]  # fmt: skip
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
     call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2, "--quantize", "int4")
@@ -179,12 +181,14 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     ]  # fmt: skip
     assert len({row["reporting"][0] for row in found}) == 5
     assert found[-1]["mean_experts_per_token"] < 1
+    assert [row["passes"] for row in found] == [2, 4, 4, 4, 4]  # guidance counts twice
     pictures = sorted(path.name.split("-euler-")[1] for path in tmp_path.glob("*.png"))
     assert pictures == ["int4-2.png", "none-1-0.9.png", "none-1.png", "none-2.png"]
     call_main(*command(checkpoint, tmp_path / "kid", "--batch-size", 6, "--num-sampling-steps", 2,
-                       "--reference", real, "--kid-subset-size", 24))  # fmt: skip
+                       "--reference", real, "--kid-subset-size", 24, "--seed", 24))  # fmt: skip
     metrics = json.loads((tmp_path / "kid" / "results.json").read_text())["metrics"]
     kids = [value for name, value in metrics.items() if name.startswith("kid_e")]
-    assert found[1]["reporting"][0] == pytest.approx(kids[0], abs=1e-6)
+    assert found[1]["groups"] == pytest.approx(kids, abs=1e-5)  # images of seed 24 on
+    assert seeds_of_groups("flow-1", 2, 24) == [range(48, 72), range(72, 96)]
     line = expect_error(capsys, "experiments.samples", *flags, "--num-images", 23)
     assert "--num-images: got 23, expected at least --kid-subset-size (24)" in line
