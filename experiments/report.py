@@ -3,7 +3,7 @@
     python -m experiments.report --rows docs/experiments_quality.jsonl --output results/tables
 
 This command reproduces the tables of docs/experiments.md from rows in the repository.
-`smallest_visible` defines which differences a comparison can detect.
+`comparisons.paired_tests` defines which differences are detected.
 """
 
 import json
@@ -13,23 +13,21 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from pandas import DataFrame, Series
-from scipy import stats
+from pandas import DataFrame
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, Question
-from runtime.errors import UserError, pluralize, reported_as, run_main
+from experiments.comparisons import paired_tests, test_cells, with_error
+from experiments.sample_tables import draw_samples, read_samples, sample_comparisons, sample_tables
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.flags import flag, parse_config
 
 COLUMNS = (
-    "arm", "seeds", "held-out loss", "difference", "p (corrected)", "at equal time",
+    "arm", "seeds", "held-out loss", "difference", "p (Holm)", "detectable", "at equal time",
     "MaxVio", "dead", "experts per token", "parameters", "active", "MMACs per image",
     "ms per step",
 )  # fmt: skip
-
-SAMPLE_SETTINGS = ("sampler", "quantize", "experts_per_token", "min_weight", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,30 +64,6 @@ def differences(rows: list[dict], question: Question) -> DataFrame:
     """
     losses = losses_of(rows)
     return losses.sub(losses[question.reference], axis=0)
-
-
-def smallest_visible(rows: list[dict], question: Question) -> float:
-    """Returns the difference that a test at a two-sided level of 5% finds with power 80%, or nan.
-
-    The difference is t(0.975) + t(0.8) standard errors of n pairs, where t is Student's t with
-    n - 1 degrees of freedom and n is the smallest number of pairs of an arm. The standard deviation
-    between seeds is pooled over arms. A smaller measured difference counts as not visible.
-    """
-    others = [arm for arm in question.arms if arm != question.reference]
-    found = differences(rows, question).filter(others)
-    found = found.loc[:, found.count() > 1]
-    if found.empty:
-        return math.nan
-    freedom, pairs = found.count() - 1, found.count().min()
-    spread = math.sqrt((freedom * found.var()).sum() / freedom.sum())
-    return stats.t.ppf([0.975, 0.8], pairs - 1).sum() * spread / math.sqrt(pairs)
-
-
-def p_values(found: DataFrame, reference: str) -> dict[str, float]:
-    """Returns the two-sided p of a paired t-test for each arm with at least two pairs."""
-    others = found.drop(columns=reference)
-    others = others.loc[:, others.count() > 1]
-    return {arm: stats.ttest_1samp(others[arm].dropna(), 0).pvalue for arm in others}
 
 
 def steps_to_quality(rows: list[dict], question: Question, times: dict[str, float]) -> str:
@@ -147,16 +121,11 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
     return losses.groupby(0)[1].mean().to_dict()
 
 
-def with_error(values: Series, sign: str = "", digits: int = 4) -> str:
-    """Formats the mean and, for several values, its standard error."""
-    error = f" ± {values.sem():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.{digits}f}{error}"
-
-
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
     """Returns one table line, with cells as text, for each arm that has rows."""
     losses, found = losses_of(rows), differences(rows, question)
-    p = p_values(found.filter(question.arms), question.reference)
+    compared = [arm for arm in question.arms if arm in found and arm != question.reference]
+    tests = paired_tests(found[compared])
     equal_time, lines = at_equal_time(rows, times, question), []
     for arm in filter(losses.__contains__, question.arms):
         of_arm = DataFrame([row for row in rows if row["arm"] == arm])
@@ -164,8 +133,7 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         is_reference = arm == question.reference or gaps.empty
         cells = [arm, str(len(of_arm)), with_error(losses[arm].dropna())]
         cells.append("" if is_reference else with_error(gaps, sign="+"))
-        corrected = min(1.0, p.get(arm, 0) * len(p))  # Bonferroni
-        cells.append(f"{p[arm]:.2g} ({corrected:.2g})" if arm in p else "")
+        cells += test_cells(tests, arm, digits=4)
         equal = equal_time.get(arm, math.nan)
         cells.append("" if math.isnan(equal) else f"{equal:.4f}")
         for name in ("max_violation", "dead_experts", "experts_per_token"):
@@ -192,13 +160,12 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
         if question.reference not in known or len(known & question.arms.keys()) < 2:
             continue
         step_times = times.get(str(number), {})
-        lines, visible = table(rows, question, step_times), smallest_visible(rows, question)
+        lines = table(rows, question, step_times)
         columns = [name for name in COLUMNS if any(line[name] for line in lines)]
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "
-            f"error. Smallest detectable difference: {visible:.4f}. p is from a paired t-test, in "
-            "brackets with Bonferroni's correction for the number of arms.\n\n",
+            "error.\n\n",
             markdown([columns, *([line[name] for name in columns] for line in lines)]), "\n",
         ]  # fmt: skip
         if question.has_own_lengths:
@@ -206,63 +173,6 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
     write_durably(output / "tables.md", "".join(text))
-
-
-def best_samples(rows: list[dict]) -> tuple[DataFrame, list[str]]:
-    """Returns the rows at the guidance scale that is best on the choosing images.
-
-    The column "arm" is the name of the run without the seed. The second value has the names of the
-    settings that differ between rows.
-    """
-    frame = DataFrame(rows).assign(chosen=[row["choosing"][0] for row in rows])
-    settings = [name for name in SAMPLE_SETTINGS if name in frame]
-    settings = [name for name in settings if frame[name].nunique() > 1]
-    best = frame.loc[frame.groupby(["run", *settings], sort=False)["chosen"].idxmin()]
-    return best.assign(arm=best["run"].str.replace(r"-\d+$", "", regex=True)), settings
-
-
-def sample_tables(rows: list[dict]) -> str:
-    """Returns Markdown tables of KID, each value at the best guidance scale on choosing images.
-
-    With one setting of the sampler, there is a line per run. With several settings, there is a
-    line per arm and a column per number of steps, with the mean over seeds, ± one standard error
-    for several seeds; the name of a run is ARM-SEED.
-    """
-    best, settings = best_samples(rows)
-    if not settings:
-        lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
-        for row in best.to_dict("records"):
-            kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
-            lines.append([row["run"], f"{row['scale']:g}", *kids])
-        return markdown(lines)
-    others = [name for name in settings if name != "steps"]
-    steps = sorted(best["steps"].unique().tolist())
-    lines = [["arm", *others, "seeds", *(pluralize(n, "step") for n in steps)]]
-    for names, group in best.groupby(["arm", *others], sort=False):
-        kids = {n: of_steps["reporting"].str[0] for n, of_steps in group.groupby("steps")}
-        cells = [with_error(kids[n], digits=3) if n in kids else "" for n in steps]
-        lines.append([*map(str, names), str(group["run"].nunique()), *cells])
-    return markdown(lines)
-
-
-def draw_samples(rows: list[dict], path: Path) -> None:
-    """Draws the KID of each arm by number of steps, as `sample_tables` computes it."""
-    best, settings = best_samples(rows)
-    others = [name for name in settings if name != "steps"]
-    figure = Figure(figsize=(6, 3.6), layout="tight")
-    axes = figure.subplots()
-    for names, group in best.groupby(["arm", *others], sort=False):
-        kids = group["reporting"].str[0].groupby(group["steps"])
-        label, errors = ", ".join(map(str, names)), kids.sem().fillna(0)
-        axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
-    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="KID, reporting images")
-    axes.set_xticks(sorted(best["steps"].unique()), sorted(best["steps"].unique()))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
@@ -317,16 +227,23 @@ def main(config: ReportConfig) -> None:
     with reported_as(message, OSError, ValueError, LookupError):
         rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
         is_of_samples = "scale" in rows[0]
-    known = set() if is_of_samples else {row["arm"] for row in rows}
+    known = set(read_samples(rows)[0]["arm"] if is_of_samples else (row["arm"] for row in rows))
     for arm in filter(None, (*config.arms, config.reference)):
         if arm not in known:
-            expected = f"some of {', '.join(sorted(known))}" if known else "none for samples"
+            expected = f"some of {', '.join(sorted(known))}"
             raise UserError(f"--arms, --reference: got {arm}, expected {expected}")
+    if is_of_samples and config.arms:
+        raise UserError(
+            f"--arms: got {config.rows}, expected rows of training runs, not of samples"
+        )
     with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
         times = read_json(config.times) if config.times else {}
     prepare_output("--output", config.output / "tables.md")
     if is_of_samples:
-        write_durably(config.output / "tables.md", sample_tables(rows))
+        text = sample_tables(rows)
+        if config.reference:
+            text += "\n" + sample_comparisons(rows, config.reference)
+        write_durably(config.output / "tables.md", text)
         if len({row["steps"] for row in rows}) > 1:
             draw_samples(rows, config.output / "samples.png")
     else:

@@ -6,23 +6,26 @@ import shutil
 from dataclasses import replace
 from statistics import stdev
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call_main, expect_error
+from pandas import DataFrame
+from scipy import stats
 
 from checkpoints import step_folders
 from costs import count_macs, count_parameters
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
+from experiments.comparisons import errors_for_power, paired_tests
 from experiments.report import (
     at_equal_time,
     differences,
-    sample_tables,
-    smallest_visible,
     steps_to_quality,
     table,
 )
+from experiments.sample_tables import sample_comparisons, sample_tables
 from experiments.samples import DropSmall
 from experiments.specialisation import bits, call, count_choices
 from models import DiT
@@ -133,13 +136,35 @@ def test_experiment_tables_pair_seeds_and_compare_at_equal_time():
     ]  # fmt: skip
     question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
     assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
-    visible = (4.3027 + 1.0607) * stdev(found) / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert smallest_visible(rows, question) == pytest.approx(visible, rel=1e-4)
     equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
     assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
     line = table(rows, question, {})[1]
     assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
-    assert line["p (corrected)"] == "0.23 (0.23)"  # for t = -1.732 at 2 degrees of freedom
+    assert line["p (Holm)"] == "0.23 (0.23)"  # for t = -1.732 at 2 degrees of freedom
+    detectable = errors_for_power(2, 0.05) * stdev(found) / math.sqrt(3)
+    assert line["detectable"] == f"{detectable:.4f}"
+
+
+def test_holms_correction_and_the_power_of_the_corrected_test():
+    """Holm 1979, with p of 0.01, 0.02, 0.03 and 0.2; the power is counted in simulated runs."""
+    normal = np.random.default_rng(0).normal(size=(20_000, 4))
+    error = normal.std(axis=1, ddof=1) / 2
+    shift = errors_for_power(3, 0.05 / 2)
+    # The detectable difference uses the true standard error, 1/2.
+    p = stats.ttest_1samp(normal + shift / 2, 0, axis=1).pvalue
+    assert (p < 0.05 / 2).mean() == pytest.approx(0.8, abs=0.01) and error.mean() < 0.5
+    pairs = {name: make_pairs(p) for name, p in zip("abcd", (0.02, 0.2, 0.01, 0.03), strict=True)}
+    found = paired_tests(DataFrame(pairs))
+    assert found["p"].tolist() == pytest.approx([0.02, 0.2, 0.01, 0.03])
+    assert found["holm"].tolist() == pytest.approx([0.06, 0.2, 0.04, 0.06])
+    spread = DataFrame(pairs).sem() * errors_for_power(2, 0.05 / 4)
+    assert found["detectable"].tolist() == pytest.approx(spread.tolist())
+
+
+def make_pairs(p: float) -> list[float]:
+    """Returns three differences with this two-sided p."""
+    t = stats.t.isf(p / 2, 2)
+    return [t / math.sqrt(3) + shift for shift in (-1, 0, 1)]
 
 
 def test_the_documented_experiment_tables_are_reproduced_from_the_rows(tmp_path, capsys):
@@ -158,7 +183,8 @@ def test_the_documented_experiment_tables_are_reproduced_from_the_rows(tmp_path,
 
 @pytest.mark.parametrize("flags", [
     "routers.jsonl --arms no-arm", "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
-    "few_steps.jsonl --arms flow-900", "routers.jsonl --times nothing",
+    "few_steps.jsonl --arms flow-900", "few_steps.jsonl --reference flow",
+    "routers.jsonl --times nothing",
 ])  # fmt: skip
 def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
     rows, *flags = flags.split()
@@ -208,8 +234,31 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
         for (seed, steps, scale), (choosing, reporting) in kids.items()
     ]  # fmt: skip
     lines = sample_tables(rows).splitlines()
-    assert lines[0] == "| arm | seeds | 1 step | 4 steps |"
-    assert lines[2] == "| flow-600 | 2 | 0.600 ± 0.100 | 0.400 |"
+    assert lines[0] == "| arm | sampler | runs | 1 step | 4 steps |"
+    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 |"
+
+
+def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_between_groups():
+    kids = [  # run, sampler, steps, scale, passes, KID on choosing images, KIDs of groups
+        ("flow-0", "euler", 4, 1, 4, 0.5, (0.1, 0.2, 0.3)),
+        ("flow-0", "heun", 2, 1, 3, 0.4, (0.6, 0.7, 0.8)),
+        ("flow-0", "euler", 2, 2, 4, 0.6, (0.0, 0.0, 0.0)),
+        ("mean-0", "mean", 1, 1, 1, 0.9, (0.9, 1.0, 1.4)),
+        ("mean-0", "mean", 2, 1.5, 4, 0.7, (0.6, 0.5, 0.4)),
+    ]  # fmt: skip
+    rows = [
+        {"run": run, "sampler": sampler, "steps": steps, "scale": scale, "passes": passes,
+         "choosing": [chosen, 0.1], "reporting": [sum(groups) / 3, stdev(groups)], "groups": groups}
+        for run, sampler, steps, scale, passes, chosen, groups in kids
+    ]  # fmt: skip
+    head, _, euler, heun, mean, noise = sample_tables(rows).splitlines()
+    assert head == "| arm | sampler | runs | 1 pass | 3 passes | 4 passes |"
+    assert euler == "| flow | euler | 1 |  |  | 0.200 ± 0.058 |"
+    assert noise == "| deviation between groups |  |  | 0.265 | 0.100 | 0.100 |"
+    lines = [line.split(" | ") for line in sample_comparisons(rows, "flow").splitlines()[2:]]
+    assert [line[1] for line in lines] == ["3", "4"]  # one pass of the flow was not sampled
+    assert lines[0][2:6] == ["1.100 ± 0.153", "0.700 ± 0.058", "mean 1", "heun 2"]
+    assert lines[1][4:8] == ["mean 2 at 1.5", "heun 2", "3 groups", "-0.200 ± 0.115"]
 
 
 def test_experts_with_a_small_weight_are_left_out():
