@@ -1,4 +1,4 @@
-"""Paired comparisons: tests, and the cells of tables."""
+"""Paired comparisons: tests, cells of tables, and the table of mutual information."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import numpy as np
 from pandas import DataFrame, Series
 from scipy import stats
 from scipy.optimize import brentq
+
+from benchmarks.common import markdown
 
 
 def paired_tests(found: DataFrame) -> DataFrame:
@@ -44,3 +46,33 @@ def test_cells(tests: DataFrame, name: Any, digits: int) -> list[str]:
         return ["", ""]
     p, holm, detectable = tests.loc[name]
     return [f"{p:.2g} ({holm:.2g})", f"{detectable:.{digits}f}"]
+
+
+def information_table(frame: DataFrame, arms: tuple[str, ...]) -> str:
+    """Returns a Markdown table of mutual information (bits) from rows of specialisation.
+
+    The trained router is compared with the random one and, for the arms after the first, with the
+    trained router of the first arm. Arms with one run have no test.
+    """
+    names = frame["run"].str.extract(r"^(?P<arm>.*)-(?P<seed>\d+)$")
+    bits = (
+        frame.assign(**names).drop(columns="run").set_index(["arm", "router", "seed"]).sort_index()
+    )
+    lines, pairs = [], []
+    for arm in arms or dict.fromkeys(names["arm"]):
+        trained, random = (bits.loc[arm, router] for router in ("trained", "random"))
+        for name in bits.columns:
+            others = {"random router": random[name]}
+            if arms and arm != arms[0]:
+                others[arms[0]] = bits.loc[arms[0], "trained"][name]
+            for other, values in others.items():
+                pairs.append(trained[name] - values)
+                cells = [with_error(each, digits=3) for each in (trained[name], values)]
+                lines.append([arm, name, cells[0], other, cells[1], with_error(pairs[-1], "+", 3)])
+    varying = {place: values for place, values in enumerate(pairs) if values.any()}
+    tests = paired_tests(DataFrame(varying))
+    for place, line in enumerate(lines):
+        line += test_cells(tests, place, digits=3)
+    head = ["arm", "bits about", "trained", "compared with", "bits", "difference", "p (Holm)",
+            "detectable"]  # fmt: skip
+    return markdown([head, *lines])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, read_csv
 
 from benchmarks.common import markdown
 from experiments.arms import QUESTIONS, Question
-from experiments.comparisons import paired_tests, test_cells, with_error
+from experiments.comparisons import information_table, paired_tests, test_cells, with_error
 from experiments.sample_tables import draw_samples, read_samples, sample_comparisons, sample_tables
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, read_json, write_durably
@@ -32,7 +32,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    rows: Path = flag(help="a .jsonl of runs, or of samples at several guidance scales")
+    rows: Path = flag(help="a .jsonl of runs or of samples, or a .csv of specialisation")
     times: Path | None = flag(None, help="a .json with milliseconds per step, by question and arm")
     arms: tuple[str, ...] = flag((), help="include only these arms (default: all with rows)")
     reference: str | None = flag(
@@ -222,33 +222,47 @@ def parse_args() -> ReportConfig:
     return parse_config(ReportConfig, __doc__)
 
 
-def main(config: ReportConfig) -> None:
-    message = f"--rows: got {config.rows}, expected the rows of experiments"
-    with reported_as(message, OSError, ValueError, LookupError):
-        rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
-        is_of_samples = "scale" in rows[0]
-    known = set(read_samples(rows)[0]["arm"] if is_of_samples else (row["arm"] for row in rows))
+def report_samples(config: ReportConfig, rows: list[dict]) -> None:
+    """Writes tables.md and, for rows of several numbers of steps, samples.png."""
+    arms = set(read_samples(rows)[0]["arm"])
+    if config.arms:
+        raise UserError(f"--arms: got {config.rows}, which has samples, expected rows of training")
+    if config.reference and config.reference not in arms:
+        expected = ", ".join(sorted(arms))
+        raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
+    text = sample_tables(rows)
+    if config.reference:
+        text += "\n" + sample_comparisons(rows, config.reference)
+    write_durably(config.output / "tables.md", text)
+    if len({row["steps"] for row in rows}) > 1:
+        draw_samples(rows, config.output / "samples.png")
+
+
+def report_training(config: ReportConfig, rows: list[dict]) -> None:
+    """Writes the tables and figures of the questions that these rows answer."""
+    known = {row["arm"] for row in rows}
     for arm in filter(None, (*config.arms, config.reference)):
         if arm not in known:
             expected = f"some of {', '.join(sorted(known))}"
             raise UserError(f"--arms, --reference: got {arm}, expected {expected}")
-    if is_of_samples and config.arms:
-        raise UserError(
-            f"--arms: got {config.rows}, expected rows of training runs, not of samples"
-        )
     with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
         times = read_json(config.times) if config.times else {}
+    rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
+    write_report(config.output, rows, times, config.reference)
+
+
+def main(config: ReportConfig) -> None:
     prepare_output("--output", config.output / "tables.md")
-    if is_of_samples:
-        text = sample_tables(rows)
-        if config.reference:
-            text += "\n" + sample_comparisons(rows, config.reference)
-        write_durably(config.output / "tables.md", text)
-        if len({row["steps"] for row in rows}) > 1:
-            draw_samples(rows, config.output / "samples.png")
-    else:
-        rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
-        write_report(config.output, rows, times, config.reference)
+    message = f"--rows: got {config.rows}, expected the rows of experiments"
+    with reported_as(message, OSError, ValueError, LookupError):
+        if config.rows.suffix == ".csv":
+            text = information_table(read_csv(config.rows), config.arms)
+            write_durably(config.output / "tables.md", text)
+        else:
+            rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
+            is_of_samples = "scale" in rows[0]
+    if config.rows.suffix != ".csv":
+        (report_samples if is_of_samples else report_training)(config, rows)
     text = (config.output / "tables.md").read_text()
     if not text:
         raise UserError("--rows: got no question with rows of its reference and of another arm")
