@@ -48,11 +48,11 @@ def test_cells(tests: DataFrame, name: Any, digits: int) -> list[str]:
     return [f"{p:.2g} ({holm:.2g})", f"{detectable:.{digits}f}"]
 
 
-def information_table(frame: DataFrame, arms: tuple[str, ...]) -> str:
+def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | None) -> str:
     """Returns a Markdown table of mutual information (bits) from rows of specialisation.
 
-    The trained router is compared with the random one and, for the arms after the first, with the
-    trained router of the first arm. Arms with one run have no test.
+    The trained router is compared with the random one and, for other arms than the reference, with
+    the trained router of the reference. Arms with one run have no test.
     """
     names = frame["run"].str.extract(r"^(?P<arm>.*)-(?P<seed>\d+)$")
     bits = (
@@ -63,8 +63,8 @@ def information_table(frame: DataFrame, arms: tuple[str, ...]) -> str:
         trained, random = (bits.loc[arm, router] for router in ("trained", "random"))
         for name in bits.columns:
             others = {"random router": random[name]}
-            if arms and arm != arms[0]:
-                others[arms[0]] = bits.loc[arms[0], "trained"][name]
+            if reference not in (None, arm):
+                others[reference] = bits.loc[reference, "trained"][name]
             for other, values in others.items():
                 pairs.append(trained[name] - values)
                 cells = [with_error(each, digits=3) for each in (trained[name], values)]

@@ -256,7 +256,7 @@ def main(config: ReportConfig) -> None:
     message = f"--rows: got {config.rows}, expected the rows of experiments"
     with reported_as(message, OSError, ValueError, LookupError):
         if config.rows.suffix == ".csv":
-            text = information_table(read_csv(config.rows), config.arms)
+            text = information_table(read_csv(config.rows), config.arms, config.reference)
             write_durably(config.output / "tables.md", text)
         else:
             rows = [json.loads(line) for line in config.rows.read_text().splitlines()]

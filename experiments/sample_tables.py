@@ -20,7 +20,7 @@ def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:
     "arm" is the name of the run without the seed, and the settings of the model that differ between
     rows: ARM,NAME=VALUE.
     """
-    frame = DataFrame([{"sampler": ""} | row for row in rows])
+    frame = DataFrame([{"sampler": "", "groups": row["reporting"][:1]} | row for row in rows])
     cost = "passes" if "passes" in frame and frame["passes"].notna().all() else "steps"
     names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
     frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0], **names)
@@ -39,8 +39,8 @@ def strongest(frame: DataFrame, *by: str) -> DataFrame:
 
 def with_noise(rows: DataFrame) -> str:
     """Formats the mean KID over runs ± its standard error; for one run, over groups of samples."""
-    groups = rows["groups"].iloc[0] if "groups" in rows and len(rows) == 1 else ()
-    return with_error(Series(groups) if len(groups) > 1 else rows["kid"], digits=3)
+    kids = rows["kid"] if len(rows) > 1 else Series(rows["groups"].iloc[0])
+    return with_error(kids, digits=3)
 
 
 def sample_tables(rows: list[dict]) -> str:
@@ -65,9 +65,11 @@ def sample_tables(rows: list[dict]) -> str:
         cells = {n: with_noise(of_cost) for n, of_cost in group.groupby(cost)}
         runs = str(group["run"].nunique())
         lines.append([arm, sampler, runs, *(cells.get(n, "") for n in costs)])
-    if "groups" in best:
-        noise = (best["reporting"].str[1] ** 2).groupby(best[cost]).mean() ** 0.5
-        lines.append(["deviation between groups", "", "", *(f"{noise[n]:.3f}" for n in costs)])
+    grouped = best[best["groups"].str.len() > 1]
+    noise = (grouped["reporting"].str[1] ** 2).groupby(grouped[cost]).mean() ** 0.5
+    if len(noise):
+        cells = (f"{noise[n]:.3f}" if n in noise else "" for n in costs)
+        lines.append(["deviation between groups", "", "", *cells])
     return markdown(lines)
 
 
@@ -111,9 +113,9 @@ def paired(left: DataFrame, right: DataFrame) -> Series:
     """Returns the differences of KID between runs with the same seed or, for one, its groups."""
     left, right = left.set_index("seed"), right.set_index("seed")
     seeds = left.index.intersection(right.index)
-    if len(seeds) == 1 and "groups" in left:
-        left, right = (Series(rows.loc[seeds[0], "groups"]) for rows in (left, right))
-        return (left - right).rename("groups")
+    groups = [Series(rows.loc[seeds[0], "groups"]) for rows in (left, right) if len(seeds) == 1]
+    if groups and min(map(len, groups)) > 1:
+        return (groups[0] - groups[1]).rename("groups")
     return (left.loc[seeds, "kid"] - right.loc[seeds, "kid"]).rename("runs")
 
 

@@ -1,5 +1,7 @@
 """experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
 
+import contextlib
+import io
 import math
 import re
 import shutil
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call_main, expect_error
-from pandas import DataFrame
+from pandas import DataFrame, read_csv
 from scipy import stats
 
 from checkpoints import step_folders
@@ -18,10 +20,11 @@ from costs import count_macs, count_parameters
 from engines.flags import DDPFlags
 from experiments import routers, specialisation
 from experiments.arms import QUESTIONS
-from experiments.comparisons import errors_for_power, paired_tests
+from experiments.comparisons import errors_for_power, paired_tests, with_error
 from experiments.report import (
     at_equal_time,
     differences,
+    read_lines,
     steps_to_quality,
     table,
 )
@@ -167,18 +170,53 @@ def make_pairs(p: float) -> list[float]:
     return [t / math.sqrt(3) + shift for shift in (-1, 0, 1)]
 
 
-def test_the_documented_experiment_tables_are_reproduced_from_the_rows(tmp_path, capsys):
-    page = (ROOT / "docs" / "experiments.md").read_text()
+@pytest.fixture(scope="module")
+def made_tables(tmp_path_factory) -> list[str]:
+    """Lines of the tables that the commands of docs/experiments.md print."""
+    page = (ROOT / "docs" / "experiments.md").read_text().replace("\\\n", "")
     page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
     commands = re.findall(r"^python -m (experiments\.report) (.*)$", page, re.MULTILINE)
-    assert len(commands) >= 4
-    for module, flags in commands:
-        flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
-        call_main(module, *flags, "--output", tmp_path / "tables")
-    made = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(commands) >= 15
+    output, text = tmp_path_factory.mktemp("tables"), io.StringIO()
+    with contextlib.redirect_stdout(text):
+        for module, flags in commands:
+            flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
+            call_main(module, *flags, "--output", output)
+    return [line for line in text.getvalue().splitlines() if line.startswith("| ")]
+
+
+def test_the_documented_experiment_tables_are_reproduced_from_the_rows(made_tables):
+    page = (ROOT / "docs" / "experiments.md").read_text()
     tables = page[page.index("## Tables") :]
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
-    assert len(lines) > 40 and set(lines) <= set(made)
+    assert len(lines) > 40 and set(lines) <= set(made_tables)
+
+
+@pytest.mark.parametrize("name", ["experiments.md", "claims.md"])
+def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
+    """Numbers that no table prints are computed here."""
+    rows = {
+        kind: read_lines(ROOT / "docs" / f"experiments_{kind}.jsonl")
+        for kind in ("routers", "few_steps")
+    }
+    against_choice = replace(QUESTIONS[2], reference="expert_choice")
+    violation = DataFrame(rows["routers"]).pivot(index="seed", columns="arm")["max_violation"]
+    bits = read_csv(ROOT / "docs" / "experiments_specialisation.csv").set_index(["run", "router"])
+    topk = DataFrame([bits.loc[f"topk-{seed}", "trained"] for seed in range(3)])
+    euler = DataFrame(row for row in rows["few_steps"] if row["run"].startswith("flow-900"))
+    euler = euler[(euler["steps"] == 25) & (euler["scale"] == 1)]["reporting"].str[0]
+    known = numbers_of("\n".join(made_tables)) | numbers_of(
+        with_error(differences(rows["routers"], against_choice)["batch_pool"])
+        + f" {with_error(violation['sigmoid'] - violation['topk'], digits=2)}"
+        + f" {with_error(topk['class'] - topk['time'], digits=3)} {with_error(euler, digits=3)}"
+    )
+    found = numbers_of((ROOT / "docs" / name).read_text())
+    assert len(found) > 20 and found <= known, sorted(found - known)
+
+
+def numbers_of(text: str) -> set[str]:
+    """Returns the numbers with a standard error, as 0.0036 ± 0.0007, without their signs."""
+    return set(re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split())))
 
 
 @pytest.mark.parametrize("flags", [
