@@ -55,7 +55,7 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     saver = Saver(tmp_path, config, ALONE)
     saver.start(3, engine, Record(config=config.model))
     saver.wait()
-    resumed = kind(ALONE, replace(config, emas=resolve({}, DDPFlags).emas), None, resumes=True)
+    resumed = kind(ALONE, config, None, resumes=True)
     assert not resumed.is_finite()
     resumed.load_state(saver.folder)
     assert resumed.find_spikes.state_dict() == engine.find_spikes.state_dict()
