@@ -74,7 +74,7 @@ def open_prompts(config: ExpertConfig, images_per_prompt: int = 1) -> tuple[Any,
     prompts = read_prompts(config.prompts)
     pipeline = open_prompt_pipeline(
         config.pipeline, config.precision or "bf16", text_encoder=config.text_encoder,
-        offload=config.offload,
+        quantize=config.quantize, offload=config.offload,
     )  # fmt: skip
     settings = PromptSettings(
         num_steps=config.num_sampling_steps, cfg_scale=config.cfg_scale,

@@ -65,11 +65,13 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 
 
 def open_prompt_pipeline(
-    path: str, precision: str, *, text_encoder: str | None = None, offload: bool = False
-) -> Any:
+    path: str, precision: str, *, text_encoder: str | None = None, quantize: str | None = None,
+    offload: bool = False,
+) -> Any:  # fmt: skip
     """Loads a pipeline of diffusers with a sparse transformer, from a folder or the hub.
 
     text_encoder: folder or hub id of the Llama model that HiDream-I1's repository lacks
+    quantize: int8 or int4, for the experts
     offload: move each part to the GPU only while it computes
 
     Raises UserError for a pipeline whose transformer is not in `TRANSFORMERS`, or is dense.
@@ -92,8 +94,13 @@ def open_prompt_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(path, **options)
     if missing := [name for name, part in pipeline.components.items() if part is None]:
         raise UserError(f"{message}: got no {missing[0]}, see --text-encoder")
-    if not sparse_layers(pipeline.transformer):
+    layers = sparse_layers(pipeline.transformer)
+    if not layers:
         raise UserError(f"{message}: its transformer is dense, expected experts")
+    if quantize:
+        with reported_as("--quantize", ValueError):
+            for layer in layers:
+                layer.quantize(quantize)
     pipeline.set_progress_bar_config(disable=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if offload:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from models import DiT
-from moe_kernels.quantized import QuantizedWeight
+from moe import quantize_experts
+from moe_kernels.quantized import QuantizedLinear, QuantizedStack, QuantizedWeight
 from routers import Routing, expert_load
 from runtime.errors import UserError
 
@@ -40,6 +41,9 @@ class SparseLayer(Protocol):
 
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
         """Yields the weights of all experts, each (E, ...)."""
+
+    def quantize(self, kind: str) -> None:
+        """Replaces the experts' matrices by integers and scales; kind: int8 or int4."""
 
 
 class DiTLayer:
@@ -63,6 +67,9 @@ class DiTLayer:
 
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
         return (weight for weight in self.block.moe.experts.weights() if weight is not None)
+
+    def quantize(self, kind: str) -> None:
+        quantize_experts(self.block, kind)
 
 
 class GatedLayer:
@@ -90,7 +97,7 @@ class GatedLayer:
 class HiDreamLayer(GatedLayer):
     """`MOEFeedForwardSwiGLU`: softmax over the experts, top K, weights not renormalised."""
 
-    module_name = "MOEFeedForwardSwiGLU"
+    module_name, names = "MOEFeedForwardSwiGLU", ("w1", "w2", "w3")
 
     @property
     def num_experts(self) -> int:
@@ -110,15 +117,20 @@ class HiDreamLayer(GatedLayer):
         return module.register_forward_hook(lambda module, inputs, rows: torch.zeros_like(rows))
 
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
-        experts = [expert.state_dict().values() for expert in self.module.experts]
-        return (torch.stack(parts) for parts in zip(*experts, strict=True))
+        for name in self.names:
+            yield torch.stack([getattr(expert, name).weight for expert in self.module.experts])
+
+    def quantize(self, kind: str) -> None:
+        for expert in self.module.experts:
+            for name in self.names:
+                setattr(expert, name, QuantizedLinear(getattr(expert, name), kind))
 
 
 class NucleusLayer(GatedLayer):
     """`NucleusMoELayer`: each expert chooses C tokens of every image; a token's weights are
     normalised to the sum `route_scale`."""
 
-    module_name = "NucleusMoELayer"
+    module_name, names = "NucleusMoELayer", ("gate_up_proj", "down_proj")
 
     @property
     def num_experts(self) -> int:
@@ -150,7 +162,16 @@ class NucleusLayer(GatedLayer):
         return self.module.experts.register_forward_hook(hook)
 
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
-        yield from self.module.experts.parameters()
+        for name in self.names:
+            yield torch.stack(list(getattr(self.module.experts, name)))
+
+    def quantize(self, kind: str) -> None:
+        experts = self.module.experts
+        experts.use_grouped_mm = False  # it needs all experts in 16 bit at once
+        for name in self.names:
+            weight = getattr(experts, name)
+            delattr(experts, name)
+            setattr(experts, name, QuantizedStack(weight.detach(), kind))
 
 
 TRANSFORMERS = {

@@ -24,6 +24,7 @@ from analysis.counts import RoutingCounts
 from analysis.prompts import PromptSettings, generate, open_prompt_pipeline, read_prompts
 from analysis.recorder import listen
 from analysis.sparse_layers import sparse_layers, weight_similarity
+from moe_kernels.quantized import quantize
 from routers import Routing
 from runtime.errors import UserError
 
@@ -333,6 +334,38 @@ def test_the_similarity_of_weights_is_the_cosine_of_the_flattened_experts(name, 
         )  # fmt: skip
         want = torch.cosine_similarity(flat[:, None], flat[None], dim=-1)
     torch.testing.assert_close(weight_similarity(layer), want, atol=1e-6, rtol=0)
+
+
+@names
+@pytest.mark.parametrize("kind, bound", [("int8", 0.02), ("int4", 0.3)])
+def test_quantised_experts_of_a_pipeline_stay_close(name, kind, bound):
+    """Every dequantised matrix is that of `quantize`; the output of a layer is close."""
+    pipeline = MAKE[name](**({"use_grouped_mm": True} if name == "nucleus" else {}))
+    pipeline.transformer.to(torch.bfloat16)
+    layer = sparse_layers(pipeline.transformer)[-1]
+    width = pipeline.transformer.inner_dim
+    x, time = torch.randn(2, 64, width).bfloat16(), torch.randn(2, width).bfloat16()
+    arguments = (x,) if name == "hidream" else (x, x.flip(-1), time)
+    with torch.no_grad():
+        want, before = layer.module(*arguments), [weight.clone() for weight in layer.weights()]
+        if name == "nucleus" and kind == "int4":  # groups of 32 inputs do not divide 16
+            with pytest.raises(ValueError, match="expected a multiple of 32"):
+                layer.quantize(kind)
+            return
+        layer.quantize(kind)
+        for weight, whole in zip(layer.weights(), before, strict=True):
+            rows = whole if name == "hidream" else whole.mT
+            exact = quantize(rows.contiguous(), kind).to(torch.bfloat16)
+            assert torch.equal(weight, exact if name == "hidream" else exact.mT)
+        assert 0 < relative_error(layer.module(*arguments), want) < bound
+        shared = "shared_experts" if name == "hidream" else "shared_expert"
+        routed = [y - getattr(layer.module, shared)(x) for y in (layer.module(*arguments), want)]
+        assert relative_error(*routed) < 2 * bound
+    assert not [p for p in layer.module.experts.parameters() if p.ndim > 1]
+    stored = [b for b in layer.module.experts.buffers() if b.dtype in (torch.int8, torch.uint8)]
+    per_byte = 1 if kind == "int8" else 2
+    assert sum(b.numel() for b in stored) * per_byte == sum(w.numel() for w in before)
+    assert layer.without(1) and weight_similarity(layer).diagonal().allclose(torch.ones(1))
 
 
 def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, capsys):
