@@ -65,6 +65,11 @@ def browser(config):
     server.close()
 
 
+DARK = """
+return [...arguments[0].getContext("2d").getImageData(0, 0, 4, 4).data].filter((_, i) => i % 4 == 3)
+"""
+
+
 class Visitor:
     """Visitor of the page in a separate browser tab."""
 
@@ -146,6 +151,16 @@ def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, conf
     slider.send_keys("\ue010")  # End
     visitor.wait("output", f"step {STEPS} of")
     assert visitor.pictures() == last
+    chip = visitor.all(".legend button")[0]
+    colour = [int(chip.get_attribute("data-colour")[i : i + 2], 16) for i in (1, 3, 5)]
+    chip.click()  # marks the expert in the layers of its side
+    maps = [visitor.browser.execute_script(DARK, canvas) for canvas in visitor.all(".map canvas")]
+    assert len(maps) == 2
+    for dark, picture in zip(maps, last[1:3], strict=True):
+        of_others = (pixels(picture) != colour).any(-1)
+        assert np.array_equal(np.array(dark).reshape(of_others.shape) > 0, of_others)
+    chip.click()
+    assert not visitor.all(".map canvas")
 
 
 def test_the_page_generates_an_image_on_opening_and_when_a_slider_moves(visit, config):
