@@ -132,7 +132,7 @@ def read_checkpoint(
     Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
-    is_pickled = path.is_file() and path.suffix != ".safetensors"
+    is_pickled = os.path.isfile(path) and path.suffix != ".safetensors"
     path = find_weights(path) if ema is None or is_pickled else average_file(path, ema)
     if path.is_dir():
         state_dict, record = read_diffusers(path, overrides)
