@@ -61,6 +61,16 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
     return [step for step, _ in known], [value for _, value in known]
 
 
+def falling_loss(rows: list[dict]) -> str:
+    """Returns the name of the loss that falls in training.
+
+    That is "mse" if each image's loss is divided by its own size, as in a mean flow: it is 1 for
+    ever.
+    """
+    (_, loss), (_, mse) = series(rows, "loss"), series(rows, "mse")
+    return "mse" if mse and np.ptp(loss) < 0.01 * max(loss) else "loss"
+
+
 def draw(runs: dict[Path, list[dict]]) -> Figure:
     """Draws one panel per metric with all runs, and below a panel per run with the load by layer.
 
@@ -78,13 +88,16 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
     axes = figure.subplot_mosaic(mosaic, height_ratios=[2, *[1] * len(loads)], sharex=True)
     for name in panels:
         for run, rows in runs.items():
-            (line,) = axes[name].plot(*series(rows, name), label=run, linewidth=1.2)
+            shown = falling_loss(rows) if name == "loss" else name
+            label = f"{run} (mse)" if shown == "mse" else run
+            (line,) = axes[name].plot(*series(rows, shown), label=label, linewidth=1.2)
             if name == "loss":
                 axes[name].plot(*series(rows, "val_loss"), "o", ms=3, color=line.get_color())
         axes[name].set(title=PANELS[name], xlabel="step")
         axes[name].tick_params(labelbottom=True)
         axes[name].grid(alpha=0.3)
-    figure.legend(*axes[name].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        axes[name].ticklabel_format(axis="y", useOffset=False)
+    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     most = max((np.quantile(values, 0.98) for _, values in loads.values()), default=1)
     style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one scale for all runs
     for title, (steps, values) in loads.items():

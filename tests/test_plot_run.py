@@ -33,6 +33,20 @@ def test_plotted_runs_share_the_curve_panels_and_the_colour_scale_of_load_maps(t
     assert len(draw({dense: read_rows(dense)}).axes) == 3
 
 
+def test_the_loss_that_falls_is_drawn(tmp_path):
+    """The weighted loss of a mean flow is 1, whatever the error."""
+    errors = {1: 0.9, 5: 0.5, 9: 0.3}
+    write_log(
+        tmp_path / "mean", [row(s) | {"loss": 1 - s / 1e6, "mse": e} for s, e in errors.items()]
+    )
+    write_log(tmp_path / "plain", [row(s, mse=2 / s) for s in (1, 5, 9)])
+    figure = draw({run: read_rows(run) for run in sorted(tmp_path.iterdir())})
+    mean, plain = (line for line in figure.axes[0].lines if len(line.get_xdata()))
+    assert list(mean.get_ydata()) == list(errors.values())
+    assert list(plain.get_ydata()) == [1, 1 / 5, 1 / 9]
+    assert "mean (mse)" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_a_missing_or_damaged_log_is_a_one_line_error_of_plot_run(tmp_path, capsys):
     assert "log.jsonl" in expect_error(capsys, "plot_run.py", tmp_path)
     for line in ('{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "x"}'):
