@@ -48,6 +48,7 @@ MOST_IMAGES = 64  # largest number of images in a grid
 MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps
 MOST_WAITING = 16  # requests in the queue; more are rejected
 PREVIEW_SECONDS, PREVIEW_SHARE = 0.4, 0.2  # time between previews, and share of the time for them
+MOST_BYTES = 1_000_000  # of a request
 UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
 NAMES = {  # names of the controls, by the names that errors use
     "labels": "Class", "seeds": "Seed", "--seed": "Seed", "sampler": "Sampler",
@@ -353,6 +354,29 @@ def page_error(error: UserError) -> str:
     return line if name is None else NAMES[name] + line.removeprefix(name)
 
 
+class LimitedBody:
+    """ASGI middleware that answers a request of more than MOST_BYTES with 413."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        read = 0
+
+        async def receive_some() -> dict:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if read > MOST_BYTES else message
+
+        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if scope["type"] == "http" and int(length) > MOST_BYTES:
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body"})
+        else:
+            await self.app(scope, receive_some if scope["type"] == "http" else receive, send)
+
+
 def launch(config: SamplingConfig):
     """Serves the page from threads of this process until the page is closed; returns the page.
 
@@ -436,6 +460,7 @@ def launch(config: SamplingConfig):
         page.launch(
             server_name=config.host, server_port=config.port, share=config.share, theme=theme,
             quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=1, css=LAYOUT,
+            app_kwargs={"middleware": [(LimitedBody, (), {})]},
         )  # fmt: skip
     except OSError:
         raise UserError(

@@ -190,7 +190,7 @@ class Autoencoder:
 
     def default_norm(self) -> LatentNorm:
         """Returns the normalisation in the config: one factor and shift, or one per channel."""
-        scaling = self.config.get("scaling_factor") or 1.0
+        scaling = 1.0 if (value := self.config.get("scaling_factor")) is None else value
         mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
         shift = (self.config.get("shift_factor") or 0.0) if mean is None else tuple(mean)
         return LatentNorm(shift, scaling if std is None else tuple(scaling / s for s in std))
@@ -397,7 +397,8 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
         vae = AUTOENCODERS[name](config)
-        _ = vae.channels, vae.downsampling  # fails if a config of another version lacks these
+        # These fail if a config of another version lacks them, or has a factor of 0.
+        _ = vae.channels, vae.downsampling, vae.default_norm()
     return vae
 
 

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -380,7 +381,9 @@ class ShardImages(ImageSource):
 
     def __init__(self, path: str, image_size: Size):
         self.shards, self.image_size = expand_range(path), image_size
+        self.passed_over: Counter[str] = Counter()
         samples = [sample for shard in range(len(self.shards)) for sample in self.index(shard)]
+        self.left_out = [f"{count:,} {kind}" for kind, count in self.passed_over.items()]
         if not samples:
             raise ValueError("no images")
         places, labels = zip(*samples, strict=True)
@@ -397,10 +400,16 @@ class ShardImages(ImageSource):
                 open_untrusted(self.shards[shard]) as file,
                 tarfile.open(fileobj=file, mode="r:") as tar,
             ):
-                for member in filter(tarfile.TarInfo.isfile, tar):
+                for member in tar:
+                    if not member.isfile():
+                        if member.islnk() or member.issym():
+                            self.passed_over["links in shards"] += 1
+                        continue
                     folder, _, name = member.name.rpartition("/")
                     key, _, extension = name.partition(".")
                     if f".{extension.lower()}" in IMAGE_SUFFIXES:
+                        if (folder, key) in places:
+                            self.passed_over["images whose key a later image has"] += 1
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
                         if member.size > MAX_LABEL_BYTES:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 GROUP = 32  # inputs that share a scale in int4
 LARGEST = {"int8": 127, "int4": 7}
+FINEST = 2**-24  # smallest positive number of fp16
 KINDS = {torch.int8: "int8", torch.uint8: "int4"}  # by the type of the stored values
 
 
@@ -70,7 +71,9 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     for of_expert, values, scale in zip(weight, result.values, result.scale, strict=True):
         w = of_expert.detach().float().unflatten(-1, (groups, -1))          # (O, groups, n)
         exact = w.abs().amax(dim=-1) / LARGEST[kind]
-        scale.copy_(exact.bfloat16().half())
+        # Below 2^-16, fp16 only has the multiples of 2^-24. Rounding up keeps q within its limits.
+        tiny = (exact / FINEST).ceil() * FINEST
+        scale.copy_(tiny.where(exact < 2**-16, exact.bfloat16().half().float()))
         if not scale.isfinite().all():
             most = f"{w.abs().max():.3g}, expected less than {65504 * LARGEST[kind]:,}"
             raise ValueError(f"{kind}: got weights up to {most}")

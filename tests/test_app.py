@@ -294,6 +294,8 @@ def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, m
     bound = "--b\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\n"
     upload = f"{bound}{'x' * 10_000}\r\n--b--\r\n".encode()
     assert post(config, "upload", upload, "multipart/form-data; boundary=b") == 413
+    large = json.dumps({"data": "x" * 2_000_000}).encode()
+    assert post(config, "queue/join", large, "application/json") == 413
     visitor = visit()
     visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
     address = f"http://127.0.0.1:{config.port}/config"

@@ -182,6 +182,15 @@ def test_latents_that_differ_from_training_are_noted_or_rejected(train_flags, tm
     assert "--latents-norm data: has no effect without --latents-path" in line
 
 
+@pytest.mark.parametrize("change", ['"scaling_factor": 0', '"x": ' + "[" * 100_000])
+def test_a_config_that_no_autoencoder_has_is_a_one_line_error(change, tiny_vae, tmp_path):
+    text = (tiny_vae / "config.json").read_text().strip()
+    (tmp_path / "config.json").write_text(text.removesuffix("}") + f", {change}}}")
+    with pytest.raises(UserError, match="--vae-path: got") as caught:
+        open_autoencoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_autoencoder_whose_training_has_not_finished_is_rejected(tmp_path):
     (tmp_path / STATE_FILE).write_bytes(b"")
     with pytest.raises(UserError, match="--vae-path.*its training is not finished"):

@@ -392,6 +392,21 @@ def test_an_oversized_label_file_is_rejected_before_reading(tmp_path):
         open_images(str(tmp_path / "photos.tar"), 16)
 
 
+def test_what_a_shard_cannot_give_is_noted(tmp_path, capsys):
+    red, white = (
+        save(tmp_path, name, colour) for name, colour in (("a.png", RED), ("a.bmp", WHITE))
+    )
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(red, "a.png")
+        tar.add(white, "a.bmp")  # the same key
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    assert len(open_images(str(tmp_path / "photos.tar"), 16)) == 1
+    line = capsys.readouterr().out
+    assert "1 images whose key a later image has" in line and "1 links in shards" in line
+
+
 class Pairs:
     """Map-style dataset of (image, label), made from a folder of images."""
 

@@ -35,6 +35,14 @@ def checkpoint(tmp_path_factory, tiny_vae):
     return save_checkpoint(model, path, **facts)
 
 
+@pytest.mark.parametrize("most", [2e-6, 1e-5, 3e-4])
+def test_rows_of_small_weights_are_quantised_to_the_precision_of_fp16(most):
+    """A scale rounded to 0 would lose the row; one rounded down would cut its largest weights."""
+    w = torch.linspace(-most, most, 64).view(1, 1, 64)
+    got = quantize(w, "int8").to(torch.float32)
+    assert (got - w).abs().max() <= max(2**-25, most / 127)
+
+
 def test_quantising_weights_too_large_for_a_scale_raises():
     with pytest.raises(ValueError, match="got weights up to 1e"):
         quantize(torch.full((1, 32, 32), 1e8), "int8")
