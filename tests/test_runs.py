@@ -208,6 +208,16 @@ def test_what_a_run_may_change_follows_from_the_class_of_the_field(
     assert read_record(copied / "run" / "checkpoints" / "0000004").step == 4
 
 
+def test_a_default_name_of_an_earlier_version_is_found(copied, flags, capsys):
+    """Otherwise the same command would silently begin a second run beside the first."""
+    unnamed = partial(flags, copied, **{"run-name": None, "max-steps": 1})
+    old = (copied / "run").rename(copied / "DiT-Ti-2-2E2A-rectified_flow-01234567")
+    line = expect_error(capsys, "train.py", *unnamed())
+    assert f"--resume {old}, or begin a new run with --run-name NEW" in line
+    call_main("train.py", *unnamed(lr=2e-3))
+    assert len(list(copied.iterdir())) == 2
+
+
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
     """Nothing is lost: such a run has ended before its first save."""
     shutil.rmtree(copied / "run" / "checkpoints")

@@ -9,6 +9,7 @@ run = open_run(said, DDPFlags, choose_engine, dist)
     the same command  the newest intact checkpoint of its folder, which must have equal settings
 """
 
+import glob
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -155,6 +156,8 @@ def open_run(
     facts, vae = inputs_of(config, dataset, dist)
     facts = {**engine.check(config, dist), **facts, "start": plan.start}
     folder = plan.folder or default_folder(config, facts)
+    if plan.folder is None:
+        dist.on_main(partial(check_earlier_names, folder, config, facts))
     if config.step.freezes:  # checks the patterns before the run folder is created
         frozen_names(fake_model(config.model), config.step)
 
@@ -458,6 +461,24 @@ def changes(
             f"{folder} was created with other settings: {'; '.join(found)}; expected {expected}"
         )
     return changed
+
+
+def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Raises UserError if a new run without a name has the settings and data of another one: an
+    earlier version may have computed another digest."""
+    others = folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")
+    for other in () if folder.exists() else sorted(others):
+        if (before := newest_record(other)) is None:
+            continue
+        try:
+            was, _ = stored_config(before, type(config.engine))
+            changes(before, was, config, facts, {}, other, other)
+        except UserError:
+            continue
+        raise UserError(
+            f"{other} has the same settings and data, under the name of an earlier version; "
+            f"continue it with --resume {other}, or begin a new run with --run-name NEW"
+        )
 
 
 def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
