@@ -57,6 +57,12 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
             mmap = mmap and zipfile.is_zipfile(path)  # False in torch's format before 1.6
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # of any kind; torch's message recommends weights_only=False
+        if not isinstance(error, OSError):
+            with open_untrusted(path) as file:
+                start = file.read(2)
+            if start and start[:1] != b"\x80" and start != b"PK":  # no pickle, no zip file
+                expected = "a .safetensors file, a .pt file, a run or a hub id"
+                raise UserError(f"{path}: not a file of weights, expected {expected}") from None
         raise UserError(
             f"{path}: cannot be loaded ({type(error).__name__}): the file is damaged or holds more "
             "than tensors and plain values; code in a file is never run"

@@ -51,9 +51,12 @@ def load_extractor(
     """
     if backbone != "inception":
         return load_features(backbone, device, "--backbone")
+    got = "--backbone inception: its weights cannot be downloaded"
+    if weights is not None:
+        got = f"--inception-weights: got {weights}, expected torch-fidelity's Inception"
     message = (
-        f"--inception-weights: got {weights}, expected torch-fidelity's Inception; download "
-        f"{URL_INCEPTION_V3}, or use --backbone efficientnet-lite0"
+        f"{got}; download {URL_INCEPTION_V3} for --inception-weights, or use --backbone "
+        "efficientnet-lite0, which needs no download"
     )
     if weights is not None:
         try:

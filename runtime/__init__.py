@@ -8,8 +8,9 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 
-from runtime.errors import print_uncaught
+from runtime.errors import end_while_importing, print_uncaught
 
 __version__ = "0.1.0"  # version of the code; also in CITATION.cff and CHANGELOG.md
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
@@ -22,7 +23,18 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-sys.excepthook = print_uncaught
+def handle_interrupts() -> None:
+    """Makes Ctrl-C end a script of this repository, also while it imports packages."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    is_ours = os.path.abspath(script).startswith(os.path.join(ours, ""))
+    if is_ours and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, end_while_importing)
+    sys.excepthook = print_uncaught
+
+
+handle_interrupts()
 end_with_launcher()
 # How often a waiting OpenMP thread polls before it sleeps. GNU OpenMP's default polls for some
 # milliseconds, which doubles the time of a step on a CPU that also runs another program.

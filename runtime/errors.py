@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
@@ -70,6 +70,20 @@ def print_safely(line: str, file: TextIO | None = None) -> None:
     """Prints a line, ignoring write errors such as a full disk or a closed pipe."""
     with suppress(OSError):
         print(line, file=file, flush=True)
+
+
+def end_while_importing(number: int, frame: FrameType | None) -> None:
+    """Ends a process that imports packages, as a handler of Ctrl-C; otherwise raises
+    KeyboardInterrupt.
+
+    Packages turn a KeyboardInterrupt during their import into other exceptions.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            print_safely("interrupted", file=sys.stderr)
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 earlier_hook = sys.excepthook  # the hook of the importing program

@@ -116,6 +116,8 @@ def suggestion(name: str, flags: Flags) -> str:
 
     Suggests up to 3 flags that contain all of its words, or the flag with the most similar name.
     """
+    if name == "device":
+        return "; the device is a GPU if there is one, and CUDA_VISIBLE_DEVICES= chooses the CPU"
     words = set(name.split("_"))
     close = [known for known in flags if words <= set(known.split("_"))][:3]
     close = close or difflib.get_close_matches(name, flags, 1)

@@ -79,6 +79,7 @@ BAD = {
     ),
     "bare-pickle.pt": lambda p: p.write_bytes(pickle.dumps({"a": Gadget(p.parent / executed)})),
     "truncated.pt": lambda p: half(p, REFERENCE.read_bytes()),
+    "text.pt": lambda p: p.write_text("# A README"),
     "empty.pt": lambda p: p.write_bytes(b""),
     "list.pt": lambda p: torch.save([1, 2], p),
     "no-weights.pt": lambda p: torch.save({"ema": {}}, p),
@@ -178,6 +179,11 @@ def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
     for name in numbers:
         with pytest.raises(ValueError, match="2000000000"):
             DiTConfig.of({**CONFIG, name: 2_000_000_000})
+
+
+def test_a_file_that_holds_no_weights_is_not_called_damaged():
+    with pytest.raises(UserError, match="README.md: not a file of weights, expected"):
+        load_model(Path(__file__).parent.parent / "README.md")
 
 
 def test_the_gadget_executes_when_torch_loads_it_without_protection(tmp_path):

@@ -56,12 +56,15 @@ def test_output_that_nobody_reads_gives_no_traceback(tmp_path, unbuffered):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 
 class Interrupt:
     def find_spec(name, *rest):
         if name in ("torch", "matplotlib", "numpy"):
-            raise KeyboardInterrupt
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:  # as torch does in its C++ parts
+                raise TypeError from None
 
 sys.meta_path.insert(0, Interrupt)
 """
