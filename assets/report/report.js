@@ -303,7 +303,7 @@ function drawPlaces() {
   const l = state.layer, T = data.grid[0] * data.grid[1];
   const shares = range(T).map((t) => rowShares("byPlace", t, l).map((v) => v * E));
   const scale = SCALES.ratio(reach(shares.flat()));
-  maps($("byPlace"), range(E).map((e) => `expert ${e}`), (e, t) => shares[t][e], scale, (e) => jump(l, e));
+  maps($("byPlace"), range(E).map((e) => (E > 16 ? String(e) : `expert ${e}`)), (e, t) => shares[t][e], scale, (e) => jump(l, e));
   showScale("placeScale", scale, "relative to an equal share");
 }
 function drawSpent() {
