@@ -68,7 +68,7 @@ def parse_flags(
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
             if bool in parts or one.by_component:  # True, or no component
                 rules["nargs"] = "*"
-        elif tuple in map(typing.get_origin, parts):  # one number or a pair, or an optional pair
+        elif str not in parts and tuple in map(typing.get_origin, parts):  # a number or a pair
             rules["nargs"] = "+"
         elif bool in (one.hint, *parts) or one.const is not None:
             rules |= {"nargs": "?", "const": True if one.const is None else one.const}

@@ -194,6 +194,8 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     assert config.step.objective.name == "rectified_flow"
     with command_line("train.py", ("--config", recipe, "--router", "race")) as module:
         assert resolve(module.parse_args(), DDPFlags).model.router.name == "race"
+    with command_line("train.py", ("--config", recipe, "--sparse-layers", "6,8")) as module:
+        assert resolve(module.parse_args(), DDPFlags).model.sparse_layers == (6, 8)
     with command_line("train.py", ("--config", recipe, "--num_experts", "0")) as module:
         dense = resolve(module.parse_args(), DDPFlags)
         assert "dense" in dense.name
