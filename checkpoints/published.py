@@ -11,6 +11,7 @@ from torch import Tensor
 from layouts import FLASH_ATTENTION_NAMES
 from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
 from parts import Part
+from settings import differences
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -128,9 +129,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     said = {name: getattr(config, name) for name in SAID}
     plain = DiTConfig(router=Part("topk", {"aux_loss_alpha": alpha}), **said)
     if differing := [
-        f"{name}: got {got}, expected {expected}"
-        for name, expected in vars(plain).items()
-        if (got := getattr(config, name)) != expected
+        f"{name}: got {got.value}, expected {expected.value}"
+        for name, got, expected in differences(config, plain)
     ]:
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):

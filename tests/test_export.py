@@ -277,7 +277,7 @@ def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path
         objective="rectified_flow", objective_options={"shift": 3.0},
     )  # fmt: skip
     for path, flags, message in (
-        (upcycled, ("--format", "published"), "router: got"),
+        (upcycled, ("--format", "published"), "router_renormalize: got True, expected False"),
         (rotary, ("--format", "published"), "rope: got True"),
         (trained["mean_flow"], ("--format", "published"), "objective: got mean_flow, expected"),
         (wide, ("--format", "published"), "input_size: got (8, 32), expected a square"),
