@@ -56,7 +56,7 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     update = DiT.update_routers
 
     def watched(model, observed, skipped):
-        seen[model.config.router].append(bool(skipped))
+        seen[model.config.router.name].append(bool(skipped))
         update(model, observed, skipped)
 
     with pytest.MonkeyPatch.context() as patch:
