@@ -11,7 +11,8 @@ from conftest import ROOT, call_main
 from costs import count_parameters
 from engines.flags import DDPFlags
 from models import DiT
-from training.config import DataFacts, TrainConfig, parse_training, resolve
+from settings import flat
+from training.config import DataFacts, TrainConfig, parse_training, resolve, training_flags
 
 FOLDER = ROOT / "config" / "recipes"
 PRESETS = Path(__file__).parent / "reference" / "published" / "presets.json"
@@ -114,6 +115,16 @@ def test_a_recipe_of_jit_has_the_published_training_settings(name):
     objective = config.objective
     assert (objective.mean, objective.std, objective.clamp) == (0.8, 0.8, 0.05)
     assert objective.noise_scale == training["noise_scale"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_a_recipe_flat_and_nested_gives_the_same_config(name):
+    said = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
+    config = resolve(said, DDPFlags)
+    values = {name: value for part in config.parts.values() for name, value in flat(part).items()}
+    for written in ({"model": config.preset, **values}, config.sections()):
+        assert resolve(written, DDPFlags).sections() == config.sections()
+    assert not {key for key in said if training_flags(DDPFlags)[key].options}  # none is loose
 
 
 @pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
