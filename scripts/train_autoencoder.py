@@ -326,6 +326,15 @@ def batches(images: Tensor) -> Sequence[Tensor]:
     return images.split(max(1, 250 * 32**2 // images.shape[-1] ** 2))
 
 
+def write_comparison(vae: AutoencoderKL, images: Tensor, folder: Path) -> None:
+    """Writes reconstructions.png, with images (N, 3, H, H) uint8 above their reconstructions."""
+    if len(images):
+        grid = captioned_rows(
+            enlarge(torch.cat([images, rebuilt(vae, images)])), ["image", "reconstruction"]
+        )
+        write_png(grid, folder / "reconstructions.png")
+
+
 def export(vae: AutoencoderKL, folder: Path) -> None:
     """Writes config and weights. The training state is kept, so that training can continue."""
     message = f"--output: cannot write {folder}"
@@ -342,7 +351,6 @@ def export(vae: AutoencoderKL, folder: Path) -> None:
 def main(config: AutoencoderConfig) -> int | None:
     if not (config.output / STATE_FILE).exists():
         check_new_folder("--output", config.output, ignored=SHEET)
-    prepare_output("--output", config.output / STATE_FILE)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     keep_freed_memory(torch.device(device))
@@ -364,15 +372,18 @@ def main(config: AutoencoderConfig) -> int | None:
     indices, held_out = split(source, 0.0 if config.eval_data else fraction)
     settings = asdict(config) | {"data_path": source.fingerprint, "output": None}
     stored = read_state(config.output / STATE_FILE, settings)
-    write_png(contact_sheet(source), config.output / SHEET)
-    images = load_images(source, indices)
+    unseen = source
     if config.eval_data:
-        source = open_images(config.eval_data, config.image_size, "--eval-data")
-        held_out = range(len(source))
-    eval_images = load_images(source, held_out)
-    if not train(vae.train(), images, config, settings, stored):
-        return STOPPED
+        unseen = open_images(config.eval_data, config.image_size, "--eval-data")
+        held_out = range(len(unseen))
+    images, eval_images = load_images(source, indices), load_images(unseen, held_out)
+    prepare_output("--output", config.output / STATE_FILE)  # after all that can fail
+    write_png(contact_sheet(source), config.output / SHEET)
+    is_finished = train(vae.train(), images, config, settings, stored)
     vae.eval()
+    if not is_finished:
+        write_comparison(vae, eval_images[:8], config.output)
+        return STOPPED
     if config.decoder_of is None:
         standardize_latents(vae, images)
     if (images == images[:, :1]).all():
@@ -383,10 +394,7 @@ def main(config: AutoencoderConfig) -> int | None:
             f"held-out PSNR: {psnr:.2f} dB over {pluralize(len(eval_images), 'image')}. Above 30 "
             "dB differences are hard to see. Below 25 dB details are lost; more --steps help"
         )
-        some = eval_images[:8]
-        pairs = torch.cat([some, rebuilt(vae, some)])
-        grid = captioned_rows(enlarge(pairs), ["image", "reconstruction"])
-        write_png(grid, config.output / "reconstructions.png")
+        write_comparison(vae, eval_images[:8], config.output)
     return export(vae, config.output)
 
 

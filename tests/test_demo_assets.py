@@ -142,6 +142,7 @@ def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
     assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
     line = expect_error(capsys, *train, tmp_path / "none", "--decoder-of", "README.md")
     assert "--decoder-of: got README.md, expected" in line
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, monkeypatch, capsys):
@@ -169,6 +170,7 @@ def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, mo
         assert script.main(script.parse_args()) == 75
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    assert (tmp_path / "again" / "reconstructions.png").is_file()
     sheet = (tmp_path / "again" / "images.png").read_bytes()
     others = tmp_path / "small" / "bag"
     for word, value, message in (
