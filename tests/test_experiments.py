@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call_main, expect_error
-from pandas import DataFrame, read_csv
+from pandas import DataFrame, Series, read_csv
 from scipy import stats
 
 from checkpoints import step_folders
@@ -197,7 +197,7 @@ def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
     """Numbers that no table prints are computed here."""
     rows = {
         kind: read_lines(ROOT / "docs" / f"experiments_{kind}.jsonl")
-        for kind in ("routers", "few_steps")
+        for kind in ("routers", "few_steps", "solvers")
     }
     against_choice = replace(QUESTIONS[2], reference="expert_choice")
     violation = DataFrame(rows["routers"]).pivot(index="seed", columns="arm")["max_violation"]
@@ -205,10 +205,14 @@ def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
     topk = DataFrame([bits.loc[f"topk-{seed}", "trained"] for seed in range(3)])
     euler = DataFrame(row for row in rows["few_steps"] if row["run"].startswith("flow-900"))
     euler = euler[(euler["steps"] == 25) & (euler["scale"] == 1)]["reporting"].str[0]
+    names = ["sampler", "steps", "experts_per_token"]
+    groups = DataFrame(rows["solvers"]).set_index(names)["groups"].map(Series)
+    gaps = [groups[few] - groups["euler", 8, 2] for few in (("unipc", 4, 2), ("heun", 3, 2))]
     known = numbers_of("\n".join(made_tables)) | numbers_of(
         with_error(differences(rows["routers"], against_choice)["batch_pool"])
         + f" {with_error(violation['sigmoid'] - violation['topk'], digits=2)}"
         + f" {with_error(topk['class'] - topk['time'], digits=3)} {with_error(euler, digits=3)}"
+        + " ".join(with_error(gap, digits=3) for gap in gaps)
     )
     found = numbers_of((ROOT / "docs" / name).read_text())
     assert len(found) > 20 and found <= known, sorted(found - known)
