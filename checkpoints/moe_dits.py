@@ -216,11 +216,8 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
     for name in ("num_heads", "class_tokens_start"):
         if name not in settings:
             raise ValueError(f"{name}: is required, because no preset of JiT has width {width}")
-    positions = layers.get("class_tokens.positions", torch.empty(1, 0, width))
-    fields = {
-        "norm": "rms", "rope": True, "num_heads": settings["num_heads"],
-        "class_tokens": positions.shape[1], "class_tokens_start": settings["class_tokens_start"],
-    }  # fmt: skip
+    fields = {name: settings[name] for name in ("num_heads", "class_tokens_start")}
+    fields["rope"] = True
     if sparse:
         fields |= {
             "router": "sigmoid", "num_experts_per_tok": 2, "router_scale": 2.5,

@@ -73,10 +73,13 @@ def infer_config(
         "class_dropout_prob": 0.1 if has_null_class else 0.0,
         **infer_feed_forward(state_dict, hidden_size),
         "learn_sigma": len(state_dict["final_layer.linear.bias"]) == 2 * patches[0].numel(),
+        "norm": "rms" if "blocks.0.norm1.weight" in state_dict else "layer",
         "qk_norm": "blocks.0.attn.q_norm.weight" in state_dict,
     }
     if hidden_size in HEADS:
         known["num_heads"] = HEADS[hidden_size]
+    if (positions := state_dict.get("class_tokens.positions")) is not None:  # (1, tokens, D)
+        known["class_tokens"] = positions.shape[1]
     known |= fields or {}
     undetermined = ("num_heads", "num_experts_per_tok", "router_choice", "router_scale")
     known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
