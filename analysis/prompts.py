@@ -77,7 +77,7 @@ def open_prompt_pipeline(
     Raises UserError for a pipeline whose transformer is not in `TRANSFORMERS`, or is dense.
     """
     message = f"--pipeline {path}"
-    check_index(path, message)
+    check_index(path, message, text_encoder)
     needs = f"{message}: needs transformers; run pip install -r requirements-extras.txt"
     with reported_as(needs, ImportError):
         import transformers
@@ -92,8 +92,6 @@ def open_prompt_pipeline(
             )
     with reported_as(f"{message}: cannot be loaded", Exception):
         pipeline = DiffusionPipeline.from_pretrained(path, **options)
-    if missing := [name for name, part in pipeline.components.items() if part is None]:
-        raise UserError(f"{message}: got no {missing[0]}, see --text-encoder")
     layers = sparse_layers(pipeline.transformer)
     if not layers:
         raise UserError(f"{message}: its transformer is dense, expected experts")
@@ -110,8 +108,8 @@ def open_prompt_pipeline(
     return pipeline.to(device)
 
 
-def check_index(path: str, message: str) -> None:
-    """Raises UserError unless a pipeline's index names a transformer that we know."""
+def check_index(path: str, message: str, text_encoder: str | None) -> None:
+    """Raises UserError unless a pipeline's index names a known transformer and all other parts."""
     with reported_as(f"{message}: expected a folder or hub id of a pipeline", OSError, ValueError):
         folder = Path(path) if os.path.isdir(path) else hub_folder(path, [INDEX])
         index = read_json(folder / INDEX)
@@ -120,6 +118,9 @@ def check_index(path: str, message: str) -> None:
     if name not in TRANSFORMERS:
         known = " or ".join(TRANSFORMERS)
         raise UserError(f"{message}: got {name}, expected a transformer with experts: {known}")
+    llama = index.get("text_encoder_4") or [None]
+    if name == "HiDreamImageTransformer2DModel" and llama[0] is None and text_encoder is None:
+        raise UserError(f"{message}: has no Llama, expected it in --text-encoder")
 
 
 def generate(

@@ -1,6 +1,7 @@
 """Experts of diffusers' pipelines: tiny random HiDream-I1 and Nucleus-Image, text encoders too."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,8 @@ def pipelines(tmp_path_factory) -> dict[str, DiffusionPipeline]:
     for name, pipeline in made.items():
         pipeline.save_pretrained(root / name)
     (root / "prompts.txt").write_text(PROMPTS)
+    for part in ("text_encoder_4", "tokenizer_4"):
+        shutil.copytree(root / "hidream" / part, root / "llama", dirs_exist_ok=True)
     return {"root": root, **made}
 
 
@@ -237,6 +240,19 @@ def sort_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @names
+def test_the_routing_of_an_offloaded_transformer_is_the_same(name):
+    accelerate = pytest.importorskip("accelerate")
+    pipeline = MAKE[name]()
+    experts: list[torch.Tensor] = []
+    with listen(pipeline.transformer, lambda layer, x, routing: experts.append(routing.expert)):
+        want = draw(pipeline, name, batch=1)
+        accelerate.cpu_offload(pipeline.transformer, execution_device="cpu", offload_buffers=True)
+        assert draw(pipeline, name, batch=1).equal(want)
+    first, second = experts[: len(experts) // 2], experts[len(experts) // 2 :]
+    assert all(map(torch.equal, first, second))
+
+
+@names
 def test_the_weights_of_the_routing_reproduce_the_output_of_the_layer(name, pipelines):
     """The layer's output is the weighted sum of the experts' rows, plus the shared expert's."""
     layer = sparse_layers(pipelines[name].transformer)[-1]
@@ -294,7 +310,9 @@ def test_expert_data_counts_the_conditional_tokens_of_a_pipeline(name, pipelines
     assert np.array_equal(table_of(data, "other"), counts.other_by_step)
     assert data["gallery"][0][0][0][3] in (0, 1) and data["classes"] == ["cat", "moon"]
     one = tmp_path / "one.npz"  # guidance and the batch do not change what is conditional
-    call_main("expert_data.py", *flags(pipelines, name, one, "--cfg-scale", 1, "--batch-size", 3))
+    more = ("--text-encoder", pipelines["root"] / "llama") if name == "hidream" else ()
+    more += ("--cfg-scale", 1, "--batch-size", 3)
+    call_main("expert_data.py", *flags(pipelines, name, one, *more))
     first = RoutingCounts.load(one)
     assert np.array_equal(first.other_by_step.sum(-1), counts.other_by_step.sum(-1))
     assert np.array_equal(first.by_step[0], counts.by_step[0])  # the first step has the same noise
@@ -380,6 +398,10 @@ def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, ca
         (tmp_path / name).mkdir()
         text = json.dumps(index | {"transformer": transformer})
         (tmp_path / name / "model_index.json").write_text(text)
+    (tmp_path / "no-llama").mkdir()
+    index = json.loads((root / "hidream" / "model_index.json").read_text())
+    text = json.dumps(index | {"text_encoder_4": [None, None]})
+    (tmp_path / "no-llama" / "model_index.json").write_text(text)
     dense = tiny_nucleus(moe_enabled=False)
     dense.save_pretrained(tmp_path / "dense")
     prompts = ("--prompts", root / "prompts.txt")
@@ -395,6 +417,7 @@ def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, ca
         (("--pipeline", tmp_path / "flux", *prompts), "got FluxTransformer2DModel"),
         (("--pipeline", tmp_path / "code", *prompts), "of the library dit_moe"),
         (("--pipeline", tmp_path / "none", *prompts), "expected a folder or hub id"),
+        (("--pipeline", tmp_path / "no-llama", *prompts), "expected it in --text-encoder"),
     ):
         line = expect_error(capsys, "expert_data.py", *arguments, "--output", tmp_path / "c.npz")
         assert message in line
