@@ -41,7 +41,7 @@ def parse_args() -> AppConfig:
 def main(config: AppConfig) -> None:
     both = config.ckpt + (f" and {config.compare}" if config.compare else "")
     print(f"loading {both}", flush=True)
-    from analysis.page import launch  # imports torch and gradio, which takes seconds
+    from tools.page import launch  # imports torch and gradio, which takes seconds
 
     page = launch(config)
     print(f"the page is at {page.share_url or page.local_url} (Ctrl-C stops it)", flush=True)

@@ -32,7 +32,7 @@ from latents.config import ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch, ImageSource, open_images, size_notes
-from parts import Size, sides
+from options.parts import Size, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
 from runtime.flags import flag, parse_config

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import describe_machine, markdown
 from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
+from tools.benchmarks.common import describe_machine, markdown
 
 FAKE_LIMITS = (2400, 300)  # seconds of the only stage of --device fake, and with --quick
 # Seconds a stage may take, and with --quick: 30 and 12 minutes in all, some of them for compiling.
@@ -88,13 +88,13 @@ def run_stage(name: str, config: CheckConfig, folder: Path, limit: float) -> lis
     rows.write_text("")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--report={rows}"]
     if name == "fake":
-        command += ["tests/test_fake_cuda.py", "-n", "logical", "--maxprocesses", "16"]
+        command += ["tests/training/test_fake_cuda.py", "-n", "logical", "--maxprocesses", "16"]
         command += [] if config.quick else ["--fake"]
     else:
         command += ["--gpu"] if config.device == "cuda" else ["-m", "gpu or needs_gpu"]
     if name == "tests":
         command += ["--ignore=tests/test_machine.py"]
-        command += ["--ignore=tests/test_deepspeed.py"] if config.quick else []
+        command += ["--ignore=tests/training/test_deepspeed.py"] if config.quick else []
     elif name != "fake":
         command += ["tests/test_machine.py", "-k", name + (" and not B/2" if config.quick else "")]
     with (folder / f"{name}.log").open("w") as log:

@@ -36,7 +36,7 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from parts import Size, options_of
+from options.parts import Size, options_of
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling

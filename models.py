@@ -34,13 +34,13 @@ from conditions import (
     ZeroLinear,
     split_condition,
 )
-from cpu import attention_by_products, products_are_faster
-from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
-from parts import Part, Size, option, options_of, sides
-from recomputation import EXPERT_OPERATORS, checkpoint_options
+from moe_kernels.cpu import attention_by_products, products_are_faster
+from moe_kernels.layouts import to_stacked_layout
+from moe_kernels.recomputation import EXPERT_OPERATORS, checkpoint_options
+from options.parts import Part, Size, option, options_of, sides
+from options.settings import build, completed, flags_of, flattened, read
 from routers import ROUTERS, Router, Routing
-from settings import build, completed, flags_of, flattened, read
 
 
 def load_flash_attention() -> tuple[Callable | None, str]:

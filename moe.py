@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts, has_tangent
 from moe_kernels.quantized import QuantizedWeight, quantize
-from parts import make_component
+from options.parts import make_component
 from routers import ROUTERS, Routing
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parts import Component, option
+from options.parts import Component, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
 

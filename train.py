@@ -20,13 +20,13 @@ import runtime  # isort: skip  # noqa: F401  # before torch
 import torch
 from torch.utils.data import Dataset
 
-from engines.flags import DDPFlags
 from latents.sources import GivenImages
+from options.settings import Layer
 from runtime.errors import UserError
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
-from settings import Layer
 from training.config import TrainConfig, parse_training
+from training.engines.flags import DDPFlags
 
 
 def parse_args() -> Layer:
@@ -71,10 +71,10 @@ def choose_engine(config: TrainConfig) -> type:
         if config.step.precision == "fp16":
             expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"
             raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
-        from engines.fsdp import FSDPEngine
+        from training.engines.fsdp import FSDPEngine
 
         return FSDPEngine
-    from engines.ddp import DDPEngine
+    from training.engines.ddp import DDPEngine
 
     return DDPEngine
 

@@ -11,10 +11,10 @@ After an interruption, run the same command again to resume.
 
 import os
 
-from engines.flags import DeepSpeedFlags
+from options.settings import Layer
 from runtime.processes import close_distributed, run_process, setup_distributed
-from settings import Layer
 from training.config import parse_training
+from training.engines.flags import DeepSpeedFlags
 
 
 def parse_args() -> Layer:
@@ -30,8 +30,8 @@ def main(said: Layer) -> int:
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
-    from engines.deepspeed_engine import DeepSpeedEngine
-    from engines.zero_config import asks_for_fp16
+    from training.engines.deepspeed_engine import DeepSpeedEngine
+    from training.engines.zero_config import asks_for_fp16
 
     has_precision = "precision" in said or "config" in said
     if not has_precision and asks_for_fp16(said.get("deepspeed_config", "")):

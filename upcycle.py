@@ -18,7 +18,7 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
 from checkpoints.adapting import upcycle, upcycled_config
-from costs import count_parameters
+from checkpoints.costs import count_parameters
 from diffusion import OBJECTIVES
 from models import DiT_models
 from runtime.errors import reported_as, run_main

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parts import options_of, sides
+from options.parts import options_of, sides
 from runtime.errors import UserError
 from runtime.flags import flag, spelling
 from sampling.config import SamplingConfig

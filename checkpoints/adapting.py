@@ -14,12 +14,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
+from checkpoints.costs import fake_model
 from checkpoints.weights import check_shapes, shapes_of
 from conditions import CONDITIONS, split_condition
-from costs import fake_model
 from models import DiT, DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
-from parts import Part
+from options.parts import Part
 from runtime.errors import reported_as
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"

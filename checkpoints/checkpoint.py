@@ -33,12 +33,12 @@ from checkpoints.weights import (
     write_tensors,
 )
 from latents.autoencoder import PIXELS
-from layouts import to_stacked_layout
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
+from moe_kernels.layouts import to_stacked_layout
+from options.settings import flat
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder
-from settings import flat
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = (  # keys of a .pt, best first

@@ -1,17 +1,17 @@
 """Layouts of published files: DiT-MoE releases and the official dense DiT.
 
-`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts them back.
-`infer_config` infers the config from the shapes of the weights.
+`moe_kernels.layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
+them back. `infer_config` infers the config from the shapes of the weights.
 """
 
 import math
 
 from torch import Tensor
 
-from layouts import FLASH_ATTENTION_NAMES
 from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
-from parts import Part
-from settings import differences
+from moe_kernels.layouts import FLASH_ATTENTION_NAMES
+from options.parts import Part
+from options.settings import differences
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (

@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from parts import Size, complete_options, convert
+from options.parts import Size, complete_options, convert
+from options.settings import nested
 from runtime.files import parse_json
-from settings import nested
 
 METADATA_KEY = "dit_moe"
 MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes part of file names

@@ -17,7 +17,7 @@ from diffusion.guidance import Conditions, first_channels, prediction_and_aux_lo
 from diffusion.objective import Network
 from diffusion.rectified_flow import RectifiedFlow
 from diffusion.samplers import SAMPLERS, Predict
-from parts import option
+from options.parts import option
 
 
 class MeanFlow(RectifiedFlow):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusion.guidance import Conditions
 from diffusion.samplers import Predict, Sampler, Times
-from parts import Component
+from options.parts import Component
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor | tuple[Tensor, Tensor]]
 

@@ -15,7 +15,7 @@ from diffusion.objective import Conditions, Network, Objective
 from diffusion.rectified_flow import RectifiedFlow, XPredictionFlow
 from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
 from diffusion.schedule import space_timesteps
-from parts import option
+from options.parts import option
 
 
 class Gaussian(Objective):

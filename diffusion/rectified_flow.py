@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.guidance import classifier_free_guidance, first_channels, prediction_and_aux_loss
 from diffusion.objective import Conditions, Network, Objective
 from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
-from parts import option
+from options.parts import option
 
 TIMES = ("logit-normal", "uniform")
 

@@ -20,7 +20,7 @@ from latents.cache import check_networks, open_data, read_settings
 from latents.loading import collate, evenly_spaced, split
 from latents.sources import Batch, Source, same_images
 from models import DiT
-from parts import Size, convert
+from options.parts import Size, convert
 from runtime.errors import UserError
 from sampling.pipeline import SamplingPipeline
 

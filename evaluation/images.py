@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
-from parts import Size
+from options.parts import Size
 from runtime.errors import UserError, reported_as
 from runtime.files import atomic_file, open_npz
 

@@ -23,7 +23,7 @@ from evaluation.features import InceptionFeatures
 from evaluation.images import ImageSet, open_images
 from latents.autoencoder import weights_digest
 from latents.loading import evenly_spaced
-from parts import Size
+from options.parts import Size
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.processes import ALONE, Distributed

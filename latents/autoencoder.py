@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latents.images import to_model_range, to_uint8
-from parts import Size, convert, sides
+from options.parts import Size, convert, sides
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
 
@@ -39,7 +39,7 @@ PICKLED_FILE = "diffusion_pytorch_model.bin"  # in older repositories; read with
 DECODED_AT_ONCE = 4
 VAE_FOLDER = "vae"  # in the folder of a pipeline
 PIXELS = "pixels"  # the path that means no autoencoder; a folder of this name is ./pixels
-STATE_FILE = "training_state.pt"  # written by scripts/train_autoencoder.py
+STATE_FILE = "training_state.pt"  # written by tools/train_autoencoder.py
 
 
 def resolve_vae_path(path: str) -> str:

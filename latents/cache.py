@@ -48,7 +48,7 @@ from latents.sources import (
     images_name,
     open_images,
 )
-from parts import Size, convert, sides
+from options.parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
 from runtime.files import atomic_file, check_new_folder, find_moved, read_json, write_durably
 

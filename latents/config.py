@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from parts import Size
+from options.parts import Size
 from runtime.flags import flag
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from parts import Size, sides
+from options.parts import Size, sides
 from runtime.errors import pluralize
 from runtime.files import open_untrusted
 

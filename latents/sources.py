@@ -43,7 +43,7 @@ from latents.images import (
     to_rgb,
     to_uint8,
 )
-from parts import Size, sides
+from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.files import open_untrusted
 

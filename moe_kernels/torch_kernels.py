@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu import cached_blocks, compiles_shapes, padded_linear, padded_outer
+from moe_kernels.cpu import cached_blocks, compiles_shapes, padded_linear, padded_outer
 from moe_kernels.quantized import QuantizedWeight
 
 

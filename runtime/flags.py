@@ -24,9 +24,9 @@ from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any, NoReturn, TypeVar
 
-from parts import option
+from options.parts import option
+from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
 from runtime.errors import UserError
-from settings import Flags, Layer, build, flags_of, flattened, read, spelling
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_values(values: Mapping[str, Any], flags: Flags) -> Layer:
-    """Reads words, or values from YAML or Python, flat or nested; see `settings.read`.
+    """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`.
 
     Raises UserError for an unknown name or a wrong value.
     """

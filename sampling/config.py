@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
-from parts import Size, options_of
+from options.parts import Size, options_of
 from runtime.flags import flag, naming_flags
 from runtime.plugins import import_plugins
 
@@ -112,7 +112,7 @@ class SamplingConfig:
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
         help="precision of the model; default: fp32, or for XL and G fp16 as published (bf16 on a "
-        "CPU). python -m benchmarks.bench_sample compares their speed",
+        "CPU). python -m tools.benchmarks.bench_sample compares their speed",
     )  # fmt: skip
     quantize: str | None = flag(
         None, choices=("int8", "int4"),

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
+from checkpoints.costs import count_macs, count_parameters
 from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
-from costs import count_macs, count_parameters
 from diffusion import OBJECTIVES
 from latents.autoencoder import PIXELS
-from parts import options_of
+from options.parts import options_of
+from options.settings import nested
 from runtime.errors import printable
-from settings import nested
 
 ROOT = Path(__file__).parent.parent
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read

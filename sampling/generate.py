@@ -16,7 +16,7 @@ from diffusion import (
 )
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
-from parts import make_component
+from options.parts import make_component
 from runtime.errors import UserError, did_you_mean
 
 

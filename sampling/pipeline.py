@@ -13,10 +13,11 @@ from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE, start_of_average
-from cpu import keep_freed_memory
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
-from parts import sides
+from moe_kernels.cpu import keep_freed_memory
+from options.parts import sides
+from options.settings import flat
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize
 from runtime.flags import spelling
@@ -24,7 +25,6 @@ from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
-from settings import flat
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator

@@ -2,7 +2,7 @@
 # Checks all GPUs of one node, or of any number of nodes, in ten minutes, and prints one table:
 #   bash scripts/check_cluster.sh
 #   sbatch --nodes=4 --time=15 scripts/slurm.sh scripts/check_cluster.sh
-# benchmarks/bench_cluster.py describes the checks and the flags. See launch.sh for the variables.
+# tools/benchmarks/bench_cluster.py describes the checks and the flags. See launch.sh for the variables.
 source "$(dirname "$0")/launch.sh"
 processes
-exec "${START[@]}" -m benchmarks.bench_cluster "$@"
+exec "${START[@]}" -m tools.benchmarks.bench_cluster "$@"

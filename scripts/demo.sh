@@ -14,7 +14,7 @@ fashion)
     train="--max-steps ${DEMO_STEPS:-640} --objective-mean -0.4 --objective-std 0.85 --sample-every 160"
     draw="--sampler sde --num-sampling-steps 50 --cfg-scale 2.5"
     grid="--images-per-class 10" three="ankle-boot dress bag" one=sneaker per_class=20
-    python scripts/prepare_fashion_mnist.py --output data/fashion-mnist
+    python -m tools.prepare_fashion_mnist --output data/fashion-mnist
     ;;
 emoji)
     out=results/demo-emoji latents=data/emoji-latents

@@ -24,9 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints import Record, save_model
-from engines.state import read_state
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed
+from training.engines.state import read_state
 
 # One thread in this process and in every process that a test starts: a different number of threads
 # may round differently, and threads that wait for each other are slow while other tests run.
@@ -78,7 +78,7 @@ class Reporter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.passed and report.when != "call":
             return
-        name = report.nodeid.removeprefix("tests/test_").replace(".py::test_", ": ")
+        name = report.nodeid.rpartition("/")[2].removeprefix("test_").replace(".py::test_", ": ")
         result = {"passed": "pass", "failed": "fail"}.get(report.outcome, report.outcome)
         measured = [(name, *pair) for name, pair in report.user_properties]
         value = {n: v if isinstance(v, str) or math.isfinite(v) else str(v) for n, v, _ in measured}
@@ -407,9 +407,9 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
 
 def train_on(dist: Distributed, *commands: list[str]) -> None:
     """Runs train.py's commands one after another in an existing process group."""
-    from engines.flags import DDPFlags
     from train import choose_engine
     from training.config import parse_training
+    from training.engines.flags import DDPFlags
     from training.loop import train
 
     for arguments in commands:

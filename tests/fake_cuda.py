@@ -57,11 +57,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from benchmarks.common import make_engine, train_step  # noqa: E402
+from tools.benchmarks.common import make_engine, train_step  # noqa: E402
 from checkpoints import config_of  # noqa: E402
 from diffusion.objectives import Gaussian  # noqa: E402
-from engines import fsdp  # noqa: E402
-from engines.flags import DDPFlags  # noqa: E402
+from training.engines import fsdp  # noqa: E402
+from training.engines.flags import DDPFlags  # noqa: E402
 from models import DiTConfig  # noqa: E402
 from runtime.processes import ALONE, Distributed  # noqa: E402
 from training.config import resolve  # noqa: E402

@@ -8,29 +8,20 @@ from conftest import ROOT
 
 # The modules that each top-level module or package may import. Add new modules here.
 ALLOWED_IMPORTS = {
-    "cpu": "",
-    "parts": "",
+    "options": "",
     "conditions": "",
-    "layouts": "",
-    "recomputation": "",
-    "moe_kernels": "cpu",
-    "settings": "parts",
-    "routers": "parts",
-    "moe": "moe_kernels parts routers",
-    "models": "conditions cpu layouts moe parts recomputation routers settings",
-    "costs": "cpu models parts",
-    "diffusion": "parts",
-    "runtime": "parts settings",
+    "moe_kernels": "",
+    "routers": "options",
+    "moe": "moe_kernels options routers",
+    "models": "conditions moe moe_kernels options routers",
+    "diffusion": "options",
+    "runtime": "options",
 }
-for module in ("latents", "checkpoints", "sampling", "evaluation", "training", "engines"):
+for module in ("latents", "checkpoints", "sampling", "evaluation", "training"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)  # all modules listed before this one
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
-for module in ("benchmarks", "experiments"):
-    ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)
-PURE = (
-    "models", "costs", "conditions", "moe", "layouts", "parts", "settings", "recomputation",
-    "routers", "moe_kernels", "diffusion",
-)  # fmt: skip
+ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
+PURE = ("models", "conditions", "moe", "options", "routers", "moe_kernels", "diffusion")
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
 
@@ -57,7 +48,7 @@ def scripts() -> set[str]:
 def test_every_folder_and_module_is_in_the_import_table_or_is_a_script():
     """A Python file in the root folder that is missing from the table must be a script."""
     folders = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert folders - {"tests", "scripts"} == {
+    assert folders - {"tests"} == {
         module for module in ALLOWED_IMPORTS if [*ROOT.glob(f"{module}/*.py")]
     }
     for name in scripts():
@@ -75,10 +66,13 @@ def test_a_module_imports_only_modules_that_the_table_allows(module):
 
 
 def test_no_module_or_script_imports_a_script():
-    folders = (".", "scripts", "benchmarks", "experiments")
-    others = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
-    for path in others:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")]:
         assert not {name.split(".")[0] for name in imports_of(path)} & scripts(), path
+
+
+def test_training_knows_engines_only_by_their_protocol():
+    for path in ROOT.glob("training/*.py"):
+        assert not [name for name in imports_of(path) if name.startswith("training.engines")], path
 
 
 @pytest.mark.parametrize("module", PURE)

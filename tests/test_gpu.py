@@ -10,13 +10,13 @@ import torch
 from conftest import call_main, needs_gpu, relative_error, rows, step_folder
 from test_sampling import randomised_preset
 
-from benchmarks.common import make_engine, train_step
 from checkpoints import config_of
-from engines.flags import DDPFlags
 from routers import ROUTERS
 from runtime.processes import ALONE
 from sampling.generate import SamplerSettings, generate
+from tools.benchmarks.common import make_engine, train_step
 from training.config import resolve
+from training.engines.flags import DDPFlags
 
 
 @needs_gpu

@@ -17,18 +17,18 @@ from packaging.requirements import Requirement
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import bench_moe, bench_sample, bench_train
-from benchmarks.bench_train import TrainBenchmarkConfig, build_engine
-from benchmarks.common import (
+from latents.loading import BatchStream, batches_of, make_loader
+from latents.sources import open_images
+from moe_kernels.experts import kernels_for, triton_runs
+from tools.benchmarks import bench_moe, bench_sample, bench_train
+from tools.benchmarks.bench_train import TrainBenchmarkConfig, build_engine
+from tools.benchmarks.common import (
     kernel_times,
     matrix_peaks,
     open_processes,
     time_by_kind,
     train_step,
 )
-from latents.loading import BatchStream, batches_of, make_loader
-from latents.sources import open_images
-from moe_kernels.experts import kernels_for, triton_runs
 
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 MODELS = ("DiT-S/2", "DiT-B/2")
@@ -133,7 +133,7 @@ def run_benchmark(name: str, folder: Path, *flags: str) -> list[dict]:
     """Runs a benchmark on all GPUs of this machine and returns its rows."""
     path, count = folder / "rows.json", torch.cuda.device_count()
     given = [*flags, f"--output={path}"]
-    run_script(f"benchmarks/{name}.py", *given, processes=count, PYTHONPATH=str(ROOT))
+    run_script(f"tools/benchmarks/{name}.py", *given, processes=count, PYTHONPATH=str(ROOT))
     return json.loads(path.read_text())["rows"]
 
 

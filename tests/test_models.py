@@ -18,8 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import models
 import routers
 from checkpoints.weights import read_pickle
-from engines.initial import draw_initial_weights
-from layouts import to_stacked_layout
 from models import (
     Attention,
     DiT,
@@ -30,9 +28,11 @@ from models import (
     rotary_angles,
 )
 from moe_kernels import experts
-from recomputation import KEPT_OPERATORS
+from moe_kernels.layouts import to_stacked_layout
+from moe_kernels.recomputation import KEPT_OPERATORS
 from routers import ROUTERS
 from runtime.processes import ALONE
+from training.engines.initial import draw_initial_weights
 from training.metrics import MetricTracker
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
-from engines.flags import DDPFlags
-from parts import Component, Option, Part, option
+from options.parts import Component, Option, Part, option
+from options.settings import flags_of
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config, parse_flags, read_values
-from settings import flags_of
 from train import run
 from training.config import RECIPES, override, resolve, training_flags
+from training.engines.flags import DDPFlags
 
 SCRIPTS = (
     "train", "train_deepspeed", "cache_latents", "sample", "evaluate", "upcycle", "export",

@@ -28,7 +28,7 @@ from diffusion import Objective
 from diffusion.guidance import first_channels
 from diffusion.rectified_flow import RectifiedFlow
 from models import DiT, DiTConfig
-from parts import Component, option
+from options.parts import Component, option
 from runtime.processes import reseed
 
 PROJECTORS = "projectors"  # attribute of a model during training

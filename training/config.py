@@ -10,7 +10,7 @@ Settings come from four sources: the defaults, the weights that a run starts fro
 first two. Each source overrides the sources before it (see settings.py). The opened data then
 determine settings such as num_classes. `DiTConfig` declares the fields of the model.
 
-What a resumed run may change follows from the class of a field, see `settings.change_of`.
+What a resumed run may change follows from the class of a field, see `options.settings.change_of`.
 """
 
 import os
@@ -28,13 +28,8 @@ from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
 from models import DiT_models, DiTConfig
-from parts import Part, Size, make_component, sides
-from runtime.devices import DTYPES
-from runtime.errors import UserError, did_you_mean, reported_as
-from runtime.files import open_untrusted, read_yaml
-from runtime.flags import flag, naming_flags, parse_flags, read_values
-from runtime.plugins import import_plugins, named_plugins
-from settings import (
+from options.parts import Part, Size, make_component, sides
+from options.settings import (
     Flags,
     Layer,
     build,
@@ -46,6 +41,11 @@ from settings import (
     read,
     spelling,
 )
+from runtime.devices import DTYPES
+from runtime.errors import UserError, did_you_mean, reported_as
+from runtime.files import open_untrusted, read_yaml
+from runtime.flags import flag, naming_flags, parse_flags, read_values
+from runtime.plugins import import_plugins, named_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS
 from training.optimizers import OPTIMIZERS, Optimizer
@@ -348,7 +348,7 @@ class TrainConfig:
                 "run": self.run}  # fmt: skip
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Returns the settings as config.yaml has them, see `settings.nested`."""
+        """Returns the settings as config.yaml has them, see `options.settings.nested`."""
         found = {name: nested(part) for name, part in self.parts.items()}
         if self.preset in DiT_models:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
@@ -465,7 +465,7 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
 
     said: the recipe and the command
     known: with the other settings of the run
-    `settings.build` checks the options of components.
+    `options.settings.build` checks the options of components.
     """
     for name, value in said.items():
         is_default = value == flags[name].field.default

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.record import NOTED_SHARE, start_of_average
-from parts import Component, option
+from options.parts import Component, option
 from runtime.errors import pluralize
 
 PIECE = 2**26  # elements that are swapped at a time

@@ -1,8 +1,8 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
-The engines are in `engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and DeepSpeed.
-To add an engine, write a class with the methods of `Engine`, and a script that calls
-`training.loop.train`. The argument `choose_engine` of `train` is a function that returns the class.
+The engines are in `training/engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and
+DeepSpeed. To add an engine, write a class with the methods of `Engine`, and a script that calls
+`training.loop.train`; its argument `choose_engine` is a function that returns the class.
 `freeze` selects the parameters to train: an engine calls `freeze` before it creates the optimizer,
 or rejects the flags --freeze and --train-router-only.
 """

@@ -15,11 +15,12 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from costs import count_macs, count_parameters
-from cpu import keep_freed_memory, lacks_instructions
+from checkpoints.costs import count_macs, count_parameters
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
 from models import flash_attention_fault
+from moe_kernels.cpu import keep_freed_memory, lacks_instructions
+from options.settings import Layer
 from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import (
     STOPPED,
@@ -31,7 +32,6 @@ from runtime.errors import (
 )
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
-from settings import Layer
 from training.alarms import Alarms
 from training.ema import start_notes
 from training.engine import Engine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from costs import (
+from checkpoints.costs import (
     count_macs,
     count_parameters,
     fake_forward,
@@ -25,11 +25,11 @@ from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
 from models import DiT, DiTConfig
 from moe import width_of
-from recomputation import KEPT_OPERATORS
+from moe_kernels.recomputation import KEPT_OPERATORS
+from options.settings import Layer
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.processes import read_environment
-from settings import Layer
 from training.auxiliary import add_projectors
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes

@@ -16,7 +16,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from parts import Component, option
+from options.parts import Component, option
 from runtime.devices import DTYPES
 
 State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name

@@ -26,12 +26,12 @@ from typing import Any, BinaryIO
 import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
-from parts import Option, options_of
+from options.parts import Option, options_of
+from options.settings import Flags, Layer, flattened, values_of
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from runtime.flags import read_values
-from settings import Flags, Layer, flattened, values_of
 from training.config import DATA_FACTS, RunConfig, TrainConfig
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"

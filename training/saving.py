@@ -25,8 +25,8 @@ import torch.distributed
 from torch import Tensor
 
 from checkpoints import Record, ema_file, step_folders
+from checkpoints.costs import fake_model
 from checkpoints.tensor_file import Box, Piece, TensorFile, joined
-from costs import fake_model
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
 from runtime.processes import Distributed

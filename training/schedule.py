@@ -8,7 +8,7 @@ To add a schedule, write a subclass of `Schedule` with `factor`, and add its nam
 
 import math
 
-from parts import Component, option
+from options.parts import Component, option
 
 
 class Schedule(Component):

@@ -9,9 +9,9 @@ from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
 from latents.sources import Batch, Source, open_images
+from options.settings import Layer
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from settings import Layer
 from training.config import DataConfig, DataFacts, TrainConfig
 
 

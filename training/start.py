@@ -31,18 +31,18 @@ from checkpoints import (
 )
 from checkpoints.adapting import adapt, is_adapted
 from checkpoints.checkpoint import averages_of
+from checkpoints.costs import fake_model
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
-from costs import fake_model
 from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import FEATURES
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, images_name, same_images, size_notes
+from options.settings import Layer, check_loose, differences, flat, spelling
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, check_same, pluralize, printable, reported_as
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
-from settings import Layer, check_loose, differences, flat, spelling
 from training.config import (
     DATA_FACTS,
     DataFacts,
@@ -419,7 +419,7 @@ def changes(
     facts: inputs besides the settings, or {} before they are known
     said: flags beside --resume, which may change what decides the result; {} for the same command
     Raises UserError for a difference in the state, or one that no flag says; see
-    `settings.change_of`.
+    `options.settings.change_of`.
     """
     flags = training_flags(type(config.engine))
     may = {flags[name].field.name for name in said}

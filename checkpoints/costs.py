@@ -1,0 +1,98 @@
+"""What a DiT costs: its parameters and multiply-adds, from a model without data.
+
+    total, active = count_parameters(config)
+    macs = count_macs(config)
+
+The model consists of fake tensors, which have a shape, a type and a device. It is built once for
+each config and is not to be changed.
+
+Shape legend: D width, H expert width, E experts, R chosen rows, U rows of up_proj
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, lru_cache, wraps
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
+
+from models import DiT, DiTConfig
+from moe_kernels.cpu import fused_attention
+from options.parts import Part
+
+
+@cache
+def fake_mode() -> FakeTensorMode:
+    """Returns the mode in which the tensors of `fake_model` can be used."""
+    return FakeTensorMode()
+
+
+@lru_cache(maxsize=16)
+def fake_model(config: DiTConfig) -> DiT:
+    with fake_mode():
+        return DiT(replace(config, expert_backend="grouped")).train()
+
+
+def with_fixed_rows(measure: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates measure(config, ...): top-k replaces a router whose number of rows is data."""
+
+    @wraps(measure)
+    def measured(config: DiTConfig, *arguments: Any) -> Any:
+        try:
+            return measure(config, *arguments)
+        except DynamicOutputShapeException:  # the rows are about as many, K per token
+            return measure(replace(config, router=Part("topk")), *arguments)
+
+    return measured
+
+
+def fake_forward(config: DiTConfig, batch: int) -> None:
+    """Runs a forward pass in training mode, with the attention of a GPU.
+
+    Raises DynamicOutputShapeException if the data decide the number of rows.
+    """
+    with fake_mode(), fused_attention():
+        x, t = torch.zeros(batch, *config.latent_shape), torch.zeros(batch)
+        fake_model(config)(x, t, torch.zeros(batch, dtype=torch.long))
+
+
+def count_parameters(config: DiTConfig) -> tuple[int, int]:
+    """Returns the number of all parameters and of the parameters active for one token."""
+    parameters = dict(fake_model(config).named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    idle = sum(
+        (len(stack) - config.num_experts_per_tok) * stack[0].numel()
+        for name, stack in parameters.items()
+        if ".moe.experts." in name
+    )
+    return total, total - idle
+
+
+@lru_cache(maxsize=64)
+@torch.no_grad()
+@with_fixed_rows
+def count_macs(config: DiTConfig) -> int:
+    """Returns the number of multiply-adds in the matrix products of one image's forward pass.
+
+    In training mode, so that the products of the router's loss count, too.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    formulas = {
+        torch.ops.dit_moe.experts: flops_of_experts,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+            sdpa_flop_count(q, k, v)
+        ),
+    }
+    with fake_mode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        fake_forward(config, 1)
+    return counter.get_total_flops() // 2
+
+
+def flops_of_experts(
+    x: Sequence[int], weight: Sequence[int], parameters: Sequence[Sequence[int]], *_, **__
+) -> int:
+    """Returns the FLOPs of `moe_kernels.experts.experts_forward`, from the shapes of its inputs."""
+    (rows,), (_, u, d), (_, _, h) = weight, *parameters[:2]
+    return 2 * rows * d * (u + h)

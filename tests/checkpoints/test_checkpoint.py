@@ -1,0 +1,126 @@
+"""Weight files: saving and loading, published files, and the newest checkpoint of a run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
+from safetensors.torch import load_file
+
+from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
+from models import DiT
+from runtime.errors import UserError
+
+REFERENCE = ROOT / "tests" / "reference"
+FACTS = {
+    "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16,
+    "class_names": tuple("abcdefghij"), "settings": {"step": {"lr": 1e-4, "freeze": []}},
+    "facts": {"script": "train.py"}, "micro_batch": 4,
+    "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, DiT]:
+    """Path and model of a checkpoint in our format. Its class dropout is not visible in shapes."""
+    torch.manual_seed(0)
+    model = DiT(**{**TINY_MODEL, "class_dropout_prob": 0.2, "num_experts_per_tok": 3})
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    return save_checkpoint(model, path, **FACTS), model
+
+
+def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(saved):
+    path, model = saved
+    assert read_checkpoint(path).record == Record(config=model.config, **FACTS)
+    assert read_record(path.parent) == Record(config=model.config, **FACTS)
+    loaded = load_model(path.parent)
+    assert not loaded.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert all(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_file_permissions_of_saved_weights_follow_the_umask(saved, tmp_path):
+    _, model = saved
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            path = save_checkpoint(model, tmp_path / f"{mode}.safetensors")
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("name", ["dit_moe_timm", "dit_moe_flash", "dit_moe_grads"])
+def test_published_files_load_with_the_config_and_facts_they_imply(name):
+    io = load_file(REFERENCE / f"{name}.io.safetensors")
+    config = json.loads((REFERENCE / f"{name}.config.json").read_text())
+    model = load_model(REFERENCE / f"{name}.pt", num_heads=config["num_heads"])
+    assert model.config.qk_norm == config["use_flash_attn"]
+    for field in ("input_size", "patch_size", "depth", "mlp_ratio", "num_classes", "num_experts"):
+        assert getattr(model.config, field) == config[field], field
+    record = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=config["num_heads"]).record
+    facts = {"image_size": 64, "objective": "gaussian"}
+    if name == "dit_moe_flash":  # a bare state dict, without the arguments of its training
+        facts = {}
+    assert record == Record(config=model.config, **facts)
+    with torch.no_grad():
+        prediction, _ = model(io["x"], io["t"], io["y"])
+    assert relative_error(prediction, io["output"]) < 1e-5
+
+
+def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path):
+    model = DiT(**{**TINY_MODEL, "hidden_size": 128, "num_heads": 4, "depth": 6, "num_experts": 2})
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    stored = read_checkpoint(tmp_path / "bare.pt")
+    assert stored.config.num_heads == 4 and stored.record.model_name == "DiT-Ti/2"
+
+
+def test_a_stored_config_may_contain_null_for_optional_fields():
+    config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
+    assert Record.of_weights(config, {}).config == DiT(**TINY_MODEL).config
+
+
+def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(saved, tmp_path):
+    _, model = saved
+    was_misplaced = False
+    for note in ("x", 9 * "x"):  # the longer note moves the tensors in the file by 8 bytes
+        path = save_checkpoint(model, tmp_path / f"{len(note)}.safetensors", vae_path=note)
+        in_file = read_checkpoint(path).state_dict.values()
+        was_misplaced |= any(weight.data_ptr() % 16 for weight in in_file)
+        assert not any(weight.data_ptr() % 16 for weight in load_model(path).parameters())
+    assert was_misplaced
+
+
+def test_the_autoencoder_next_to_the_weights_is_used_if_the_recorded_one_is_missing(
+    saved, tmp_path
+):
+    _, model = saved
+    recorded, neighbour = tmp_path / "my-vae", tmp_path / "vae"
+    path = save_checkpoint(model, tmp_path / "model.safetensors", vae_path=str(recorded))
+    assert read_checkpoint(path).record.vae_path == str(recorded)
+    neighbour.mkdir()
+    (neighbour / "config.json").write_text("{}")
+    assert read_checkpoint(path).record.vae_path == str(neighbour)
+    recorded.mkdir()
+    assert read_checkpoint(path).record.vae_path == str(recorded)
+
+
+def test_a_run_folder_opens_its_newest_readable_checkpoint(saved, tmp_path, capsys):
+    path, _ = saved
+    for name in ("0000005", "0000012", "writing-0000020.tmp", "notes"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(path.read_bytes())
+    newest, older = step_folders(tmp_path)
+    assert [newest.name, older.name] == ["0000012", "0000005"]
+    assert read_checkpoint(tmp_path).path == newest / "model.safetensors"
+    os.truncate(newest / "model.safetensors", 5000)
+    assert read_checkpoint(tmp_path).path == older / "model.safetensors"
+    assert str(newest) in capsys.readouterr().err
+    (older / "model.safetensors").unlink()
+    for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
+        with pytest.raises(UserError, match=f"{given}: .*, expected"):
+            load_model(given)

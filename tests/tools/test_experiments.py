@@ -1,0 +1,321 @@
+"""experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
+
+import contextlib
+import io
+import math
+import re
+import shutil
+from dataclasses import replace
+from statistics import stdev
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call_main, expect_error
+from pandas import DataFrame, Series, read_csv
+from scipy import stats
+
+from checkpoints import step_folders
+from checkpoints.costs import count_macs, count_parameters
+from models import DiT
+from routers import Routing, TopKRouter
+from runtime.errors import UserError
+from tools.experiments import routers, specialisation
+from tools.experiments.arms import QUESTIONS
+from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
+from tools.experiments.report import (
+    at_equal_time,
+    differences,
+    read_lines,
+    steps_to_quality,
+    table,
+)
+from tools.experiments.sample_tables import sample_comparisons, sample_tables
+from tools.experiments.samples import DropSmall
+from tools.experiments.specialisation import bits, call, count_choices
+from training.config import parse_training, resolve
+from training.engines.flags import DDPFlags
+
+
+@pytest.fixture(scope="module")
+def config(latent_cache, tmp_path_factory) -> routers.ExperimentConfig:
+    paths = {f"{name}_path": str(latent_cache) for name in ("latents", "val", "report")}
+    sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1)
+    output = tmp_path_factory.mktemp("experiments")
+    return routers.ExperimentConfig(**paths, **sizes, output=output)
+
+
+def test_all_arms_of_a_question_have_equal_compute(config):
+    models = {}
+    for question in QUESTIONS.values():
+        assert question.reference in question.arms
+        models |= {arm: routers.train_config(config, arm).model for arm in question.arms}
+    assert all(models[arm].router.name == arm for arm in QUESTIONS[2].arms)
+    macs = {arm: count_macs(model) for arm, model in models.items()}
+    assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
+    assert {arm: n for arm, n in macs.items() if abs(n / macs["topk"] - 1) > 0.05} == {}
+    dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
+    assert sparse == pytest.approx(dense, rel=0.01)
+
+
+def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
+    routers.check_protocol(config)
+    call_main("train.py", *routers.command_of(config, "topk", 0))  # so run_missing skips this run
+    routers.run_missing(config, ["topk", "race"])
+    rows = routers.read_rows(config.output)
+    assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
+    assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
+    for row in rows:  # both losses use the same images, in different batches
+        assert row["report_loss"] == pytest.approx(row["val_loss"], rel=0.2)
+    with pytest.raises(UserError, match="--arms: got rase, expected some of dense, topk"):
+        routers.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
+    assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
+    assert (config.output / "question-2.png").stat().st_size > 1000
+    assert "| race |" in (config.output / "tables.md").read_text()
+    monkeypatch.setattr(routers, "run_arm", None)  # a call would fail
+    routers.run_missing(config, ["topk", "race"])
+    monkeypatch.undo()
+    (config.output / "rows.jsonl").unlink()  # as after a kill before the rows are written
+    monkeypatch.setattr(routers.subprocess, "run", None)
+    routers.run_missing(config, ["topk", "race"])
+    assert sorted(row["arm"] for row in routers.read_rows(config.output)) == ["race", "topk"]
+    monkeypatch.undo()
+    run = config.output / "runs" / "topk-0"
+    shutil.rmtree(run / "checkpoints")  # as after a failed save
+    row = routers.run_arm(config, "topk", 0)
+    assert step_folders(run) and row in routers.read_rows(config.output)
+    with pytest.raises(UserError, match="steps: got 3, expected 2"):
+        routers.check_protocol(replace(config, steps=3))
+
+    runs = tuple(str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race"))
+    output = config.output / "specialisation.csv"
+    settings = dict(runs=runs, val_path=config.val_path, val_images=20, output=output)
+    specialisation.main(specialisation.SpecialisationConfig(**settings))
+    assert output.read_text().count("\n") == 7 and "nan" not in output.read_text()
+    assert output.with_name("specialisation_spending.png").is_file()
+    assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
+
+
+class PositionRouter(TopKRouter):
+    """Sends the patch at position p to the experts p and p + 1, modulo the number of experts."""
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
+        return self.choose(eye + eye.roll(1, dims=1))
+
+
+def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
+    fields = routers.train_config(config, "topk").model
+    model = DiT(**vars(fields)).eval()
+    for block in model.blocks:
+        block.moe.gate.__class__ = PositionRouter
+    latents = torch.randn(40, fields.in_channels, fields.input_size, fields.input_size)
+    labels, found = torch.arange(40) % fields.num_classes, {}
+    with torch.no_grad():
+        for shuffled in (False, True):
+            found[shuffled] = bits(count_choices(model, latents, labels, shuffled=shuffled))
+    # An expert has log2(8) = 3 bits. The position determines 2 of them.
+    assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    assert found[True]["position"] < 0.1
+    assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router ignores the time
+
+
+def test_the_spans_of_specialisation_start_at_pure_noise():
+    calls, latents, labels = [], torch.ones(10, 4, 2, 2), torch.arange(10)
+    t = call(lambda *inputs: calls.append(inputs), latents, labels, torch.arange(10), spans=True)
+    noised, time, y = calls[0]
+    assert time is t and torch.equal(t, torch.ones(10))
+    torch.testing.assert_close(y["span"], torch.arange(0.05, 1, 0.1))
+    call(lambda *inputs: calls.append(inputs), 0 * latents, labels, torch.arange(10), spans=True)
+    assert torch.equal(noised, calls[1][0]), "the input of a step from time 1 contains the image"
+
+
+def test_experiment_tables_pair_seeds_and_compare_at_equal_time():
+    losses = {"dense": (0.64, 0.66, 0.65), "topk": (0.63, 0.64, 0.65)}
+    rows = [
+        {"arm": arm, "seed": seed, "val_loss": loss, "curve": [[10, 1.0], [20, loss]],
+         "total_parameters": 1, "active_parameters": 1, "macs": 1}
+        for arm, values in losses.items() for seed, loss in enumerate(values)
+    ]  # fmt: skip
+    question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
+    assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
+    equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
+    assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
+    line = table(rows, question, {})[1]
+    assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
+    assert line["p (Holm)"] == "0.23 (0.23)"  # for t = -1.732 at 2 degrees of freedom
+    detectable = errors_for_power(2, 0.05) * stdev(found) / math.sqrt(3)
+    assert line["detectable"] == f"{detectable:.4f}"
+
+
+def test_holms_correction_and_the_power_of_the_corrected_test():
+    """Holm 1979, with p of 0.01, 0.02, 0.03 and 0.2; the power is counted in simulated runs."""
+    normal = np.random.default_rng(0).normal(size=(20_000, 4))
+    error = normal.std(axis=1, ddof=1) / 2
+    shift = errors_for_power(3, 0.05 / 2)
+    # The detectable difference uses the true standard error, 1/2.
+    p = stats.ttest_1samp(normal + shift / 2, 0, axis=1).pvalue
+    assert (p < 0.05 / 2).mean() == pytest.approx(0.8, abs=0.01) and error.mean() < 0.5
+    pairs = {name: make_pairs(p) for name, p in zip("abcd", (0.02, 0.2, 0.01, 0.03), strict=True)}
+    found = paired_tests(DataFrame(pairs))
+    assert found["p"].tolist() == pytest.approx([0.02, 0.2, 0.01, 0.03])
+    assert found["holm"].tolist() == pytest.approx([0.06, 0.2, 0.04, 0.06])
+    spread = DataFrame(pairs).sem() * errors_for_power(2, 0.05 / 4)
+    assert found["detectable"].tolist() == pytest.approx(spread.tolist())
+
+
+def make_pairs(p: float) -> list[float]:
+    """Returns three differences with this two-sided p."""
+    t = stats.t.isf(p / 2, 2)
+    return [t / math.sqrt(3) + shift for shift in (-1, 0, 1)]
+
+
+@pytest.fixture(scope="module")
+def made_tables(tmp_path_factory) -> list[str]:
+    """Lines of the tables that the commands of docs/experiments.md print."""
+    page = (ROOT / "docs" / "experiments.md").read_text().replace("\\\n", "")
+    page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
+    commands = re.findall(r"^python -m (experiments\.report) (.*)$", page, re.MULTILINE)
+    assert len(commands) >= 15
+    output, text = tmp_path_factory.mktemp("tables"), io.StringIO()
+    with contextlib.redirect_stdout(text):
+        for module, flags in commands:
+            flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
+            call_main(module, *flags, "--output", output)
+    return [line for line in text.getvalue().splitlines() if line.startswith("| ")]
+
+
+def test_the_documented_experiment_tables_are_reproduced_from_the_rows(made_tables):
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    tables = page[page.index("## Tables") :]
+    lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) > 40 and set(lines) <= set(made_tables)
+
+
+@pytest.mark.parametrize("name", ["experiments.md", "claims.md"])
+def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
+    """Numbers that no table prints are computed here."""
+    rows = {
+        kind: read_lines(ROOT / "docs" / f"experiments_{kind}.jsonl")
+        for kind in ("routers", "few_steps", "solvers")
+    }
+    against_choice = replace(QUESTIONS[2], reference="expert_choice")
+    violation = DataFrame(rows["routers"]).pivot(index="seed", columns="arm")["max_violation"]
+    bits = read_csv(ROOT / "docs" / "experiments_specialisation.csv").set_index(["run", "router"])
+    topk = DataFrame([bits.loc[f"topk-{seed}", "trained"] for seed in range(3)])
+    euler = DataFrame(row for row in rows["few_steps"] if row["run"].startswith("flow-900"))
+    euler = euler[(euler["steps"] == 25) & (euler["scale"] == 1)]["reporting"].str[0]
+    names = ["sampler", "steps", "experts_per_token"]
+    groups = DataFrame(rows["solvers"]).set_index(names)["groups"].map(Series)
+    gaps = [groups[few] - groups["euler", 8, 2] for few in (("unipc", 4, 2), ("heun", 3, 2))]
+    known = numbers_of("\n".join(made_tables)) | numbers_of(
+        with_error(differences(rows["routers"], against_choice)["batch_pool"])
+        + f" {with_error(violation['sigmoid'] - violation['topk'], digits=2)}"
+        + f" {with_error(topk['class'] - topk['time'], digits=3)} {with_error(euler, digits=3)}"
+        + " ".join(with_error(gap, digits=3) for gap in gaps)
+    )
+    found = numbers_of((ROOT / "docs" / name).read_text())
+    assert len(found) > 20 and found <= known, sorted(found - known)
+
+
+def numbers_of(text: str) -> set[str]:
+    """Returns the numbers with a standard error, as 0.0036 ± 0.0007, without their signs."""
+    return set(re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split())))
+
+
+@pytest.mark.parametrize("flags", [
+    "routers.jsonl --arms no-arm", "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
+    "few_steps.jsonl --arms flow-900", "few_steps.jsonl --reference flow",
+    "routers.jsonl --times nothing",
+])  # fmt: skip
+def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
+    rows, *flags = flags.split()
+    rows = ROOT / "docs" / f"experiments_{rows}"
+    error = expect_error(
+        capsys, "tools.experiments.report", "--rows", rows, *flags, "--output", tmp_path
+    )
+    assert "got" in error
+
+
+QUESTION = next(question for question in QUESTIONS.values() if question.has_own_lengths)
+
+
+def test_the_name_of_an_arm_sets_its_recipe_learning_rate_and_steps():
+    config = routers.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
+    for arm in QUESTION.arms:
+        command = routers.command_of(config, arm, seed=0)
+        asked = resolve(parse_training(DDPFlags, None, command), DDPFlags)
+        name, rate, steps = re.fullmatch(r"(.*)-(\de-3|\d\.\de-2)-(\d+)", arm).groups()
+        assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
+        assert asked.engine.global_batch_size == 128 and asked.step.warmup_steps == 50
+        assert asked.step.optimizer.name == (
+            "muon" if name.startswith(("muon", "fast")) else "adamw"
+        )
+
+
+def test_steps_to_the_goal_are_interpolated_between_the_lengths_that_were_run():
+    losses = {QUESTION.reference: 0.64, "fast-1.6e-2-320": 0.66, "fast-1.6e-2-400": 0.62,
+              "published-4e-3-400": 0.69, "muon-1.6e-2-400": 0.63}  # fmt: skip
+    rows = [{"arm": arm, "seed": 0, "val_loss": loss} for arm, loss in losses.items()]
+    rows = [row | {"report_loss": row["val_loss"] - 0.1} for row in rows]
+    times = {"fast-1.6e-2-320": 100.0}
+    text = steps_to_quality(rows, QUESTION, times)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    ends = "| 1, 1 | 0.6600, 0.6200 | 0.5600, 0.5200 |"
+    assert f"{ends} 360 | 45% | 36 |" in lines["| fast-1.6e-2"]
+    assert "| 800 | 100% |" in lines["| published-4e-3"]
+    assert "| at most 400 | at most 50% |" in lines["| muon-1.6e-2"]
+
+
+def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
+    kids = {  # (seed, steps, scale): KID on the choosing and the reporting images
+        (0, 1, 1): (0.9, 0.1), (0, 1, 2): (0.8, 0.5), (0, 4, 1): (0.3, 0.4), (0, 4, 2): (0.4, 0.3),
+        (1, 1, 1): (0.6, 0.7), (1, 1, 2): (0.7, 0.1),
+    }  # fmt: skip
+    rows = [
+        {"run": f"flow-600-{seed}", "sampler": "euler", "quantize": "none", "steps": steps,
+         "scale": scale, "choosing": [choosing, 0.1], "reporting": [reporting, 0.1]}
+        for (seed, steps, scale), (choosing, reporting) in kids.items()
+    ]  # fmt: skip
+    lines = sample_tables(rows).splitlines()
+    assert lines[0] == "| arm | sampler | runs | 1 step | 4 steps |"
+    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 |"
+
+
+def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_between_groups():
+    kids = [  # run, sampler, steps, scale, passes, KID on choosing images, KIDs of groups
+        ("flow-0", "euler", 4, 1, 4, 0.5, (0.1, 0.2, 0.3)),
+        ("flow-0", "heun", 2, 1, 3, 0.4, (0.6, 0.7, 0.8)),
+        ("flow-0", "euler", 2, 2, 4, 0.6, (0.0, 0.0, 0.0)),
+        ("mean-0", "mean", 1, 1, 1, 0.9, (0.9, 1.0, 1.4)),
+        ("mean-0", "mean", 2, 1.5, 4, 0.7, (0.6, 0.5, 0.4)),
+    ]  # fmt: skip
+    rows = [
+        {"run": run, "sampler": sampler, "steps": steps, "scale": scale, "passes": passes,
+         "choosing": [chosen, 0.1], "reporting": [sum(groups) / 3, stdev(groups)], "groups": groups}
+        for run, sampler, steps, scale, passes, chosen, groups in kids
+    ]  # fmt: skip
+    head, _, euler, heun, mean, noise = sample_tables(rows).splitlines()
+    assert head == "| arm | sampler | runs | 1 pass | 3 passes | 4 passes |"
+    assert euler == "| flow | euler | 1 |  |  | 0.200 ± 0.058 |"
+    assert noise == "| deviation between groups |  |  | 0.265 | 0.100 | 0.100 |"
+    lines = [line.split(" | ") for line in sample_comparisons(rows, "flow").splitlines()[2:]]
+    assert [line[1] for line in lines] == ["3", "4"]  # one pass of the flow was not sampled
+    assert lines[0][2:6] == ["1.100 ± 0.153", "0.700 ± 0.058", "mean 1", "heun 2"]
+    assert lines[1][4:8] == ["mean 2 at 1.5", "heun 2", "3 groups", "-0.200 ± 0.115"]
+
+
+def test_experts_with_a_small_weight_are_left_out():
+    """The kept rows are unchanged, and the hook counts them."""
+    router, hook = TopKRouter(hidden_size=8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    every = rows_of(router(x))
+    router.register_forward_hook(hook)
+    kept = rows_of(router(x))
+    assert kept == [row for row in every if row[2] >= 0.3] and 0 < len(kept) < len(every)
+    assert hook.rows_per_token == [len(kept) / 32]
+
+
+def rows_of(routing: Routing) -> list[tuple]:
+    tensors = routing.token, routing.expert, routing.weight
+    return list(zip(*(values.tolist() for values in tensors), strict=True))

@@ -1,0 +1,221 @@
+"""Auxiliary losses compared with naive versions, and their use in a training run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    TINY_MODEL,
+    assert_same_state,
+    call_main,
+    expect_error,
+    only_run,
+    relative_error,
+    rows,
+    step_folder,
+)
+from safetensors.torch import load_file
+
+from checkpoints.checkpoint import load_model
+from diffusion import OBJECTIVES
+from models import DiT, DiTConfig
+from runtime.processes import ALONE
+from tools.benchmarks.common import make_engine, train_step
+from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
+from training.config import DataFacts, parse_training, resolve
+from training.engines.ddp import DDPEngine
+from training.engines.flags import DDPFlags
+from training.step import losses
+
+EVERY = ["repa", "sra", "dispersive", "contrastive"]
+CASES = {
+    "repa": {}, "repa-on-the-same-grid": {}, "irepa": {"spatial": True, "gamma": 0.6},
+    "sra": {"teacher_share": 1.0}, "sra-gaussian": {"teacher_share": 1.0}, "dispersive": {},
+    "contrastive": {},
+}  # fmt: skip
+
+
+def tokens_after(model, block: int, z, t, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens after a block, and the prediction of the model."""
+    tokens = []
+    hook = model.blocks[block].register_forward_hook(lambda _, given, out: tokens.append(out[0]))
+    prediction = model(z, t, y)[0][:, :4]
+    hook.remove()
+    return tokens[0], prediction
+
+
+def noised(x, noise, t) -> torch.Tensor:
+    """Noisy latents, computed image by image."""
+    if t.is_floating_point():
+        return torch.stack([x[i] + t[i] * (noise[i] - x[i]) for i in range(len(x))])
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    parts = [(kept[i].sqrt().float(), (1 - kept[i]).sqrt().float()) for i in t]
+    return torch.stack([a * x[i] + b * noise[i] for i, (a, b) in enumerate(parts)])
+
+
+def test_benchmarks_compute_the_auxiliary_losses(monkeypatch):
+    called, loss = [], Dispersive.loss
+    monkeypatch.setattr(Dispersive, "loss", lambda *args: called.append(1) or loss(*args))
+    arguments = ["--model=DiT-Ti/2", "--depth=2", "--rf", "--auxiliary", *EVERY]
+    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="",
+                      shapes={"label": (), "tokens": (4, 8)})  # fmt: skip
+    config = resolve(parse_training(DDPFlags, None, arguments), DDPFlags, data=facts)
+    train_step(make_engine(config, ALONE), config.objective, 4)
+    assert called
+
+
+def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
+    """Auxiliary loss computed by loops over images, tokens and pairs."""
+    x, y, model = batch["latents"], batch["label"], engine.model
+    tokens, prediction = tokens_after(model, 0, noised(x, noise, t), t, y)
+    count = len(x)
+    if name.startswith("contrastive"):
+        others = [noise[(i + 1) % count] - x[(i + 1) % count] for i in range(count)]
+        pairs = zip(prediction, others, strict=True)
+        return -sum((v - o).square().mean() for v, o in pairs) / count
+    if name.startswith("dispersive"):
+        terms = [math.e ** (-(a - b).square().mean() / 0.5) for a in tokens for b in tokens]
+        return torch.log(sum(terms) / count**2)
+    if name.startswith("sra"):
+        k = 0.2 * torch.rand(count)  # the last random numbers of a step
+        if t.is_floating_point():
+            earlier = torch.tensor([max(0.0, (t[i] - k[i]).item()) for i in range(count)])
+        else:
+            earlier = (t - 999 * k).clamp_min(0).long()
+        teacher = DiT(model.config).eval()
+        teacher.load_state_dict(engine.averages(0), strict=False)
+        z = noised(x, noise, earlier)
+        target = tokens_after(teacher, 1, z, earlier, y)[0].detach()
+        difference = (model.projectors["sra"](tokens) - target).abs()
+        return torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).mean()
+    features = batch["tokens"].float()  # (6, S, 6)
+    if name == "irepa":
+        weights = model.projectors["repa"]
+        grid = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        mapped = F.conv2d(grid, weights.weight, weights.bias, padding=1).flatten(2).transpose(1, 2)
+        mean = torch.stack([one.sum(0) / len(one) for one in features])[:, None]
+        spread = ((features - mean) ** 2).sum(1, keepdim=True) / (features.shape[1] - 1)
+        features = (features - 0.6 * mean) / (spread.sqrt() + 1e-6)
+    else:
+        mapped = tokens
+        for number in (0, 2, 4):
+            layer = model.projectors["repa"][number]
+            mapped = mapped @ layer.weight.T + layer.bias
+            mapped = mapped * torch.sigmoid(mapped) if number < 4 else mapped
+    if features.shape[1] < 16:  # 2 x 2 to 4 x 4: each new row and column is a mean of two
+        mix = torch.tensor([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+        features = torch.einsum("ar,bs,nrsf->nabf", mix, mix, features.unflatten(1, (2, 2)))
+        features = features.flatten(1, 2)
+    angles = [
+        (a @ b) / (a.norm() * b.norm())
+        for image, expected in zip(mapped, features, strict=True)
+        for a, b in zip(image, expected, strict=True)
+    ]
+    return -sum(angles) / len(angles)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
+    name = {"irepa": "repa"}.get(case, case.split("-")[0])
+    objective = OBJECTIVES["gaussian" if case == "sra-gaussian" else "rectified_flow"]()
+    part = AUXILIARY_LOSSES[name](weight=0.3, **CASES[case])
+    torch.manual_seed(1)
+    batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
+    batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
+    given = {"precision": "fp32", "ema_decay": (0.9,), "auxiliary": {name: part.option_values()},
+             "objective": "rectified_flow"}  # fmt: skip
+    config = resolve(given, DDPFlags)
+    config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
+                     shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
+    engine = DDPEngine(ALONE, config, None)
+    for weight in engine.parameters.values():  # gates initialised to zero would hide errors
+        weight.data += 0.1 * torch.randn_like(weight)
+    engine.emas[0].averages[0] += 0.1 * torch.randn_like(engine.emas[0].averages[0])
+
+    torch.manual_seed(3)
+    terms = losses(engine, objective, batch, [part])
+    weights = dict(engine.model.named_parameters())
+    got = torch.autograd.grad(terms["loss"] + terms["aux_loss"], weights.values(),
+                              allow_unused=True)  # fmt: skip
+    torch.manual_seed(3)
+    drawn = objective.draw(batch["latents"])
+    want = naive(case, engine, objective, batch, drawn["t"], drawn["noise"])
+    plain = objective.losses(engine.model, batch["latents"], batch["label"], **drawn)
+    assert terms[name].item() == pytest.approx(want.item(), rel=1e-4)
+    total = plain["loss"].mean() + plain["aux_loss"] + 0.3 * want
+    expected = torch.autograd.grad(total, weights.values(), allow_unused=True)
+    for weight, one, other in zip(weights, got, expected, strict=True):
+        assert (one is None) == (other is None), weight
+        assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
+
+
+def test_repa_interpolates_a_square_of_features_to_a_grid_of_as_many_patches():
+    features = torch.randn(2, 16, 6)  # 4 x 4
+    grid = features.transpose(1, 2).unflatten(2, (4, 4))
+    resized = F.interpolate(grid, (8, 2), mode="bilinear", antialias=True).flatten(2)
+    part, latents = AUXILIARY_LOSSES["repa"](), torch.zeros(2, 4, 16, 4)
+    given = Pass(None, {"latents": latents}, None, None, None)
+    given.tokens["repa"] = resized.transpose(1, 2)
+    assert part.loss(given, features).item() == pytest.approx(-1)
+
+
+@pytest.fixture(scope="module")
+def flags(train_flags, latent_cache):
+    """Function that returns the flags of a run on latents with features of tokens."""
+
+    def make(results, *more: str, **changes) -> list[str]:
+        values = {
+            "latents-path": latent_cache, "data-path": None, "image-size": None, "max-steps": 3,
+            "global-batch-size": 8, "log-every": 1, "rf": True, "run-name": "run",
+        }  # fmt: skip
+        return [*train_flags(results, **values | changes), *more]
+
+    return make
+
+
+def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path, capsys):
+    """The run is stopped and resumed. One branch drops the losses; a branch of it adds them."""
+    asked = [
+        "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",
+        "16", "--val-share", "0.5", "--val-images", "20",
+    ]  # fmt: skip
+    call_main("train.py", *flags(tmp_path / "whole", *asked))
+    call_main("train.py", *flags(tmp_path / "half", *asked, **{"max-steps": 2}))
+    call_main("train.py", "--resume", tmp_path / "half" / "run", "--max-steps", "3")
+    run, last = only_run(tmp_path / "whole"), step_folder(tmp_path / "whole", 3)
+    assert_same_state(step_folder(tmp_path / "half", 3), last)
+    assert {*EVERY, "val_loss"} <= rows(tmp_path / "whole")[-1].keys()
+    assert "{contrastive: {weight: 0.1}}" in (run / "config.yaml").read_text()
+    weights = load_file(last / "model.safetensors")
+    assert weights.keys() == load_model(run).state_dict().keys()
+    (state,) = (last / "state").iterdir()
+    moved = [name for name in load_file(state) if name.startswith("model/projectors.")]
+    assert len(moved) == 6 + 4  # the projection layers of repa and sra
+
+    branch = flags(tmp_path / "without", "--resume", str(last), **{"max-steps": 4})
+    call_main("train.py", *branch, "--auxiliary", *asked[-4:])
+    assert "repa" not in rows(tmp_path / "without")[-1]
+    branch = flags(tmp_path / "with", "--resume", str(step_folder(tmp_path / "without", 4)))
+    call_main("train.py", *branch, *asked, "--max-steps", "5")
+    assert "repa" in rows(tmp_path / "with")[-1]
+    log = (only_run(tmp_path / "with") / "log.txt").read_text()
+    assert "note: auxiliary loss repa starts with new weights" in log
+    branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
+    line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
+    assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line
+
+
+def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):
+    for given, message in (
+        (["--auxiliary", *EVERY, "--rf", "False"], "got contrastive, which needs a rectified flow"),
+        ([*train_flags(tmp_path, objective="mean_flow"), "--auxiliary", "sra"],
+         "--auxiliary: got sra, which needs an objective that calls the network once"),
+        ([*train_flags(tmp_path, rf=True), "--auxiliary", "repa"],
+         "got repa, which needs latents that cache_latents.py --features"),
+        (["--auxiliary", "dispersive", "--global-batch-size", "1"], "micro-batches of one image"),
+    ):  # fmt: skip
+        arguments = given if len(given) > 10 else [*flags(tmp_path), *given]
+        assert message in expect_error(capsys, "train.py", *arguments)
+    assert not list(tmp_path.iterdir())

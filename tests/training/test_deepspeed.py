@@ -1,0 +1,488 @@
+"""train_deepspeed.py on real processes: every ZeRO stage gives the results of DDP.
+
+The tests share their runs. Each run trains the same tiny model for 8 steps of two micro-batches on
+two processes, or on one GPU, with a checkpoint at step 4.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, call_main, expect_error, relative_error, run_script
+from safetensors.torch import load_file, save_file
+from test_bad_files import Gadget
+
+from checkpoints.weights import read_tensors
+from models import DiT, DiTConfig
+from routers import ROUTERS
+from runtime.errors import UserError
+from runtime.processes import ALONE, reseed
+from training.config import resolve
+from training.engines.deepspeed_engine import DeepSpeedEngine, read_part
+from training.engines.flags import DeepSpeedFlags
+from training.engines.state import FACTS_KEY
+from training.engines.zero_config import complete_config
+from training.manifest import facts_of, write_manifest
+
+ZERO2 = {"zero_optimization": {"stage": 2}}
+FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+        "hysteresis": 2, "min_loss_scale": 1}  # fmt: skip
+ADAM = {"lr": 0.0001, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0}
+PUBLISHED = {  # config/zero2.json by DiT-MoE's authors
+    "fp16": FP16, "optimizer": {"type": "AdamW", "params": ADAM}, "bf16": {"enabled": False},
+    "train_micro_batch_size_per_gpu": 32, "train_batch_size": 256, "steps_per_print": 10000,
+    "gradient_accumulation_steps": 1, "zero_optimization": {
+        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+    },
+}  # fmt: skip
+LAYOUTS = ["zero1", "zero2", "zero3"]
+PROCESSES = min(2, torch.cuda.device_count() or 2)  # one process per GPU if there are GPUs
+CLOSE, EXACT = (1e-3, 1e-3) if torch.cuda.is_available() else (1e-5, 0)  # a GPU adds in any order
+# Trains several times in the same processes, because processes are slow to start. They keep one
+# process group. On a CPU every process has local rank 0, so only the rank tells processes apart.
+SEVERAL = f"""
+import json, os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import torch.distributed
+from conftest import call_main, command_line
+from runtime.processes import run_process
+
+if not torch.cuda.is_available():
+    os.environ |= {{"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}}
+    from deepspeed.accelerator import get_accelerator  # knows fp16 only on newer CPUs
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+def main():
+    *commands, (script, *arguments) = json.loads(os.environ["COMMANDS"])
+    for command in commands:
+        call_main(*command)
+    with command_line(script, arguments) as module:
+        return module.main(module.parse_args())
+
+torch.distributed.destroy_process_group = lambda: None
+"""
+
+
+def train_several(
+    folder: Path, commands: list[list[str]], processes: int = PROCESSES, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Runs several training commands in the same processes. Without `check` the last may fail."""
+    program = folder / "several.py"
+    program.write_text(f"{SEVERAL}\nrun_process(main)\n")
+    return run_script(program, processes=processes, check=check, COMMANDS=json.dumps(commands))
+
+
+@pytest.fixture(scope="session")
+def flags(train_flags):
+    values = {"accum_iter": 2, "max-steps": 8, "ckpt-every": 4, "log-every": 1, "rf": True}
+    return partial(train_flags, **values)
+
+
+@pytest.fixture(scope="session")
+def command(flags, tmp_path_factory):
+    """Function that returns a train_deepspeed.py command for a layout such as zero2."""
+    folder = tmp_path_factory.mktemp("config")
+    written = {"zero1": {"zero_optimization": {"stage": 1}}, "fp16": {**ZERO2, "fp16": FP16}}
+    for name, content in written.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+    def make(results: Path, layout: str, **changes) -> list[str]:
+        config = (folder if layout in written else ROOT / "config") / f"{layout}.json"
+        values = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
+        return ["train_deepspeed.py", *flags(results, **{**values, **changes})]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(flags, command, tmp_path_factory) -> tuple[Path, str]:
+    """Folder of all runs, which are trained in one launch, and the output of the launch.
+
+    The runs named "again-..." stop after four steps and are resumed. zero3 recomputes its
+    activations.
+    """
+    results = tmp_path_factory.mktemp("trained")
+    ddp = {"global-batch-size": 4 * PROCESSES, "run-name": "ddp", "num-sample": 4}
+    commands = [["train.py", *flags(results, **ddp)]]
+    more = {"zero3": {"num-sample": 4, "gradient-checkpointing": True}}
+    for layout in LAYOUTS:
+        changes = more.get(layout, {})
+        commands.append(command(results, layout, **changes))
+        if layout in ("zero2", "zero3"):
+            again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
+            commands += [again(**{"max-steps": 4}), again()]
+    for name, steps in (("fp16", 8), ("again-fp16", 4), ("again-fp16", 8)):
+        changes = {"run-name": name, "max-steps": steps, "precision": None}
+        commands.append(command(results, "fp16", **changes))
+    commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
+    return results, train_several(results, commands).stdout
+
+
+@pytest.fixture(scope="session")
+def finished(trained):
+    """Function that returns the run folder with a given name."""
+    return trained[0].joinpath
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def ema_of(run: Path, step: int = 8) -> dict:
+    return load_file(run / "checkpoints" / f"{step:07d}" / "model.safetensors")
+
+
+def assert_close_runs(got: Path, want: Path, *more_metrics: str, step: int = 8) -> None:
+    for metric in ("loss", "aux_loss", "grad_norm", *more_metrics):
+        assert rows(got)[-1][metric] == pytest.approx(rows(want)[-1][metric], rel=CLOSE), metric
+    weights, expected = ema_of(got, step), ema_of(want, step)
+    assert weights.keys() == expected.keys()
+    for name, b in expected.items():
+        a = weights[name]
+        if name.endswith("attn.qkv.bias"):
+            # The bias of the keys does not affect the attention weights, so its gradient consists
+            # of rounding errors, from which Adam makes full steps.
+            (a_q, a_k, a_v), (b_q, b_k, b_v) = a.chunk(3), b.chunk(3)
+            assert (a_k - b_k).abs().max() < 2 * CLOSE
+            a, b = torch.cat([a_q, a_v]), torch.cat([b_q, b_v])
+        assert relative_error(a, b) < CLOSE, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_deepspeed_gives_the_losses_and_ema_of_ddp(finished, layout):
+    assert_close_runs(finished(layout), finished("ddp"), "expert_load")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
+    """The JSON enables fp16, and no flag does. Its loss scale causes no overflow."""
+    got, want = (rows(finished(name))[-1] for name in (precision, "ddp"))
+    assert got["loss"] == pytest.approx(want["loss"], rel=0.01)
+    assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["zero2", "zero3", "fp16"])
+def test_a_resumed_deepspeed_run_is_bit_identical(finished, layout):
+    got, want = finished(f"again-{layout}"), finished(layout)
+    assert "resumed from" in (got / "log.txt").read_text()
+    for a, b in zip(rows(got), rows(want), strict=True):
+        for metric in ("step", "loss", "aux_loss", "grad_norm", "expert_load"):
+            assert a[metric] == pytest.approx(b[metric], rel=EXACT, abs=0), metric
+    for name, weight in ema_of(want).items():
+        assert relative_error(ema_of(got)[name], weight) <= EXACT, name
+    for a, b in zip(states(got), states(want), strict=True):
+        for kind, tensors in b["partitions"].items():
+            errors = list(map(relative_error, a["partitions"][kind], tensors))
+            assert errors and all(error <= EXACT for error in errors), kind
+
+
+def states(run: Path, step: int = 8) -> list[dict]:
+    return [read_part(path) for path in parts_of(run / "checkpoints" / f"{step:07d}")]
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("deepspeed/*"))
+
+
+def list_files(folder: Path) -> None:
+    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
+    (folder / "manifest.json").unlink()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    write_manifest(folder, facts_of(folder, [str(path.relative_to(folder)) for path in files]))
+
+
+def store_step_as_number(folder: Path) -> None:
+    """Stores the step of the optimizer as DeepSpeed's Adam for the CPU does."""
+    for path in parts_of(folder):
+        tensors, metadata = read_tensors(path)
+        facts = json.loads(metadata[FACTS_KEY]) | {"step": int(tensors.pop("step"))}
+        save_file(tensors, path, {FACTS_KEY: json.dumps(facts)})
+    list_files(folder)
+
+
+def spoiled(run: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
+    """Copies the checkpoint of step 4, spoils one part and lists it in the manifest.
+
+    Returns the path of the spoiled part.
+    """
+    shutil.copytree(run / "checkpoints" / "0000004", folder)
+    path = parts_of(folder)[1]
+    spoil(path)
+    list_files(folder)
+    return path
+
+
+def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, command, tmp_path):
+    """One process takes steps 5 and 6 with ZeRO-3; two processes take steps 7 and 8 with ZeRO-2.
+
+    Between the launches, the checkpoint becomes one that was saved with CPU offload. Each launch
+    then rejects a checkpoint with a bad part.
+    """
+    run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
+    shutil.rmtree(run / "checkpoints" / "0000008")
+    gadget = {"world_size": Gadget(tmp_path / "executed")}
+    hostile = spoiled(finished("zero3"), tmp_path / "a", lambda path: torch.save(gadget, path))
+    single = {"accum_iter": 4, "num-sample": 0}
+    commands = [
+        command(tmp_path, "zero3", **single, **{"max-steps": 6}),
+        command(tmp_path, "zero3", **single, resume=hostile.parent.parent, **{"run-name": "a"}),
+    ]
+    ended = train_several(tmp_path, commands, processes=0, check=False)
+    assert ended.returncode == 2 and not (tmp_path / "executed").exists()
+    assert f"error: {hostile}: damaged or not a safetensors file" in ended.stderr
+    assert len(states(run, 6)) == 1
+    store_step_as_number(run / "checkpoints" / "0000006")
+
+    cut = spoiled(finished("zero3"), tmp_path / "b", lambda path: os.truncate(path, 1000))
+    commands = [
+        command(tmp_path, "zero2", **{"run-name": "zero3"}),
+        command(tmp_path, "zero3", resume=cut.parent.parent, **{"run-name": "other"}),
+    ]
+    ended = train_several(tmp_path, commands, check=False)
+    assert_close_runs(run, finished("ddp"))
+    assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
+    assert f"error: {cut}: damaged" in ended.stderr
+    assert re.findall(r"exitcode +: (-?\d+)", ended.stderr)[-1] == "2"  # printed by torchrun
+
+
+def test_a_checkpoint_is_checked_on_the_device_although_cpu_offload_keeps_the_state_on_the_host():
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.dist = replace(ALONE, device=torch.device("meta"))  # cannot be mixed with CPU tensors
+    engine.ema = SimpleNamespace(averages=[torch.zeros(2)])
+    buffers = {"pos_embed": torch.zeros(2, device="meta")}
+    engine.shards = SimpleNamespace(masters=[torch.zeros(2)], buffers=buffers)
+    assert engine.is_finite().is_meta
+
+
+def test_the_sample_grid_under_zero_3_equals_the_grid_under_ddp(finished):
+    runs = finished("zero3"), finished("ddp")
+    grids = [(run / "samples-0000008.png").read_bytes() for run in runs]
+    assert grids[0] == grids[1]
+
+
+def test_train_py_refuses_to_resume_a_deepspeed_run(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished("zero2"), tmp_path / "zero2"))
+    before = (run / "config.yaml").read_bytes()
+    line = expect_error(capsys, "train.py", "--resume", run, "--max-steps", 9)
+    assert "the script: was train_deepspeed.py, is train.py" in line
+    assert (run / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
+    from training.engines.initial import build_empty, draw_initial_weights
+
+    config = DiTConfig(**TINY_MODEL, router=router)
+    model = build_empty(config)
+    assert all(weight.untyped_storage().nbytes() == 4 for weight in model.parameters())
+    drawn = {}
+    draw_initial_weights(config, 3, drawn.__setitem__)
+    reference = DiT(**vars(config))
+    reseed(3)
+    reference.initialize_weights()
+    assert drawn.keys() == reference.state_dict().keys()
+    for name, want in reference.state_dict().items():
+        assert torch.equal(drawn[name], want), name
+
+
+def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
+    path = tmp_path / "config.json"
+    path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
+    user_flags = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
+             "gpus_per_node": per_node, **changes}  # fmt: skip
+    return complete_config(resolve(user_flags, DeepSpeedFlags), gpus)
+
+
+CONTRADICTIONS = [
+    ({"train_batch_size": 8}, "train_batch_size: got 8, expected 64"),
+    ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: got 1, expected 2"),
+    ({"gradient_clipping": 1.0}, "gradient_clipping: got 1.0, expected 0.0, as set by --grad-clip"),
+    ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true, as set by --precision"),
+    ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001, as set by --lr"),
+    ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999], as set by"),
+    ({"scheduler": {"type": "WarmupLR"}}, "got a scheduler, expected none"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: got 0, expected 1, 2 or 3"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        "offload_optimizer.device: got nvme, expected cpu or none",
+    ),
+    ({"expert_parallel": {"enabled": True}}, "expected train.py --shard --expert-parallel N"),
+    ("{,}", "config.json"),
+    ("[]", "got a list"),
+]
+
+
+@pytest.mark.parametrize("config, message", CONTRADICTIONS, ids=[m for _, m in CONTRADICTIONS])
+def test_a_deepspeed_json_that_contradicts_the_flags_is_rejected(tmp_path, config, message):
+    if isinstance(config, dict):
+        config = {**ZERO2, **config}
+    with pytest.raises(UserError) as error:
+        config_for(tmp_path, config, 8, 8)
+    assert message in str(error.value)
+
+
+def test_a_deepspeed_json_may_contain_auto_or_the_values_of_the_flags(tmp_path):
+    config = {
+        **ZERO2, "train_batch_size": "auto", "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": "auto", "immediate_grad_update": False},
+    }  # fmt: skip
+    filled = config_for(tmp_path, config, 8, 8)
+    assert filled["train_batch_size"] == 64
+    assert filled["bf16"].items() > {"enabled": True, "immediate_grad_update": False}.items()
+    assert config_for(tmp_path, {**ZERO2, "bf16": "auto"}, 8, 8)["bf16"]["enabled"] is True
+
+
+def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps(PUBLISHED))
+    call_main("train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}")
+    assert printed_values(capsys)["layout"] == "8 processes under ZeRO-2, fp16"
+    line = expect_error(
+        capsys, "train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}",
+        "--precision=bf16",
+    )  # fmt: skip
+    assert "enabled: got" in line and "as set by --precision" in line
+    filled = config_for(tmp_path, PUBLISHED, 8, 8, train_batch_size=32, accum_iter=1,
+                        precision="fp16")  # fmt: skip
+    assert filled["fp16"] == FP16 and not filled["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("user_flags", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
+def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(tmp_path, user_flags):
+    (name,) = user_flags
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
+        config_for(tmp_path, ZERO2, 8, 8, **user_flags)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_the_shipped_deepspeed_configs_work_with_any_number_of_gpus(tmp_path, name):
+    text = (ROOT / "config" / f"{name}.json").read_text()
+    for gpus, per_node in ((1, 1), (6, 6), (32, 8)):
+        assert config_for(tmp_path, text, gpus, per_node)["train_batch_size"] == 8 * gpus
+
+
+@pytest.mark.parametrize("name", ["zero2_ep", "zero3_ep"])
+def test_the_removed_autoep_configs_name_their_replacement(name, capsys):
+    line = expect_error(
+        capsys, "train_deepspeed.py", "--dry-run", f"--deepspeed_config=config/{name}.json"
+    )
+    assert f"{name}.json, expected train.py --shard --expert-parallel N" in line
+
+
+def printed_values(capsys) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
+    giant = "--dry-run", "--model=DiT-G/2", "--num_experts=16", "--gpus=32", "--train_batch_size=8"
+    config = f"--deepspeed_config={ROOT / 'config' / 'zero3.json'}"
+    start = time.process_time()
+    call_main("train_deepspeed.py", *giant, config, "--gradient-checkpointing")
+    assert time.process_time() - start < 20
+    lines = printed_values(capsys)
+    assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
+    assert lines["layout"] == "32 processes under ZeRO-3, bf16"
+    assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
+    assert lines["fits"].startswith("yes")
+    more = "--train_batch_size=32"  # under ZeRO-2, with 31 GiB of weights
+    call_main("train_deepspeed.py", *giant, more)
+    assert printed_values(capsys)["fits"].startswith("NO")
+
+
+def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
+    sizes = dict.fromkeys(("reduce_bucket_size", "stage3_max_live_parameters"), "auto")
+    path = tmp_path / "auto.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
+    call_main("train_deepspeed.py", "--dry-run", f"--deepspeed_config={path}")
+    assert printed_values(capsys)["layout"] == "1 process under ZeRO-3, bf16"
+
+
+def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path):
+    for changes, words in (
+        ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
+        ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
+        ({"auxiliary": ("dispersive", "sra")}, "--auxiliary: got sra under DeepSpeed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config_for(tmp_path, ZERO2, 8, 8, **changes)
+
+
+def output_of(
+    recipe: str, flags: list[str], stand_in: Path, program: str, **variables
+) -> list[str]:
+    """Runs a recipe with a bash script in place of a program it starts; returns its output."""
+    stand_in.write_text(f"#!/usr/bin/env bash\n{program}\n")
+    stand_in.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / recipe), *flags],
+        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", **variables},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.parametrize("recipe", [path.name for path in ROOT.glob("scripts/train_*.sh")])
+def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatch, capsys):
+    """A script in place of `python` prints the command of the recipe, which is then run here."""
+    print_command = r"""printf '%s\n' "$WORLD_SIZE" "$LOCAL_WORLD_SIZE" "$@" """
+    output = output_of(
+        recipe, ["--dry-run"], tmp_path / "python", print_command, NODES="2", GPUS="8"
+    )
+    world_size, node_size, *command = output
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", node_size)
+    monkeypatch.chdir(ROOT)
+    call_main(*command)
+    lines = printed_values(capsys)
+    assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
+    assert lines["fits"].startswith("yes")
+
+
+@pytest.mark.parametrize("variables, lines", [
+    ({"DATA": "/images"}, ["cache_latents.py --data-path /images --image-size 512 --output "
+                           "data/latents-512", "--latents-path data/latents-512"]),
+    ({"DATA": "/images", "LATENTS": "/l", "VAE": "/vae"}, [
+        "cache_latents.py --data-path /images --image-size 512 --vae-path /vae --output /l",
+        "--vae-path /vae --latents-path /l"]),
+    ({"LATENTS": "/l"}, ["--latents-path /l"]),
+    ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
+])  # fmt: skip
+def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
+    """A script in place of torchrun prints the commands."""
+    recipe, flags = "train_g2_16e2a_rf_512.sh", ["--max-steps", "9"]
+    output = output_of(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
+    assert len(output) == len(lines)
+    assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))
+    assert "train.py --shard" in output[-1] and "--max-steps 9" in output[-1]
+
+
+def test_the_lock_of_a_stopped_compilation_is_named(tmp_path, monkeypatch, capsys):
+    """The lock of another process of the same run, which is new, is not."""
+    from training.engines import zero
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    zero.announce_compilation(offload)
+    assert "delete it" not in capsys.readouterr().out
+    os.utime(lock, (0, 0))
+    zero.announce_compilation({"zero_optimization": {}})
+    assert not capsys.readouterr().out
+    zero.announce_compilation(offload)
+    assert f"WARNING: {lock}: another process" in capsys.readouterr().out

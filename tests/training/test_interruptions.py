@@ -1,0 +1,182 @@
+"""Interrupted runs, with real processes: signals, kills, and one dead process of several.
+
+Running the same command again gives the weights, optimizer state and EMA of an uninterrupted run,
+bit for bit.
+
+    pytest tests/training/test_interruptions.py -k killed --kills 50    kills a run 50 times
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import (
+    assert_same_state,
+    call_main,
+    children,
+    in_processes,
+    kill_all,
+    rows,
+    running,
+    step_folder,
+    train_on,
+    wait_for,
+)
+
+from checkpoints import step_folders
+from runtime.errors import STOPPED
+from runtime.processes import ALONE
+from runtime.signals import Requests
+from training.manifest import find_fault
+
+UNTIL_STOPPED = 100_000  # steps. A resumed run may have fewer
+
+
+@pytest.fixture(scope="module")
+def flags(train_flags):
+    values = {
+        "global-batch-size": 8, "accum_iter": 2, "num_experts": 2, "run-name": "run",
+        "log-every": 1, "ckpt-every": 3, "keep-last": 2, "rf": True, "precision": "bf16",
+    }  # fmt: skip
+    return partial(train_flags, **values)
+
+
+def saved_step(output: str) -> int:
+    return int(re.findall(r"saved .*/(\d{7})\n", output)[-1])
+
+
+def assert_resumes_exactly(flags, results: Path, other: Path, step: int) -> None:
+    """Asserts that a run resumed for two steps equals a run that was never interrupted."""
+    for folder in (results, other):
+        call_main("train.py", *flags(folder, **{"max-steps": step + 2}))
+    assert_same_state(step_folder(results, step + 2), step_folder(other, step + 2))
+    steps = [row["step"] for row in rows(results)]
+    assert steps == list(range(1, step + 3))  # every step once
+
+
+def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
+    """Signals go to the process group, so also to the processes that read images: SIGTERM by
+    `kill`, SIGHUP by a closed terminal."""
+    arguments = flags(tmp_path / "r", **{"num-workers": 1, "max-steps": UNTIL_STOPPED})
+    with running("train.py", arguments) as process:
+        wait_for(process, "step 0000004")
+        os.killpg(process.pid, signal.SIGHUP)
+        os.killpg(process.pid, signal.SIGTERM)
+        output = process.stdout.read()
+        assert process.wait() == STOPPED, output
+    step = saved_step(output)
+    assert re.search("SIG(HUP|TERM): saving", output) and step >= 4
+    assert_resumes_exactly(flags, tmp_path / "r", tmp_path / "whole", step)
+
+
+@pytest.mark.parametrize("launcher, answer", [({}, None), ({"TORCHELASTIC_RUN_ID": "1"}, "stop")])
+def test_nohup_protects_a_run_from_a_closed_terminal(launcher, answer, monkeypatch):
+    """Unless torchrun launched it, which passes the signal on and then kills the process."""
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests = Requests(ALONE, save_seconds=0)
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        assert requests.poll() == answer
+    finally:
+        requests.is_signalled = False
+        requests.close()
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_pressing_ctrl_c_twice_stops_a_run_at_once(flags, image_tree, tmp_path):
+    """Within a step that takes minutes. Signals in quick succession count once, as launchers
+    repeat signals."""
+    data = shutil.copytree(image_tree, tmp_path / "data")
+    (data / "class-0" / "00.png").write_bytes(b"")
+    changes = {"data-path": data, "global-batch-size": 80_000, "accum_iter": 40_000}
+    with running("train.py", flags(tmp_path / "results", **changes)) as process:
+        wait_for(process, "00.png")  # printed while the images of the step are read
+        start = time.monotonic()
+        while process.poll() is None:
+            assert time.monotonic() - start < 60
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)  # the pace of a user; no event is awaited
+        assert process.wait() == 128 + signal.SIGINT
+        assert time.monotonic() - start > 1.5
+        assert "SIGINT" in process.stdout.read()
+    assert not step_folders(tmp_path / "results" / "run")
+
+
+def workers(launcher: int) -> list[int]:
+    """Process ids of the training processes of a torchrun, by rank."""
+
+    def rank(pid: int) -> str:
+        lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        return dict(line.split("=", 1) for line in lines if "=" in line)["RANK"]
+
+    return sorted(children(launcher), key=rank)
+
+
+def test_two_processes_stop_together_and_recover_from_a_killed_process(flags, tmp_path):
+    """A signal to one process stops both. Then one is killed, and torchrun starts both again.
+
+    Each process holds a part of the weights and of Muon's momentum.
+    """
+    results = tmp_path / "r"
+    shared = partial(flags, optimizer="muon", shard=True)
+    arguments = shared(results, **{"max-steps": UNTIL_STOPPED})
+    with running("train.py", arguments, processes=2) as process:
+        wait_for(process, "step 0000002")
+        os.kill(workers(process.pid)[1], signal.SIGUSR1)
+        output = process.stdout.read()
+        assert process.wait() == 1, output  # torchrun returns 1 for every failure
+    step = saved_step(output)
+    assert step >= 2, output
+
+    last = step + 16  # far enough away that the process is killed before this step
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new store for each start
+    arguments = shared(results, **{"max-steps": last})
+    with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:
+        output = wait_for(process, f"step {step + 4:07d}")
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        output += process.stdout.read()
+        assert process.wait() == 0, output
+    assert f"resumed from {step_folder(results, step)}" in output
+    assert output.count("resumed from") == 2
+
+    whole = shared(tmp_path / "whole", **{"max-steps": last})
+    in_processes(train_on, whole)
+    assert_same_state(step_folder(results, last), step_folder(tmp_path / "whole", last))
+    assert [row["step"] for row in rows(results)] == list(range(1, last + 1))
+
+
+def test_a_run_killed_at_random_moments_resumes_to_the_same_weights(flags, tmp_path, request):
+    """Every second kill waits for a save to begin, so that many kills interrupt a save."""
+    kills, moments = request.config.getoption("--kills"), random.Random(0)
+    results, newest = tmp_path / "r", 0
+    arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
+    for number in range(kills):
+        with running("train.py", arguments) as process:
+            wait_for(process, "steps ")
+            if number % 2 == 0:
+                wait_for_a_save(results / "run")
+                time.sleep(moments.random() * 0.05)
+            else:
+                time.sleep(moments.random())
+            assert process.poll() is None
+            kill_all(process)
+        steps = [int(folder.name) for folder in step_folders(results / "run")]
+        assert max(steps, default=0) >= newest, "a checkpoint was lost"
+        newest = max(steps, default=0)
+        assert all(find_fault(folder, ALONE) is None for folder in step_folders(results / "run"))
+    assert_resumes_exactly(flags, results, tmp_path / "whole", newest)
+
+
+def wait_for_a_save(run: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any(run.glob("checkpoints/writing-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

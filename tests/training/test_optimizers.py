@@ -1,0 +1,241 @@
+"""Muon compared with a loop over matrices, AdamW, learning rate schedules, and EMAs."""
+
+import pytest
+import torch
+from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
+from safetensors.torch import load_file
+from torch import nn
+
+from checkpoints import load_model, read_checkpoint
+from models import DiT
+from runtime.errors import UserError
+from tools.rebuilding import snapshots_of
+from training.ema import ExponentialEMA, PowerEMA
+from training.optimizers import AdamW, Muon
+from training.schedule import SCHEDULES, rate_factor
+
+
+def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
+    torch.manual_seed(seed)
+    model = DiT(**{**TINY_MODEL, **fields})
+    named = dict(model.named_parameters())
+    for weight in named.values():
+        weight.data = torch.randn_like(weight)
+    return model, named
+
+
+def draw_gradients(named: dict, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in named.values():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+def reference_step(matrix, grad, momentum, lr, decay):
+    """Muon step of one fp64 matrix: momentum, iteration (Jordan), scale and decay (Moonlight)."""
+    momentum = 0.95 * momentum + 0.05 * grad
+    x = 0.05 * grad + 0.95 * momentum
+    x = x / x.norm()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    x = x.T if tall else x
+    return matrix - lr * decay * matrix - lr * 0.2 * max(x.shape) ** 0.5 * x, momentum
+
+
+def test_muon_equals_a_reference_loop_over_matrices():
+    model, named = make(qk_norm=True)
+    muon = Muon(weight_decay=0.1, precision="fp32").make(named, 0.02, model.matrices())
+    others = {name: w.detach().clone() for name, w in named.items() if name not in model.matrices()}
+    adamw = torch.optim.AdamW(others.values(), 0.02, (0.9, 0.95), weight_decay=0.1)
+    loop = {  # for each parameter, a list of (matrix, momentum)
+        name: [(m, 0 * m) for m in named[name].detach().double().reshape(
+            -1, named[name].shape[-2] // cut, named[name].shape[-1])]
+        for name, cut in model.matrices().items()
+    }  # fmt: skip
+    for step in range(3):
+        draw_gradients(named, step)
+        for name, pairs in loop.items():
+            grads = named[name].grad.double().reshape(len(pairs), *pairs[0][0].shape)
+            loop[name] = [
+                reference_step(m, g, v, 0.02, 0.1) for (m, v), g in zip(pairs, grads, strict=True)
+            ]
+        for name, weight in others.items():
+            weight.grad = named[name].grad.clone()
+        adamw.step()
+        muon.step()
+    for name, pairs in loop.items():
+        want = torch.stack([matrix for matrix, _ in pairs]).view_as(named[name])
+        assert relative_error(named[name].detach(), want) < 1e-5, name
+    for name, weight in others.items():
+        assert relative_error(named[name].detach(), weight) < 1e-5, name
+
+
+def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
+    found = make(router="batch_pool")[0].matrices()
+    block = {k.removeprefix("blocks.0."): cut for k, cut in found.items() if "blocks.0" in k}
+    assert block == {
+        "attn.qkv.weight": 3, "attn.proj.weight": 1, "adaLN_modulation.1.weight": 6,
+        "moe.gate.predictor.0.weight": 1, "moe.gate.predictor.2.weight": 1,
+        "moe.experts.gate_up_proj": 2, "moe.experts.down_proj": 1,
+        "moe.shared_experts.gate_proj.weight": 1, "moe.shared_experts.up_proj.weight": 1,
+        "moe.shared_experts.down_proj.weight": 1,
+    }  # fmt: skip
+    outside = {name for name in found if not name.startswith("blocks.")}
+    assert outside == {"t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"}
+    assert "blocks.1.moe.gate.hidden" in make(router="race")[0].matrices()
+    gelu = make(mlp_type="gelu")[0].matrices()
+    assert "blocks.0.moe.experts.up_proj" in gelu and not [n for n in gelu if "bias" in n]
+
+
+def test_the_linear_schedule_falls_from_the_warm_up_to_zero():
+    rates = [rate_factor(SCHEDULES["linear"](), 2, done, 6) for done in range(1, 7)]
+    assert rates == pytest.approx([1 / 2, 1, 3 / 4, 1 / 2, 1 / 4, 0])
+
+
+def test_the_trapezoid_schedule_is_constant_and_then_falls_to_zero():
+    schedule = SCHEDULES["trapezoid"](decay_share=0.25)
+    rates = [rate_factor(schedule, 10, done, 100) for done in range(1, 101)]
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert set(rates[10:75]) == {1.0}
+    assert rates[75:] == pytest.approx([1 - step / 25 for step in range(1, 26)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
+def test_a_learning_rate_schedule_ends_at_lr_floor(schedule, capsys):
+    rates, free = (
+        [rate_factor(SCHEDULES[schedule](lr_floor=floor), 0, done, 100) for done in range(1, 101)]
+        for floor in (0.1, 0.0)
+    )
+    assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
+    assert rates == pytest.approx([0.1 + 0.9 * rate for rate in free])
+    constant = "train.py", "--lr-floor=0.1"
+    assert "--lr-floor: has no effect without --lr-schedule" in expect_error(capsys, *constant)
+
+
+def test_adamw_uses_the_given_eps_and_can_exclude_vectors_from_decay():
+    """With a zero gradient, a weight changes only by its decay."""
+    named = {"matrix": nn.Parameter(torch.ones(2, 2)), "vector": nn.Parameter(torch.ones(2))}
+    named["experts.up_bias"] = nn.Parameter(torch.ones(4, 2))  # vectors of four experts
+    for decay_vectors, left in ((True, 0.95), (False, 1.0)):
+        for weight in named.values():
+            weight.data.fill_(1.0)
+            weight.grad = torch.zeros_like(weight)
+        options = {"weight_decay": 0.5, "eps": 0.25, "decay_vectors": decay_vectors}
+        optimizer = AdamW(**options).make(named, 0.1, {})
+        optimizer.step()
+        assert named["matrix"].tolist() == [[pytest.approx(0.95)] * 2] * 2
+        assert named["vector"].tolist() == [pytest.approx(left)] * 2
+        assert named["experts.up_bias"][0].tolist() == [pytest.approx(left)] * 2
+        assert {group["eps"] for group in optimizer.param_groups} == {0.25}
+
+
+def test_lengthening_a_run_after_its_learning_rate_fell_is_noted(train_flags, tmp_path):
+    flags = {"lr-schedule": "cosine", "global-batch-size": 4, "run-name": "run"}
+    for steps in (2, 2, 4):
+        call_main("train.py", *train_flags(tmp_path, **flags, **{"max-steps": steps}))
+    lines = (only_run(tmp_path) / "log.txt").read_text().splitlines()
+    (line,) = [line for line in lines if "the learning rate fell" in line]
+    assert "fell to 0 by step 2" in line and "of 4 steps, the learning rate jumps to 0.0005" in line
+
+
+def test_ema_warm_up_forgets_the_initial_weights():
+    ema = ExponentialEMA(decay=0.9999, warmup=True)
+    assert ema.decay_at(1) == 2 / 11 and ema.decay_at(10**6) == 0.9999
+    assert (
+        ema.initial_fraction(100) < 1e-9 and ExponentialEMA(decay=0.99).initial_fraction(100) > 0.36
+    )
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_the_profile_of_a_power_ema_has_the_requested_width(length):
+    ema = PowerEMA(length=length)
+    ema.start([torch.full((400,), 1e6, dtype=torch.float64)])
+    for step, weights in enumerate(torch.eye(400, dtype=torch.float64), 1):  # one 1 per step
+        ema.update([weights], step)
+    profile, t = ema.averages[0], (torch.arange(400) + 0.5) / 400
+    mean = (profile * t).sum()
+    assert profile.sum() == pytest.approx(1)  # the initial weights have no influence
+    assert ((profile * (t - mean) ** 2).sum().sqrt()).item() == pytest.approx(length, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, train_flags):
+    """Runs that differ only in their EMAs. The first run keeps ten snapshots of each EMA."""
+    folders = {}
+    for name, flags in {
+        "tracked": ["--ema-length", "0.05", "0.1", "--keep-last=1", "--ckpt-every=4"],
+        "reference": ["--ema-length", "0.07"],
+    }.items():
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        common = {"global-batch-size": 4, "max-steps": 40, "ema-decay": 0.999, "lr": 0.01}
+        names = ["--ema", "exponential", "power"]
+        call_main("train.py", *train_flags(folder, **common), *names, *flags)
+    return folders
+
+
+def test_an_ema_of_any_length_is_rebuilt_from_the_snapshots_of_a_run(runs, tmp_path):
+    run, file = only_run(runs["tracked"]), tmp_path / "rebuilt.safetensors"
+    assert len(snapshots_of(run)) == 20
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000040", "snapshots"]
+    call_main("tools.rebuild_ema", run, "--length=0.07", f"--output={file}")
+    got = load_file(file)
+    want, one, other = (
+        load_file(step_folder(runs[run], 40) / f"model-ema-power-{length}.safetensors")
+        for run, length in (("reference", 0.07), ("tracked", 0.05), ("tracked", 0.1))
+    )
+    error, distance = (
+        sum((a[name] - b[name]).square().sum() for name in a).sqrt()
+        for a, b in ((got, want), (one, other))
+    )
+    assert error < 0.05 * distance
+    assert read_checkpoint(file).record.ema == "power-0.07"
+
+
+def test_each_ema_of_a_checkpoint_is_loaded_by_name(runs, capsys):
+    run = only_run(runs["tracked"])
+    models = {ema: load_model(run, ema=ema) for ema in (None, "0.999", "power-0.05", "power-0.1")}
+    weights = {ema: model.blocks[0].attn.qkv.weight for ema, model in models.items()}
+    assert torch.equal(weights[None], weights["0.999"])
+    assert len({weight.sum().item() for weight in weights.values()}) == 3
+    with pytest.raises(UserError, match="0.5.*0.999, power-0.05, power-0.1"):
+        load_model(run, ema="0.5")
+    assert "--ema" in expect_error(capsys, "sample.py", f"--ckpt={run}", "--ema=0.5")
+
+
+def test_a_branch_continues_each_ema_by_name(runs, train_flags, tmp_path):
+    source = step_folder(runs["tracked"], 40)
+    common = {"global-batch-size": 4, "max-steps": 41, "resume": source, "ema-decay": None, "lr": 0}
+    swapped = ["--ema", "power", "exponential", "--ema-length", "0.05", "--ema-decay", "0.999"]
+    call_main("train.py", *train_flags(tmp_path / "swapped", **common), *swapped)
+    names = ("power-0.05", "0.999")
+    new = only_run(tmp_path / "swapped")
+    assert read_checkpoint(new).record.ema == names[0]
+    for name, other in (names, names[::-1]):
+        got, want, wrong = (
+            load_model(path, ema=ema).blocks[0].attn.qkv.weight
+            for path, ema in ((new, name), (source, name), (source, other))
+        )
+        assert (got - want).norm() < 0.5 * (got - wrong).norm()
+    call_main("train.py", *train_flags(tmp_path / "new", **common), "--ema-decay", "0.5")
+    log = (only_run(tmp_path / "new") / "log.txt").read_text()
+    assert f"note: EMA 0.5 starts from the weights: {source} does not have it" in log
+
+
+def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(runs, capsys):
+    run = only_run(runs["tracked"])
+    (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "initial weights" in x]
+    assert "after 40 steps 96% of EMA 0.999" in line
+    flags = ["--num-sampling-steps=1", f"--output={run / 'sample.png'}", "--images-per-class=1"]
+    for ema, is_noted in (("0.999", True), ("power-0.1", False)):
+        call_main("sample.py", f"--ckpt={run}", f"--ema={ema}", *flags)
+        assert ("96% of EMA 0.999" in capsys.readouterr().out) == is_noted
+
+
+def test_the_plan_includes_the_disk_space_of_checkpoints(train_flags, tmp_path, capsys):
+    flags = {"max-steps": 12, "ckpt-every": 1, "keep-last": 1, "ema": "power", "ema-decay": None}
+    call_main("train.py", *train_flags(tmp_path, **flags, **{"global-batch-size": 4}), "--dry-run")
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("disk")]
+    # at once: the kept checkpoint, the rolling one, and the one that is written
+    assert "for 3 checkpoints" in line and "11 snapshots" in line

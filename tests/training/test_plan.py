@@ -1,0 +1,82 @@
+"""The memory plan of --dry-run, and its note about the EMA."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import torch
+from conftest import ROOT, call_main
+
+from checkpoints import config_of
+from training.config import resolve
+from training.engines.flags import DDPFlags
+from training.memory import copied_bytes, disk_notes, disk_use, model_activations, planned_model
+
+
+def test_the_memory_plan_for_gpus_includes_no_attention_weights():
+    """A GPU keeps one number per head and token; a CPU in bf16 keeps T x T attention weights."""
+    config = replace(config_of("DiT-S/2"), depth=2, sparse_layers=(0, 1))
+    few, many = (
+        model_activations(replace(config, num_heads=heads), 4, "bf16", "nothing")
+        for heads in (3, 12)
+    )
+    tokens, heads = (config.input_size // config.patch_size) ** 2, 12 - 3
+    assert many - few == 2 * 4 * heads * tokens * torch.float32.itemsize
+
+
+def test_the_plan_for_selective_checkpointing_adds_the_outputs_of_attention_and_experts():
+    """Compared with complete checkpointing, in each block except the recomputed one."""
+    config, images = replace(config_of("DiT-S/2"), depth=3, sparse_layers=(0, 1, 2)), 4
+    size = {
+        recomputed: model_activations(config, images, "bf16", recomputed)
+        for recomputed in ("nothing", "selective", "all")
+    }
+    tokens, width = images * 16 * 16, config.hidden_size
+    rows = tokens * config.num_experts_per_tok * 2 * 4 * width  # gate and up
+    kept = 2 * (rows + 2 * tokens * width) + 4 * tokens * config.num_heads  # outputs, log-sum-exp
+    assert size["selective"] - size["all"] == 2 * kept
+    assert size["all"] < size["selective"] < size["nothing"]
+
+
+def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
+    """PyTorch allocates the next power of two for each pinned tensor; two copies share the work."""
+    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    model = planned_model(config)
+    exact = [4 * weight.numel() for weight in model.parameters()]
+    alone = copied_bytes(config, model, copies=1)["copy at a save"]
+    steps = 4 * len(exact)  # AdamW's counts
+    assert alone - steps == sum(4 * 2 ** math.ceil(math.log2(size)) for size in exact)
+    assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
+
+
+def test_a_run_notes_at_its_start_that_its_disk_is_too_small(tmp_path, monkeypatch):
+    """Checkpoints that the run has already written count as space for its checkpoints."""
+    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    needed, _ = disk_use(config, 1000)
+    (tmp_path / "0000500").mkdir()
+    with (tmp_path / "0000500" / "model.safetensors").open("wb") as file:
+        file.truncate(needed // 4)
+    for free, count in ((needed - needed // 4, 0), (needed - needed // 4 - 1, 1)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        notes = disk_notes(config, 1000, tmp_path)
+        assert len(notes) == count and all("--keep-last" in note for note in notes)
+
+
+def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys):
+    for number, name in enumerate(("train", "held-out")):
+        (tmp_path / f"s-{number}.tar").symlink_to(ROOT / "assets" / "emoji" / f"{name}.tar")
+    data = ("--data-path", tmp_path / "s-{0..1}.tar", "--image-size", 64)
+    call_main("train.py", "--dry-run", *data, "--vae-path", ROOT / "assets" / "vae-emoji")
+    assert "epochs of 3,391 images" in capsys.readouterr().out
+
+
+def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):
+    plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
+    call_main(*plan)
+    assert (
+        "after 1,000 steps 90% of EMA 0.9999 will still be the initial" in capsys.readouterr().out
+    )
+    call_main(*plan, "--ema-warmup", True, "--global-batch-size", 2 * 1_281_167)
+    output = capsys.readouterr().out
+    assert "initial weights" not in output and "each step uses every image 2 times" in output

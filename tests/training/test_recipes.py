@@ -1,0 +1,154 @@
+"""Recipes of published models: parameter counts, training settings and commands."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, call_main
+
+from checkpoints.costs import count_parameters
+from models import DiT
+from options.settings import flat
+from training.config import DataFacts, TrainConfig, parse_training, resolve, training_flags
+from training.engines.flags import DDPFlags
+
+FOLDER = ROOT / "config" / "recipes"
+PRESETS = ROOT / "tests" / "reference" / "published" / "presets.json"
+DSMOE = "Flow_half_misx"
+SOURCES = {  # recipe: (list of presets.json, name in the list)
+    "promoe_s": ("promoe", "ProMoE_TC_S"), "promoe_b": ("promoe", "ProMoE_TC_B"),
+    "promoe_l": ("promoe", "ProMoE_TC_L"), "promoe_xl": ("promoe", "ProMoE_TC_XL"),
+    "promoe_l_ec": ("promoe", "ProMoE_EC_L"), "promoe_dit_b": ("promoe", "DiT_B"),
+    "promoe_dit_l": ("promoe", "DiT_L"), "promoe_dit_xl": ("promoe", "DiT_XL"),
+    "promoe_tcdit_l": ("promoe", "TCDiT_L_E8"), "promoe_ecdit_l": ("promoe", "ECDiT_L_E8"),
+    "promoe_diffmoe_b": ("promoe", "DiffMoE_B_E8"),
+    "promoe_diffmoe_l": ("promoe", "DiffMoE_L_E8"),
+    "promoe_diffmoe_xl": ("promoe", "DiffMoE_XL_E8"),
+    "diffmoe_s_128": ("diffmoe", "DiffMoE_S_E16_Flow"),
+    "diffmoe_s": ("dsmoe", "DiffMoE_S_E16_Flow"), "diffmoe_b": ("dsmoe", "DiffMoE_B_E16_Flow"),
+    "diffmoe_l": ("diffmoe", "DiffMoE-L-E16-Flow"),
+    "diffmoe_l_e8": ("diffmoe", "DiffMoE-L-E8-Flow"),
+    "diffmoe_tcdit_l": ("diffmoe", "TC-DiT-L-E16-Flow"),
+    "diffmoe_ecdit_l": ("diffmoe", "EC-DiT-L-E16-Flow"),
+    "diffmoe_dit_l": ("diffmoe", "Dense-DiT-L-Flow"),
+    "diffmoe_dit_xl": ("diffmoe", "Dense-DiT-XL-Flow"),
+    "dsmoe_s_e16": ("dsmoe", f"DSMoE_S_E16_{DSMOE}2_s1a2_rope2d_l10"),
+    "dsmoe_b_e16": ("dsmoe", f"DSMoE_B_E16_{DSMOE}2_s1a2_rope2d_l10"),
+    "dsmoe_l_e16": ("dsmoe", f"DSMoE_L_E16_{DSMOE}2_s1a2_rope2d_l20"),
+    "dsmoe_3b_e16": ("dsmoe", f"DSMoE_3B_E16_{DSMOE}2.5_s1a2_rope2d_l30"),
+    "dsmoe_s_e48": ("dsmoe", f"DSMoE_S_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
+    "dsmoe_b_e48": ("dsmoe", f"DSMoE_B_E48_{DSMOE}0.3_s1a5_rope2d_l12"),
+    "dsmoe_l_e48": ("dsmoe", f"DSMoE_L_E48_{DSMOE}0.4_s1a5_rope2d_l24"),
+}  # fmt: skip
+JIT = {f"jit_{size.lower()}16": ("jitmoe", f"JiT-{size}/16") for size in "BLH"}
+JIT |= {f"jitmoe_{size.lower()}16_e16": ("jitmoe", f"JiT-{size}/16-E16") for size in "BLH"}
+SOURCES |= JIT
+# Parameters of the dense models in presets.json; total and active millions in DiT-MoE's paper.
+DENSE = {"dit_b2": 130_315_808, "dit_l2": 457_840_672, "dit_xl2": 674_834_720}
+MILLIONS = {
+    "dit_moe_s2_8e2a": (199, 71), "dit_moe_s2_16e2a": (369, 71), "dit_moe_b2_8e2a": (795, 286),
+    "dit_moe_l2_8e2a": (2_800, 1_000), "dit_moe_xl2_8e2a": (4_100, 1_500),
+    "dit_moe_g2_16e2a": (16_500, 3_100),
+}  # fmt: skip
+
+
+def config_of(name: str) -> TrainConfig:
+    user_flags = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
+    image_size, is_latent = int(user_flags["image_size"]), name not in JIT
+    facts = DataFacts(
+        num_classes=1000, input_size=image_size // (8 if is_latent else 1), image_size=image_size,
+        in_channels=4 if is_latent else 3, vae_path=user_flags["vae_path"],
+    )  # fmt: skip
+    return resolve(user_flags, DDPFlags, data=facts)
+
+
+def preset_of(name: str) -> dict:
+    group, preset = SOURCES[name]
+    (found,) = [p for p in json.loads(PRESETS.read_text())[group] if p["name"] == preset]
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name):
+    config, preset = config_of(name).model, preset_of(name)
+    with torch.device("meta"):
+        model = DiT(**vars(config))
+    trainable = sum(parameter.numel() for parameter in model.parameters())
+    assert trainable == preset["trainable_parameters"]
+    assert list(config.sparse_layers) == preset["sparse_blocks"]
+    assert (config.num_heads, config.input_size) == tuple(
+        preset["kwargs"][key] for key in ("num_heads", "input_size")
+    )
+
+
+PUBLISHED = [name for name in SOURCES if "training" in preset_of(name) and name not in JIT]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_has_the_published_training_settings(name):
+    config, training = config_of(name), preset_of(name)["training"]
+    optimizer, step = config.optimizer, config.step
+    assert step.lr == training["lr"] and not step.warmup_steps
+    assert list(optimizer.betas) == training["betas"]
+    assert optimizer.weight_decay == training["weight_decay"]
+    assert step.grad_clip == (training["clip_grad_norm"] or 0)
+    assert [ema.decay for ema in config.emas] == [training["ema_decay"]]
+    assert config.engine.global_batch_size == training["batch_size"]
+    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert config.objective.times == training["time"].split()[0].replace(",", "")
+    assert (config.model.time_scale == 1000) == ("1000 t" in training["objective"])
+
+
+@pytest.mark.parametrize("name", JIT)
+def test_a_recipe_of_jit_has_the_published_training_settings(name):
+    config, training = config_of(name), preset_of(name)["training"]
+    assert config.step.lr == 2e-4 and "2e-4 at 1024" in training["lr"]
+    assert config.step.warmup_steps == 5 * 1_281_167 // 1024 and "5 epochs" in training["schedule"]
+    assert list(config.optimizer.betas) == training["betas"]
+    assert [ema.decay for ema in config.emas] == training["ema_decay"]
+    assert config.engine.global_batch_size == training["batch_size"]
+    assert config.run.epochs == training["epochs_in_script"]
+    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert training["time"] == "logit-normal mean -0.8 std 0.8, t = 1 data"
+    objective = config.objective
+    assert (objective.mean, objective.std, objective.clamp) == (0.8, 0.8, 0.05)
+    assert objective.noise_scale == training["noise_scale"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_a_recipe_flat_and_nested_gives_the_same_config(name):
+    said = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
+    config = resolve(said, DDPFlags)
+    values = {name: value for part in config.parts.values() for name, value in flat(part).items()}
+    for written in ({"model": config.preset, **values}, config.sections()):
+        assert resolve(written, DDPFlags).sections() == config.sections()
+    assert not {key for key in said if training_flags(DDPFlags)[key].options}  # none is loose
+
+
+@pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
+def test_dit_and_dit_moe_have_the_published_parameters(name):
+    total, active = count_parameters(config_of(name).model)
+    if name in DENSE:
+        assert total == active == DENSE[name]
+    else:
+        assert (total / 1e6, active / 1e6) == pytest.approx(MILLIONS[name], rel=0.027)
+
+
+@pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
+def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run(name, capsys):
+    path = FOLDER / f"{name}.yaml"
+    assert f"--config config/recipes/{path.name}" in path.read_text()
+    if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_l16_e16"):
+        call_main("train.py", "--config", path, "--dry-run", "--gpus", 8)
+        assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["published", "stable", "fast", "pixels"])
+def test_a_recipe_is_applied_and_command_line_flags_override_it(name):
+    """The recipe `published` equals the defaults."""
+    recipe = ["--config", str(FOLDER / f"{name}.yaml")]
+    parsed = [parse_training(DDPFlags, None, flags) for flags in ([], recipe, [*recipe, "--lr=1"])]
+    nothing, config, changed = (resolve(flags, DDPFlags) for flags in parsed)
+    assert parsed[1].keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
+    assert (config.sections() == nothing.sections()) == (name == "published")

@@ -1,0 +1,576 @@
+"""Run folders: names, stored settings, resuming, damaged checkpoints, and protected files."""
+
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
+
+from checkpoints import MODEL_FILE, read_record, step_folders
+from latents.loading import BatchStream
+from options.settings import differences
+from runtime.errors import UserError
+from training import loop, preview, start
+from training.config import override, parse_training, resolve, training_flags
+from training.engines.flags import DDPFlags
+from training.engines.state import STATE_FILES
+from training.log import RunLog
+from training.manifest import MANIFEST_FILE, fault_of
+from training.run_folder import (
+    CONFIG_FILE,
+    default_folder,
+    enter_run_folder,
+    lock_folder,
+    named_run,
+    newest_record,
+    stored_settings,
+)
+from training.saving import Saver
+from training.start import stored_config
+
+STATE_FILE = STATE_FILES.format(0)
+
+
+@pytest.fixture(scope="module")
+def flags(train_flags):
+    values = {
+        "num_experts": 2, "n-shared-experts": 0, "run-name": "run", "log-every": 1, "max-steps": 3,
+        "ckpt-every": 1, "global-batch-size": 8, "rf": True,
+    }  # fmt: skip
+    return partial(train_flags, **values)
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory) -> Path:
+    """Results folder with a finished run that has checkpoints at steps 1 to 3."""
+    results = tmp_path_factory.mktemp("finished")
+    call_main("train.py", *flags(results))
+    return results
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """Copy of the results folder of the finished run, which a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "results"))
+
+
+def steps_of(results: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in step_folders(results / "run"))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every file except the lock, which stores the last process."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def folder_of(facts: dict | None = None, **changes) -> Path:
+    said = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
+    return default_folder(resolve(said, DDPFlags), facts or {})
+
+
+def test_run_folders_are_named_by_the_settings_that_cannot_change():
+    """A flag that repeats the default does not change the name, nor does the order of flags."""
+    assert folder_of() == folder_of(num_experts=8, accum_iter=4, log_every=7, data_path="moved")
+    others = [{"lr": 2e-4}, {"global_seed": 1}, {"freeze": ("pos",)}, {"rf": True}, {"flip": False},
+              {"aux_loss_alpha": 0.5}, {"ema_decay": [0.9, 0.99]}]  # fmt: skip
+    assert len({folder_of(), *(folder_of(**change) for change in others)}) == 1 + len(others)
+    assert folder_of({"zero": 2}) != folder_of()
+    flags = {"router": "sigmoid", "router_scale": 2, "ema_decay": [0.9], "ema_warmup": True}
+    assert folder_of(**flags) == folder_of(**dict(reversed(flags.items())))
+
+
+def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished, image_tree):
+    """config.yaml is readable, works with --config, and equals the metadata of the weights."""
+    path = finished / "run" / CONFIG_FILE
+    sections, facts = yaml.safe_load_all(path.read_text())
+    assert "\n  objective: {rectified_flow: {times: logit-normal" in path.read_text()
+    assert sections["step"]["ema"] == [{"exponential": {"decay": 0.9, "warmup": False}}]
+    assert sections["model"]["depth"] == 2 and sections["step"]["lr"] == 1e-3
+    assert sections["data"]["data_path"] == str(image_tree) and sections["data"]["flip"]
+    record = read_record(step_folder(finished, 3))
+    in_weights = json.loads(json.dumps(record.sections()))
+    assert str(record.norm) == "shift 0.1 and scale 0.5" == facts["normalisation"]
+    assert not {"dry_run", "gpus", "rf", "config"} & sections["run"].keys()
+    del sections["model"]["expert_backend"]  # not stored with weights
+    sections["data"]["vae_path"] = record.vae_path
+    assert in_weights == sections
+    assert facts["images"] == record.images and facts["script"] == record.facts["script"]
+
+
+def test_epochs_of_the_command_replace_the_steps_of_a_run_or_recipe(finished):
+    record, flags = read_record(step_folder(finished, 3)), training_flags(DDPFlags)
+    stored, _ = stored_settings(record, flags)
+    recipe = str(ROOT / "config" / "recipes" / "diffmoe_s.yaml")
+    recipe = parse_training(DDPFlags, None, ["--config", recipe, "--epochs", "9"])
+    for values in (override(stored, {"epochs": 9}, flags), recipe):
+        assert values["epochs"] == 9 and "max_steps" not in values
+
+
+def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, tmp_path):
+    """The run name and values derived from data are not copied. Command line flags override."""
+    recipe = finished / "run" / CONFIG_FILE
+    call_main("train.py", "--config", recipe, "--results-dir", tmp_path)
+    assert only_run(tmp_path).name != "run"
+    assert_same_state(step_folder(tmp_path, 3), step_folder(finished, 3))
+    parsed = parse_training(DDPFlags, None, ["--config", str(recipe), "--router", "race"])
+    assert parsed["lr"] == 1e-3 and parsed["router"].name == "race"
+    assert not {"run_name", "num_classes"} & parsed.keys()
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
+def test_a_run_name_cannot_leave_the_results_folder(name):
+    with pytest.raises(UserError, match="--run-name: got"):
+        named_run({"run_name": name})
+
+
+def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
+    for name in (tmp_path / ("x" * 300), "/proc/nothing", "/dev/null/x"):
+        assert "--results-dir" in expect_error(capsys, "train.py", *flags(name))
+
+
+def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
+    """The settings of the newest checkpoint count, and an edited config.yaml does not. Omitting a
+    flag that the run was started with is also an error. With --resume, what a flag says changes,
+    except what shapes the state.
+    """
+    before, path = snapshot(copied), copied / "run" / CONFIG_FILE
+    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3, num_experts=3))
+    assert "--lr: was 0.001, is 0.002" in line and "--num-experts: was 2, is 3" in line
+    assert line.endswith("the same settings, or a new run (--run-name NEW, without --resume)")
+    assert "--lr: was 0.001, is 0.0001" in expect_error(
+        capsys, "train.py", *flags(copied, lr=None), "--dry-run"
+    )
+    resume = ["train.py", "--resume", f"{copied / 'run'}/"]
+    for changes in (["--num_experts", 0], ["--hidden-size", 64, "--lr", 2e-3], ["--router", "race"],
+                    ["--optimizer", "muon"], ["--objective", "flow_x"], ["--model", "DiT-S/2"],
+                    ["--freeze", "x_embedder"]):  # fmt: skip
+        line = expect_error(capsys, *resume, *changes)
+        assert f"{changes[0].replace('_', '-')}: was" in line and "--lr: was" not in line
+    line = expect_error(capsys, "train.py", *flags(copied, lr=2e-3))
+    assert "--lr: was 0.001, is 0.002" in line
+    assert f"or --resume {copied / 'run'} with the flags that are to change" in line
+    assert line.endswith(f"or a branch (--resume {step_folder(copied, 3)} --run-name NEW)")
+    assert snapshot(copied) == before
+    path.write_text("step: {lr: 0.00")  # written for people
+    call_main(*resume, "--max-steps", 4)
+    assert steps_of(copied) == [1, 2, 3, 4] and "lr: 0.001" in path.read_text()
+    text = path.read_bytes()
+    call_main("train.py", *flags(copied, **{"max-steps": 2}))  # a finished run keeps its config
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "change"),
+    [
+        ("hidden-size", 64, "state"), ("router", "race", "state"), ("optimizer", "muon", "state"),
+        ("freeze", "x_embedder", "state"), ("optimizer-weight-decay", 0.1, "result"),
+        ("ema-decay", 0.5, "result"), ("aux-loss-alpha", 0.5, "result"), ("lr", 5e-4, "result"),
+        ("lr-schedule", "cosine", "result"), ("global-seed", 1, "result"),
+        ("accum_iter", 2, "how"), ("gradient-checkpointing", True, "how"),
+        ("expert-backend", "loop", "how"), ("log-every", 2, "how"),
+    ],
+)  # fmt: skip
+def test_what_a_run_may_change_follows_from_the_class_of_the_field(
+    copied, flags, flag, value, change, capsys
+):
+    """The same command with a changed flag; a branch; and --resume RUN with the flag."""
+    said, line = (f"--{flag}", str(value)), f"--{flag.replace('_', '-')}: was "
+    same = ["train.py", *flags(copied, **{"max-steps": 4, flag.replace("_", "-"): value})]
+    branch = ["--resume", step_folder(copied, 3), "--run-name=new", "--results-dir", copied]
+    resume = ["train.py", "--resume", copied / "run", "--max-steps", 4, *said]
+    if change == "state":
+        for command in (same, resume, ["train.py", *branch, *said]):
+            assert line in expect_error(capsys, *command)
+        return
+    if change == "result":
+        assert line in expect_error(capsys, *same)
+        call_main("train.py", *branch, "--max-steps", 4, *said)
+        assert line in (copied / "new" / "log.txt").read_text()
+    call_main(*resume)
+    log = [json.loads(row) for row in (copied / "run" / "log.jsonl").read_text().splitlines()]
+    changed = [one for row in log for one in row.get("changed", ())]
+    assert [line in one for one in changed] == [True] * (change == "result")
+    assert read_record(copied / "run" / "checkpoints" / "0000004").step == 4
+
+
+def test_a_default_name_of_an_earlier_version_is_found(copied, flags, capsys):
+    """Otherwise the same command would silently begin a second run beside the first."""
+    unnamed = partial(flags, copied, **{"run-name": None, "max-steps": 1})
+    old = (copied / "run").rename(copied / "DiT-Ti-2-2E2A-rectified_flow-01234567")
+    line = expect_error(capsys, "train.py", *unnamed())
+    assert f"--resume {old}, or begin a new run with --run-name NEW" in line
+    call_main("train.py", *unnamed(lr=2e-3))
+    assert len(list(copied.iterdir())) == 2
+
+
+def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
+    """Nothing is lost: such a run has ended before its first save."""
+    shutil.rmtree(copied / "run" / "checkpoints")
+    call_main("train.py", *flags(copied, lr=2e-3, **{"max-steps": 1}))
+    output = capsys.readouterr().out
+    assert "run has no checkpoint yet: training starts at step 0" in output
+    assert steps_of(copied) == [1] and "lr: 0.002" in (copied / "run" / CONFIG_FILE).read_text()
+
+
+def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
+    copied, flags, image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    """Resumes by the full command with new paths, by relative paths, and by the run folder only.
+
+    The run folder has a trailing slash, as shells complete it.
+    """
+    shutil.copytree(image_tree, tmp_path / "moved" / "images")
+    shutil.copytree(tiny_vae, tmp_path / "moved" / "vae")
+    now = {"data-path": tmp_path / "moved" / "images", "vae-path": tmp_path / "moved" / "vae"}
+    call_main("train.py", *flags(copied, **now, **{"max-steps": 4}))
+    (tmp_path / "elsewhere").mkdir()
+    copied = copied.rename(tmp_path / "elsewhere" / "results")
+    monkeypatch.chdir(tmp_path / "moved")
+    near = {"data-path": "./images/", "vae-path": "../moved/vae", "max-steps": 5}
+    call_main("train.py", *flags("../elsewhere/results", **near))
+    paths = [f"--{name}={path}" for name, path in now.items()]
+    call_main("train.py", "--resume", f"{copied / 'run'}/", "--max-steps", 6, *paths)
+    assert steps_of(copied) == [1, 2, 3, 4, 5, 6] and not Path("results").exists()
+
+
+def test_a_run_started_before_an_option_existed_resumes_with_the_default(finished):
+    """A run of a version without an option had the default of the option."""
+    record, flags = read_record(step_folder(finished, 3)), training_flags(DDPFlags)
+    del record.settings["step"]["optimizer"], record.settings["step"]["lr_schedule"]
+    record.settings["step"]["ema"] = [{"exponential": {}}]
+    now, _ = stored_config(read_record(step_folder(finished, 3)), DDPFlags)
+    was, notes = stored_config(record, DDPFlags)
+    found = [(name, a.value, b.value) for name, a, b in differences(was.step, now.step)]
+    assert found == [("ema_decay", [0.9999], [0.9])] and not notes
+    record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
+    (note,) = stored_settings(record, flags)[1]
+    assert "unknown settings" in note and "ema: exponential: gone, gone" in note
+
+
+def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
+    config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
+    line = expect_error(capsys, "train.py", *flags(copied, **{"vae-path": tmp_path / "vae"}))
+    assert "and scale 0.25" in line and "a branch" in line
+
+
+def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, tmp_path, capsys):
+    """The source checkpoint may have any name. A branch without checkpoints reads it again."""
+    best = shutil.copytree(step_folder(finished, 2), tmp_path / "best")
+    results = tmp_path / "results"
+    call_main("train.py", *flags(results, resume=best))
+    shutil.rmtree(results / "run" / "checkpoints")
+    capsys.readouterr()
+    line = expect_error(capsys, "train.py", *flags(results, resume=results / "run"))
+    assert "run the command that began it again" in line
+    call_main("train.py", *flags(results, resume=best))
+    output = capsys.readouterr().out
+    assert "no checkpoint yet: training starts at step 2" in output
+    assert f"resumed from {best}" in output
+    assert_same_state(step_folder(results, 3), step_folder(finished, 3))
+
+
+def test_a_branch_with_different_parameters_is_rejected(finished, flags, tmp_path, capsys):
+    """Otherwise optimizer moments would be assigned to the wrong parameters without an error."""
+    for change in ({"freeze": "blocks.0"}, {"train-router-only": True}, {"num-experts": 3}):
+        arguments = flags(tmp_path / "r", resume=step_folder(finished, 3), **change)
+        assert f"--{next(iter(change))}: was" in expect_error(capsys, "train.py", *arguments)
+    assert not (tmp_path / "r").exists()
+
+
+def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree, tmp_path, capsys):
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(image_tree, data)
+    call_main("train.py", *flags(results, **{"data-path": data, "max-steps": 1}))
+    before, arguments = snapshot(results), flags(results, **{"data-path": data})
+    one, more = data / "class-0" / "00.png", data / "class-0" / "more.png"
+    shutil.copy(one, more)
+    line = expect_error(capsys, "train.py", *arguments)
+    assert "--data-path: was 40 images" in line and "is 41 images" in line
+    one.rename(tmp_path / "00.png")
+    assert "--data-path" in expect_error(capsys, "train.py", *arguments)  # 40 images, new names
+    shutil.copytree(image_tree / "class-0", data / "class-9")
+    assert "--num-classes: was 4, is 5" in expect_error(capsys, "train.py", *arguments)
+    shutil.rmtree(data / "class-9")
+    assert snapshot(results) == before
+    (step,) = re.findall(r"--resume (\S+) --run-name NEW", line)
+    other = ["--run-name=other", f"--resume={step}"]
+    shutil.copy(tmp_path / "00.png", one)
+    call_main("train.py", *arguments, *other)
+    assert step_folders(results / "other")
+    more.unlink()
+    call_main("train.py", *arguments)
+    assert steps_of(results) == [1, 2, 3]
+
+
+def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypatch, capsys):
+    monkeypatch.setattr("training.loop.ANNOUNCED_SIZE", 0)  # announces saves of any size
+    call_main("train.py", *flags(copied, accum_iter=2, **{"max-steps": 4}))
+    out = capsys.readouterr().out
+    assert "micro-batches have 4" in out and out.index("saving step 4\n") < out.index("] saved ")
+    assert steps_of(copied) == [1, 2, 3, 4]
+
+
+def hold(run: Path, pipe) -> None:
+    lock = lock_folder(run)
+    pipe.send(lock.name)
+    pipe.recv()
+
+
+def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, flags, capsys):
+    ours, theirs = multiprocessing.Pipe()
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(copied / "run", theirs))
+    first.start()
+    ours.recv()
+    arguments = flags(copied, **{"max-steps": 4})
+    line = expect_error(capsys, "train.py", *arguments)
+    assert f"process {first.pid}" in line
+    first.kill()
+    first.join()
+    call_main("train.py", *arguments)
+    assert steps_of(copied) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_log_or_lock_that_is_a_link_or_pipe_is_rejected(
+    copied, flags, kind, name, tmp_path, capsys
+):
+    """Writing to a pipe without a reader would block."""
+    precious, path = tmp_path / "precious", copied / "run" / name
+    precious.write_text('{"step": 9}\n')
+    path.unlink()
+    path.symlink_to(precious) if kind == "link" else os.mkfifo(path)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert name in line or "--results-dir" in line
+    assert precious.read_text() == '{"step": 9}\n' and steps_of(copied) == [1, 2, 3]
+
+
+def test_no_file_outside_the_run_folder_is_deleted_or_written(copied, flags, tmp_path):
+    outside, run = tmp_path / "outside", copied / "run"
+    outside.mkdir()
+    (outside / "precious").write_text("precious")
+    shutil.rmtree(step_folder(copied, 1))
+    for name in ("writing-0000004.tmp", "deleting-0000001.tmp", "0000001"):
+        (run / "checkpoints" / name).symlink_to(outside)
+    for name in ("log.jsonl.tmp", "samples-0000004.png.tmp"):
+        (run / name).symlink_to(outside / "precious")
+    changes = {"max-steps": 4, "num-sample": 1, "keep-last": 1}
+    call_main("train.py", *flags(copied, **changes))
+    assert steps_of(copied) == [1, 4]  # step 1 is a link, so it is not deleted
+    assert snapshot(outside) == {"precious": b"precious"}
+
+
+def test_the_checkpoints_folder_of_a_run_may_be_a_link(copied, flags, tmp_path, capsys):
+    shutil.move(copied / "run" / "checkpoints", tmp_path / "large-disk")
+    (copied / "run" / "checkpoints").symlink_to(tmp_path / "large-disk")
+    call_main("train.py", *flags(copied, **{"max-steps": 4}))
+    assert steps_of(copied) == [1, 2, 3, 4]
+    shutil.move(copied / "run" / "tensorboard", tmp_path / "board")
+    (copied / "run" / "tensorboard").symlink_to(tmp_path / "board")
+    assert "tensorboard" in expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 5}))
+
+
+def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
+    copied, flags, monkeypatch, capsys
+):
+    def enter(folder: Path, *more):
+        shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
+        return enter_run_folder(folder, *more)
+
+    monkeypatch.setattr(start, "enter_run_folder", enter)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
+    assert "another process saved a checkpoint" in line
+    assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
+
+
+def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
+    """As after `disown` and the end of an SSH connection: writes to the terminal raise EIO."""
+    master, slave = os.openpty()
+    file = open(slave, "wb", buffering=0)  # noqa: SIM115
+    terminal = io.TextIOWrapper(file, write_through=True)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, terminal)
+    log = RunLog(tmp_path, BatchStream(8, 1, start_step=0, end_step=4), {}, None, is_main=True)
+    os.close(master)
+    log.advance()
+    log.text("still training")
+    log.close()
+    assert "still training" in (tmp_path / "log.txt").read_text()
+
+
+def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
+    bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
+    path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
+    RunLog(tmp_path, BatchStream(8, 1, start_step=3, end_step=4), {}, None, is_main=True).close()
+    assert path.read_bytes() == b"".join(good[:3])
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit of the state": (STATE_FILE, flip_bit),
+    "a bit of the weights": (MODEL_FILE, flip_bit),
+    "truncated weights": (MODEL_FILE, truncate),
+    "missing state": (STATE_FILE, Path.unlink),
+    "missing manifest": (MANIFEST_FILE, Path.unlink),
+    "damaged manifest": (MANIFEST_FILE, lambda path: path.write_text("[]")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags, kind, capsys):
+    name, damage = DAMAGE[kind]
+    newest = step_folder(copied, 3)
+    damage(newest / name)
+    call_main("train.py", *flags(copied))
+    output = capsys.readouterr().out.splitlines()
+    assert any(str(newest) in line and name in line for line in output)
+    assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in output)
+    assert_same_state(newest, step_folder(finished, 3))  # step 3 was saved again
+    assert [row["step"] for row in rows(copied)] == [1, 2, 3]
+
+
+def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags):
+    """The newest intact checkpoint is step 1. A damaged step 3 must not displace the new step 2."""
+    for step in (2, 3):
+        truncate(step_folder(copied, step) / MODEL_FILE)
+    foreign = step_folder(copied, 3).parent / "0009" / "thesis.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("all of it")
+    call_main("train.py", *flags(copied, **{"max-steps": 2, "keep-last": 1}))
+    folders = foreign.parent.parent
+    assert {f.name for f in folders.iterdir()} == {"0000002", "damaged-0000003", "0009"}
+    assert foreign.read_text() == "all of it" and fault_of(folders / "0000002") is None
+
+
+def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copied, flags, capsys):
+    for step in range(1, 4):
+        truncate(step_folder(copied, step) / STATE_FILE)
+    before = snapshot(copied)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert "0000003" in line and STATE_FILE in line and "expected" in line
+    assert snapshot(copied) == before
+
+
+def test_saves_by_time_replace_only_earlier_saves_by_time(flags, tmp_path, monkeypatch):
+    """Saves at every step by time. Every second save is kept, also under different flags later."""
+    seen, complete = [], Saver.complete
+
+    def watched(self, *arguments):
+        complete(self, *arguments)
+        seen.append(self.step)
+
+    monkeypatch.setattr(Saver, "complete", watched)
+    by_time = {"save-minutes": 1e-9, "ckpt-every": 2}
+    call_main("train.py", *flags(tmp_path, **by_time, **{"max-steps": 5}))
+    assert seen == [1, 2, 3, 4, 5] and steps_of(tmp_path) == [2, 4, 5]
+    call_main("train.py", *flags(tmp_path, **{"ckpt-every": 3, "max-steps": 7}))
+    assert steps_of(tmp_path) == [2, 4, 5, 6, 7]
+    last = {"keep-last": 2, "num-sample": 1, "max-steps": 8}
+    call_main("train.py", *flags(tmp_path, **{**by_time, **last}))
+    assert steps_of(tmp_path) == [7, 8]
+    assert (tmp_path / "run" / "samples-0000007.png").exists()  # saves by time include a grid
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """Makes the system write at most `size` bytes per file, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard
+def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeypatch, capsys):
+    """Nothing can be written in step 2. A failed save after the last step ends with an error."""
+    step, full = loop.TrainingLoop.step, ExitStack()
+
+    def start_step(self, number, micro_batches):
+        full.close()
+        if number + 1 in (2, 5):
+            full.enter_context(file_size_limit(100))
+        return step(self, number, micro_batches)
+
+    monkeypatch.setattr(loop.TrainingLoop, "step", start_step)
+    changes = {"num-sample": 1, "sample-every": 1}
+    call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 4}))
+    assert steps_of(tmp_path) == [1, 3, 4]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # every row is valid JSON
+    output = capsys.readouterr()
+    assert "WARNING: the checkpoint of step 2" in output.out
+    assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
+    with full, pytest.raises(UserError, match="step 5 .*resumes from step 4"):
+        call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monkeypatch, shard):
+    """Sampling fails in a forward pass, as when memory runs out. Training is not affected."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def generate_and_fail(model, *arguments, **conditions):
+        with model.blocks[1].register_forward_pre_hook(fail):
+            return generate(model, *arguments, **conditions)
+
+    run = partial(flags, **{"max-steps": 4, "ckpt-every": 2, "shard": shard})
+    call_main("train.py", *run(tmp_path / "without"))
+    generate = preview.generate
+    monkeypatch.setattr(preview, "generate", generate_and_fail)
+    results, changes = tmp_path / "with", {"num-sample": 1, "sample-every": 1}
+    call_main("train.py", *run(results, **changes))
+    for step in (2, 4):
+        assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
+    log = (results / "run" / "log.txt").read_text()
+    assert log.index("checkpoints/0000004") < log.index("WARNING: no sample grid of step 4 (CUDA")
+
+
+def test_resuming_a_run_into_a_different_run_folder_is_rejected(copied, flags, capsys):
+    before, run = snapshot(copied), copied / "run"
+    for changes in ({"run-name": "other"}, {"run-name": None, "results-dir": copied / "elsewhere"}):
+        line = expect_error(capsys, "train.py", *flags(copied, resume=run, **changes))
+        assert f"--resume {run}: " in line and "expected the same folder" in line
+    assert snapshot(copied) == before
+
+
+def test_fine_tuning_and_branching_from_the_same_weights_are_separate_runs(copied, flags, capsys):
+    step, other = step_folder(copied, 2), {"run-name": None}
+    call_main("train.py", *flags(copied, resume=step, **other))
+    call_main("train.py", *flags(copied, finetune=step, **other))
+    new = [path for path in copied.iterdir() if path.name != "run"]
+    by_start = {newest_record(path).facts["start"].split()[0]: path.name for path in new}
+    assert sorted(by_start) == ["finetune", "resume"]
+    other = {"run-name": by_start["resume"]}
+    line = expect_error(capsys, "train.py", *flags(copied, finetune=step, **other))
+    assert "the weights that the run started from: was resume" in line and "is finetune" in line

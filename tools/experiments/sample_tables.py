@@ -1,0 +1,149 @@
+"""Tables and a figure from the rows that `tools.experiments.samples` writes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from pandas import DataFrame, Series
+
+from tools.benchmarks.common import markdown
+from tools.experiments.comparisons import paired_tests, test_cells, with_error
+
+MODEL_SETTINGS = ("quantize", "experts_per_token", "min_weight")  # of rows of samples
+
+
+def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:
+    """Returns the rows of samples as a frame, and the cost by which they are compared.
+
+    The cost is "passes" (forward passes per image) or, for rows without it, "steps". The column
+    "arm" is the name of the run without the seed, and the settings of the model that differ between
+    rows: ARM,NAME=VALUE.
+    """
+    frame = DataFrame([{"sampler": "", "groups": row["reporting"][:1]} | row for row in rows])
+    cost = "passes" if "passes" in frame and frame["passes"].notna().all() else "steps"
+    names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
+    frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0], **names)
+    frame[cost] = frame[cost].round().astype(int)
+    for name in MODEL_SETTINGS:
+        if name in frame and frame[name].nunique() > 1:
+            values = frame[name].map(f",{name}={{}}".format)
+            frame["arm"] += values.where(~frame[name].isin(["none", 0.0]), "")
+    return frame, cost
+
+
+def strongest(frame: DataFrame, *by: str) -> DataFrame:
+    """Returns the row of each run, by these columns, with the smallest KID on choosing images."""
+    return frame.loc[frame.groupby(["arm", "seed", *by], sort=False)["chosen"].idxmin()]
+
+
+def with_noise(rows: DataFrame) -> str:
+    """Formats the mean KID over runs ± its standard error; for one run, over groups of samples."""
+    kids = rows["kid"] if len(rows) > 1 else Series(rows["groups"].iloc[0])
+    return with_error(kids, digits=3)
+
+
+def sample_tables(rows: list[dict]) -> str:
+    """Returns a Markdown table of KID, at the guidance scale that is best on the choosing images.
+
+    With one sampler and number of steps, there is a line per run; else a line per arm and sampler,
+    and a column per number of passes. The last line is the noise of sampling: the standard
+    deviation between groups of samples of a run, pooled over the runs of a column.
+    """
+    frame, cost = read_samples(rows)
+    best = strongest(frame, "sampler", cost)
+    if len(best) == best["run"].nunique():
+        lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
+        for row in best.to_dict("records"):
+            kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
+            lines.append([row["run"], f"{row['scale']:g}", *kids])
+        return markdown(lines)
+    costs = sorted(best[cost].unique().tolist())
+    unit = {"steps": "step", "passes": "pass"}[cost]
+    lines = [["arm", "sampler", "runs", *(f"{n} {unit if n == 1 else cost}" for n in costs)]]
+    for (arm, sampler), group in best.groupby(["arm", "sampler"], sort=False):
+        cells = {n: with_noise(of_cost) for n, of_cost in group.groupby(cost)}
+        runs = str(group["run"].nunique())
+        lines.append([arm, sampler, runs, *(cells.get(n, "") for n in costs)])
+    grouped = best[best["groups"].str.len() > 1]
+    noise = (grouped["reporting"].str[1] ** 2).groupby(grouped[cost]).mean() ** 0.5
+    if len(noise):
+        cells = (f"{noise[n]:.3f}" if n in noise else "" for n in costs)
+        lines.append(["deviation between groups", "", "", *cells])
+    return markdown(lines)
+
+
+def sample_comparisons(rows: list[dict], reference: str) -> str:
+    """Returns a Markdown table that compares the KID of arms with the reference at equal cost.
+
+    Each run gets the sampler, steps and scale that are best on the choosing images, among those of
+    at most this cost. Arms with the same samplers as the reference are compared by sampler.
+    """
+    frame, cost = read_samples(rows)
+    ours, found = frame[frame["arm"] == reference], []
+    for _, theirs in frame[frame["arm"] != reference].groupby("arm", sort=False):
+        if set(theirs["sampler"]) == set(ours["sampler"]):
+            for sampler, both in theirs.groupby("sampler", sort=False):
+                found += rivals(both, ours[ours["sampler"] == sampler], cost)
+        else:
+            found += rivals(theirs, ours, cost)
+    pairs = [paired(theirs, ours) for _, theirs, ours in found]
+    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
+    lines = [["arm", f"at most {cost}", "KID", f"KID of {reference}", "from", "from", "pairs",
+              "difference", "p (Holm)", "detectable"]]  # fmt: skip
+    for place, ((limit, *rows), values) in enumerate(zip(found, pairs, strict=True)):
+        cells = [*map(with_noise, rows), *map(settings_of, rows)]
+        cells += [f"{len(values)} {values.name}", with_error(values, "+", 3)]
+        cells += test_cells(tests, place, digits=3)
+        lines.append([rows[0]["arm"].iloc[0], str(limit), *cells])
+    return markdown(lines)
+
+
+def rivals(
+    theirs: DataFrame, ours: DataFrame, cost: str
+) -> Iterator[tuple[int, DataFrame, DataFrame]]:
+    """Yields each cost of two arms, and the strongest rows of each arm at no more than this."""
+    for limit in sorted({*theirs[cost], *ours[cost]}):
+        found = [strongest(rows[rows[cost] <= limit]) for rows in (theirs, ours)]
+        if all(map(len, found)):
+            yield limit, *found
+
+
+def paired(left: DataFrame, right: DataFrame) -> Series:
+    """Returns the differences of KID between runs with the same seed or, for one, its groups."""
+    left, right = left.set_index("seed"), right.set_index("seed")
+    seeds = left.index.intersection(right.index)
+    groups = [Series(rows.loc[seeds[0], "groups"]) for rows in (left, right) if len(seeds) == 1]
+    if groups and min(map(len, groups)) > 1:
+        return (groups[0] - groups[1]).rename("groups")
+    return (left.loc[seeds, "kid"] - right.loc[seeds, "kid"]).rename("runs")
+
+
+def settings_of(rows: DataFrame) -> str:
+    """Names the samplers, steps and guidance scales of rows, as in "heun 4, unipc 8 at 1.5"."""
+    names = [
+        f"{row.sampler} {row.steps}" + (f" at {row.scale:g}" if row.scale != 1 else "")
+        for row in rows.itertuples()
+    ]
+    return ", ".join(dict.fromkeys(names))
+
+
+def draw_samples(rows: list[dict], path: Path) -> None:
+    """Draws the KID of each arm and sampler by cost, as `sample_tables` computes it."""
+    frame, cost = read_samples(rows)
+    figure = Figure(figsize=(6, 3.6), layout="tight")
+    axes = figure.subplots()
+    best = strongest(frame, "sampler", cost)
+    for names, group in best.groupby(["arm", "sampler"], sort=False):
+        kids = group["kid"].groupby(group[cost])
+        label, errors = ", ".join(names), kids.sem().fillna(0)
+        axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
+    label = "forward passes per image" if cost == "passes" else "sampling steps"
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KID, reporting images")
+    axes.set_xticks(sorted(best[cost].unique()), sorted(best[cost].unique()))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,253 @@
+r"""Measures the KID of samples by number of steps, guidance scale and precision of the experts.
+
+    python -m tools.experiments.samples --runs results/few/mean-flow-600-* --steps 1 2 4 8 25 \
+        --choosing data/choosing.npz --reporting data/reporting.npz --output results/few.jsonl
+
+Each setting gets several disjoint groups of samples. The first group is compared with the choosing
+images, to choose sampler and guidance scale; the other groups with the reporting images. Their
+deviation is the noise of sampling (`report.py` makes the tables). Runs with different seeds
+sample different images. "passes" counts the forward passes per image; guidance doubles them.
+
+A finished setting adds a row to OUTPUT. Run the same command again to measure the missing rows. A
+picture for each run, next to OUTPUT, has a line of images for each number of steps.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from evaluation.features import load_extractor
+from evaluation.generation import sample_labels
+from evaluation.images import ImageSet
+from evaluation.metrics import Statistics, collect, load_statistics, score
+from latents.features import FeatureNetwork
+from routers import Router, Routing
+from runtime.devices import DTYPES
+from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+from sampling.config import SamplingConfig
+from sampling.grid import captioned_rows, enlarge, write_png
+from sampling.pipeline import SamplingPipeline, open_pipeline
+from tools.benchmarks.common import open_processes
+from tools.experiments.report import read_lines
+
+PICTURED = 10  # images per line of a picture
+# A row is measured once for each value of these settings.
+SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "min_weight", "steps", "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    runs: tuple[str, ...] = flag(
+        group="what is sampled", help="run folders, with names that end in the seed, as in flow-0"
+    )
+    steps: tuple[int, ...] = flag((1, 2, 4, 8, 25), ge=1, help="numbers of sampling steps")
+    scales: tuple[float, ...] = flag((1.0, 1.5, 2.0), help="guidance scales to choose from")
+    sampler: str | None = flag(None, help="sampler (default: the default of the run's objective)")
+    quantize: tuple[str, ...] = flag(
+        ("none",), choices=("none", "int8", "int4"), help="precisions of the experts' weights"
+    )
+    experts_per_token: tuple[int, ...] = flag(
+        (), ge=1, help="numbers of experts per token in sampling (default: as in training)"
+    )
+    min_weights: tuple[float, ...] = flag(
+        (0.0,), ge=0, help="leave out the experts of a token whose weight is smaller"
+    )
+    precision: str | None = flag(
+        None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
+    )
+    num_images: int = flag(500, ge=1, help="number of samples per group")
+    groups: int = flag(5, ge=1, help="groups of samples that are reported, besides the first one")
+    batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
+    choosing: Path = flag(
+        group="real images",
+        help="statistics of the images that choose the guidance scale, written by evaluate.py "
+        "--precompute-reference",
+    )
+    reporting: Path = flag(help="statistics of the images on which the result is reported")
+    kid_subset_size: int = flag(500, ge=1, help="images per KID subset")
+    backbone: str = flag("efficientnet-lite0", metavar="NETWORK", help="as for evaluate.py")
+    output: Path = flag(
+        Path("results/samples/samples.jsonl"), group="output",
+        help="file of the rows, for tools.experiments.report",
+    )  # fmt: skip
+
+
+class DropSmall:
+    """Forward hook of a router that leaves out the rows whose weight is below `min_weight`."""
+
+    def __init__(self, min_weight: float):
+        self.min_weight, self.rows_per_token = min_weight, []
+
+    def __call__(self, router: Router, args: tuple[Tensor], routing: Routing) -> Routing:
+        kept = (routing.weight >= self.min_weight).nonzero().squeeze(1)
+        self.rows_per_token.append(len(kept) / math.prod(args[0].shape[:2]))
+        token, expert, weight = routing.token[kept], routing.expert[kept], routing.weight[kept]
+        return Routing(token, expert, weight, per_token=0, loss=routing.loss, load=routing.load)
+
+
+def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipeline, DropSmall]]:
+    """Yields the settings of rows without steps and scale, a pipeline, and the hook of its routers.
+
+    Without a minimum weight, the routers have no hook, so that sampling takes the fast path.
+    """
+    for run, kind in product(config.runs, config.quantize):
+        opened = open_pipeline(
+            SamplingConfig(
+                ckpt=run, sampler=config.sampler, precision=config.precision,
+                quantize=None if kind == "none" else kind,
+            )
+        )  # fmt: skip
+        experts = opened.model.config.num_experts
+        if max(config.experts_per_token, default=0) > experts:
+            got = max(config.experts_per_token)
+            raise UserError(f"--experts-per-token: got {got}, expected at most {experts} for {run}")
+        gates = [block.moe.gate for block in opened.model.blocks if block.moe is not None]
+        numbers = config.experts_per_token or (opened.model.config.num_experts_per_tok,)
+        for number, least in product(numbers, config.min_weights):
+            hook = DropSmall(least)
+            for gate in gates:
+                gate.num_experts_per_tok = number
+            handles = [gate.register_forward_hook(hook) for gate in gates if least]
+            values = (Path(run).name, opened.settings.sampler, kind, number, least)
+            yield dict(zip(SETTINGS, values, strict=False)), opened, hook
+            for handle in handles:
+                handle.remove()
+
+
+class Passes:
+    """Forward hook of a block that counts the images which pass through the network."""
+
+    images = 0
+
+    def __call__(self, block: Module, args: tuple, output: object) -> None:
+        self.images += len(args[0])
+
+
+def sample(pipeline: SamplingPipeline, seeds: range, batch_size: int) -> Tensor:
+    """Samples images (N, 3, H, W) uint8 of all classes in turn, one for each seed."""
+    labels = sample_labels("equal", len(seeds), pipeline.model.config.num_classes, 0)
+    batches = [slice(i, i + batch_size) for i in range(0, len(seeds), batch_size)]
+    return torch.cat([pipeline.images(labels[batch], seeds[batch]) for batch in batches])
+
+
+def seeds_of_groups(run: str, num_groups: int, num_images: int) -> list[range]:
+    """Returns the image seeds of each group; runs with different seeds share none."""
+    (number,) = re.findall(r"-(\d+)$", run) or (0,)
+    first = int(number) * num_groups * num_images
+    return [range(first + i * num_images, first + (i + 1) * num_images) for i in range(num_groups)]
+
+
+def measure(
+    pipeline: SamplingPipeline, run: str, config: SamplesConfig, extractor: FeatureNetwork,
+    real: dict[str, Statistics],
+) -> dict:  # fmt: skip
+    """Returns the passes and KIDs of a row.
+
+    "reporting" is the mean and the standard deviation of "groups", the KIDs of the groups.
+    "choosing", and "reporting" of a single group, have the deviation between subsets.
+    """
+    counter, kids = Passes(), []
+    handle = pipeline.model.blocks[0].register_forward_hook(counter)
+    groups = seeds_of_groups(run, config.groups + 1, config.num_images)
+    for group, seeds in enumerate(groups):
+        images = sample(pipeline, seeds, config.batch_size)
+        images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
+        samples = collect(images, extractor, config.batch_size)
+        statistics = real["reporting" if group else "choosing"]
+        found = score(samples, statistics, ["kid"], config.kid_subset_size)
+        kids.append((found["kid"], found["kid_std"]))
+    handle.remove()
+    values = [kid for kid, _ in kids[1:]]
+    spread = stdev(values) if len(values) > 1 else kids[1][1]
+    return {
+        "passes": counter.images / (len(groups) * config.num_images),
+        "choosing": list(kids[0]),
+        "reporting": [mean(values), spread],
+        "groups": values,
+    }
+
+
+def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
+    """Draws a line of images for each number of steps, at the scale that the rows choose."""
+    lines: dict[str, SamplingPipeline] = {}
+    for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
+        settings = pipeline.with_settings(steps=row["steps"], cfg_scale=row["scale"])
+        lines[pluralize(row["steps"], "step")] = settings
+    seeds = range(PICTURED)
+    images = torch.cat([sample(settings, seeds, PICTURED) for settings in lines.values()])
+    write_png(captioned_rows(enlarge(images), list(lines)), path)
+
+
+def open_statistics(name: str, path: Path, backbone: str, subset: int) -> Statistics:
+    """Reads a file of real images. Raises UserError if KID cannot be computed from the file."""
+    message = f"--{name}: got {path}, expected a file of evaluate.py --precompute-reference"
+    with reported_as(message, OSError):
+        statistics = load_statistics(path)
+    if statistics is None or "pool" not in statistics.features:
+        raise UserError(message)
+    if (got := statistics.info["backbone"]) != backbone:
+        raise UserError(f"--{name} {path}: got statistics of {got}, expected {backbone}")
+    if (got := len(statistics.features["pool"])) < subset:
+        raise UserError(f"--{name} {path}: got {got} images, expected at least {subset}")
+    return statistics
+
+
+def parse_args() -> SamplesConfig:
+    return parse_config(SamplesConfig, __doc__)
+
+
+def main(config: SamplesConfig) -> None:
+    if config.num_images < config.kid_subset_size:
+        raise UserError(
+            f"--num-images: got {config.num_images}, expected at least --kid-subset-size "
+            f"({config.kid_subset_size})"
+        )
+    prepare_output("--output", config.output)
+    extractor = load_extractor(config.backbone, None, open_processes().device)
+    real = {
+        name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
+        for name in ("choosing", "reporting")
+    }
+    rows = [{"min_weight": 0.0} | row for row in read_lines(config.output)]
+    for shared, opened, hook in open_settings(config):
+        facts = {
+            "images": config.num_images, "num_groups": config.groups,
+            "kid_subset_size": config.kid_subset_size,
+            "precision": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+            "choose_by": str(config.choosing), "report_by": str(config.reporting),
+            "checkpoint": opened.checkpoint.record.step,
+        }  # fmt: skip
+        for steps, scale in product(config.steps, config.scales):
+            row = {**shared, "steps": steps, "scale": scale}
+            if known := [one for one in rows if row.items() <= one.items()]:
+                was = {name: known[0].get(name, value) for name, value in facts.items()}
+                check_same(f"--output: {config.output} has rows of other samples", facts, was)
+                continue
+            pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
+            hook.rows_per_token.clear()
+            row |= measure(pipeline, shared["run"], config, extractor, real)
+            used = hook.rows_per_token or [shared["experts_per_token"]]
+            row["mean_experts_per_token"] = sum(used) / len(used)
+            row |= facts
+            print(json.dumps(row))
+            with config.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+        name = "-".join(map(str, filter(None, shared.values())))  # without a minimum weight of 0
+        of_setting = [row for row in rows if shared.items() <= row.items()]
+        draw(opened, of_setting, config.output.with_name(f"{name}.png"))
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

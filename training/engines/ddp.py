@@ -1,0 +1,357 @@
+"""Engine of train.py: every process holds the complete model (distributed data parallelism)."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoints import Checkpoint, ema_file
+from checkpoints.checkpoint import averages_of
+from checkpoints.tensor_file import Box
+from checkpoints.weights import (
+    as_user_error,
+    check_shapes,
+    open_safetensors,
+    shapes_of,
+)
+from conditions import Conditions
+from moe_kernels.recomputation import KEPT_OPERATORS
+from runtime.devices import DTYPES
+from runtime.errors import UserError, pluralize
+from runtime.processes import Distributed, reseed
+from training.auxiliary import add_projectors, is_of_model
+from training.config import TrainConfig
+from training.engine import Bytes, freeze, share_out
+from training.engines.initial import allocate, build_empty
+from training.engines.state import STATE_FILES, Place, read_state, stored_boxes
+from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
+from training.muon import rows_of
+from training.optimizers import planned_state
+from training.spikes import SpikeDetector
+
+ALIGNMENT = 64  # elements; grouped products on a GPU need weights aligned to 16 bytes
+
+
+class DDPEngine:
+    """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
+
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
+        self.dist, self.config, step = dist, config, config.step
+        self.model = build_empty(config.model)
+        allocate(self.model.parameters())
+        if weights is not None:
+            self.model.load_state_dict(weights.state_dict)
+        elif not resumes:
+            reseed(config.run.global_seed)
+            self.model.initialize_weights()
+        freeze(self.model, step)
+        self.model.to(dist.device).train()
+        self.weights = flatten_parameters(self.model)
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
+        self.num_shards = 1  # processes that share a copy of the model
+        self.prepare()
+        if dist.world_size == 1:
+            return
+        self.accumulates = step.accum_iter > 1
+        if self.accumulates:
+            # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
+            for weight in self.trained.values():
+                weight.grad = torch.zeros_like(weight)
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            self.replica = DistributedDataParallel(
+                self.model,
+                device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def prepare(self) -> None:
+        """Prepares a model for training once its weights are in place: checkpointing, compilation,
+        EMAs, optimizer and loss scaler. This process may hold only a shard of the weights."""
+        step = self.config.step
+        self.model.gradient_checkpointing = step.recomputed != "nothing"
+        if step.selective_checkpointing:
+            self.model.kept_operators = KEPT_OPERATORS
+        if step.compile:
+            # Otherwise PyTorch splits the graph of a block wherever a gradient bucket of DDP is
+            # full, and takes each weight to be as large as the flat tensor that all weights share.
+            torch._dynamo.config.optimize_ddp = False
+            self.model.compile_blocks()
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.averaged = {n: w for n, w in self.parameters.items() if is_of_model(n)}  # by EMAs
+        self.local = {name: self.local_of(weight) for name, weight in self.parameters.items()}
+        self.emas, self.grad_clip = self.config.emas, step.grad_clip
+        for ema in self.emas:
+            ema.start(self.shards)
+        self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
+        # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.
+        moved = self.local if self.config.optimizer.is_elementwise else self.parameters
+        self.moved = {name: moved[name] for name in self.trained}
+        self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.find_spikes = SpikeDetector(step.grad_skip, self.dist.device)
+        self.precision = DTYPES[step.precision]
+        self.scaler = torch.amp.GradScaler(
+            self.dist.device.type, enabled=self.precision == torch.float16
+        )
+        self.accumulates, self.replica = False, self.model
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """Returns the weights that this process holds, in the form that the EMAs average."""
+        return [self.weights]
+
+    def local_of(self, weight: nn.Parameter) -> nn.Parameter:
+        """Returns this process's shard of a parameter, which shares the parameter's memory."""
+        return weight
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Position of this process's shard within each parameter."""
+        shapes = shapes_of(self.parameters)
+        return {n: tuple(slice(0, size) for size in shape) for n, shape in shapes.items()}
+
+    def box(self, name: str, values: Tensor) -> Box:
+        """Returns the values of this process's shard of a parameter or EMA, with their position."""
+        return Box.of_all(values)
+
+    @classmethod
+    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+        return {"script": "train.py"}
+
+    @classmethod
+    def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
+        batch, count = config.engine.global_batch_size, world_size * config.step.accum_iter
+        if batch % count:
+            raise UserError(
+                f"--global-batch-size: got {batch}, expected a multiple of {world_size} processes "
+                f"x {config.step.accum_iter} micro-batches (--accum-iter)"
+            )
+        return batch // count
+
+    @classmethod
+    def memory(
+        cls, config: TrainConfig, world_size: int, micro_batch: int
+    ) -> tuple[Bytes, Bytes, str]:
+        model = planned_model(config)
+        gpu, host = state_bytes(config, model), copied_bytes(config, model, world_size)
+        gpu["activations"] = activation_bytes(config, micro_batch)
+        layout = f"{pluralize(world_size, 'process')}, each with the complete model"
+        return gpu, host, layout
+
+    def network(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            prediction, aux_loss = self.replica(x, t, y)
+        return prediction.float(), aux_loss
+
+    def autocast(self) -> AbstractContextManager:
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.dist.device.type, self.precision, enabled=enabled)
+
+    def micro_step(self, is_last: bool) -> AbstractContextManager:
+        if is_last or self.replica is self.model:
+            return nullcontext()
+        return self.replica.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
+        self.scaler.unscale_(self.optimizer)
+        weights = self.local_weights()
+        grad_norm = self.total_norm([weight.grad for weight in weights])
+        if self.grad_clip:
+            nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
+        for group, initial_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = initial_rate * rate
+        skipped = ~grad_norm.isfinite() | self.find_spikes(grad_norm)
+        # An optimizer with this attribute skips the step on the device, without a host sync.
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = skipped.float()
+            self.optimizer.step()
+        elif not skipped:  # the host waits for the value
+            self.optimizer.step()
+        self.scaler.update()
+        if self.accumulates:
+            self.optimizer.zero_grad(set_to_none=False)
+        else:
+            for name, weight in self.trained.items():
+                weight.grad = self.local[name].grad = None
+        for ema in self.emas:
+            ema.update(self.shards, step, skipped)
+        return {"grad_norm": grad_norm, "skipped": skipped}
+
+    def local_weights(self) -> list[nn.Parameter]:
+        """Returns this process's shards of the weights that have a gradient, with the gradient."""
+        weights = []
+        for name, weight in self.trained.items():
+            if weight.grad is not None:
+                self.local[name].grad = rows_of(weight.grad)
+                weights.append(self.local[name])
+        return weights
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Returns the norm of all gradients, given the shards of this process."""
+        return nn.utils.get_total_norm(gradients)
+
+    def is_finite(self) -> Tensor:
+        averages = (average for ema in self.emas for average in ema.averages)
+        tensors = [*self.shards, *averages, *self.model.buffers()]
+        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+
+    @contextmanager
+    def ema_weights(self, number: int = 0) -> Iterator[None]:
+        self.exchange(number)
+        self.model.eval()
+        try:
+            with self.autocast():
+                yield
+        except Exception:
+            self.abandon_forward()
+            raise
+        finally:
+            self.exchange(number)
+            self.model.train()
+
+    def abandon_forward(self) -> None:
+        """Cleans up after a forward pass that raised an exception."""
+
+    def exchange(self, number: int) -> None:
+        """Swaps the weights with an EMA."""
+        self.emas[number].exchange(self.shards)
+
+    def averages(self, number: int) -> dict[str, Tensor]:
+        """Returns this process's part of an EMA, by the name of the parameter."""
+        (flat,) = self.emas[number].averages
+        return dict(zip(self.averaged, views_of(flat, self.averaged.values()), strict=True))
+
+    def average(self, number: int) -> dict[str, Box]:
+        averages = self.averages(number)
+        boxes = {name: self.box(name, averages[name]) for name in self.written & averages.keys()}
+        return boxes | self.written_buffers()
+
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        boxes: dict[str, Box] = {f"model/{n}": box for n, box in self.written_buffers().items()}
+        numbers: dict[str, dict] = {}
+        for name in self.written:
+            box = boxes[f"model/{name}"] = self.box(name, self.local[name].detach())
+            kept = self.optimizer.state[self.moved[name]] if name in self.trained else {}
+            for key, value in kept.items():
+                if not torch.is_tensor(value):
+                    numbers.setdefault(name, {})[key] = value
+                elif (values := rows_of(value)).shape == box.values.shape:
+                    boxes[f"optimizer/{name}/{key}"] = replace(box, values=values)
+                else:  # such as the step, a scalar
+                    boxes[f"optimizer/{name}/{key}"] = Box.of_all(values)
+        facts = {
+            "processes": self.dist.world_size, "numbers": numbers,
+            "scaler": self.scaler.state_dict(), "spikes": self.find_spikes.state_dict(),
+        }  # fmt: skip
+        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
+
+    @cached_property
+    def written(self) -> set[str]:
+        """Names of the parameters that this process writes to checkpoints.
+
+        If several processes hold the same shards, each parameter is written by only one of them.
+        """
+        sizes = {name: weight.numel() for name, weight in self.parameters.items()}
+        dist = self.dist
+        copy, copies = dist.rank // self.num_shards, dist.world_size // self.num_shards
+        return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
+
+    def written_buffers(self) -> dict[str, Box]:
+        buffers = self.model.named_buffers() if self.dist.is_main else ()
+        return {name: Box.of_all(buffer) for name, buffer in buffers}
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        tensors = {name: weight.detach() for name, weight in self.local.items()}
+        return tensors | dict(self.model.named_buffers())
+
+    def load_state(self, folder: Path) -> None:
+        self.dist.run_on_all(lambda: self.read_state(folder))
+
+    @torch.no_grad()
+    def read_state(self, folder: Path) -> None:
+        places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
+        state = read_state(folder, places, self.dist.device)
+        # A branch may add or remove auxiliary losses. The checkpoint then lacks the projectors of
+        # the added losses, and the model lacks the projectors of the removed losses.
+        local = {n: tensor for n, tensor in local.items() if is_of_model(n) or n in state["model"]}
+        model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
+        shapes = shapes_of(local)
+        trained = {name: shapes[name] for name in self.trained if name in local}
+        with as_user_error(folder, "damaged, or of a different model"):
+            check_shapes(shapes_of(model), shapes)
+            for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
+                check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
+            for name, tensor in local.items():
+                tensor.copy_(model[name])
+            for name in trained:
+                weight, kept = self.moved[name], state["optimizer"][name].items()
+                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
+        # The scale is missing after a save in another precision, and below 1 after many nan steps.
+        if state["scaler"].get("scale", 0) >= 1:
+            self.scaler.load_state_dict(state["scaler"])
+        self.find_spikes.load_state_dict(state["spikes"])
+        stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
+        for number, ema in enumerate(self.emas):
+            if stored and ema.name not in stored:
+                ema.start(self.shards)
+                continue
+            path = stored.get(ema.name, folder / ema_file(ema.name, is_first=not number))
+            with (
+                open_safetensors(path) as file,
+                as_user_error(path, "damaged, or of a different model"),
+            ):
+                for name, average in self.averages(number).items():
+                    if average.numel():
+                        average.copy_(file.get_slice(name)[places[name]])
+
+
+def distributed_as(weight: Tensor, shard: Any) -> Any:
+    """Converts a shard to a DTensor with the layout of the weight, if the weight is a DTensor."""
+    if not isinstance(weight, DTensor) or not torch.is_tensor(shard) or not shard.dim():
+        return shard
+    return DTensor.from_local(
+        shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+    )
+
+
+@torch.no_grad()
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Moves all parameters of a model into one flat tensor, and returns the tensor.
+
+    The parameters become views of the flat tensor. They must have one dtype and one device. An
+    operation on all parameters, such as an EMA, is then one operation on the flat tensor.
+    """
+    parameters = list(model.parameters())
+    flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
+    for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
+        parameter.data = view.copy_(parameter)
+    return flat
+
+
+def views_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the views of a flat tensor that correspond to parameters, in their shapes."""
+    views, start = [], 0
+    for parameter in parameters:
+        views.append(flat[start : start + parameter.numel()].view_as(parameter))
+        start += padded(parameter.numel())
+    return views
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,421 @@
+"""Engine of train.py --shard: every process holds a shard of each weight (torch's FSDP2).
+
+The weights of a block are gathered in the training precision when the block computes, and then
+freed. The gradient of a block is summed in fp32, and every process keeps the shard of it that
+matches its weights. A weight is sharded along the first dimension that is divisible by the number
+of shards: for experts the expert dimension or, with more shards than experts, the width. Routers
+compute in fp32. They belong to the group of embeddings and output, which is gathered once per pass
+in fp32. Autocast handles the rest as in `DDPEngine`.
+"""
+
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from checkpoints import Checkpoint
+from checkpoints.tensor_file import Box, cut_dim
+from checkpoints.weights import shapes_of
+from diffusion import Objective
+from models import DiT
+from moe import Experts
+from runtime.devices import DTYPES
+from runtime.errors import UserError, pluralize
+from runtime.processes import Distributed
+from training.auxiliary import add_projectors
+from training.config import TrainConfig
+from training.engine import Bytes, freeze, node_size
+from training.engines.ddp import DDPEngine
+from training.engines.expert_parallel import (
+    experts_of_each,
+    keep_experts,
+    spread,
+    stored_of_each,
+)
+from training.engines.initial import allocate, build_empty, draw_initial_weights
+from training.engines.state import Place, shard_dim, shard_place
+from training.memory import (
+    activation_bytes,
+    copied_bytes,
+    planned_model,
+    received_rows,
+    state_bytes,
+)
+from training.optimizers import planned_state
+
+MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
+
+
+class FSDPEngine(DDPEngine):
+    """fp32 shards and EMAs, autocast steps on gathered weights; see `training.engine.Engine`."""
+
+    def __init__(
+        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
+        *, resumes: bool = False,
+    ):  # fmt: skip
+        self.dist, self.config, step = dist, config, config.step
+        self.meshes = make_meshes(dist, config)
+        self.layout = layout_of(config, dist.world_size)
+        self.num_shards = self.layout.shards * self.layout.spread
+        self.model = build_empty(config.model, device=dist.device)
+        freeze(self.model, step)
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
+        self.shapes = shapes_of(dict(self.model.named_parameters()))
+        shard(self.model, self.meshes, config)
+        for module in groups_of(self.model):
+            mesh = self.meshes.experts if isinstance(module, Experts) else self.meshes.model
+            if sums_rounded(config, mesh):
+                module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
+        self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
+        if weights is None and not resumes:
+            draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
+        elif weights is not None:
+            for name, value in weights.state_dict.items():
+                self.set_weight(name, value)
+        self.prepare()
+
+    def local_of(self, weight: DTensor) -> nn.Parameter:
+        return nn.Parameter(weight.detach().to_local(), weight.requires_grad)
+
+    @cached_property
+    def shards(self) -> list[Tensor]:
+        return [self.local[name].detach() for name in self.averaged]
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        return {name: self.place(name) for name in self.shapes}
+
+    def place(self, name: str) -> Place:
+        return self.layout.place(name, self.shapes[name], self.dist.rank % self.num_shards)
+
+    def box(self, name: str, values: Tensor) -> Box:
+        offset = tuple(limits.start for limits in self.places[name])
+        return Box(tuple(self.shapes[name]), offset, values)
+
+    def averages(self, number: int) -> dict[str, Tensor]:
+        return dict(zip(self.averaged, self.emas[number].averages, strict=True))
+
+    @torch.no_grad()
+    def set_weight(self, name: str, whole: Tensor) -> None:
+        """Stores this process's shard of a parameter, or a complete buffer."""
+        if name in self.parameters:
+            self.parameters[name].to_local().copy_(whole[self.place(name)])
+        else:
+            self.model.get_buffer(name).copy_(whole)
+
+    @classmethod
+    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+        layout = layout_of(config, dist.world_size)
+        if layout.shards * layout.spread > 1:
+            check_state(config)
+        check_runs(layout, planned_model(config))
+        return super().check(config, dist)
+
+    @classmethod
+    def memory(
+        cls, config: TrainConfig, world_size: int, micro_batch: int
+    ) -> tuple[Bytes, Bytes, str]:
+        """Returns the memory at the peak, see `training.engine.Engine`.
+
+        The weights of the root group (with the routers), of the current block and of the next group
+        are gathered. A block is one group, or two groups with --expert-parallel: the experts, and
+        all other weights. With --reshard-after-forward False, all blocks are gathered. The gradient
+        of one group is unsharded, both before and after its cast to fp32. Rows that arrive from
+        other processes are kept for the backward pass: on average as many as a process sends.
+        """
+        layout = layout_of(config, world_size)
+        item = DTYPES[config.step.precision].itemsize
+        model = planned_model(config)
+        check_runs(layout, model)
+        weights = dict(model.named_parameters())
+        shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
+        padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
+        experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
+        groups = [
+            [sum(padded[w] for w in group) for group in (block - experts, block & experts)]
+            for block in map(set, map(block_parameters, model.blocks))
+        ]
+        blocks, largest = list(map(sum, groups)), max(map(max, groups))
+        root = sum(padded.values()) - sum(blocks)
+        is_freed = config.engine.reshard_after_forward
+        gathered = max(blocks) + largest if is_freed else sum(blocks)
+        gpu = {
+            **state_bytes(config, model, shapes),
+            "gathered weights": 4 * root + item * gathered,
+            "whole gradients": (4 + item) * largest,
+            "activations": activation_bytes(config, micro_batch),
+        }
+        if layout.spread > 1:
+            rows = received_rows(config, micro_batch)
+            # Selective checkpointing also keeps the rows that are returned, here and there.
+            copies = 3 if config.step.selective_checkpointing else 1
+            gpu["exchanged rows"] = copies * item * rows * config.model.hidden_size
+        total = sum(weight.numel() for weight in weights.values())
+        num_shards = layout.shards * layout.spread
+        text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"
+        if layout.spread > 1:
+            text += f", experts in parallel on {layout.spread}"
+        if (padding := num_shards * sum(s.numel() for s in shapes.values()) / total - 1) >= 0.005:
+            text += f", {padding:.0%} more on the fullest"
+        return gpu, copied_bytes(config, model, world_size // num_shards, shapes), text
+
+    def micro_step(self, is_last: bool) -> AbstractContextManager:
+        # Each micro-batch reduces gradients within a copy of the model. The last micro-batch then
+        # reduces the accumulated gradients between the copies.
+        self.model.set_requires_all_reduce(is_last)
+        self.is_last = is_last
+        return nullcontext()
+
+    def abandon_forward(self) -> None:
+        """Frees the weights that an interrupted forward pass gathered or is gathering.
+
+        During a forward pass, `reshard` does nothing to a module with reshard_after_forward False,
+        so this method sets True first. After an interruption, the next forward pass of the root
+        omits FSDP's waits between streams, so this method waits for the device.
+        """
+        self.model.set_reshard_after_forward(True)
+        for module in groups_of(self.model):
+            module.unshard()
+            module.reshard()
+        self.model.set_reshard_after_forward(self.config.engine.reshard_after_forward)
+        self.model.set_reshard_after_forward(False, recurse=False)  # FSDP's default for the root
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+
+    def local_weights(self) -> list[nn.Parameter]:
+        weights = super().local_weights()
+        if self.layout.spread > 1:
+            # The gradient of an expert sums over the processes that send rows to the expert, but
+            # FSDP averages the gradient only over the processes that hold the expert.
+            spread = [self.local[n] for n in self.trained if is_expert(n)]
+            if gradients := [weight.grad for weight in spread if weight.grad is not None]:
+                torch._foreach_div_(gradients, self.layout.spread)
+        return weights
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        # Over all processes, so that every copy of the model gets the same bits.
+        copies = self.dist.world_size // self.num_shards
+        return (self.dist.sum(super().total_norm(gradients).square()) / copies).sqrt()
+
+    def exchange(self, number: int) -> None:
+        for module in groups_of(self.model):
+            module.reshard()  # free the gathered weights, which are not exchanged
+        super().exchange(number)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Distribution of the weights over the processes that hold one copy of the model.
+
+    Process number p of a copy belongs to group p % spread. The processes of a group share the
+    experts of that group. Every other weight is split into `shards * spread` shards, one per
+    process.
+    """
+
+    shards: int
+    spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
+    extra: int = 0  # experts of a layer in addition to the routed ones
+
+    def gathered(self, name: str) -> int:
+        """Returns the number of processes that a parameter is sharded over."""
+        return self.shards if is_expert(name) else self.shards * self.spread
+
+    def place(self, name: str, shape: torch.Size, shard_index: int) -> Place:
+        """Returns the position, in a parameter of this shape, of shard number `shard_index`."""
+        if not is_expert(name):
+            return shard_place(shape, shard_index, self.gathered(name))
+        counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
+        rank = shard_index % self.spread
+        first, shape_here = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
+        rows, *others = shard_place(shape_here, shard_index // self.spread, self.shards)
+        return (slice(first + rows.start, first + rows.stop), *others)
+
+
+def layout_of(config: TrainConfig, world_size: int) -> Layout:
+    """Returns the layout for --shard-size and --expert-parallel; by default one copy per node.
+
+    Raises UserError if the numbers do not divide the processes, or exceed the experts.
+    """
+    node, spread = node_size(config, world_size), config.engine.expert_parallel
+    size = config.engine.shard_size or (node if world_size % node == 0 else world_size)
+    if world_size % size:
+        raise UserError(f"--shard-size: got {size}, expected a divisor of {world_size} processes")
+    if size % spread:
+        raise UserError(
+            f"--expert-parallel: got {spread}, expected a divisor of the {size} processes that "
+            "share a copy of the model (--shard-size)"
+        )
+    experts = config.model.num_experts
+    if spread > max(1, experts):
+        raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
+    return Layout(size // spread, spread, config.model.experts_per_layer - config.model.num_experts)
+
+
+def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
+    """Returns the number of runs in which a process writes its shard of each weight to a file."""
+    runs = {}
+    for name, weight in weights.items():
+        size = weight[layout.place(name, weight.shape, 0)].shape
+        runs[name] = math.prod(size[: cut_dim(size, weight.shape)])
+    return runs
+
+
+def check_runs(layout: Layout, model: DiT) -> None:
+    """Raises UserError if the shards are scattered over so many rows of a checkpoint's tensors that
+    a save would take minutes.
+    """
+    weights, spread = dict(model.named_parameters()), layout.spread
+    runs = count_runs(layout, weights)
+    if sum(runs.values()) <= MOST_RUNS:
+        return
+    sizes = range(layout.shards - 1, 0, -1)
+    smaller = (replace(layout, shards=n) for n in sizes if layout.shards % n == 0)
+    fits = next((x for x in smaller if sum(count_runs(x, weights).values()) <= MOST_RUNS), None)
+    expected = f"{fits.shards * spread} or fewer" if fits else "a larger --expert-parallel"
+    worst = max(runs, key=runs.get)
+    raise UserError(
+        f"--shard-size: got {layout.shards * spread}, which scatters the shards of {worst} "
+        f"{tuple(weights[worst].shape)} and others over {sum(runs.values()):,} pieces of a "
+        f"checkpoint for each process; expected {expected}"
+    )
+
+
+def check_state(config: TrainConfig) -> None:
+    """Raises UserError if a tensor of the optimizer's state has a different shape than its weight.
+
+    The shards of such tensors, for example Adafactor's means of rows, cannot be saved.
+    """
+    model = planned_model(config)
+    shapes = {name: w.shape for name, w in model.named_parameters() if w.requires_grad}
+    state = planned_state(config.optimizer, shapes, model.matrices())
+    for name, kept in state.items():
+        for key, value in kept.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != shapes[name]:
+                raise UserError(
+                    f"--optimizer: {config.step.optimizer} keeps {key} {tuple(value.shape)} for "
+                    f"{name} {tuple(shapes[name])}; --shard requires tensors of the same shape"
+                )
+
+
+class Meshes(NamedTuple):
+    model: DeviceMesh  # (copies, processes per copy), or (processes,) for a single copy
+    experts: DeviceMesh | None = None  # (copies, processes that share experts)
+    spread: DeviceMesh | None = None  # processes that hold different experts
+
+
+def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
+    kind = dist.device.type
+    if not torch.distributed.is_initialized():  # one process, without a launcher
+        torch.distributed.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0,
+            world_size=1,
+        )  # fmt: skip
+    layout = layout_of(config, dist.world_size)
+    shards, spread = layout.shards, layout.spread
+    copies = dist.world_size // (shards * spread)
+    names = ("replicate", "shard") if copies > 1 else ("shard",)
+
+    # A single copy has no dimension "replicate", so the first size is then left out.
+    def mesh(*sizes: int, names: tuple[str, ...]) -> DeviceMesh:
+        return init_device_mesh(kind, sizes[-len(names) :], mesh_dim_names=names)
+
+    model = mesh(copies, shards * spread, names=names)
+    if spread == 1:
+        return Meshes(model)
+    both = mesh(copies, shards, spread, names=(*names, "spread"))
+    return Meshes(model, both[names], both["spread"])
+
+
+def groups_of(model: DiT) -> list[FSDPModule]:
+    """Returns the modules whose weights are gathered together: root, blocks and spread experts."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_expert(name: str) -> bool:
+    return ".moe.experts." in name
+
+
+def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:
+    return config.engine.copies_precision == "bf16" and mesh.ndim == 2
+
+
+class SumOfCopies:
+    """Hook that sums gradients, rounded to bf16, between copies of the model.
+
+    FSDP2 calls the hook after it has summed the gradients in fp32 within a copy. The gradients of
+    all micro-batches except the last are only accumulated.
+    """
+
+    def __init__(self, engine: "FSDPEngine", group: ProcessGroup):
+        self.engine, self.group, self.kept = engine, group, None
+
+    def __call__(self, gradient: Tensor) -> None:
+        # The memory belongs to the stream of the reduce-scatter. FSDP2 frees it after this call.
+        if gradient.is_cuda:
+            gradient.record_stream(torch.cuda.current_stream())
+        if self.kept is not None:
+            gradient += self.kept
+        if not self.engine.is_last:
+            self.kept = gradient.clone()
+            gradient.zero_()  # FSDP2 adds what remains here to the sharded gradient
+            return
+        self.kept, rounded = None, gradient.bfloat16()
+        torch.distributed.all_reduce(rounded, group=self.group)
+        torch.div(rounded, self.group.size(), out=gradient)
+
+
+def block_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters in the groups of a block: all except the router's."""
+    routers = set() if block.moe is None else set(block.moe.gate.parameters())
+    return [weight for weight in block.parameters() if weight not in routers]
+
+
+def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
+    """Shards a model of placeholders block by block, so that at most one block is unsharded."""
+    gates = [block.moe.gate for block in model.blocks if block.moe is not None]
+    in_gates = {weight for gate in gates for weight in gate.parameters()}
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[config.step.precision], reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )  # fmt: skip
+
+    def wrap(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+        num_shards = mesh["shard"].size()
+        if sums_rounded(config, mesh):  # by hooks, see `SumOfCopies`
+            mesh = mesh["shard"]
+        options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, num_shards))}
+        fully_shard(module, mesh=mesh, **options)
+
+    # The routing that a block returns contains views, but this code never changes outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module.*view", UserWarning)
+    options = {"mp_policy": policy, "ignored_params": in_gates}
+    options["reshard_after_forward"] = config.engine.reshard_after_forward
+    # Mean flow calls the network with parts of a batch, of a random number of images.
+    is_whole = type(config.objective).draw is Objective.draw
+    for block in model.blocks:
+        if meshes.spread is not None and block.moe is not None:
+            experts = block.moe.experts
+            size, extra = meshes.spread.size(), block.moe.gate.extra_experts
+            number = len(next(experts.parameters())) - extra
+            stored = stored_of_each(number, size, extra)
+            keep_experts(experts, stored, meshes.spread.get_local_rank())
+            allocate(experts.parameters())
+            routed, group = experts_of_each(number, size), meshes.spread.get_group()
+            spread(experts, group, routed, extra, has_equal_batches=is_whole)
+            wrap(experts, meshes.experts, **options)
+        allocate(w for w in block_parameters(block) if not isinstance(w, DTensor))
+        wrap(block, meshes.model, **options)
+    allocate([weight for weight in model.parameters() if not isinstance(weight, DTensor)])
+    model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
+    wrap(model, meshes.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    del model.gates
