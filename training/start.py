@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 
 from checkpoints import (
@@ -151,7 +152,7 @@ def open_run(
     the run folder cannot be used.
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
-    config, dataset, weights, notes = plan.config, plan.dataset, plan.weights, plan.notes
+    config, dataset, notes = plan.config, plan.dataset, plan.notes
     engine = choose_engine(config)
     facts, vae = inputs_of(config, dataset, dist)
     facts = {**engine.check(config, dist), **facts, "start": plan.start}
@@ -160,60 +161,98 @@ def open_run(
         dist.on_main(partial(check_earlier_names, folder, config, facts))
     if config.step.freezes:  # checks the patterns before the run folder is created
         frozen_names(fake_model(config.model), config.step)
-
-    # Where training starts: at a checkpoint of this run or of another one, at weights, or anew.
     found = dist.broadcast(step_folders(folder))
+    state_folder, before, weights, changed = starting_point(plan, said, facts, folder, found, dist)
+
+    if config.run.deterministic:
+        be_deterministic()
+    if config.step.tf32:
+        torch.set_float32_matmul_precision("high")
+    trained, held_out_indices = split(dataset, config.data.val_share)
+    stream = remaining_steps(config, engine, trained, before, dist)
+    dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
+    held_out = None
+    if config.data.val_path or config.data.val_share:
+        held_out = open_held_out(config, dataset, vae, facts, held_out_indices)
+    dataset.requested += [name for one in config.auxiliary for name in one.needs]
+    notes += batch_notes(stream.global_batch, len(trained)) + rate_notes(config, before, stream)
+    if dist.is_main and isinstance(dataset, ImageSource):  # reads images
+        notes += size_notes(dataset)
+
+    lock, log = open_folder(folder, config, facts, stream, found, dist)
+    for note in notes:
+        log.text(printable(f"note: {note}"))
+    log.changes(stream.start_step, changed)
+    origin = before.initialized_from if before else plan.weights and plan.weights.origin
+    return Run(
+        config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
+        held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
+        origin=origin, lock=lock, log=log,
+    )  # fmt: skip
+
+
+def starting_point(
+    plan: Plan, said: Layer, facts: dict[str, Any], folder: Path, found: list[Path],
+    dist: Distributed,
+) -> tuple[Path | None, Record | None, Checkpoint | None, list[str]]:  # fmt: skip
+    """Returns the checkpoint that training goes on from, of this run or of a branch's source, with
+    its record; or weights to start from; and what the flags change, see `changes`.
+
+    found: checkpoints of the run
+    Adds notes to the plan, and to facts how the run began.
+    """
+    config, notes, weights = plan.config, plan.notes, plan.weights
     state_folder = newest_intact(folder, found, notes, dist)
     is_own = state_folder is not None
     if not is_own and plan.branch:
         state_folder = plan.branch
         if fault := find_fault(state_folder, dist):
             raise UserError(f"--resume {state_folder}: {fault}")
-    before, changed, origin = None, [], weights and weights.origin
+    before, changed = None, []
     if state_folder:
-        before = read_record(state_folder)
+        before, weights = read_record(state_folder), None
         facts["start"] = facts["start"] or before.facts.get("start")
-        was, unknown = stored_config(before, engine_flags)
+        was, unknown = stored_config(before, type(config.engine))
         said = said if plan.resumes or not is_own else {}  # {}: the same command
         changed = changes(before, was, config, facts, said, state_folder, folder)
         notes += unknown + state_notes(config, was, state_folder)
-        weights, origin = None, before.initialized_from
     elif weights is not None:
         notes += data_notes(weights.record, weights.path, config, facts)
-        weights = start_weights(weights, config, dataset, notes)
+        weights = start_weights(weights, config, plan.dataset, notes)
     if os.path.isdir(folder) and not is_own:
         step = before.step if before else 0
         notes.append(f"{folder} has no checkpoint yet: training starts at step {step}")
+    return state_folder, before, weights, changed
 
-    # The steps that remain, and their data.
-    if config.run.deterministic:
-        be_deterministic()
-    if config.step.tf32:
-        torch.set_float32_matmul_precision("high")
+
+def remaining_steps(
+    config: TrainConfig, engine: type[Engine], trained: np.ndarray, before: Record | None,
+    dist: Distributed,
+) -> BatchStream:  # fmt: skip
+    """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
     micro_batch = engine.micro_batch(config, dist.world_size)
     check_batch(config, micro_batch)
-    trained, held_out_indices = split(dataset, config.data.val_share)
     global_batch = micro_batch * config.step.accum_iter * dist.world_size
-    stream = BatchStream(
+    return BatchStream(
         len(trained), micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
         start_step=before.step if before else 0,
         end_step=config.total_steps(len(trained), global_batch),
         flip=config.data.flip, indices=trained,
     )  # fmt: skip
-    dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
-    held_out = None
-    if config.data.val_path or config.data.val_share:
-        held_out = open_held_out(config, dataset, vae, facts, held_out_indices)
-    dataset.requested += [name for one in config.auxiliary for name in one.needs]
-    notes += batch_notes(global_batch, len(trained)) + rate_notes(config, before, stream)
-    if dist.is_main and isinstance(dataset, ImageSource):  # reads images
-        notes += size_notes(dataset)
 
-    # The run folder and its logs.
+
+def open_folder(
+    folder: Path, config: TrainConfig, facts: dict[str, Any], stream: BatchStream,
+    found: list[Path], dist: Distributed,
+) -> tuple[BinaryIO | None, RunLog]:  # fmt: skip
+    """Creates and locks the run folder; returns the lock and the log.
+
+    found: checkpoints of the run, listed before this process had the lock
+    """
     is_finished = stream.start_step >= stream.end_step
     lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
-    if dist.broadcast(step_folders(folder)) != found:  # listed before this process had the lock
+    if dist.broadcast(step_folders(folder)) != found:
         raise UserError(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
@@ -227,14 +266,7 @@ def open_run(
         log = dist.run_on_all(
             lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
         )
-    for note in notes:
-        log.text(printable(f"note: {note}"))
-    log.changes(stream.start_step, changed)
-    return Run(
-        config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
-        held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
-        origin=origin, lock=lock, log=log,
-    )  # fmt: skip
+    return lock, log
 
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
