@@ -47,9 +47,38 @@ def parse_config(
 
 
 def parse_flags(
-    flags: Flags, description: str | None, arguments: Sequence[str] | None = None
+    flags: Flags,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    first: Sequence[str] = (),
 ) -> Layer:
-    """Parses a command line and returns the given flags; see `parse_config` and `read_values`."""
+    """Parses a command line and returns the given flags; see `parse_config` and `read_values`.
+
+    first: the flags that --help shows, while --help all shows all of them; (): all
+    """
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, *value = word.split("=", 1)  # the name of a flag may contain _ for -
+        words.append("=".join([name.replace("_", "-"), *value]) if name[:2] == "--" else word)
+    if first and words[-1:] in (["--help"], ["-h"]):
+        shown = {name: flags[name] for name in first if name in flags}
+        print(make_parser(shown, description, grouped=False).format_help(), end="")
+        print(f"\n--help all lists {len(flags)} flags")
+        sys.exit()
+    parser = make_parser(flags, description)
+    values, unknown = parser.parse_known_args(words)
+    named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
+    if unknown and not named:
+        parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
+    # A flag without a value that accepts a tuple of bools gets the value True.
+    found = {
+        name: [True] if value == [] and not flags[name].field.by_component else value
+        for name, value in vars(values).items()
+    }
+    return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
+
+
+def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) -> "Parser":
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -58,7 +87,7 @@ def parse_flags(
     )
     groups, group = {}, parser
     for flag_name, one in ((name, flag.shown) for name, flag in flags.items()):
-        if title := one.group:
+        if (title := one.group) and grouped:
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         allowed = ",".join(map(str, one.choices or one.table or ()))
         rules: dict[str, Any] = {"metavar": one.metavar or (f"{{{allowed}}}" if allowed else None)}
@@ -75,21 +104,7 @@ def parse_flags(
         if not one.positional:
             rules |= {"dest": flag_name, "required": one.default is MISSING}
         group.add_argument(flag_name if one.positional else spelling(flag_name), **rules)
-    words = []
-    for word in sys.argv[1:] if arguments is None else arguments:
-        name, *value = word.split("=", 1)  # the name of a flag may contain _ for -
-        words.append("=".join([name.replace("_", "-"), *value]) if name[:2] == "--" else word)
-    values, unknown = parser.parse_known_args(words)
-    named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
-    if unknown and not named:
-        parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-    # If the command gives a flag without a value, and the flag accepts a tuple of bools, the flag
-    # gets the value True.
-    found = {
-        name: [True] if value == [] and not flags[name].field.by_component else value
-        for name, value in vars(values).items()
-    }
-    return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
+    return parser
 
 
 class Parser(argparse.ArgumentParser):

@@ -55,6 +55,16 @@ def test_help_shows_the_docstring_and_describes_every_flag(script, parser_of):
     assert [action.option_strings for action in parser._actions if not action.help] == []
 
 
+def test_help_of_training_shows_ten_flags_and_help_all_shows_all(capsys):
+    shown = []
+    for words in (["--help"], ["--help", "all"]):
+        with command_line("train.py", words) as module, pytest.raises(SystemExit) as stopped:
+            module.parse_args()
+        assert stopped.value.code in (0, None)
+        shown.append(set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)))
+    assert len(shown[0]) == 10 and {"--model", "--resume"} <= shown[0] < shown[1]
+
+
 def test_help_shows_each_default_once(parser_of):
     words = " ".join(parser_of("train").format_help().split())
     for line in (

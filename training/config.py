@@ -52,6 +52,10 @@ from training.optimizers import OPTIMIZERS, Optimizer
 from training.schedule import SCHEDULES, Schedule
 
 RECIPES = Path(__file__).parent.parent / "config" / "recipes"
+FIRST_FLAGS = (  # what a newcomer needs
+    "data_path", "vae_path", "image_size", "model", "num_experts", "rf", "config",
+    "global_batch_size", "train_batch_size", "max_steps", "resume",
+)  # fmt: skip
 # Fields of the model that the data determine; only the first one is a flag.
 DATA_FACTS = ("num_classes", "input_size", "in_channels")
 EPOCHS = 1400  # without --epochs and --max-steps
@@ -398,7 +402,7 @@ def parse_training(
     if is_mapping:
         command = read_values(arguments, flags)
     else:
-        command = parse_flags(flags, description, arguments)
+        command = parse_flags(flags, description, arguments, FIRST_FLAGS)
     recipe: Layer = {}
     if path := command.get("config"):
         with reported_as(f"--config {path}", OSError, ValueError, UserError):
