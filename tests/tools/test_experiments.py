@@ -175,7 +175,7 @@ def made_tables(tmp_path_factory) -> list[str]:
     """Lines of the tables that the commands of docs/experiments.md print."""
     page = (ROOT / "docs" / "experiments.md").read_text().replace("\\\n", "")
     page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
-    commands = re.findall(r"^python -m (experiments\.report) (.*)$", page, re.MULTILINE)
+    commands = re.findall(r"^python -m (tools\.experiments\.report) (.*)$", page, re.MULTILINE)
     assert len(commands) >= 15
     output, text = tmp_path_factory.mktemp("tables"), io.StringIO()
     with contextlib.redirect_stdout(text):
