@@ -192,9 +192,7 @@ class DiTConfig:
         for name, declared in options_of(DiTConfig).items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, declared.read(value))
-        # Two configs are equal if one omits a field and the other sets the field to the default.
-        # Therefore this method fills in the defaults that depend on other fields, and sets
-        # `dense_mlp_type` to None if the value equals the default.
+        # Canonical form, so that equal configs compare equal.
         dense, declared = self.num_experts == 0, options_of(DiTConfig)["router"]
         layers = self.sparse_layers or "all"  # a dense config stores ()
         mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
@@ -287,7 +285,6 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
 
     chosen: "all", "every-second" (1, 3, ...), "shallow-half", "deep-half", or indices such as
         "6,8,10". The paper found that experts help most in the deep half (arXiv 2407.11633).
-    Raises ValueError for any other value.
     """
     half = depth // 2
     ranges = {"all": range(depth), "every-second": range(1, depth, 2),
@@ -609,17 +606,14 @@ class DiT(nn.Module):
         The adaLN modulation starts at zero, so each block is the identity. The output layer starts
         at zero, so the prediction is zero.
 
-        gather: function that takes the parameters and buffers of one module and returns a context
-            in which they can be written. A sharded engine passes a function whose context allocates
-            them on entry.
+        gather: context manager that materialises the parameters and buffers of one module
         """
         names = {t: name for name, t in [*self.named_parameters(), *self.named_buffers()]}
         modules = list(self.modules())
         routers = [module for module in modules if isinstance(module, Router)]
         in_routers = dict.fromkeys(module for router in routers for module in router.modules())
-        # Initialise the routers last. If the generator is seeded directly before this call, two
-        # models that differ only in the router get equal weights outside the router. `prototype` is
-        # an exception, because the extra expert of `prototype` also takes random numbers.
+        # Routers last: the same seed gives the same other weights (except with `prototype`, whose
+        # extra expert draws too).
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
             own = {t: names[t] for t in (*module.parameters(False), *module.buffers(False))}
             with gather(list(own)):
@@ -688,8 +682,8 @@ class DiT(nn.Module):
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
-            Every condition except the label has a default. Other names have no effect, except that
-            a router can read "label" even if the label is not a condition of this model.
+            Every condition except the label has a default. Other names have no effect, but a
+            router can read "label".
 
         Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
         the training loss: a scalar, aux_loss_alpha times the sum of the router losses. The

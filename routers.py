@@ -60,9 +60,8 @@ class Routing(NamedTuple):
 class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
 
-    The router's input is the token (D), followed by facts about the token's image, which
-    `DiTBlock.router_input` appends. `asks_for` names these facts: "time", the embedding of the time
-    (D), or "no_class" (1), true for images without a class. The gate does not use "no_class".
+    `DiTBlock.router_input` appends to the token (D) the facts that `asks_for` names: "time", the
+    embedding of the time (D), or "no_class" (1), which the gate does not use.
 
     draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient
         checkpointing then need not restore the state of the generators.
@@ -376,12 +375,8 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
     auxiliary loss, weighted by aux_loss_alpha, is the binary cross-entropy of these predictions,
     averaged over all S E pairs. The threshold of each expert is a moving average of the k-th
     largest of the expert's predictions. In eval mode an expert takes the tokens whose prediction is
-    above the threshold.
-
-    Differs from the released code: in eval mode, an expert of the released code counts the tokens
-    whose prediction is above the threshold, and takes that number of tokens with the largest p in
-    the batch. An image then depends on the other images of the batch. `inference` "count"
-    reproduces this behaviour.
+    above the threshold. The released code (`inference` "count") takes as many tokens, but those
+    with the largest p in the batch, so that an image depends on the others.
     """
 
     momentum: float = option(
@@ -443,8 +438,8 @@ class PrototypeRouter(Router, draws_nothing=True):
         expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
                         the largest z
     With `unconditional_expert`, each token of an image without a class goes to one extra expert,
-    number E. Under expert choice, such a token has one row, with weight 1. Under token choice, such
-    a token has K rows, each with weight 1 / K, because every token must have K rows.
+    number E. Under expert choice, such a token has one row, with weight 1; under token choice, K
+    rows with weight 1 / K.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
     mean of the tokens assigned to expert i. An expert i that received tokens has the loss
@@ -486,8 +481,7 @@ class PrototypeRouter(Router, draws_nothing=True):
 
     def forward(self, x: Tensor) -> Routing:
         x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
-        # All tokens of an image have the same no_class, so read the first token. Without
-        # `unconditional_expert`, no_class has the width 0, and `any` returns False.
+        # The first token speaks for its image. Without the expert the width is 0: `any` is False.
         unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, F)

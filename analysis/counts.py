@@ -108,7 +108,7 @@ class RoutingCounts:
 
     @classmethod
     def load(cls, path: Path | str) -> "RoutingCounts":
-        """Reads a file that `save` wrote. Raises UserError for any other file."""
+        """Reads a file that `save` wrote."""
         with open_npz(path, "the counts of expert_data.py") as file:
             found = int(file["format"]) if "format" in file else 1
             if found != FORMAT:

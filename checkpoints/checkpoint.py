@@ -293,7 +293,7 @@ def find_vae(record: Record, path: Path) -> str | None:
 
 
 def read_record(path: Path) -> Record:
-    """Reads the record of a step folder or file. Raises UserError if the file is damaged."""
+    """Reads the record of a step folder or file."""
     path = path / MODEL_FILE if path.is_dir() else path
     with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
         return Record.from_metadata(file.metadata())
@@ -312,7 +312,7 @@ def step_folders(run: Path) -> list[Path]:
 
 
 def config_of(model: str, **overrides) -> DiTConfig:
-    """Returns the DiTConfig of a preset with overrides. Raises UserError for invalid values."""
+    """Returns the DiTConfig of a preset with overrides."""
     try:
         return DiTConfig.of({**DiT_models[model].keywords, **overrides})
     except ValueError as error:

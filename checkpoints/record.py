@@ -96,7 +96,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Record":
-        """Builds a record from the result of `to_dict`. Raises ValueError for a wrong field."""
+        """Builds a record from the result of `to_dict`."""
         sections = values.get("config") if isinstance(values, dict) else None
         if not isinstance(sections, dict) or not isinstance(sections.get("model"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
@@ -118,10 +118,7 @@ class Record:
 
     @classmethod
     def of_weights(cls, fields: dict[str, Any] | DiTConfig, facts: dict[str, Any]) -> "Record":
-        """Builds a record from the fields of the model, nested or flat, and known facts.
-
-        Raises ValueError for a wrong field.
-        """
+        """Builds a record from the fields of the model, nested or flat, and known facts."""
         config = fields if isinstance(fields, DiTConfig) else DiTConfig.of(fields)
         facts = {name: value for name, value in facts.items() if value is not None}
         hints = get_type_hints(cls)

@@ -102,7 +102,7 @@ class MeanFlow(RectifiedFlow):
         x, t, r = x.float(), t.float(), r.float()
         noise = torch.randn_like(x) if noise is None else noise.float()
         z_t = x.lerp(noise, t[:, None, None, None])        # (N, C, h, w)
-        # Every process differentiates at least one image, so that collectives match.
+        # At least one image per process, else FSDP hangs.
         leading = slice(0, max(1, len(x) if num_spans is None else num_spans))
         target, direction = self.velocities(network, z_t, t, y, noise - x, null_y, leading)
         du_dt = self.time_derivative(

@@ -16,8 +16,6 @@ def noise_schedule_betas(noise_schedule: str, num_timesteps: int) -> Tensor:
     linear: from 1e-4 to 0.02 for 1000 steps; scaled for other lengths, so that every chain ends
         with the same noise (Ho et al. 2020, section 4)
     squaredcos_cap_v2: the cosine schedule (Nichol and Dhariwal 2021, equation 17), betas <= 0.999
-
-    Raises ValueError for any other name.
     """
     if noise_schedule == "linear":
         scale = 1000 / num_timesteps

@@ -98,10 +98,7 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
 
 
 def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
-    """Returns the set after encoding and decoding by an autoencoder.
-
-    Raises UserError for an image size that the autoencoder cannot encode.
-    """
+    """Returns the set after encoding and decoding by an autoencoder."""
     with reported_as(f"--reconstruct: images of {images.size} pixels", UserError):
         for pixels in images.size:
             vae.latent_side(pixels)

@@ -120,7 +120,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 def load_statistics(path: Path) -> Statistics | None:
     """Reads the statistics in an .npz file, ours or ADM's.
 
-    Returns None if the file has only images. Raises UserError for a damaged file.
+    Returns None if the file has only images.
     """
     with open_npz(path, "a complete .npz of statistics") as arrays:
         if "mu" not in arrays:

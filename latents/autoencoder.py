@@ -80,7 +80,7 @@ def folder_of_vae(folder: Path) -> Path:
 class LatentNorm:
     """Normalisation of latents: a sample z of the raw posterior becomes (z - shift) * scale.
 
-    Shift and scale are one number, or one number per channel. Raises ValueError for other values.
+    Shift and scale are one number, or one number per channel.
     """
 
     shift: float | tuple[float, ...] = 0.0

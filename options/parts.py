@@ -159,9 +159,8 @@ class Option:
 class Component:
     """Base class of the swappable components.
 
-    Users can set fields made by `option`. The code that creates the object passes the other
-    annotated fields. Every subclass is a dataclass, initialised in `__post_init__`, which calls the
-    `__post_init__` of the base class first.
+    Users set fields made by `option`; other fields are constructor arguments. Every subclass is a
+    dataclass, initialised in `__post_init__`, which calls that of the base class first.
     """
 
     def __init_subclass__(cls, **kwargs):

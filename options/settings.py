@@ -203,7 +203,7 @@ def build(kind: type, layer: Layer, flags: Flags) -> Any:
 
 
 def completed(choice: Option, part: Part) -> Part:
-    """Returns a component with all options. Raises ValueError for a wrong value."""
+    """Returns a component with all options."""
     kind = choice.name
     if choice.by_component:
         kind = f"{kind}_{part.name}".replace("-", "_")

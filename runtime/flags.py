@@ -115,10 +115,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_values(values: Mapping[str, Any], flags: Flags) -> Layer:
-    """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`.
-
-    Raises UserError for an unknown name or a wrong value.
-    """
+    """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`."""
     for name in flattened(values, flags):
         if name not in flags:
             raise UserError(f"{spelling(name)}: unknown flag{suggestion(name, flags)}")

@@ -16,10 +16,7 @@ ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """A checkpoint and sampler settings; scripts extend this class by further flags.
-
-    Raises UserError for a value of the wrong type or out of range.
-    """
+    """A checkpoint and sampler settings; scripts extend this class by further flags."""
 
     def __post_init__(self):
         with naming_flags({}):

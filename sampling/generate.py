@@ -87,7 +87,7 @@ def objective_of(settings: SamplerSettings) -> Objective:
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:
-    """Returns the times that the sampler visits. Raises UserError for invalid steps or shift."""
+    """Returns the times that the sampler visits."""
     sampler, steps = objective.samplers[settings.sampler], settings.num_steps
     try:
         if settings.respacing is not None:
@@ -145,10 +145,7 @@ def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> lis
 
 
 def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
-    """Converts a sequence, tensor or array to a list of Python values.
-
-    Raises UserError for anything else.
-    """
+    """Converts a sequence, tensor or array to a list of Python values."""
     values = values.tolist() if hasattr(values, "tolist") else values  # tensors and arrays
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise UserError(f"{source}: got {values!r:.80}, expected {expected}")

@@ -228,10 +228,7 @@ def shared_classes(configs: list[SamplingConfig]) -> list[tuple[str, list[int]]]
 def requested_images(
     given: dict, most_steps: int, classes: list[tuple[str, list[int]]]
 ) -> tuple[list[int], list[int]]:
-    """Returns the requested classes, as places in `shared_classes`, and seeds.
-
-    Raises UserError for invalid values.
-    """
+    """Returns the requested classes, as places in `shared_classes`, and seeds."""
     seed, number = given["seed"], given["images"]
     for name, value, least, most in (
         ("Seed", seed, 0, 2**32 - 1),

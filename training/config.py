@@ -433,7 +433,7 @@ def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     """Reads a recipe or a config.yaml.
 
     Returns the values, as text, and whether the file is the config.yaml of a run: such a file has a
-    second YAML document, the facts. Raises ValueError for other content.
+    second YAML document, the facts.
     """
     expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:

@@ -214,9 +214,7 @@ class TrainingLoop:
     def encoded(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
         """Yields the micro-batches of a step with their "latents" (N, C, h, w).
 
-        Before each micro-batch, the seeds of the random generators are derived from the run's seed,
-        the step and the position of the micro-batch among the micro-batches of all processes. The
-        random numbers depend on this position, not on the process that computes the micro-batch.
+        The seed is (seed, step, number of the micro-batch over all processes), whatever the rank.
         """
         for number, batch in enumerate(micro_batches):
             position = number * self.dist.world_size + self.dist.rank
@@ -247,7 +245,7 @@ class TrainingLoop:
         """Records the metrics of a step for the next log line, and advances the progress bar."""
         self.tracker.add(metrics)
         self.skipped += metrics["skipped"]
-        self.skipped[1] *= metrics["skipped"]  # a step that is not skipped resets the second number
+        self.skipped[1] *= metrics["skipped"]  # in a row
         self.log.advance()
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:

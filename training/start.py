@@ -100,9 +100,7 @@ class Run:
     folder: Path
     facts: dict[str, Any]  # inputs besides the settings, see `FACTS`
     dataset: Source
-    # None if the latents are cached, the run draws no grids, and the path of the autoencoder is the
-    # path that the cache records.
-    vae: Autoencoder | None
+    vae: Autoencoder | None  # None if no step needs it
     held_out: list[Batch] | None  # latents of --val-path or --val-share
     stream: BatchStream  # the remaining steps
     state_folder: Path | None  # step folder with the state that the run starts from

@@ -74,7 +74,7 @@ class ExperimentConfig:
 
 
 def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:
-    """Returns the arms of these questions, restricted to --arms. Raises UserError if unknown."""
+    """Returns the arms of these questions, restricted to --arms."""
     arms = list(dict.fromkeys(arm for number in questions for arm in QUESTIONS[number].arms))
     if unknown := set(config.arms) - set(arms):
         raise UserError(f"--arms: got {min(unknown)}, expected some of {', '.join(arms)}")

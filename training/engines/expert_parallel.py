@@ -6,8 +6,8 @@
 
 A process sorts its rows by expert and sends each row, with its weight, to the process that holds
 the expert. That process computes the received rows like the rows of any routing, and sends the
-results back. No row is dropped. The host waits for the numbers of rows, unless all experts have the
-same number (`Routing.is_even`).
+results back. No row is dropped. The host waits for the numbers of rows, unless
+`Routing.is_even`.
 
 The last process stores the extra expert of a router (`Router.extra_experts`) and sends the weights
 to all processes. Every process then computes the rows of its tokens for the extra expert.
@@ -75,7 +75,7 @@ def spread(
         there, here = (mask.nonzero().squeeze(1) for mask in (~is_extra, is_extra))
         token, expert, weight = routing.token, routing.expert - sum(counts), routing.weight
         routed = token[there], routing.expert[there], weight[there], 0
-        # With one more row, of weight 0, all processes take part in the backward pass.
+        # A row of weight 0: ranks without extra rows must join the backward collective too.
         local = (F.pad(t[here], (0, 1)) for t in (token, expert, weight))
         weights = (p if p is None else FromLast.apply(p[-extra:], group) for p in experts.weights())
         y = EXPERT_BACKENDS[experts.backend](

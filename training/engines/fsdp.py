@@ -2,9 +2,8 @@
 
 The weights of a block are gathered in the training precision when the block computes, and then
 freed. The gradient of a block is summed in fp32, and every process keeps the shard of it that
-matches its weights. A weight is sharded along the first dimension that is divisible by the number
-of shards: for experts the expert dimension or, with more shards than experts, the width. Routers
-compute in fp32. They belong to the group of embeddings and output, which is gathered once per pass
+matches its weights. A weight is sharded along its first divisible dimension (experts first).
+Routers compute in fp32. They belong to the group of embeddings and output, which is gathered once per pass
 in fp32. Autocast handles the rest as in `DDPEngine`.
 """
 
@@ -179,9 +178,8 @@ class FSDPEngine(DDPEngine):
     def abandon_forward(self) -> None:
         """Frees the weights that an interrupted forward pass gathered or is gathering.
 
-        During a forward pass, `reshard` does nothing to a module with reshard_after_forward False,
-        so this method sets True first. After an interruption, the next forward pass of the root
-        omits FSDP's waits between streams, so this method waits for the device.
+        `reshard` ignores modules with reshard_after_forward False, so it is set first. The next
+        forward pass of the root omits FSDP's waits between streams, so the device is awaited here.
         """
         self.model.set_reshard_after_forward(True)
         for module in groups_of(self.model):
