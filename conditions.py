@@ -203,8 +203,6 @@ CONDITIONS: dict[str, type[Condition]] = {
 
 def split_condition(spec: str) -> tuple[str, int | None]:
     """Splits "vector:768" into name and width; the width is None without a number.
-
-    Raises ValueError if `spec` does not name a condition.
     """
     name, colon, width = spec.partition(":")
     kind = CONDITIONS.get(name)

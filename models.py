@@ -78,10 +78,7 @@ QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Hyperparameters that define a DiT, stored with its weights.
-
-    Raises ValueError if the model cannot be built.
-    """
+    """Hyperparameters that define a DiT, stored with its weights."""
 
     change: ClassVar = "state"  # a resumed run has the same values, see `settings.change_of`
 
@@ -229,8 +226,6 @@ class DiTConfig:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "DiTConfig":
         """Builds a config from fields, nested as in a file or flat: router_scale, aux_loss_alpha.
-
-        Raises ValueError for an unknown field and for a wrong value.
         """
         flags = flags_of((cls,))
         if unknown := sorted(map(str, flattened(values, flags).keys() - flags.keys())):
@@ -687,8 +682,7 @@ class DiT(nn.Module):
 
         Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
         the training loss: a scalar, aux_loss_alpha times the sum of the router losses. The
-        auxiliary loss of a dense model is 0. Raises ValueError for latents of a different shape
-        and for a missing label.
+        auxiliary loss of a dense model is 0.
         """
         if tuple(x.shape[1:]) != self.config.latent_shape:
             raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "

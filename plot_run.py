@@ -39,7 +39,7 @@ class PlotConfig:
 
 
 def read_rows(run: Path) -> list[dict]:
-    """Reads the log.jsonl of a run. Raises UserError if the file has no rows or an invalid line."""
+    """Reads the log.jsonl of a run."""
     path, rows = run / "log.jsonl", []
     with reported_as(f"got {path}, expected the log of a run", OSError), path.open("rb") as file:
         for number, line in enumerate(file, 1):

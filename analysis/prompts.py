@@ -47,7 +47,7 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Reads a file with a prompt a line; returns (group, prompt) pairs.
 
     A name and a tab before the prompt are its group; without them, the prompt is its own group.
-    Empty lines are skipped. Raises UserError if there is no prompt.
+    Empty lines are skipped.
     """
     with reported_as(f"--prompts: cannot read {path}", OSError, UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").splitlines()

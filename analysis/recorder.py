@@ -197,10 +197,7 @@ def count_routing(
     seed: int = 0,
     batch_size: int = 32,
 ) -> RoutingCounts:
-    """Samples images of each label, with seeds seed, seed + 1, ..., and counts their experts.
-
-    Raises UserError for a dense model.
-    """
+    """Samples images of each label, with seeds seed, seed + 1, ..., and counts their experts."""
     config, settings = pipeline.model.config, pipeline.settings
     if not config.num_experts:
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")

@@ -183,7 +183,7 @@ TRANSFORMERS = {
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """Returns the sparse layers in the order of the forward pass; [] for a dense model.
 
-    model: a DiT, or a transformer of diffusers. Raises UserError for another model.
+    model: a DiT, or a transformer of diffusers.
     """
     if isinstance(model, DiT):
         experts = model.config.experts_per_layer

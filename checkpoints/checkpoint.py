@@ -128,8 +128,6 @@ def read_checkpoint(
     quantize: int8 or int4 quantises the expert weights; a file may store quantised weights, too
     overrides: fields of DiTConfig, and options of the router such as router_scale, that replace the
         values of the file
-
-    Raises UserError, one line, for a file that cannot be used.
     """
     path, source = fetch(path)
     is_pickled = os.path.isfile(path) and path.suffix != ".safetensors"
@@ -150,7 +148,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     """Downloads the file or model that a hub id names, unless the hub's cache holds it.
 
     Returns the local path and {"hub", "revision": the commit}. Returns the argument and None if the
-    path exists or is no hub id. Raises UserError if the download fails.
+    path exists or is no hub id.
     """
     if not isinstance(path, str | Path):
         raise UserError(f"got {path!r:.80}, expected a path or a hub id")
@@ -214,7 +212,7 @@ def averages_of(path: Path) -> dict[str, Path]:
 
 
 def average_file(path: Path, name: str) -> Path:
-    """Returns the file of the EMA of this name. Raises UserError if there is none."""
+    """Returns the file of the EMA of this name."""
     found = averages_of(path)
     if name not in found:
         has = ", ".join(found) or "no named EMA"

@@ -49,8 +49,6 @@ def infer_config(
     or the preset of that width.
 
     fields: other known fields of the config
-
-    Raises ValueError for an unknown layout.
     """
     if missing := [name for name in NEEDED if name not in state_dict]:
         raise ValueError(

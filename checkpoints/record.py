@@ -146,7 +146,7 @@ class Record:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
-        """Reads the metadata of a weight file. Raises ValueError if they are not a record."""
+        """Reads the metadata of a weight file."""
         return cls.from_dict(parse_json((metadata or {}).get(METADATA_KEY, "{}")))
 
 

@@ -268,8 +268,6 @@ def create_diffusion(
     noise_schedule: "linear" or "squaredcos_cap_v2"
     learn_sigma: see `GaussianDiffusion`
     diffusion_steps: length of the chain before respacing
-
-    Raises ValueError for an unknown schedule and for a respacing that the chain does not allow.
     """
     betas = noise_schedule_betas(noise_schedule, diffusion_steps)
     chain = GaussianDiffusion(betas, range(diffusion_steps), learn_sigma=learn_sigma)

@@ -32,8 +32,6 @@ def classifier_free_guidance(
     denoise takes x (N, C, h, w), t (N,) and, for the mean velocity from t to r, r (N,). It returns
     a prediction (N, C or 2C, h, w).
 
-    Raises ValueError if null_y is missing or differs from y in shape.
-
     Ho and Salimans 2022, equation 6, with scale = 1 + w.
     """
     if scale != 1 and shapes(null_y) != shapes(y):

@@ -123,10 +123,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective_named(objective: str | None, rf: bool | None) -> str | None:
-    """Returns the objective that --objective or the published flag --rf names.
-
-    Raises ValueError if the two flags contradict each other.
-    """
+    """Returns the objective that --objective or the published flag --rf names."""
     chosen = {None: objective, True: "rectified_flow", False: "gaussian"}[rf]
     if objective not in (None, chosen):
         raise ValueError(f"objective: {objective} contradicts rf {rf}; pass one of them")

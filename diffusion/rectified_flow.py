@@ -127,8 +127,6 @@ class RectifiedFlow(Objective):
         num_steps: number of equal Euler steps from t = 1 to t = 0
         callback: see `diffusion.samplers`
         progress: show a progress bar
-
-        Raises ValueError for num_steps below 1 and for a missing null_y.
         """
         denoise = self.denoiser(classifier_free_guidance(model, y, null_y, cfg_scale))
         euler = self.samplers["euler"]

@@ -22,10 +22,7 @@ from sampling.pipeline import SamplingPipeline
 
 
 def open_folder(folder: Path, settings: dict, dist: Distributed) -> None:
-    """Creates the folder of an evaluation, or checks an existing folder.
-
-    Raises UserError if the folder was created with other settings.
-    """
+    """Creates the folder of an evaluation, or checks an existing folder."""
     path, text = folder / "settings.json", json.dumps(settings, indent=1)
     prepare_output("--output", path)
     if path.is_file():

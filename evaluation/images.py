@@ -41,8 +41,6 @@ def open_images(path: Path, resize: Size | None = None) -> ImageSet:
 
     resize: scale and crop a folder's images to this size, as training does (ADM's
         `center_crop_arr`); None: all images must have the same size
-
-    Raises UserError for a path without such images.
     """
     if path.is_dir():
         return image_files(path, sorted(map(Path, images_below(path))), resize)
@@ -57,10 +55,7 @@ def open_images(path: Path, resize: Size | None = None) -> ImageSet:
 
 
 def image_files(folder: Path, files: list[Path], resize: Size | None = None) -> ImageSet:
-    """Makes an image set from files of a folder, in order.
-
-    Raises UserError if there are no files, and when an image differs in size.
-    """
+    """Makes an image set from files of a folder, in order."""
     if not files:
         raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
     size = tuple(read_image(files[0], resize).shape[1:])
@@ -76,7 +71,7 @@ def image_files(folder: Path, files: list[Path], resize: Size | None = None) -> 
 
 
 def read_image(path: Path, resize: Size | None = None) -> Tensor:
-    """Reads an image as uint8 (3, H, W). Raises UserError if the file is not a readable image."""
+    """Reads an image as uint8 (3, H, W)."""
     fix = "repair or delete the file, because every image of the folder is evaluated"
     with reported_as(f"{path}: damaged or not an image; {fix}", ValueError):
         image = read_rgb(path)

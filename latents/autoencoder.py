@@ -46,7 +46,7 @@ def resolve_vae_path(path: str) -> str:
     """Returns a path as checkpoints store it: an absolute folder, or a hub id OWNER/NAME.
 
     The folder of a pipeline becomes the folder of its autoencoder. OWNER/NAME is a path, not a hub
-    id, if the folder OWNER exists. Raises UserError if the path is neither a folder nor a hub id.
+    id, if the folder OWNER exists.
     """
     if path == PIXELS:
         return path
@@ -173,10 +173,7 @@ class Autoencoder:
         return self.config["latent_channels"]
 
     def latent_side(self, pixels: int) -> int:
-        """Maps the height or width of an image to that of the latent.
-
-        Raises UserError for a size that the autoencoder cannot encode.
-        """
+        """Maps the height or width of an image to that of the latent."""
         if pixels % self.downsampling:
             raise UserError(
                 f"--image-size: got {pixels}, expected a multiple of {self.downsampling}, the "

@@ -61,7 +61,7 @@ ON_REQUEST = ("tokens",)  # large tensors, which are read only if they are reque
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Settings that determine the contents of a cache. Raises ValueError for impossible ones."""
+    """Settings that determine the contents of a cache."""
 
     image_size: Size
     latent_shape: tuple[int, int, int]  # C, h, w
@@ -147,7 +147,7 @@ def settings_of(
 
 
 def read_settings(flag: str, folder: Path) -> CacheSettings:
-    """Reads the index of a cache. Raises UserError if the index is missing or damaged."""
+    """Reads the index of a cache."""
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
     with reported_as(message, OSError, ValueError, TypeError, UserError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
@@ -184,7 +184,7 @@ class CachedLatents(Dataset):
 
     An item has "moments" (M, h, w) fp16, "label", and the other tensors of the shards; the tensors
     in `ON_REQUEST` only if they are in `requested`. Shards are mapped into memory, so processes
-    share the pages that they read. Raises UserError if the cache is incomplete.
+    share the pages that they read.
 
     flag: the flag that names the folder, for messages
     norm: "autoencoder", or "data": each channel gets mean 0 and std 1 over the images of the cache
@@ -226,10 +226,7 @@ class CachedLatents(Dataset):
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 
     def open_shard(self, shard: int) -> Batch:
-        """Maps the tensors of a shard into memory, and reads the labels.
-
-        Raises UserError if the shard is damaged or is not what the index says.
-        """
+        """Maps the tensors of a shard into memory, and reads the labels."""
         path, settings = shard_path(self.folder, shard), self.settings
         expected = "a complete shard; delete it and run the command of cache_latents.py again"
         message = f"{self.flag}: got {path}, expected {expected}"

@@ -88,10 +88,7 @@ class TimmFeatures(FeatureNetwork):
 def load_features(
     name: str, device: torch.device | str, flag: str = "--features"
 ) -> FeatureNetwork:
-    """Loads efficientnet-lite0 or timm:MODEL[@PIXELS], frozen and in eval mode.
-
-    Raises UserError, which names the flag, for other names.
-    """
+    """Loads efficientnet-lite0 or timm:MODEL[@PIXELS], frozen and in eval mode."""
     match = re.fullmatch(r"timm:(.+?)(?:@(\d+))?", name)
     if name == "efficientnet-lite0":
         network: FeatureNetwork = EfficientNetLite0Features()

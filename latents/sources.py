@@ -440,7 +440,7 @@ SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of
 
 
 def open_images(path: str, image_size: Size, flag: str = "--data-path") -> ImageSource:
-    """Opens the images that a flag names. Raises UserError if there are no images."""
+    """Opens the images that a flag names."""
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
     with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
         images = kind(path, image_size)

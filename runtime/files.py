@@ -88,8 +88,7 @@ def read_bounded(file: BinaryIO, most: int) -> bytes:
 
 @contextmanager
 def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens an .npz file without unpickling anything. Raises UserError if the file is damaged or is
-    not `what`."""
+    """Opens an .npz file without unpickling anything."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
     with reported_as(f"{path}: not {what}", Exception), open_untrusted(path) as file:
         if not zipfile.is_zipfile(file):
@@ -197,7 +196,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def prepare_output(flag: str, path: Path) -> None:
-    """Creates the folder of an output file. Raises UserError if the file cannot be written."""
+    """Creates the folder of an output file."""
     if os.path.isdir(path):  # False without permission
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
     with reported_as(f"{flag}: cannot write {path}", OSError):

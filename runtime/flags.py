@@ -36,10 +36,7 @@ flag = option  # a field of a script's config; without a default, the flag is re
 def parse_config(
     kind: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
-    """Parses a command line, by default sys.argv, and returns a config.
-
-    Raises UserError, with a message of one line, for a wrong flag.
-    """
+    """Parses a command line, by default sys.argv, and returns a config."""
     flags = flags_of((kind,))
     layer = parse_flags(flags, description, arguments)
     with naming_flags(flags):

@@ -27,7 +27,7 @@ def named_plugins(arguments: Sequence[str] | None = None) -> list[str]:
 
 
 def import_plugins(paths: Iterable[str | os.PathLike]) -> None:
-    """Imports Python files, each once. Raises UserError for a path that is no Python file."""
+    """Imports Python files, each once."""
     for path in map(os.path.realpath, paths):
         name = f"plugin:{path}"
         if not path.endswith(".py") or not os.path.isfile(path):

@@ -18,7 +18,7 @@ from runtime.files import open_untrusted
 
 
 def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
-    """Reads words and returns the rows (M, ...) of each condition. Raises UserError for a bad word.
+    """Reads words and returns the rows (M, ...) of each condition.
 
     words: NAME=NUMBERS, NAME=FILE.npy, or NAME=FILE.npz with an array called NAME
     """

@@ -130,10 +130,7 @@ def parse_labels(
 
 
 def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> list[int]:
-    """Returns the seeds of `count` images, from a sequence or drawn from a generator.
-
-    Raises UserError for a wrong number of seeds and for seeds that are not integers.
-    """
+    """Returns the seeds of `count` images, from a sequence or drawn from a generator."""
     if isinstance(seeds, torch.Generator):
         return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
     seeds = listed(seeds, "seeds", "a list of integers, one per label")
@@ -153,10 +150,7 @@ def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
 
 
 def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Moves conditions to the model's device; repeats a condition of one image for all images.
-
-    Raises UserError for a condition that the model does not have, and for a wrong shape.
-    """
+    """Moves conditions to the model's device; repeats a condition of one image for all images."""
     device, known = next(model.parameters()).device, model.conditions
     known.pop("label", None)  # labels are a separate argument
     if not isinstance(given, Mapping):
@@ -198,8 +192,6 @@ def generate(
     guide: weaker model to guide by, or None
     callback: called after each step, see `diffusion.samplers`
     progress: show a progress bar
-
-    Raises UserError for invalid settings, labels, seeds or conditions.
     """
     config = model.config
     settings = resolve_settings(settings, config, guide and guide.config)

@@ -26,10 +26,7 @@ PREFIX = "power-"  # names of power-function EMAs begin with this
 
 
 def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
-    """Finds all snapshots in the checkpoints of a run: {(step, length): file}, sorted.
-
-    Raises UserError for fewer than two.
-    """
+    """Finds all snapshots in the checkpoints of a run: {(step, length): file}, sorted."""
     found: dict[tuple[int, float], Path] = {}
     kept = [*(run / "checkpoints" / SNAPSHOTS).glob("*.safetensors")]
     for path in [*kept, *(f for folder in step_folders(run) for f in folder.glob("*.safetensors"))]:

@@ -560,7 +560,7 @@ def without_router(known: Layer, flags: Flags) -> Layer:
 
 
 def configure(known: Layer, engine_flags: type, preset: str, shapes: Shapes) -> TrainConfig:
-    """Builds the config of complete settings. Raises ValueError for a wrong one."""
+    """Builds the config of complete settings."""
     flags = training_flags(engine_flags)
     known = without_router(known, flags)
     kinds = {"model": DiTConfig, "step": StepConfig, "data": DataConfig, "run": RunConfig,

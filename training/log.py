@@ -161,7 +161,6 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
     """Starts or resumes a Weights & Biases run that mirrors TensorBoard.
 
     The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
-    Raises UserError if the package is missing or the service rejects the run.
     """
     try:
         import wandb

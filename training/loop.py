@@ -65,7 +65,6 @@ def train(said: Layer, engine_flags: type, choose_engine: ChooseEngine, dist: Di
     choose_engine: maps a config to the engine class
 
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
-    Raises UserError for problems that the user can fix.
     """
     run = open_run(said, engine_flags, choose_engine, dist)
     try:

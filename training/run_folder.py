@@ -130,8 +130,7 @@ def enter_run_folder(
 ) -> BinaryIO:
     """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
 
-    Returns the lock, see `lock_folder`. Raises UserError if the folder cannot be written or is in
-    use.
+    Returns the lock, see `lock_folder`.
     """
     script = facts["script"]
     text = (

@@ -146,8 +146,7 @@ def open_run(
 
     said: flags of the recipe and the command
     The run folder is created after the checks of flags, data and weights. PyTorch's global options
-    are set before latents are encoded. Raises UserError for wrong flags, data or weights, and if
-    the run folder cannot be used.
+    are set before latents are encoded.
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
     config, dataset, notes = plan.config, plan.dataset, plan.notes
@@ -268,10 +267,7 @@ def open_folder(
 
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
-    """Opens the data and the weights that the flags name, and builds the config.
-
-    Raises UserError if flags, data and weights do not fit together.
-    """
+    """Opens the data and the weights that the flags name, and builds the config."""
     flags, notes = training_flags(engine_flags), []
     folder, source = named_run(said)  # source: run folder or checkpoint of --resume
     resumes = source is not None and source == folder
@@ -415,7 +411,7 @@ def inputs_of(
 
 
 def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distributed) -> Path | None:
-    """Returns the newest intact checkpoint of a run, if it has one; notes the damaged ones.
+    """Returns the newest intact checkpoint of a run, None if the run has none; notes the damaged.
 
     Raises UserError if all are damaged.
     """

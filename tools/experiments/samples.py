@@ -190,7 +190,7 @@ def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
 
 
 def open_statistics(name: str, path: Path, backbone: str, subset: int) -> Statistics:
-    """Reads a file of real images. Raises UserError if KID cannot be computed from the file."""
+    """Reads a file of real images."""
     message = f"--{name}: got {path}, expected a file of evaluate.py --precompute-reference"
     with reported_as(message, OSError):
         statistics = load_statistics(path)

@@ -203,7 +203,7 @@ class DeepSpeedEngine:
             scaler |= {k: v for k, v in stored.get("scaler", {}).items() if k in SCALER}
 
     def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
-        """Sets master weights and AdamW's state. Raises ValueError for wrong partitions."""
+        """Sets master weights and AdamW's state."""
         optimizer = self.engine.optimizer.optimizer
         # A run may add or drop CPU offload. The step is a tensor in torch's AdamW, and a number in
         # DeepSpeed's Adam for the CPU.
@@ -219,10 +219,7 @@ class DeepSpeedEngine:
             optimizer.state[master] = state
 
     def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
-        """Repartitions the state of other processes, one complete tensor at a time.
-
-        Raises ValueError if elements of a parameter are missing.
-        """
+        """Repartitions the state of other processes, one complete tensor at a time."""
         masters, shards = self.shards.masters, self.shards
         result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
         for name in shards.shapes:

@@ -6,8 +6,7 @@
 
 A process sorts its rows by expert and sends each row, with its weight, to the process that holds
 the expert. That process computes the received rows like the rows of any routing, and sends the
-results back. No row is dropped. The host waits for the numbers of rows, unless
-`Routing.is_even`.
+results back. No row is dropped. The host waits for the numbers of rows, unless `Routing.is_even`.
 
 The last process stores the extra expert of a router (`Router.extra_experts`) and sends the weights
 to all processes. Every process then computes the rows of its tokens for the extra expert.

@@ -3,8 +3,8 @@
 The weights of a block are gathered in the training precision when the block computes, and then
 freed. The gradient of a block is summed in fp32, and every process keeps the shard of it that
 matches its weights. A weight is sharded along its first divisible dimension (experts first).
-Routers compute in fp32. They belong to the group of embeddings and output, which is gathered once per pass
-in fp32. Autocast handles the rest as in `DDPEngine`.
+Routers compute in fp32. They belong to the group of embeddings and output, which is gathered once
+per pass in fp32. Autocast handles the rest as in `DDPEngine`.
 """
 
 import math

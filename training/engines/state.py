@@ -55,8 +55,7 @@ def read_state(
     """Reads a box of each parameter, and the optimizer's state of that box.
 
     Other tensors, such as buffers and AdamW's step, are read completely. Returns {"model": {NAME:
-    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict, "spikes": dict}. Raises UserError
-    for a folder without a state, and for a damaged state.
+    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict, "spikes": dict}.
     """
     shards, numbers, facts = stored_shards(folder)
     model: dict[str, Tensor] = {}
@@ -74,7 +73,7 @@ def read_state(
 
 
 def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> Tensor:
-    """Assembles a box from the shards of a tensor. Raises ValueError if a shard is missing."""
+    """Assembles a box from the shards of a tensor."""
     whole = tuple(map(max, zip(*(shard.end for shard in shards), strict=True)))
     if place is None or len(place) != len(whole):
         place = tuple(slice(0, size) for size in whole)

@@ -34,8 +34,7 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """Builds a DiT with uninitialised weights and passes it to DeepSpeed.
 
-    Under ZeRO-3 each parameter is sharded before the next one is allocated. Raises UserError for a
-    JSON that DeepSpeed rejects.
+    Under ZeRO-3 each parameter is sharded before the next one is allocated.
     """
     quieten()
     deepspeed.init_distributed(verbose=False)
