@@ -34,6 +34,7 @@ from analysis.counts import (
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag
+from sampling.fonts import font_families
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches, text area of a page
 LINE = 0.12  # inches, height of a line of tick labels
@@ -123,6 +124,7 @@ def name_cells(axis: Axis, label: str, names: Sequence, side: int, room: float) 
     axis.set_major_locator(FixedLocator(positions, nbins=max(1, int(room / need))))
     axis.set_major_formatter(lambda position, _: texts[int(position / side)])
     axis.set_label_text(label)
+    axis.set_tick_params(labelfontfamily=font_families(texts))
     if side > 1:  # lines between the maps
         axis.set_ticks([i * side for i in range(1, len(texts))], minor=True)
         axis.set_tick_params(which="minor", length=0)

@@ -21,7 +21,8 @@ from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.grid import FONT, PADDING, captioned_grid, captioned_rows, enlarge, write_picture
+from sampling.fonts import FONT
+from sampling.grid import PADDING, captioned_grid, captioned_rows, enlarge, write_picture
 from sampling.pipeline import SamplingPipeline
 
 IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG

@@ -4,12 +4,9 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.io import encode_png
@@ -19,12 +16,11 @@ from torchvision.utils import make_grid
 from latents.loading import evenly_spaced
 from latents.sources import Source
 from runtime.files import write_durably
+from sampling.fonts import drawable, font_file
 
 PADDING = 2
 LONGEST = 24  # characters; longer captions are truncated
 SMALLEST = 112  # pixels; narrower images are enlarged
-# This font is part of matplotlib, and has accents, Greek and Cyrillic.
-FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 1) -> Tensor:
@@ -50,10 +46,10 @@ def contact_sheet(images: Source) -> Tensor:
 def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Tensor:
     """Arranges images with a caption below each."""
     height, width = images.shape[2:]
-    font, lines, widest = fit_captions(captions, height)
+    lines, widest, tallest = fit_captions(captions, height)
     cells = []
-    for image, line in zip(images, lines, strict=True):
-        cell = Image.new("RGB", (max(width, widest), height + sum(font.getmetrics())))
+    for image, (line, font) in zip(images, lines, strict=True):
+        cell = Image.new("RGB", (max(width, widest), height + tallest))
         cell.paste(to_pil_image(image), ((cell.width - width) // 2, 0))
         ImageDraw.Draw(cell).text((cell.width / 2, height), line, "white", font, anchor="ma")
         cells.append(pil_to_tensor(cell))
@@ -63,16 +59,17 @@ def captioned_grid(images: Tensor, captions: Sequence[str], columns: int) -> Ten
 def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[str] = ()) -> Tensor:
     """Arranges images in one row per caption, with captions on the left and column headings."""
     height, width = images.shape[2:]
-    font, lines, widest = fit_captions(captions, height)
+    lines, widest, _ = fit_captions(captions, height)
+    titles, _, tallest = fit_captions(headings, height)
     grid = to_pil_image(make_grid(images, nrow=len(images) // len(captions), padding=PADDING))
-    left, top = widest + 2 * PADDING, sum(font.getmetrics()) if headings else 0
+    left, top = widest + 2 * PADDING, tallest
     canvas = Image.new("RGB", (left + grid.width, top + grid.height))
     canvas.paste(grid, (left, top))
     pen = ImageDraw.Draw(canvas)
-    for row, line in enumerate(lines):
+    for row, (line, font) in enumerate(lines):
         position = (left - PADDING, top + PADDING + row * (height + PADDING) + height / 2)
         pen.text(position, line, "white", font, anchor="rm")
-    for column, line in enumerate(headings):
+    for column, (line, font) in enumerate(titles):
         position = (left + PADDING + column * (width + PADDING) + width / 2, 0)
         pen.text(position, line, "white", font, anchor="ma")
     return pil_to_tensor(canvas)
@@ -80,18 +77,20 @@ def captioned_rows(images: Tensor, captions: Sequence[str], headings: Sequence[s
 
 def fit_captions(
     captions: Sequence[str], height: int
-) -> tuple[ImageFont.FreeTypeFont, list[str], int]:
-    """Returns a font for images of this height, the shortened captions, and the width in pixels of
-    the widest caption."""
-    font = ImageFont.truetype(FONT, min(20, height // 9))
+) -> tuple[list[tuple[str, ImageFont.FreeTypeFont]], int, int]:
+    """Returns the shortened captions with their fonts for images of this height, and the width and
+    height in pixels of the largest caption; 0 without captions."""
     lines = [one_line(caption) for caption in captions]
-    return font, lines, math.ceil(max(map(font.getlength, lines)))
+    fonts = [ImageFont.truetype(font_file(line), min(20, height // 9)) for line in lines]
+    lines = list(zip(lines, fonts, strict=True))
+    widest = max((math.ceil(font.getlength(line)) for line, font in lines), default=0)
+    return lines, widest, max((sum(font.getmetrics()) for font in fonts), default=0)
 
 
 def class_caption(name: str, label: int) -> str:
-    """Returns the name of a class as one short line, or its number if the font lacks a letter."""
+    """Returns the name of a class as one short line, or its number if no font has the letters."""
     line = one_line(name)
-    return line if line and characters().issuperset(map(ord, line)) else str(label)
+    return line and drawable(line) or str(label)
 
 
 def file_name(seed: int, label: int, name: str) -> str:
@@ -104,12 +103,6 @@ def file_name(seed: int, label: int, name: str) -> str:
 def one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
-
-
-@cache
-def characters() -> set[int]:
-    """Returns the code points that the font covers."""
-    return set(FT2Font(str(FONT)).get_charmap())
 
 
 def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:

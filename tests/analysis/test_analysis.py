@@ -1,11 +1,16 @@
 """Routing analysis: the recorder, the count tables, the statistics, the figures and the scripts."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_main, expect_error, needs_gpu, save_checkpoint
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
 from test_models import randomised, tiny_batch
@@ -21,7 +26,7 @@ from analysis.counts import (
     row_information,
 )
 from analysis.gallery import Gallery, crop
-from analysis.heatmap import VIEWS, class_map, step_map
+from analysis.heatmap import VIEWS, class_map, name_cells, step_map
 from analysis.pictures import DARKEST, ExpertPicture, expert_colours, strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
@@ -31,8 +36,9 @@ from latents.cache import CachedLatents
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
+from sampling.fonts import FONT, font_with
 from sampling.generate import SamplerSettings, generate
-from sampling.grid import class_caption
+from sampling.grid import class_caption, image_grid
 
 STEPS, TOKENS, K = 3, 16, 2
 
@@ -432,9 +438,40 @@ def test_an_expert_picture_shows_the_image_in_the_brightness_of_the_experts_colo
     assert torch.equal(shown[:, ::7, ::7], image[0])
 
 
-def test_a_class_caption_is_its_name_on_one_line_or_its_number_if_the_font_lacks_a_letter():
+def test_a_class_caption_is_its_name_on_one_line_or_its_number_if_no_font_has_the_letters():
     assert class_caption("  ankle\nboot é", 3) == "ankle boot é"
-    assert class_caption("猫", 3) == class_caption(" ", 3) == "3"
+    assert class_caption("\U0010fffd", 3) == class_caption(" ", 3) == "3"
+
+
+def test_pictures_use_an_installed_font_that_has_the_letters_of_a_name(tmp_path, monkeypatch):
+    letter = "\U0010fffc"
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((0, 800)), pen.lineTo((800, 800)), pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "letter"])
+    font.setupCharacterMap({ord(letter): "letter"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "letter": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "letter": (1000, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Script", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "script.ttf")
+    own = [one for one in font_manager.fontManager.ttflist if one.fname == str(FONT)]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    font_manager.fontManager.addfont(tmp_path / "script.ttf")
+    font_with.cache_clear()
+    assert class_caption(letter, 3) == letter
+    assert class_caption("\uff21bc", 3) == "Abc"  # a wide A, which this font lacks
+    grid = image_grid(torch.zeros(2, 3, 112, 112, dtype=torch.uint8), [letter, "a"])
+    drawn = grid[0, 114:, 2:114] > 128
+    assert drawn.sum() == pytest.approx(12**2 * 0.8**2 / 2, rel=0.3)  # the triangle, 12 pixels high
+    figure = Figure()
+    name_cells(figure.add_subplot().yaxis, "class", [letter, "a"], 1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns about a missing letter
+        figure.savefig(tmp_path / "figure.png")
+    font_with.cache_clear()
 
 
 def test_expert_data_rejects_a_model_with_outputs_that_are_not_finite(checkpoint, tmp_path, capsys):

@@ -18,8 +18,9 @@ from diffusion import PerImageNoise, create_diffusion
 from models import DiT
 from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
+from sampling.fonts import FONT
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
-from sampling.grid import FONT, image_grid
+from sampling.grid import image_grid
 from sampling.pipeline import choose_precision, open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "dog")
