@@ -8,18 +8,21 @@ import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ct
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.counts import run_names
 from analysis.heatmap import save_figure
 from runtime.errors import UserError, reported_as, run_main
-from runtime.files import prepare_output
+from runtime.files import prepare_output, read_yaml
 from runtime.flags import flag, parse_config
 
+CONFIG_FILE = "config.yaml"
 PANELS = {
     "loss": "training loss (held-out: dots)",
     "grad_norm": "gradient norm",
@@ -61,6 +64,15 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
     return [step for step, _ in known], [value for _, value in known]
 
 
+def block_numbers(run: Path, layers: int) -> list[str]:
+    """Returns the numbers of the blocks with experts, from config.yaml; without it, 0, 1, ..."""
+    with suppress(OSError, ValueError, LookupError, TypeError), open(run / CONFIG_FILE, "rb") as f:
+        numbers = read_yaml(f)[0]["model"]["sparse_layers"]
+        if len(numbers) == layers:
+            return numbers
+    return [str(number) for number in range(layers)]
+
+
 def falling_loss(rows: list[dict]) -> str:
     """Returns the name of the loss that falls in training.
 
@@ -79,9 +91,14 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
     """
     shared = os.path.commonpath([folder.parent for folder in runs])
     names = run_names([str(folder.relative_to(shared)) for folder in runs])
+    folders = dict(zip(names, runs, strict=True))
     runs = dict(zip(names, runs.values(), strict=True))
     loads = {run: series(rows, "expert_load") for run, rows in runs.items()}
-    loads = {f"busiest expert over mean: {run}": load for run, load in loads.items() if load[0]}
+    loads = {
+        f"busiest expert over mean: {run}": (folders[run], *load)
+        for run, load in loads.items()
+        if load[0]
+    }
     panels = [name for name in PANELS if name != "busiest" or loads]
     mosaic = [panels, *([title] * len(panels) for title in loads)]
     figure = Figure((4 * len(panels), 3.6 + 1.5 * len(loads)), layout="constrained")
@@ -98,13 +115,18 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[name].grid(alpha=0.3)
         axes[name].ticklabel_format(axis="y", useOffset=False)
     figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    most = max((np.quantile(values, 0.98) for _, values in loads.values()), default=1)
+    most = max((np.quantile(values, 0.98) for *_, values in loads.values()), default=1)
     style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one scale for all runs
-    for title, (steps, values) in loads.items():
+    for title, (folder, steps, values) in loads.items():
         cells = np.transpose(values)  # (layers, steps)
         colours = axes[title].pcolormesh(steps, range(len(cells)), cells, **style)
         axes[title].set_title(title, loc="left")
         axes[title].set(ylabel="layer", ylim=(len(cells) - 0.5, -0.5))
+        numbers = block_numbers(folder, len(cells))
+        axes[title].yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes[title].yaxis.set_major_formatter(
+            lambda i, _, numbers=numbers: numbers[int(i)] if 0 <= i < len(numbers) else ""
+        )
     if loads:
         axes[title].set_xlabel("step")
         below = {"ax": [axes[title] for title in loads], "location": "bottom"}
