@@ -18,7 +18,8 @@ import re
 import shutil
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import indent
 from typing import Any, BinaryIO
@@ -130,7 +131,7 @@ def enter_run_folder(
 ) -> BinaryIO:
     """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
 
-    Returns the lock, see `lock_folder`.
+    Returns the lock, see `lock_folder`. If writing fails, a new folder is removed again.
     """
     script = facts["script"]
     text = (
@@ -148,14 +149,27 @@ def enter_run_folder(
     facts = {"version": __version__, **facts}
     text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
+        is_new = not os.path.lexists(run)
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run)
         # If the run is finished, this command trains no steps and keeps the config.yaml.
         if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
-            write_durably(run / CONFIG_FILE, text)
+            with removed_if_failed(run, is_new):
+                write_durably(run / CONFIG_FILE, text)
         for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     return lock
+
+
+@contextmanager
+def removed_if_failed(run: Path, is_new: bool) -> Iterator[None]:
+    """Removes a run folder that this start created and locked, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def lock_folder(run: Path) -> BinaryIO:

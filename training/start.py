@@ -64,6 +64,7 @@ from training.run_folder import (
     is_step_folder,
     named_run,
     newest_record,
+    removed_if_failed,
     stored_settings,
 )
 from training.schedule import rate_factor
@@ -248,6 +249,7 @@ def open_folder(
     found: checkpoints of the run, listed before this process had the lock
     """
     is_finished = stream.start_step >= stream.end_step
+    is_new = dist.is_main and not os.path.lexists(folder)
     lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
     if dist.broadcast(step_folders(folder)) != found:
         raise UserError(
@@ -259,7 +261,8 @@ def open_folder(
             "all nodes share"
         )
     values = {name: v for part in config.parts.values() for name, v in flat(part).items()}
-    with reported_as(f"{folder}: cannot write the log", OSError):
+    failed = reported_as(f"{folder}: cannot write the log", OSError)
+    with removed_if_failed(folder, is_new), failed:
         log = dist.run_on_all(
             lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
         )

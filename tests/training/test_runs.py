@@ -21,7 +21,7 @@ from checkpoints import MODEL_FILE, read_record, step_folders
 from latents.loading import BatchStream
 from options.settings import differences
 from runtime.errors import UserError
-from training import loop, preview, start
+from training import loop, preview, run_folder, start
 from training.config import override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
@@ -141,6 +141,20 @@ def test_a_run_name_cannot_leave_the_results_folder(name):
 def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
     for name in (tmp_path / ("x" * 300), "/proc/nothing", "/dev/null/x"):
         assert "--results-dir" in expect_error(capsys, "train.py", *flags(name))
+
+
+def test_an_interrupted_start_leaves_no_run_folder(flags, tmp_path, monkeypatch):
+    """Ctrl-C while the log is opened, then while config.yaml is written."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "mine").mkdir()
+    for module, name, run in ((start, "RunLog", "mine"), (run_folder, "write_durably", "run")):
+        monkeypatch.setattr(module, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call_main("train.py", *flags(tmp_path, **{"run-name": run}))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
