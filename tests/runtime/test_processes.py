@@ -72,7 +72,7 @@ sys.meta_path.insert(0, Interrupt)
 
 SCRIPTS = [
     str(path.relative_to(ROOT))
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
     if "__main__" in path.read_text()
 ]
 
