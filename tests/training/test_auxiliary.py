@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import (
@@ -205,6 +206,26 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
     branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
     line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
     assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line
+
+
+def test_a_branch_on_wider_features_is_told_both_widths(
+    flags, image_tree, tiny_vae, tmp_path, capsys
+):
+    options = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    network = timm.create_model("vit_tiny_patch16_224", **options)
+    timm.models.save_for_hf(network, tmp_path / "timm", model_args=options)
+    call_main(
+        "cache_latents.py", "--data-path", image_tree, "--vae-path", tiny_vae, "--image-size", 16,
+        "--features", f"timm:local-dir:{tmp_path / 'timm'}@16", "--feature-tokens", "--output",
+        tmp_path / "other", "--num-workers", 0,
+    )  # fmt: skip
+    asked = ("--auxiliary", "repa", "--max-steps")
+    narrow = {"latents-path": tmp_path / "other"}
+    call_main("train.py", *flags(tmp_path / "r", *asked, "1", **narrow))
+    branch = ("--resume", str(step_folder(tmp_path / "r", 1)), *asked, "2")
+    line = expect_error(capsys, "train.py", *flags(tmp_path / "b", *branch))
+    assert "--latents-path: other features than those" in line and "damaged" not in line
+    assert "got (1280" in line and "expected (8" in line
 
 
 def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):

@@ -25,7 +25,7 @@ from checkpoints.weights import (
 from conditions import Conditions
 from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize
+from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
@@ -293,6 +293,13 @@ class DDPEngine:
         model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
         shapes = shapes_of(local)
         trained = {name: shapes[name] for name in self.trained if name in local}
+        projectors = (
+            {name: shape for name, shape in found.items() if not is_of_model(name)}
+            for found in (shapes, shapes_of(model))
+        )
+        other = f"--latents-path: other features than those that {folder} was trained on"
+        with reported_as(other, ValueError):
+            check_shapes(*projectors)
         with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(shapes_of(model), shapes)
             for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
