@@ -77,11 +77,14 @@ def open_text_pipeline(config: ExpertAblationConfig) -> tuple[Any, None, Callabl
 
     pipeline, prompts, settings = open_prompts(config)
     facts = asdict(settings) | {"pipeline": config.pipeline, "prompts": [p for _, p in prompts]}
+    facts |= {name: str(getattr(config, name)) for name in ("precision", "quantize")}
     return pipeline.transformer, None, prompts_outcome(pipeline, prompts, settings), facts
 
 
 def main(config: ExpertAblationConfig) -> None:
     check_source(config, ("num_pictures", "data_path", "latents_path", "num_images"))
+    if config.compile:
+        raise UserError("--compile: got True, but a compiled block cannot leave out an expert")
     is_run = config.ckpt is not None and Path(config.ckpt, "checkpoints").is_dir()
     output = config.output or Path(config.ckpt if is_run else "results", ABLATION_FILE)
     prepare_output("--output", output)

@@ -15,7 +15,11 @@ from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode  # private
+from torch._subclasses.fake_tensor import (  # private
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from models import DiT, DiTConfig
 from moe_kernels.cpu import fused_attention
@@ -35,13 +39,14 @@ def fake_model(config: DiTConfig) -> DiT:
 
 
 def with_fixed_rows(measure: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates measure(config, ...): top-k replaces a router whose number of rows is data."""
+    """Decorates measure(config, ...): top-k replaces a router that reads its tensors."""
 
     @wraps(measure)
     def measured(config: DiTConfig, *arguments: Any) -> Any:
         try:
             return measure(config, *arguments)
-        except DynamicOutputShapeException:  # the rows are about as many, K per token
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            # The rows are about as many, K per token.
             return measure(replace(config, router=Part("topk")), *arguments)
 
     return measured
@@ -50,7 +55,8 @@ def with_fixed_rows(measure: Callable[..., Any]) -> Callable[..., Any]:
 def fake_forward(config: DiTConfig, batch: int) -> None:
     """Runs a forward pass in training mode, with the attention of a GPU.
 
-    Raises DynamicOutputShapeException if the data decide the number of rows.
+    Raises DynamicOutputShapeException if the data decide the number of rows, and
+    DataDependentOutputException if the router reads a value, as in `if mask.any()`.
     """
     with fake_mode(), fused_attention():
         x, t = torch.zeros(batch, *config.latent_shape), torch.zeros(batch)

@@ -148,8 +148,3 @@ class Record:
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
         """Reads the metadata of a weight file."""
         return cls.from_dict(parse_json((metadata or {}).get(METADATA_KEY, "{}")))
-
-
-def settings_of(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the settings of all sections by name."""
-    return {name: value for section in sections.values() for name, value in section.items()}

@@ -389,13 +389,16 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
     with reported_as(message, OSError, ValueError, LookupError, TypeError):
         folder = fetch_files(path, CONFIG_FILE, local_files_only=local_files_only)
         if (folder / STATE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-            raise ValueError("its training is not finished; run train_autoencoder.py again")
+            raise ValueError(
+                "its training is not finished; run python -m tools.train_autoencoder again"
+            )
         config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
         vae = AUTOENCODERS[name](config)
-        # These fail if a config of another version lacks them, or has a factor of 0.
-        _ = vae.channels, vae.downsampling, vae.default_norm()
+        # These fail if a config of another version lacks them, or has a factor of 0. Some classes
+        # keep their normalisation in the weights.
+        _ = vae.channels, vae.downsampling, Autoencoder.default_norm(vae)
     return vae
 
 

@@ -93,9 +93,10 @@ class Source(Protocol):
 
 
 def same_images(one: dict | None, other: dict | None) -> bool:
-    """Returns whether two fingerprints are equal in what both of them have."""
+    """Returns whether two fingerprints are equal in what both of them have, at least a digest."""
     one, other = one or {}, other or {}
-    return all(one[name] == other[name] for name in one.keys() & other.keys())
+    both = one.keys() & other.keys()
+    return both > {"count"} and all(one[name] == other[name] for name in both)
 
 
 def images_name(fingerprint: dict) -> str:

@@ -46,10 +46,6 @@ class Part:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, table: Registry, **facts: Any) -> Any:
-        """Creates the component; `facts` are the fields that are no options."""
-        return make_component(table, "", self.name, self.options, **facts)
-
 
 @dataclass(eq=False, kw_only=True)
 class Option:

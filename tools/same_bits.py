@@ -66,6 +66,8 @@ def main(config: CompareConfig) -> int:
         base, other = (read_run(folder / name) for folder in folders)
         faults = [key for key in base.keys() & other.keys() if not is_same(base[key], other[key])]
         extra = sorted(base.keys() ^ other.keys())
+        if not base.keys() & other.keys():
+            faults = ["no value in common"]
         different += bool(faults)
         note = f"  in one only: {len(extra)}, such as {extra[0]}" if extra else ""
         state = f"DIFFERENT {', '.join(sorted(faults)[:3])}" if faults else "same"

@@ -397,7 +397,8 @@ def parse_training(
     arguments: the words of a command, by default sys.argv, or values by name
     """
     is_mapping = isinstance(arguments, Mapping)
-    import_plugins(arguments.get("plugin", ()) if is_mapping else named_plugins(arguments))
+    plugins = arguments.get("plugin", ()) if is_mapping else named_plugins(arguments)
+    import_plugins([plugins] if isinstance(plugins, str | os.PathLike) else plugins)
     flags = help_flags(engine_flags)
     if is_mapping:
         command = read_values(arguments, flags)
@@ -514,6 +515,12 @@ def resolve(
             base = read(DiT_models[preset].keywords, flags)
         known = override(base, said, flags)
         check_effect(said, known, flags)
+        channels = known.get("in_channels")
+        if stored is None and data and channels not in (None, data.in_channels):
+            raise ValueError(
+                f"model: got {preset}, which is made for {channels} channels, but the latents have "
+                f"{data.in_channels}; JiT models take pixels (--vae-path pixels)"
+            )
         known |= data_settings(known, data) if data else {}
         if stored is None:
             known = derived(known, weights, said, flags)

@@ -255,7 +255,7 @@ def load_that_fits(config: TrainConfig, micro_batch: int, free: float) -> str:
     """
     model = config.model
     width = model.hidden_size + width_of(model.hidden_size, model.mlp_ratio) * (
-        2 if model.mlp_type == "swiglu" else 1
+        2 if model.mlp_type.startswith("swiglu") else 1
     )
     size = received_rows(config, micro_batch) * width * DTYPES[config.step.precision].itemsize
     return (

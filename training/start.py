@@ -501,6 +501,8 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
             continue
         try:
             was, _ = stored_config(before, type(config.engine))
+            if before.images and "sha256" in before.images:  # a digest of an earlier version
+                facts = facts | {"images": before.images}
             changes(before, was, config, facts, {}, other, other)
         except UserError:
             continue
