@@ -84,7 +84,7 @@ def test_a_gated_linear_layer_has_the_tangent_of_its_formula():
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_tangent_of_a_model_matches_the_loop_and_finite_differences(router, training):
-    torch.manual_seed(0)
+    torch.manual_seed(6)
     x, direction = torch.randn(2, 3, 4, 8, 8)
     t, y = torch.rand(3), torch.tensor([1, 2, 10])
     found = {}

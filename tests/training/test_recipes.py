@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, call_main
 
 from checkpoints.costs import count_parameters
+from latents.autoencoder import DEFAULT_VAE
 from models import DiT
 from options.settings import flat
 from training.config import DataFacts, TrainConfig, parse_training, resolve, training_flags
@@ -58,7 +59,7 @@ def config_of(name: str) -> TrainConfig:
     image_size, is_latent = int(user_flags["image_size"]), name not in JIT
     facts = DataFacts(
         num_classes=1000, input_size=image_size // (8 if is_latent else 1), image_size=image_size,
-        in_channels=4 if is_latent else 3, vae_path=user_flags["vae_path"],
+        in_channels=4 if is_latent else 3, vae_path=user_flags.get("vae_path", DEFAULT_VAE),
     )  # fmt: skip
     return resolve(user_flags, DDPFlags, data=facts)
 
