@@ -212,6 +212,8 @@ def starting_point(
         facts["start"] = facts["start"] or before.facts.get("start")
         was, unknown = stored_config(before, type(config.engine))
         said = said if plan.resumes or not is_own else {}  # {}: the same command
+        if plan.resumes and state_folder != found[0]:  # settings of a newer, damaged checkpoint
+            said = dict(training_flags(type(config.engine)))
         changed = changes(before, was, config, facts, said, state_folder, folder)
         notes += unknown + state_notes(config, was, state_folder)
     elif weights is not None:
@@ -278,7 +280,11 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     began = own.settings.get("run", {}) if own else {}  # how the run itself began
     branch = weights = record = stored = start = None
     if resumes:
+        if said.get("finetune"):
+            raise UserError("--resume: cannot be combined with --finetune")
         record, said = own, {name: value for name, value in said.items() if name != "resume"}
+        if own is None and (steps := step_folders(folder)):
+            read_record(steps[0])  # says why it cannot be read, such as a router of a plugin
         if own is None:
             raise UserError(
                 f"--resume {folder}: got a run without a checkpoint, expected one; run the command "

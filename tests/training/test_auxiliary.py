@@ -208,7 +208,7 @@ def test_a_run_with_all_auxiliary_losses_resumes_bit_identically(flags, tmp_path
     assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line
 
 
-def test_a_branch_on_wider_features_is_told_both_widths(
+def test_a_branch_on_features_of_another_width_is_told_both_widths(
     flags, image_tree, tiny_vae, tmp_path, capsys
 ):
     options = dict(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)
@@ -221,11 +221,14 @@ def test_a_branch_on_wider_features_is_told_both_widths(
     )  # fmt: skip
     asked = ("--auxiliary", "repa", "--max-steps")
     narrow = {"latents-path": tmp_path / "other"}
-    call_main("train.py", *flags(tmp_path / "r", *asked, "1", **narrow))
-    branch = ("--resume", str(step_folder(tmp_path / "r", 1)), *asked, "2")
-    line = expect_error(capsys, "train.py", *flags(tmp_path / "b", *branch))
-    assert "--latents-path: other features than those" in line and "damaged" not in line
-    assert "got (1280" in line and "expected (8" in line
+    for run, own, other, (got, expected) in (
+        ("narrow", narrow, {}, (1280, 8)), ("wide", {}, narrow, (8, 1280))
+    ):  # fmt: skip
+        call_main("train.py", *flags(tmp_path / run, *asked, "1", **own))
+        branch = ("--resume", str(step_folder(tmp_path / run, 1)), *asked, "2")
+        line = expect_error(capsys, "train.py", *flags(tmp_path / f"{run}-2", *branch, **other))
+        assert "--latents-path: other features than those" in line and "damaged" not in line
+        assert f"got ({got}" in line and f"expected ({expected}" in line
 
 
 def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp_path, capsys):

@@ -238,7 +238,9 @@ def test_deepspeed_resumes_on_fewer_processes_and_with_another_stage(finished, c
     single = {"accum_iter": 4, "num-sample": 0}
     commands = [
         command(tmp_path, "zero3", **single, **{"max-steps": 6}),
-        command(tmp_path, "zero3", **single, resume=hostile.parent.parent, **{"run-name": "a"}),
+        command(
+            tmp_path, "zero3", **single, resume=hostile.parent.parent, **{"run-name": "branch"}
+        ),
     ]
     ended = train_several(tmp_path, commands, processes=0, check=False)
     assert ended.returncode == 2 and not (tmp_path / "executed").exists()

@@ -28,8 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints import config_of
-from routers import ROUTERS
 from options.parts import Part
+from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
 from training.config import DataFacts, parse_training, resolve

@@ -31,7 +31,13 @@ from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
 from training.engines.initial import allocate, build_empty
-from training.engines.state import STATE_FILES, Place, read_state, stored_boxes
+from training.engines.state import (
+    STATE_FILES,
+    Place,
+    check_stored_shapes,
+    read_state,
+    stored_boxes,
+)
 from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
 from training.muon import rows_of
 from training.optimizers import planned_state
@@ -294,13 +300,11 @@ class DDPEngine:
         model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
         shapes = shapes_of(local)
         trained = {name: shapes[name] for name in self.trained if name in local}
-        projectors = (
-            {name: shape for name, shape in found.items() if not is_of_model(name)}
-            for found in (shapes, shapes_of(model))
-        )
+        projectors = shapes_of(self.parameters)
+        projectors = {n: s for n, s in projectors.items() if not is_of_model(n) and n in model}
         other = f"--latents-path: other features than those that {folder} was trained on"
         with reported_as(other, ValueError):
-            check_shapes(*projectors)
+            check_stored_shapes(folder, projectors)
         with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(shapes_of(model), shapes)
             for name, planned in planned_state(self.config.optimizer, trained, matrices).items():

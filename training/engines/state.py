@@ -72,9 +72,21 @@ def read_state(
     return {"model": model, "optimizer": optimizer, **own}
 
 
+def whole_shape(shards: Sequence[StoredShard]) -> tuple[int, ...]:
+    return tuple(map(max, zip(*(shard.end for shard in shards), strict=True)))
+
+
+def check_stored_shapes(folder: Path, parameters: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError if a stored parameter has another shape than `parameters`, as a whole."""
+    shards, _, _ = stored_shards(folder)
+    for name in parameters.keys() & {title.partition("/")[2] for title in shards}:
+        if (got := tuple(parameters[name])) != (expected := whole_shape(shards[f"model/{name}"])):
+            raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
 def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> Tensor:
     """Assembles a box from the shards of a tensor."""
-    whole = tuple(map(max, zip(*(shard.end for shard in shards), strict=True)))
+    whole = whole_shape(shards)
     if place is None or len(place) != len(whole):
         place = tuple(slice(0, size) for size in whole)
     clipped = zip(place, whole, strict=True)
