@@ -18,4 +18,4 @@ if [ "$(uname -s)" = Linux ] && [ ! -d data/triton-3.7 ]; then
 fi
 ruff check .
 ruff format --check --quiet . || { echo "not formatted: run ruff format ."; exit 1; }
-exec python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder "$@"
+exec python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -92,22 +92,30 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
 
 
-# Workers of pytest-xdist share the tests by time: the tests of a file that need the same fixture of
-# SHARED stay together, all others go to any worker, and what takes longest starts first.
-SHARED = (
-    "launched", "trained", "two_processes", "finished", "workspace", "tree", "checkpoints",
-    "compiler", "single", "runs", "config", "folders", "cache", "pipelines", "files", "checkpoint",
-    "network",
-)  # fmt: skip
-# Tests of ten seconds or more that share nothing.
-SLOW = (
-    "test_two_processes_stop", "test_pressing_ctrl_c", "test_deepspeed_resumes",
-    "test_a_run_stopped", "test_a_run_killed", "test_weights_and_biases", "test_the_documented",
-    "test_compiled_blocks", "test_sharded_fake", "test_a_training_step_on_fake", "test_two_",
+# Files whose tests share no fixture that takes long: their tests go to any worker of pytest-xdist.
+# The tests of any other file stay together.
+INDEPENDENT = {"test_interruptions", "test_processes", "test_check_gpu", "test_fake_cuda"}
+# What takes longest starts first, so that no worker ends with it.
+SLOWEST = (
+    "test_fsdp.py", "test_two_processes_stop", "test_deepspeed.py", "test_training.py",
+    "test_pressing_ctrl_c", "test_docs.py", "test_router_runs.py", "test_kernels.py",
+    "test_check_gpu_reports", "test_a_run_killed", "test_a_run_stopped", "test_app.py",
+    "test_runs.py", "test_latents.py", "test_evaluation", "test_sharded_fake", "test_export.py",
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesOrTests(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).stem in INDEPENDENT else file
+
+    return FilesOrTests(config, log)
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     if config.getoption("--gpu"):
         names = {"gpu", "needs_gpu"}
@@ -115,17 +123,13 @@ def pytest_collection_modifyitems(config, items) -> None:
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
-        for item in items:
-            if shared := [name for name in SHARED if name in item.fixturenames]:
-                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{shared[0]}"))
         items.sort(key=place_of)
 
 
 def place_of(item) -> int:
-    """Place in the order of starts: long launches, long tests, shared fixtures, others."""
-    order = (*SHARED[:4], *SLOW, *SHARED[4:])
-    is_of = [name in item.fixturenames or item.name.startswith(name) for name in order]
-    return is_of.index(True) if True in is_of else len(order)
+    """Place of a test, or of its file, in SLOWEST."""
+    found = [name in item.nodeid for name in SLOWEST]
+    return found.index(True) if True in found else len(SLOWEST)
 
 
 @pytest.fixture(scope="session")
