@@ -68,7 +68,12 @@ def main(config: ExpertReportConfig) -> None:
 
     path, rows = config.ablation or data.with_name(ABLATION_FILE), []
     if config.ablation or path.exists():
-        _, rows = load_ablation(path)
+        settings, rows = load_ablation(path)
+        digests = [one.get("checkpoint_sha256") for one in (settings, counts.settings)]
+        if None not in digests and digests[0] != digests[1]:
+            raise UserError(
+                f"{path}: was measured with other weights than {data}; run expert_ablation.py again"
+            )
         if max(row.layer for row in rows) >= counts.num_layers or max(
             row.expert for row in rows
         ) >= counts.num_experts:  # fmt: skip

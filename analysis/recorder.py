@@ -22,6 +22,7 @@ from analysis.counts import RoutingCounts
 from analysis.gallery import Gallery
 from analysis.sparse_layers import SparseLayer, sparse_layers, weight_similarity
 from analysis.token_places import OTHER, DiTPlaces, TokenPlaces
+from latents.autoencoder import weights_digest
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -220,6 +221,7 @@ def count_routing(
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         settings={
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
+            "checkpoint_sha256": weights_digest(pipeline.model),
             "seed": seed,
             "images_per_class": images_per_class,
             "images": len(labels) * images_per_class,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main
+from conftest import call_main, expect_error
 from PIL import Image
 from test_analysis import random_counts
 
@@ -78,6 +78,16 @@ def test_the_page_has_the_tables_and_the_crops(page):
     crops, ends = base64.b64decode(data["crops"]), [0, *data["cropEnds"]]
     picture = Image.open(io.BytesIO(crops[ends[crop] : ends[crop + 1]]))
     assert picture.format == "WEBP" and picture.size == (64, 64)
+
+
+def test_damage_measured_with_other_weights_is_refused(tmp_path, capsys):
+    counts = counts_with_gallery(num_layers=1)
+    settings = counts.settings | {"checkpoint_sha256": "a"}
+    replace(counts, settings=settings).save(tmp_path / "expert_data.npz")
+    rows = [Ablation(0, 0, 0.1, 0.001, 0.02)]
+    save_ablation(tmp_path / "expert_ablation.jsonl", {"checkpoint_sha256": "b"}, rows)
+    line = expect_error(capsys, "expert_report.py", "--data", tmp_path)
+    assert "was measured with other weights" in line
 
 
 def test_crops_become_smaller_if_they_would_not_fit(monkeypatch):
