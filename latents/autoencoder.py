@@ -147,8 +147,8 @@ class Autoencoder:
     """Frozen autoencoder: image -> raw posterior -> normalised latent -> image.
 
     A subclass implements one class of diffusers. `downsampling` (pixels per latent pixel, along one
-    side), `channels` and `latent_side` need only the config. `default_norm`, `encode_pixels` and
-    `decode_raw` need the model. `encode_pixels` takes and `decode_raw` returns images in [-1, 1].
+    side), `channels` and `latent_side` need only the config. `encode_pixels` and `decode_raw` need
+    the model. `encode_pixels` takes and `decode_raw` returns images in [-1, 1].
 
     config: content of config.json
     model: diffusers' module with weights, or None
@@ -157,6 +157,7 @@ class Autoencoder:
 
     requires: str | None = None  # package that diffusers needs for this class
     has_variance = True  # whether the raw posterior has a variance
+    norm_in_weights = False  # whether `default_norm` needs the model
 
     def __init__(
         self, config: Mapping, model: nn.Module | None = None, norm: LatentNorm | None = None
@@ -251,6 +252,8 @@ class AutoencoderKL(Autoencoder):
 
 class AutoencoderKLFlux2(AutoencoderKL):
     """Autoencoder of FLUX.2: latents in patches, normalised by the statistics of its batch norm."""
+
+    norm_in_weights = True
 
     @property
     def patch(self) -> int:
@@ -396,9 +399,8 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
         vae = AUTOENCODERS[name](config)
-        # These fail if a config of another version lacks them, or has a factor of 0. Some classes
-        # keep their normalisation in the weights.
-        _ = vae.channels, vae.downsampling, Autoencoder.default_norm(vae)
+        # These fail if a config of another version lacks them, or has a factor of 0.
+        _ = vae.channels, vae.downsampling, vae.norm_in_weights or vae.default_norm()
     return vae
 
 
