@@ -30,7 +30,7 @@ from runtime.errors import UserError
 class SparseLayer(Protocol):
     """A layer with experts, in whichever model."""
 
-    name: str  # of the block in the model, such as blocks.3
+    name: str  # of the block in the model, such as "block 3"
     num_experts: int  # with extra experts
 
     def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:

@@ -1,4 +1,4 @@
-"""experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
+"""tools/experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
 
 import contextlib
 import io
