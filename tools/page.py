@@ -368,6 +368,8 @@ class LimitedBody:
 
         length = dict(scope.get("headers", ())).get(b"content-length", b"0")
         if scope["type"] == "http" and int(length) > MOST_BYTES:
+            while (await receive()).get("more_body"):  # a client reads no answer before it has sent
+                pass
             await send({"type": "http.response.start", "status": 413, "headers": []})
             await send({"type": "http.response.body"})
         else:

@@ -280,8 +280,8 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     began = own.settings.get("run", {}) if own else {}  # how the run itself began
     branch = weights = record = stored = start = None
     if resumes:
-        if said.get("finetune"):
-            raise UserError("--resume: cannot be combined with --finetune")
+        if said.get("finetune") not in (None, began.get("finetune")):
+            raise UserError("--resume: cannot be combined with the --finetune of another run")
         record, said = own, {name: value for name, value in said.items() if name != "resume"}
         if own is None and (steps := step_folders(folder)):
             read_record(steps[0])  # says why it cannot be read, such as a router of a plugin

@@ -1,4 +1,4 @@
-"""tools/experiments/: arms of equal size, paired runs that resume, and tables made from their rows."""
+"""Arms of equal size, paired runs that resume, and tables made from their rows."""
 
 import contextlib
 import io
