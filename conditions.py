@@ -4,10 +4,10 @@
     prediction, aux_loss = model(x, t, {"label": y, "size": size, "vector": vector})
 
 A condition embeds one named tensor of the batch into one vector per image, and the model adds these
-vectors to the embedding of the time. Each condition is one class. To add a condition, write a
-subclass of `Condition` with `default`, `forward` and, if guidance drops the condition, `none`, and
-add its name to `CONDITIONS`. The image source or the latent cache provides the tensor of that name.
-A condition that owns a parameter or a buffer sets it in `reset_parameters`.
+vectors to the embedding of the time. To add a condition, write a subclass of `Condition` with
+`default`, `forward` and, if guidance drops the condition, `none`, and add it to `CONDITIONS`. The
+image source or the latent cache provides the tensor of that name. A condition that owns a parameter
+or a buffer sets it in `reset_parameters`.
 
 Shape legend: N batch, D width of the model, F width of a feature
 """
@@ -90,10 +90,7 @@ class Condition(nn.Module):
         super().__init__()
 
     def none(self, values: Tensor) -> Tensor:
-        """Returns what replaces the values (N, ...) of a dropped condition.
-
-        The base class returns the values unchanged: the condition is never dropped.
-        """
+        """Returns what replaces values (N, ...) that are dropped; the base class keeps them."""
         return values
 
     def default(self, count: int, device: torch.device) -> Tensor:
@@ -127,10 +124,9 @@ class SizeEmbedder(Condition):
     """Embeds the size and the crop of the original image (SDXL, Podell et al. 2023, arXiv
     2307.01952, section 2.2).
 
-    The values (N, 4) are the height and the width of the original image, and the top and the left
-    edge of the crop. The unit is the height or the width of the training image: an original that
-    was enlarged by a factor of 2 has the size 0.5. The default (1, 1, 0, 0) is an original of
-    exactly the training size. As in SDXL, guidance does not drop the size.
+    The values (N, 4) are height and width of the original image, and top and left edge of the crop,
+    relative to the training image: (2, 2, 0, 0) is an original twice as large. The default
+    (1, 1, 0, 0) is an original of the training size. As in SDXL, guidance does not drop the size.
     """
 
     about = "the size of the original image and the position of the crop"
@@ -202,8 +198,7 @@ CONDITIONS: dict[str, type[Condition]] = {
 
 
 def split_condition(spec: str) -> tuple[str, int | None]:
-    """Splits "vector:768" into name and width; the width is None without a number.
-    """
+    """Splits "vector:768" into name and width; the width is None without a number."""
     name, colon, width = spec.partition(":")
     kind = CONDITIONS.get(name)
     if kind is None or colon and not (kind.has_width and width.isdecimal() and int(width)):

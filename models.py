@@ -7,7 +7,7 @@ Shape legend:
     N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),
     h x w latent size, p patch size, P = (h/p)*(w/p) patches per image, T tokens per image in a
     block, D width, d = D / heads, L sparse layers, E experts
-The tokens of a block are the patches, after tokens that are no patches, if there are any.
+The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
@@ -44,9 +44,9 @@ from routers import ROUTERS, Router, Routing
 
 
 def load_flash_attention() -> tuple[Callable | None, str]:
-    """Returns the function of flash-attn; or None, and the reason if the package does not load.
+    """Returns flash-attn's function; or None, and why an installed package does not load.
 
-    A package that was built for another PyTorch does not load.
+    It does not load if it was built for another PyTorch.
     """
     try:
         from flash_attn import flash_attn_func
@@ -128,8 +128,8 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: num_experts_per_tok x mlp_ratio + n_shared_experts for a new run with both "
-        "dense and sparse blocks, otherwise mlp_ratio)",
+        "(default: mlp_ratio; in a new run that also has sparse blocks, the width of a token's "
+        "experts, num_experts_per_tok x mlp_ratio + n_shared_experts)",
         gt=0, le=1000,
     )
     dense_mlp_type: str | None = option(
@@ -345,8 +345,8 @@ class ClassTokens(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    On CUDA in half precision, flash-attn computes the attention if it is installed, except under
-    torch.func.jvp. In all other cases, PyTorch computes the attention.
+    On CUDA in half precision, flash-attn computes it if installed, except under torch.func.jvp.
+    PyTorch computes it otherwise.
 
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
@@ -412,8 +412,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero conditioning.
 
-    The config decides whether the feed-forward layer of block `layer` is sparse (`moe`) or dense
-    (`mlp`). The unused attribute is None.
+    Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
 
     def __init__(self, config: DiTConfig, layer: int = 0):
@@ -452,12 +451,11 @@ class DiTBlock(nn.Module):
         image_facts: Mapping[str, Tensor] = MappingProxyType({}),
         angles: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Computes the block. Returns the tokens and, if the block is sparse, the routing.
+        """Returns the tokens (N, T, D) and, if the block is sparse, the routing.
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        image_facts: tensors by name, with one row per image, which a router may read in addition
-            to the tokens
+        image_facts: tensors (N, ...) by name, which a router may read besides the tokens
         angles: angles (T, d/2) of the rotary positions, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -474,8 +472,8 @@ class DiTBlock(nn.Module):
     def router_input(self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]) -> Tensor:
         """Returns the router's input (N, T, D or more).
 
-        `Router.input` chooses between the modulated token `h` and the unmodulated token `normed`.
-        The facts of the image that `Router.asks_for` lists are appended to the token.
+        `Router.input` chooses between the modulated tokens `h` and the unmodulated `normed`. The
+        facts of the image in `Router.asks_for` are appended to each token.
         """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed                  # (N, T, D)
@@ -504,8 +502,7 @@ class DiT(nn.Module):
 
     Takes a `DiTConfig`, or its fields and the options of the router (router_scale) as keywords.
 
-    Each forward pass sets the following attributes, except under torch.func.jvp. In a dense model,
-    the attributes keep the empty defaults.
+    Each forward pass of a sparse model sets, except under torch.func.jvp:
         expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
         router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
@@ -561,8 +558,7 @@ class DiT(nn.Module):
 
         y: tensors (N, ...) by name; the result contains only the conditions of this model
 
-        `Condition.none` returns the null values. The conditions "size" and "span" have no null
-        values: their method `none` returns the values unchanged.
+        "size" and "span" have no null values and stay as they are, see `Condition.none`.
         """
         conditions = self.conditions.items()
         return {name: condition.none(y[name]) for name, condition in conditions if name in y}
@@ -641,9 +637,9 @@ class DiT(nn.Module):
     def compile_blocks(self) -> None:
         """Compiles each block separately. Blocks of the same structure share one compiled graph.
 
-        Hooks, such as those that gather sharded weights, run outside the graph. A block runs
-        uncompiled if its router selects a varying number of pairs (token, expert), because a graph
-        has fixed shapes. All blocks run uncompiled under torch.func.jvp.
+        Hooks, such as those that gather sharded weights, run outside the graph. Uncompiled are
+        blocks whose router returns a varying number of rows, because a graph has fixed shapes, and
+        all blocks under torch.func.jvp.
         """
         is_spread = any(b.moe is not None and b.moe.experts.is_spread for b in self.blocks)
         if is_spread:  # the experts are outside the graphs
@@ -677,12 +673,11 @@ class DiT(nn.Module):
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
-            Every condition except the label has a default. Other names have no effect, but a
-            router can read "label".
+            Every condition except the label has a default. Other names are ignored, but a router
+            can read "label".
 
-        Returns the prediction (N, C', h, w) and the auxiliary loss of the routers, to be added to
-        the training loss: a scalar, aux_loss_alpha times the sum of the router losses. The
-        auxiliary loss of a dense model is 0.
+        Returns the prediction (N, C', h, w) and the auxiliary loss, a scalar to add to the training
+        loss: aux_loss_alpha times the sum of the router losses; 0 for a dense model.
         """
         if tuple(x.shape[1:]) != self.config.latent_shape:
             raise ValueError(f"x: got latents of shape {tuple(x.shape[1:])}, expected "
@@ -749,13 +744,14 @@ class DiT(nn.Module):
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
     ) -> Tensor:
-        """Predicts under classifier-free guidance, in one batched pass, as the published sampling
-        script expects.
+        """Predicts (2N, C', h, w) under classifier-free guidance, in one batched pass, as the
+        published sampling script expects.
 
         The batch (2N, ...) is [conditional; unconditional]: t and y hold both halves, and the
-        second half of x is ignored. Guidance acts on the first `guided_channels` channels (3 in the
-        published sampler; None: all latent channels). The other channels are not guided. Returns
-        the prediction (2N, C', h, w).
+        second half of x is ignored.
+
+        guided_channels: number of leading channels that guidance acts on, 3 in the published
+            sampler; None: all latent channels
         """
         half = x[: len(x) // 2]
         prediction, _ = self(torch.cat([half, half]), t, y)
@@ -789,8 +785,7 @@ def initialize(module: nn.Module, own: Mapping[Tensor, str]) -> None:
     """Calls `reset_parameters` of a module, which must set everything that the module itself owns.
 
     own: parameters and buffers of the module, without those of its children, with their names
-    Raises ValueError with the name of a tensor that is not set. Tensors without data stay as they
-    are.
+    Raises ValueError with the name of a tensor that is not set. Tensors without data are ignored.
     """
     if all(tensor.untyped_storage().device.type == "meta" for tensor in own):  # or fake tensors
         return
@@ -824,10 +819,7 @@ def recomputed_in_training(
 def compiled_or_eager(
     block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
 ) -> tuple[Tensor, Routing | None]:
-    """Calls the compiled forward of a block if possible, and the eager forward otherwise.
-
-    `DiT.compile_blocks` describes the exceptions.
-    """
+    """Calls the compiled forward of a block where possible, see `DiT.compile_blocks`."""
     mode = "training" if block.training else "evaluation"
     varies = block.moe is not None and mode in block.moe.gate.varies_in
     return (eager if varies or has_tangent(x) else compiled)(x, *args)
@@ -841,8 +833,8 @@ def embedder_of(condition: str) -> str:
 def position_embedding(config: DiTConfig) -> Tensor:
     """Returns the fixed 2-D sin-cos position embedding (1, P, D), added to the patch embeddings.
 
-    The first D/2 channels encode the column of a patch, and the others the row. Without absolute
-    positions, the embedding is zeros (1, 1, D).
+    The first D/2 channels encode the column of a patch, the others the row. Without absolute
+    positions: zeros (1, 1, D).
     """
     if not config.absolute_positions:
         return torch.zeros(1, 1, config.hidden_size)

@@ -7,8 +7,8 @@ A row is a pair of a token and one of the token's experts. A layer has three ste
     1. The router (routers.py) chooses the rows and their weights.
     2. The experts compute the output of each row (`Experts`).
     3. The weighted outputs of each token are summed.
-Two implementations of steps 2 and 3, `experts_loop` and `experts_grouped`, agree, up to rounding,
-in the output and in every gradient.
+`experts_loop` and `experts_grouped` implement steps 2 and 3 with the same output and gradients, up
+to rounding.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width, H expert width, E experts,
@@ -47,8 +47,8 @@ class GatedLinear(nn.Linear):
     """Linear layer on silu(gate) * up. For backward it saves gate and up, but not the product."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        # `GatedLinearFunction` has no jvp method, because torch.compile rejects autograd Functions
-        # that have one. Under torch.func.jvp, plain operations therefore compute the layer.
+        # Plain operations under torch.func.jvp: torch.compile rejects autograd Functions with a jvp
+        # method, so `GatedLinearFunction` has none.
         if has_tangent(gate, up, self.weight):
             y = F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
         else:
@@ -205,18 +205,14 @@ def quantize_experts(model: nn.Module, kind: str) -> None:
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:
-    """Casts x to the dtype that autocast would use for a matrix product.
-
-    Without autocast, returns x unchanged.
-    """
+    """Casts x to the dtype that autocast, if enabled, would use for a matrix product."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """Reference back end: computes one expert after another."""
-    # Unbind each parameter once. Indexing the parameter for each expert would instead create, and
-    # add up, one gradient of full size per expert.
+    # Unbind each parameter once: indexing it for each expert would add up gradients of full size.
     no_bias = [None] * len(weights.up_proj)
     experts = zip(*(no_bias if p is None else p.to(x.dtype).unbind() for p in weights), strict=True)
     y = torch.zeros_like(x)                                                 # (S, D)
@@ -235,13 +231,12 @@ def experts_loop(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
 
 
 def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Fast back end: `compute_experts` computes one grouped matrix product per projection.
+    """Fast back end: one grouped matrix product per projection, see `compute_experts`.
 
     On CUDA with Triton, the host does not wait for the GPU and does not loop over experts.
 
-    torch.func.jvp is supported. If gradients are enabled, this function calls `experts_loop` for
-    the jvp, so that the tangent is differentiable. Other transforms and second derivatives are not
-    supported: use the back end "loop" for them.
+    Under torch.func.jvp with gradients, `experts_loop` takes over, so that the tangent is
+    differentiable. Other transforms and second derivatives require the back end "loop".
     """
     if torch.is_grad_enabled() and has_tangent(x, routing.weight, *weights):
         return experts_loop(x, routing, weights)

@@ -3,13 +3,12 @@
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
     routing = router(x)
 
-A router returns a `Routing`, which all other code reads. The experts compute the rows of the
-`Routing`. The loss of the `Routing` is a term of the training loss. `DiT.expert_load` and the
-recorder (analysis/recorder.py) count the rows. After each optimizer step, `Router.update` updates
-the state of the router from the observed statistics.
+A router returns a `Routing`: the rows that the experts compute and the recorder
+(analysis/recorder.py) counts, a loss for training, and the load. After each optimizer step,
+`Router.update` updates the state of the router from the observed statistics.
 
-To add a router, write a subclass of `Router` with `forward` or `choose`, and add its name to
-`ROUTERS`. A field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
+To add a router, write a subclass of `Router` with `forward` or `choose`, and add it to `ROUTERS`. A
+field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the gate's input
@@ -275,15 +274,12 @@ def expert_choice(index: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class ThresholdRouter(Router):
-    """Base class of routers whose threshold is a moving average.
+    """Base class of routers that compare scores within the micro-batch in training, and with a
+    threshold, a moving average, in eval mode.
 
-    Subclasses define `threshold` and `momentum`.
-
-    In training, these routers compare scores over the entire micro-batch. In eval mode,
-    `RaceRouter` compares the score of each pair (token, expert) with the threshold, and
-    `BatchPoolRouter` compares the output of its capacity predictor with the threshold of the
-    expert. An image then does not depend on the other images of the batch, except with the option
-    `inference` "count" of `BatchPoolRouter`.
+    In training, the routing of an image therefore changes if the batch is split over another number
+    of processes or micro-batches. In eval mode it does not depend on the batch, unless
+    `depends_on_batch`. Subclasses define `threshold` and `momentum`.
     """
 
     varies_in = ("evaluation",)
@@ -304,19 +300,17 @@ class ThresholdRouter(Router):
 class RaceRouter(ThresholdRouter, draws_nothing=True):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
 
-    z = W gelu(W1 x). A process's micro-batch has S E logits, one per pair (token, expert). The
-    pairs of the S K largest logits win, and each winning pair is a row, weighted by z. The
-    threshold is a moving average of the smallest winning logit. In eval mode the pairs with
-    z >= threshold win. In training, the routing of an image changes if the batch is split over a
-    different number of processes or micro-batches.
+    z = W gelu(W1 x). Of the S E pairs (token, expert) of a process's micro-batch, those with the
+    S K largest z win; each is a row, weighted by z. The threshold is a moving average of the
+    smallest winning z. In eval mode the pairs with z >= threshold win.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the router similarity loss. With
     P = softmax(z) and M the mask (S, E) of the winning pairs, L = 1/S sum_ij w_ij (P^T P)_ij, where
     w_ii = E (M^T M)_ii / trace(M^T M) and, for i != j,
     w_ij = (E^2 - E) (M^T M)_ij / (sum of the off-diagonal entries of M^T M).
 
-    The paper also trains an output of each layer to predict the diffusion target. This router omits
-    that loss, because a router does not receive the target.
+    The paper's second loss, of an output of each layer that predicts the diffusion target, is
+    omitted, because a router does not receive the target.
     """
 
     momentum: float = option(
@@ -368,15 +362,13 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
     p = softmax(W x). Among the S tokens of a process's micro-batch, every expert takes the
-    k = max(1, floor(S K / E)) tokens with the largest p, weighted by p. In training, the routing of
-    an image changes if the batch is split over a different number of processes or micro-batches.
+    k = max(1, floor(S K / E)) tokens with the largest p, weighted by p.
 
     A capacity predictor predicts from detached x which pairs (token, expert) are chosen. The
     auxiliary loss, weighted by aux_loss_alpha, is the binary cross-entropy of these predictions,
     averaged over all S E pairs. The threshold of each expert is a moving average of the k-th
     largest of the expert's predictions. In eval mode an expert takes the tokens whose prediction is
-    above the threshold. The released code (`inference` "count") takes as many tokens, but those
-    with the largest p in the batch, so that an image depends on the others.
+    above the threshold; for `inference` "count" see its help.
     """
 
     momentum: float = option(
@@ -384,9 +376,9 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
     )
     inference: str = option(
         "threshold", choices=("threshold", "count"),
-        help="tokens that an expert takes in eval mode: threshold, the tokens whose prediction is "
-        "above the threshold; count, the same number of tokens with the largest scores in the "
-        "batch, as in DiffMoE's released code, so that an image depends on the rest of the batch",
+        help="tokens that an expert takes in eval mode: threshold, those predicted above the "
+        "threshold; count, as many with the largest scores in the batch, as in DiffMoE's released "
+        "code, so that an image depends on the rest of the batch",
     )
     aux_loss_alpha: float = loss_weight(1.0)
 
@@ -438,22 +430,20 @@ class PrototypeRouter(Router, draws_nothing=True):
         expert choice   in each image, every expert takes the C = max(1, floor(T K / E)) tokens with
                         the largest z
     With `unconditional_expert`, each token of an image without a class goes to one extra expert,
-    number E. Under expert choice, such a token has one row, with weight 1; under token choice, K
-    rows with weight 1 / K.
+    number E: as one row of weight 1 under expert choice, as K rows of weight 1 / K under token
+    choice.
 
     The auxiliary loss, weighted by aux_loss_alpha, is the routing contrastive loss. Let m_i be the
     mean of the tokens assigned to expert i. An expert i that received tokens has the loss
     -log softmax_j(cos(p_i, m_j) / 0.07) at j = i, where j runs over the experts that received
     tokens. The auxiliary loss is the mean of these losses, and 0 if fewer than two experts received
-    tokens. Under expert choice the auxiliary loss is computed for each image and averaged over the
-    images that have a class. If `unconditional_expert` is False, it is averaged over all images.
+    tokens. Under expert choice it is computed for each image and averaged over the images that have
+    a class (all images without `unconditional_expert`).
 
-    Under expert choice, the number of rows depends on the number of images without a class. The GPU
-    computes this number, so the host waits for the GPU.
+    Under expert choice, the host waits for the number of images without a class.
 
-    Differs from the published script, which treats label 1000 as "no class". With fewer than 1000
-    classes, the script never uses the extra expert; `unconditional_expert=False` reproduces this
-    behaviour.
+    Differs from the published script, where "no class" is label 1000, so that the extra expert is
+    never used with fewer classes: `unconditional_expert=False` reproduces that.
     """
 
     choice: str = option(
