@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 from runtime.errors import run_main
 from runtime.flags import flag, flags_of, parse_flags
-from sampling.config import SamplingConfig
+from sampling.config import CKPT_HELP, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(SamplingConfig):
     ckpt: str = flag(
         "assets/demo-emoji",
-        group="model (read from the checkpoint; pass these flags for published weights that lack "
-        "them)",
-        help="checkpoint, as for sample.py (default: the emoji model of this repository)",
+        group="checkpoint", help=f"{CKPT_HELP} (default: the emoji model of this repository)"
     )  # fmt: skip
     compare: str | None = flag(
         None, group="page", help="second checkpoint, shown next to the first, from the same noise"

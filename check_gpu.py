@@ -45,12 +45,12 @@ class CheckConfig:
     output: Path = flag(help="folder for report.md, report.json and what the stages print")
     device: str = flag(
         "cuda", choices=("cuda", "cpu", "fake"),
-        help="cpu: what needs a GPU is skipped; fake: training steps and compiled blocks on fake "
-        "CUDA tensors, which need no GPU, on all cores",
+        help="cpu: skip what needs a GPU; fake: training steps and compiled blocks on fake CUDA "
+        "tensors, which need no GPU, on all cores",
     )  # fmt: skip
     quick: bool = flag(False, help="fewer sizes and no DeepSpeed: 12 minutes at most instead of 30")
     stages: tuple[str, ...] = flag(
-        tuple(LIMITS), choices=tuple(LIMITS), help="which ones (default: all); not with fake"
+        tuple(LIMITS), choices=tuple(LIMITS), help="stages to run, not with fake (default: all)"
     )
 
 

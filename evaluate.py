@@ -41,14 +41,14 @@ from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
 from runtime.flags import flag, parse_config, spelling
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
-from sampling.config import SamplingConfig
+from sampling.config import CKPT_HELP, SamplingConfig
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
-    ckpt: str | None = flag(None, group="model", help="as for sample.py")
+    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
     num_images: int = flag(50_000, group="images", ge=1, help="number of images to generate")
     label_sampling: str = flag(
         "equal", choices=("equal", "random"),
@@ -61,24 +61,27 @@ class EvaluateConfig(SamplingConfig):
     reconstruct: bool = flag(
         False, help="evaluate the reconstructions of --images by the autoencoder of --vae-path"
     )
-    output: Path | None = flag(None, help="folder; default: results/evaluation-RUN-DIGEST")
+    output: Path | None = flag(
+        None, help="folder of results.json and the images (default: results/evaluation-RUN-DIGEST)"
+    )
     reference: Path | None = flag(
         None,
         group="metrics",
-        help="real images to compare with: statistics (.npz, ours or ADM's), a folder or an .npz",
+        help="real images to compare with: a folder, an .npz of images, or an .npz of statistics "
+        "(ours or ADM's)",
     )
     backbone: str = flag(
         "inception", metavar="NETWORK",
-        help="network of the features: inception, efficientnet-lite0 or timm:MODEL[@PIXELS]; "
-        "FD-DINOv2 is the fd of timm:vit_large_patch14_dinov2.lvd142m@224",
+        help="feature network: inception, efficientnet-lite0 or timm:MODEL[@PIXELS]; for FD-DINOv2 "
+        "timm:vit_large_patch14_dinov2.lvd142m@224",
     )  # fmt: skip
     inception_weights: Path | None = flag(
-        None, help="torch-fidelity's file of weights (default: download it)"
+        None, help="torch-fidelity's weights of Inception (default: download them)"
     )
     kid_subset_size: int = flag(1000, ge=1, help="images per KID subset")
     resize: Size | None = flag(
-        None, ge=1, help="scale and crop the images of folders to this many pixels per side, or to "
-        "this height and width",
+        None, ge=1, help="scale and crop images in folders: pixels per side of a square, or height "
+        "and width",
     )  # fmt: skip
     precompute_reference: Path | None = flag(
         None,

@@ -31,7 +31,8 @@ class ExpertAblationConfig(ExpertConfig):
     num_images: int | None = flag(None, ge=20, help="held-out images to use (default: 500)")
     output: Path | None = flag(
         None, suffixes=(".jsonl",),
-        help=f"default: {ABLATION_FILE} in --ckpt, if that is a run folder, or else in results",
+        help=f".jsonl file of the results (default: {ABLATION_FILE}, in --ckpt if that is a run "
+        "folder, otherwise in results)",
     )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ class ExpertDataConfig(ExpertConfig):
     )
     output: Path | None = flag(
         None, suffixes=(".npz",),
-        help=f"file of the counts, an .npz; default: {COUNTS_FILE} in --ckpt, if that is a run "
-        "folder, or otherwise in results",
+        help=f".npz file of the counts (default: {COUNTS_FILE}, in --ckpt if that is a run folder, "
+        "otherwise in results)",
     )  # fmt: skip
 
 

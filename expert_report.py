@@ -24,13 +24,16 @@ PAGE, FIGURES = ".html", (".png", ".pdf")
 @dataclass(frozen=True, kw_only=True)
 class ExpertReportConfig(HeatmapConfig):
     output: Path | None = flag(
-        None, suffixes=(PAGE, *FIGURES), help="default: expert_report.html near --data"
+        None,
+        suffixes=(PAGE, *FIGURES),
+        help="page, or .png or .pdf figure with --only (default: expert_report.html, or "
+        "heatmap_*.png, near --data)",
     )
     only: str | None = flag(
         None, choices=tuple(VIEWS),
-        help="write one view as .png or .pdf: patch, the experts of each position; spending, the "
-        "experts per token by step and position; persistence, the share of experts kept at the "
-        "next step; flow, how often pairs of experts of neighbouring layers meet",
+        help="draw one view as a figure: patch, the experts of each position; spending, experts "
+        "per token by step and position; persistence, the share of experts kept at the next step; "
+        "flow, how often experts of neighbouring layers share a patch",
     )  # fmt: skip
     ablation: Path | None = flag(
         None, metavar="FILE", help=f"file of expert_ablation.py (default: {ABLATION_FILE}, if any)"

@@ -30,7 +30,9 @@ KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # stay fp32, which rout
 class ExportConfig(SamplingConfig):
     output: Path = flag(group="export", help="new or empty folder")
     format: str = flag(
-        "safetensors", choices=("safetensors", "published", "pipeline"), help="see above"
+        "safetensors",
+        choices=("safetensors", "published", "pipeline"),
+        help="format of the export, see above",
     )
     samples: int = flag(
         8, ge=0, help="number of images in the model card, one per class; 0 for none"

@@ -18,7 +18,7 @@ from runtime.flags import flag, parse_config
 class ClassConfig(HeatmapConfig):
     top_classes: int | None = flag(
         None, group="classes", ge=1, metavar="N",
-        help="show only the N classes whose experts differ most from the mean; default: all",
+        help="show only the N classes whose experts differ most from the mean (default: all)",
     )  # fmt: skip
     order: str = flag(
         "label", choices=("label", "similarity"),

@@ -144,8 +144,8 @@ class DiTConfig:
     )
     class_tokens: int = option(
         0, ge=0, le=4096,
-        help="tokens of the class that join the patches: the embedding of the class plus a learned "
-        "position each, as in JiT",
+        help="number of class tokens beside the patches, each the embedding of the class plus a "
+        "learned position, as in JiT",
     )
     class_tokens_start: int = option(0, ge=0, help="first block with class tokens")
     norm: str = option(

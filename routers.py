@@ -448,8 +448,8 @@ class PrototypeRouter(Router, draws_nothing=True):
 
     choice: str = option(
         "token", choices=("token", "expert"),
-        help="token: tokens choose experts, as in ProMoE-TC; expert: experts choose tokens of each "
-        "image, as in ProMoE-EC",
+        help="who chooses: token, tokens their experts, as in ProMoE-TC; or expert, experts tokens "
+        "of each image, as in ProMoE-EC",
     )
     unconditional_expert: bool = option(
         True, help="route the tokens of images without a class to one extra expert"

@@ -16,28 +16,20 @@ from pathlib import Path
 from runtime.errors import UserError, pluralize, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
-from sampling.config import SamplingConfig
+from sampling.config import CKPT_HELP, SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
-    ckpt: str | None = flag(
-        None,
-        group="model (read from the checkpoint; needed only for published weights that do not "
-        "record these values)",
-        help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
-        "hub id, OWNER/NAME[@REVISION][:FILE]",
-    )
+    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
     class_labels: tuple[str, ...] = flag(
         (), group="images", metavar="LABEL",
         help="class numbers or names (default: the first 16 classes, or eight of ImageNet)",
     )  # fmt: skip
     images_per_class: int = flag(1, ge=1, help="number of images per class")
-    output: Path = flag(
-        Path("samples/sample.png"), suffixes=(".png",), help="file of the grid, a PNG"
-    )
+    output: Path = flag(Path("samples/sample.png"), suffixes=(".png",), help="PNG file of the grid")
     output_dir: Path | None = flag(
         None, help="also write each image to this folder, as SEED-class-LABEL.png"
     )

@@ -7,7 +7,7 @@ from typing import Any
 from options.parts import options_of, sides
 from runtime.errors import UserError
 from runtime.flags import flag, spelling
-from sampling.config import SamplingConfig
+from sampling.config import CKPT_HELP, SamplingConfig
 
 ABLATION_FILE = "expert_ablation.jsonl"  # default file name
 BATCH_SIZE = 32  # default with --ckpt
@@ -22,7 +22,7 @@ OF_PIPELINES = {
 class ExpertConfig(SamplingConfig):
     """A checkpoint of ours, or a text-to-image pipeline of diffusers and prompts."""
 
-    ckpt: str | None = flag(None, group="model", help="as for sample.py")
+    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
     batch_size: int | None = flag(
         None, ge=1, help=f"images at a time (default: {BATCH_SIZE}; 1 with --pipeline)"
     )
@@ -33,7 +33,7 @@ class ExpertConfig(SamplingConfig):
     )  # fmt: skip
     prompts: Path | None = flag(
         None, metavar="FILE",
-        help="file with a prompt a line; a name and a tab before a prompt are its group, and "
+        help="file with one prompt per line, optionally after the name of a group and a tab; "
         "groups take the place of classes",
     )  # fmt: skip
     text_encoder: str | None = flag(

@@ -52,13 +52,13 @@ class HeatmapConfig:
 
     data: Path = flag(
         Path("results", COUNTS_FILE), group="heat map",
-        help="file that expert_data.py wrote, or the folder of the file",
+        help="file of expert_data.py, or its folder",
     )  # fmt: skip
     output: Path | None = flag(
-        None, suffixes=(".png", ".pdf"), help="the picture (default: heatmap_*.png near --data)"
+        None, suffixes=(".png", ".pdf"), help="figure (default: heatmap_*.png near --data)"
     )
     layers: tuple[int, ...] = flag(
-        (), ge=0, help="numbers of blocks with experts, from 0; default: first, middle and last"
+        (), ge=0, help="numbers of blocks with experts, from 0 (default: first, middle and last)"
     )
 
 

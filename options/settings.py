@@ -46,6 +46,10 @@ class Flag:
         for component, one in self.options.items():
             texts.setdefault(one.help, []).append(component)
         help = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
+        if len(texts) == 1 and (
+            self.field.by_component or set(self.options) == {*self.field.table}
+        ):
+            help = self.option.help  # of all components, or of the one in the flag's name
         ones, rules = [*self.options.values()], (*LIMITS, "choices", "suffixes")
         unlike = [rule for rule in rules if len({getattr(one, rule) for one in ones}) > 1]
         hint = tuple[self.option.hint, ...] if self.takes_several else self.option.hint

@@ -10,9 +10,9 @@ flags = flags_of((Config,))
 layer = parse_flags(flags, __doc__)                    # the same, without defaults
 layer = read_values({"lr": "1e-3"}, flags)             # from Python or a recipe file
 
-If a field names a component, the options of all components of the registry are flags too:
-`router` gives --router, and --router-scale for the routers that have a scale. The words of a flag
-are joined by - or _. settings.py merges layers and makes configs of them.
+The options of components are flags too: `router` gives --router, and --router-scale for the routers
+that have a scale. The words of a flag are joined by - or _. settings.py merges layers and makes
+configs of them.
 """
 
 import argparse
@@ -22,9 +22,10 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from options.parts import option
+from options.parts import Option, option
 from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
 from runtime.errors import UserError
 
@@ -60,14 +61,14 @@ def parse_flags(
     if first and words[-1:] in (["--help"], ["-h"]):
         shown = {name: flags[name] for name in first if name in flags}
         print(make_parser(shown, description, grouped=False).format_help(), end="")
-        print(f"\n--help all lists {len(flags)} flags")
+        print(f"\n--help all shows all {len(flags)} flags")
         sys.exit()
     parser = make_parser(flags, description)
     values, unknown = parser.parse_known_args(words)
     named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
     if unknown and not named:
         parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-    # A flag without a value that accepts a tuple of bools gets the value True.
+    # The bare flag of a tuple of bools: True.
     found = {
         name: [True] if value == [] and not flags[name].field.by_component else value
         for name, value in vars(values).items()
@@ -76,21 +77,27 @@ def parse_flags(
 
 
 def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) -> "Parser":
+    shown = {name: flag.shown for name, flag in flags.items()}
+    usage = ["%(prog)s", *(value_name(name, one) for name, one in shown.items() if one.positional)]
+    usage += [
+        f"{spelling(name)} {value_name(name, one)}"
+        for name, one in shown.items() if one.default is MISSING and not one.positional
+    ]  # fmt: skip
     parser = Parser(
+        usage=" ".join([*usage, "[flags]"]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # flags that are not given get no entry
         allow_abbrev=False,
     )
     groups, group = {}, parser
-    for flag_name, one in ((name, flag.shown) for name, flag in flags.items()):
+    for flag_name, one in shown.items():
         if (title := one.group) and grouped:
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        allowed = ",".join(map(str, one.choices or one.table or ()))
-        rules: dict[str, Any] = {"metavar": one.metavar or (f"{{{allowed}}}" if allowed else None)}
+        rules: dict[str, Any] = {"metavar": value_name(flag_name, one)}
         rules["help"] = one.help.replace("%", "%%")
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
-        if is_tuple:  # argparse counts the words, and `Option.read` converts them
+        if is_tuple:
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
             if bool in parts or one.by_component:  # True, or no component
                 rules["nargs"] = "*"
@@ -102,6 +109,19 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
             rules |= {"dest": flag_name, "required": one.default is MISSING}
         group.add_argument(flag_name if one.positional else spelling(flag_name), **rules)
     return parser
+
+
+def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
+    """Returns the name of a flag's value in the help: its choices, N (an integer), X (a number),
+    True|False, or the last word of the flag."""
+    if one.metavar:
+        return one.metavar
+    if allowed := one.choices or one.table:
+        return f"{{{','.join(map(str, allowed))}}}"
+    kinds = {one.hint, *typing.get_args(one.hint)}
+    if str in kinds or Path in kinds:
+        return flag_name.split("_")[-1].upper()
+    return "True|False" if bool in kinds else "N" if int in kinds else "X"
 
 
 class Parser(argparse.ArgumentParser):

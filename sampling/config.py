@@ -12,6 +12,10 @@ from runtime.plugins import import_plugins
 # Flags that describe the model of --ckpt: fields of `DiTConfig`, and options of its router.
 MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
 ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
+CKPT_HELP = (
+    "run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a hub id, "
+    "OWNER/NAME[@REVISION][:FILE]"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,30 +31,28 @@ class SamplingConfig:
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
         import_plugins(self.plugin)
 
-    ckpt: str = flag(
-        group="model (read from the checkpoint; needed only for published weights that do not "
-        "record these values)",
-        help="run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a "
-        "hub id, OWNER/NAME[@REVISION][:FILE]",
-    )
+    ckpt: str = flag(group="checkpoint", help=CKPT_HELP)
     ema: str | None = flag(
         None,
         help="EMA of the run, such as 0.999, or of a .pt file, such as model_ema2 (default: "
         "the first EMA)",
     )
-    model: str | None = flag(None, help="size and patch size, such as DiT-XL/2")
-    num_experts: int | None = flag(None, ge=0, help="routed experts per block; 0: dense")
+    model: str | None = flag(
+        None, group="model (recorded in our checkpoints; pass what published files do not record)",
+        help="size and patch size, such as DiT-XL/2",
+    )  # fmt: skip
+    num_experts: int | None = flag(None, ge=0, help="routed experts per block; 0 for a dense model")
     num_experts_per_tok: int | None = flag(None, ge=1, help="experts per token")
     num_classes: int | None = flag(None, ge=1, help="number of classes")
     num_heads: int | None = flag(None, ge=1, help="attention heads")
     input_size: int | None = flag(
         None,
         ge=1,
-        help="latent height and width, which DSMoE's files do not record (default: 32)",
+        help="latent height and width, for DSMoE's files (default: 32)",
     )
     router_choice: str | None = flag(
         None, choices=("token", "expert"),
-        help="set to expert for ProMoE-EC, whose files do not record it",
+        help="expert for ProMoE-EC (default: token, for ProMoE-TC)",
     )  # fmt: skip
     router_scale: float | None = flag(None, gt=0, help="factor of DSMoE's expert weights")
     router_inference: str | None = flag(
@@ -69,10 +71,11 @@ class SamplingConfig:
     rf: bool | None = flag(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = flag(
         None, group="sampler",
-        help="each with its default number of steps, the default sampler first: " + "; ".join(
-            f"for {kind} {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
+        help="sampler, here with its default number of steps; the first one is the default. "
+        + "; ".join(
+            f"{kind}: {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
             for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=False)
-        ) + "; for mean_flow mean 4 and the samplers of flows",
+        ) + "; mean_flow: mean 4 and the samplers of flows",
     )  # fmt: skip
     num_sampling_steps: int | str | None = flag(
         None,
@@ -88,7 +91,7 @@ class SamplingConfig:
     cfg_scale: float | None = flag(
         None,
         ge=0,
-        help="guidance scale (default: 1.5, or 1, which is none, if the model was trained without "
+        help="guidance scale; 1 for none (default: 1.5, or 1 if the model was trained without "
         "label dropout or with guidance)",
     )
     guide_ckpt: str | None = flag(
@@ -98,8 +101,8 @@ class SamplingConfig:
     )
     guided_channels: int | str | None = flag(
         None,
-        help="latent channels that guidance acts on, a number or 'all' (default: all, but 3 for "
-        "the gaussian objective without --guide-ckpt, as published)",
+        help="number of leading latent channels that guidance acts on, or all (default: all, but 3 "
+        "for the gaussian objective without --guide-ckpt, as published)",
     )  # fmt: skip
     guidance_interval: tuple[float, float] | None = flag(
         None, metavar=("LOW", "HIGH"),
@@ -108,13 +111,13 @@ class SamplingConfig:
     )  # fmt: skip
     precision: str | None = flag(
         None, choices=("fp32", "bf16", "fp16"),
-        help="precision of the model; default: fp32, or for XL and G fp16 as published (bf16 on a "
-        "CPU). python -m tools.benchmarks.bench_sample compares their speed",
+        help="precision of the model (default: fp32; for XL and G fp16, as published, or bf16 on a "
+        "CPU); python -m tools.benchmarks.bench_sample compares their speed",
     )  # fmt: skip
     quantize: str | None = flag(
         None, choices=("int8", "int4"),
-        help="quantise the experts' weights; compared with 16 bits, int8 needs about half of the "
-        "memory and int4 about a third. Other weights stay in --precision",
+        help="quantise the experts' weights: int8 takes about half the memory of 16 bits, int4 "
+        "about a third. Other weights stay in --precision",
     )  # fmt: skip
     offload: bool = flag(
         False,

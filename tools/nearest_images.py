@@ -53,7 +53,7 @@ COLUMNS = ("images", "training steps", "smallest distance", "5% quantile", "medi
 @dataclass(frozen=True, kw_only=True)
 class NearestConfig(SamplingConfig):
     ckpt: tuple[str, ...] = flag(
-        group="model", metavar="CKPT", help="checkpoints, as for sample.py"
+        group="checkpoint", metavar="CKPT", help="checkpoints, as for sample.py"
     )
     train: str = flag(
         group="images", help="images that the model was trained on, as for train.py --data-path"

@@ -150,9 +150,8 @@ class DataConfig(ImagesConfig):
 
     latents_path: str | None = flag(
         None,
-        help="folder of cached latents from cache_latents.py, in place of --data-path; the cache "
-        "determines --image-size, and the autoencoder is used only for sample grids and for "
-        "images of --val-path",
+        help="folder of cached latents from cache_latents.py, in place of --data-path, with their "
+        "--image-size; the autoencoder is then used only for sample grids and images of --val-path",
     )
     latents_norm: str = flag(
         "autoencoder", choices=("autoencoder", "data"), change="result",
@@ -167,14 +166,14 @@ class DataConfig(ImagesConfig):
     )
     val_share: float = flag(
         0.0, ge=0, lt=1, metavar="FRACTION", change="result",
-        help="in place of --val-path: fraction of the training images to hold out; the choice "
-        "depends only on the images",
+        help="in place of --val-path: fraction of the training images to hold out, the same ones "
+        "in all runs on these images",
     )  # fmt: skip
     val_images: int = flag(1000, ge=1, help="number of held-out images to use")
     val_times: str = flag(
         "uniform", choices=("uniform", "training"),
-        help="distribution of the fixed times of the held-out loss: uniform, which makes runs "
-        "comparable, or training, the distribution of the times in training",
+        help="distribution of the fixed times: uniform, which makes runs comparable, or training, "
+        "as in training",
     )  # fmt: skip
 
 
@@ -186,8 +185,8 @@ class RunConfig:
 
     config: str | None = flag(
         None, metavar="RECIPE", group="run", change="command",
-        help="YAML file whose keys are flags, such as a run's config.yaml; flags of the command "
-        "override the file",
+        help="YAML file of flags, such as config/recipes/stable.yaml or a run's config.yaml; the "
+        "other flags of the command override the file",
     )  # fmt: skip
     plugin: tuple[str, ...] = flag(
         (), metavar="FILE.py", change="command",
@@ -200,32 +199,34 @@ class RunConfig:
         help="name of the run folder (default: model, objective and a digest of settings and data)",
     )
     rf: bool | None = flag(
-        None, change="command", help="published spelling of --objective rectified_flow"
-    )
+        None, change="command",
+        help="train a rectified flow: published spelling of --objective rectified_flow",
+    )  # fmt: skip
     pretraining_tp: int = flag(
         1, change="command", help="has no effect; published commands pass it"
     )
     resume: str | None = flag(
-        None,
-        help="run folder to resume; no other flag is needed. A checkpoint (RUN/checkpoints/STEP) "
-        "with a --run-name starts a branch: a new run that goes on from there. Flags of the "
-        "command change what they say",
-    )
+        None, metavar="RUN",
+        help="run folder to resume with its stored settings; other flags change settings. With "
+        "RUN/checkpoints/STEP and --run-name NEW: start a branch, a new run from that checkpoint",
+    )  # fmt: skip
     finetune: str | None = flag(
         None, metavar="WEIGHTS",
-        help="path or hub id of the weights to start from: weights that this code saved, published "
-        "weights, or a DiT in diffusers' format. The weights determine the model, but classes, "
-        "conditions and image size may change",
+        help="path or hub id of weights to start from: ours, published ones, or a DiT in "
+        "diffusers' format. They determine the model, but classes, conditions, objective and "
+        "image size may change",
     )  # fmt: skip
     epochs: int | None = flag(
-        None, ge=1, help=f"passes over the images (default: {EPOCHS}, or --max-steps)"
+        None, ge=1, help=f"passes over the images (default: {EPOCHS}, without --max-steps)"
     )
-    max_steps: int | None = flag(None, ge=1, le=10**12, help="number of steps; excludes --epochs")
+    max_steps: int | None = flag(
+        None, ge=1, le=10**12, help="number of optimizer steps, in place of --epochs"
+    )
     global_seed: int = flag(0, ge=0, change="result", help="seed of the random numbers in training")
     deterministic: bool = flag(
         False,
-        help="use only deterministic algorithms, which are slower on a GPU; runs on the same "
-        "number and kind of GPUs are then bit-identical (on a CPU, runs always are)",
+        help="make runs on the same number and kind of GPUs bit-identical, by slower algorithms "
+        "(on a CPU, they always are)",
     )
     dry_run: bool = flag(
         False, change="command", help="print model, parameters, memory and steps, and stop"
@@ -239,8 +240,8 @@ class RunConfig:
     gpus_per_node: int | None = flag(
         None,
         ge=1,
-        help="GPUs per node, for sharding (default: the launcher's value; without "
-        "one, the number of processes, at most 8)",
+        help="GPUs per node, for sharding (default: the launcher's value, or the number of "
+        "processes, at most 8)",
     )
     gpu_memory: float | None = flag(
         None,
@@ -270,9 +271,8 @@ class RunConfig:
     )  # fmt: skip
     save_minutes: float = flag(
         15.0, ge=0,
-        help="minutes between rolling checkpoints, each with a sample grid (0: no rolling "
-        "checkpoints); each save replaces the previous rolling checkpoint; a crash loses at most "
-        "about this much training",
+        help="minutes between rolling checkpoints, each with a sample grid, of which only the "
+        "newest is kept; a crash loses at most about this much training; 0 for none",
     )  # fmt: skip
     num_sample: int = flag(16, ge=0, help="largest number of images in a sample grid; 0 for none")
     sample_every: int = flag(10_000, ge=1, help="steps between sample grids")

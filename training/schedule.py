@@ -24,7 +24,7 @@ class Decaying(Schedule):
 
     lr_floor: float = option(
         0.0, ge=0, lt=1, metavar="FRACTION", is_bare=True,
-        help="final learning rate of a decaying schedule, as a fraction of --lr",
+        help="final learning rate, as a fraction of --lr",
     )  # fmt: skip
 
     def factor(self, done: int, warmup: int, total: int) -> float:
@@ -49,7 +49,7 @@ class Trapezoid(Decaying):
 
     decay_share: float = option(
         0.2, gt=0, le=1, is_bare=True,
-        help="fraction of the steps over which the trapezoid schedule decays",
+        help="fraction of the steps over which the learning rate decays",
     )  # fmt: skip
 
     def fall(self, done: int, warmup: int, total: int) -> float:
