@@ -116,8 +116,7 @@ def save_ablation(path: Path, settings: dict, rows: Sequence[Ablation]) -> None:
 def load_ablation(path: Path, expected: dict | None = None) -> tuple[dict, list[Ablation]]:
     """Reads a file of `save_ablation`; returns settings and rows.
 
-    expected: settings that the file must have. Raises UserError for other settings, and for a file
-    that is none of these.
+    expected: settings that the file must have
     """
     try:
         with open_untrusted(path) as file:

@@ -43,7 +43,7 @@ class ExpertConfig(SamplingConfig):
 
 
 def check_source(config: ExpertConfig, of_checkpoints: tuple[str, ...]) -> None:
-    """Raises UserError unless either --ckpt or --pipeline is given, and flags without effect.
+    """Requires either --ckpt or --pipeline, and refuses flags without effect.
 
     of_checkpoints: flags of the script that have no effect with --pipeline
     """

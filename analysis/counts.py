@@ -1,6 +1,5 @@
-"""Counts of expert assignments by class, sampling step and patch position, and their statistics.
-
-The statistics describe the balance of the load, and how much class, step and position determine it.
+"""Counts of expert assignments by class, sampling step and patch position, and their statistics:
+the balance of the load, and how much class, step and position determine it.
 
     counts = RoutingCounts.load("results/expert_data.npz")
     print(to_csv(layer_statistics(counts.by_class, "class"), [0, 5], counts.layer_numbers))
@@ -33,7 +32,7 @@ FORMAT = 2  # of the file; increased when an older one can no longer be read
 class RoutingCounts:
     """Assignments of patches to experts, and the patches that each expert weighs most.
 
-    An integer table counts assignments. A table of weights sums the weights of these assignments.
+    An integer table counts assignments; a table of weights sums their weights.
     """
 
     by_class: np.ndarray  # (C, L, E) int64
@@ -64,8 +63,8 @@ class RoutingCounts:
 
     @property
     def layer_numbers(self) -> list[int]:
-        """Numbers of the layers: those of their blocks, or 0, 1, ... if several share a number, as
-        in a model with two kinds of blocks."""
+        """Numbers of the layers' blocks, or 0, 1, ... if several share a number, as in a model with
+        two kinds of blocks."""
         numbers = [int(re.search(r"\d+", name)[0]) for name in self.settings["layers"]]
         return numbers if len(set(numbers)) == len(numbers) else list(range(self.num_layers))
 
@@ -157,9 +156,8 @@ def mutual_information(table: np.ndarray) -> np.ndarray:
 
 
 def row_information(table: np.ndarray) -> np.ndarray:
-    """Returns the Kullback-Leibler divergence of each row's expert use from the layer's, (R, L).
-
-    In bits: sum_e p_e|r log2(p_e|r / p_e).
+    """Returns the Kullback-Leibler divergence of each row's expert use from the layer's, (R, L), in
+    bits: sum_e p_e|r log2(p_e|r / p_e).
 
     table: counts (R, L, E)
     """
@@ -205,9 +203,8 @@ def layer_statistics(table: np.ndarray, row: str) -> dict[str, np.ndarray]:
 
 
 def experts_per_token_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns statistics of experts per token (S, T, L) for each layer, (L,), by name.
-
-    The statistics are the mean, and the minimum and maximum over steps and over positions.
+    """Returns mean, and minimum and maximum over steps and over positions, of experts per token
+    (S, T, L), for each layer, (L,), by name.
     """
     columns = {"experts_per_token": values.mean((0, 1))}
     for name, means in (("step", values.mean(1)), ("position", values.mean(0))):

@@ -137,8 +137,7 @@ def write_heatmap(
     """Draws a heat map of a count file.
 
     Also prints the statistics of the layers and writes them to a CSV file next to the figure. A map
-    whose cells are all equal is not drawn. Raises UserError if the file is not a count file, if it
-    does not have such a layer, or if the output cannot be written.
+    whose cells are all equal is not drawn.
     """
     data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
     counts = RoutingCounts.load(data)

@@ -44,10 +44,8 @@ class PromptSettings:
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """Reads a file with a prompt a line; returns (group, prompt) pairs.
-
-    A name and a tab before the prompt are its group; without them, the prompt is its own group.
-    Empty lines are skipped.
+    """Reads a file with one prompt per line, optionally after its group and a tab; returns (group,
+    prompt) pairs. Without a group, the prompt is its own. Empty lines are skipped.
     """
     with reported_as(f"--prompts: cannot read {path}", OSError, UnicodeDecodeError):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -73,8 +71,6 @@ def open_prompt_pipeline(
     text_encoder: folder or hub id of the Llama model that HiDream-I1's repository lacks
     quantize: int8 or int4, for the experts
     offload: move each part to the GPU only while it computes
-
-    Raises UserError for a pipeline whose transformer is not in `TRANSFORMERS`, or is dense.
     """
     message = f"--pipeline {path}"
     check_index(path, message, text_encoder)
@@ -109,7 +105,7 @@ def open_prompt_pipeline(
 
 
 def check_index(path: str, message: str, text_encoder: str | None) -> None:
-    """Raises UserError unless a pipeline's index names a known transformer and all other parts."""
+    """Checks that a pipeline's index names a known transformer and all other parts."""
     with reported_as(f"{message}: expected a folder or hub id of a pipeline", OSError, ValueError):
         folder = Path(path) if os.path.isdir(path) else hub_folder(path, [INDEX])
         index = read_json(folder / INDEX)

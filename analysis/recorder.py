@@ -1,7 +1,7 @@
 """Recorder that counts, while a model samples, the experts of the tokens in every layer.
 
-The recorder stores only counts, so its memory does not depend on the number of images. The counts
-stay on the model's device, so no step waits for them.
+Its memory does not depend on the number of images. The counts stay on the model's device, so no
+step waits for them.
 
 Shape legend:
     N conditional images of a batch, T tokens per image, P patches per image, R rows of a
@@ -53,9 +53,9 @@ def listen_to(
 class RoutingRecorder:
     """Context manager that counts the assignments of each layer, for the conditional images only.
 
-    If a sampler calls the model several times per step, as guidance in two passes and Heun's method
-    do, only the first call is counted. The tables are those of `RoutingCounts`, made by the first
-    pass. Here `by_class` has all classes, and an extra expert of the router is the last expert.
+    Only the first call of a step is counted: guidance in two passes and Heun's method have several.
+    The tables are those of `RoutingCounts`, made by the first pass; here `by_class` has all
+    classes, and an extra expert of the router is the last expert.
     """
 
     def __init__(
@@ -109,9 +109,8 @@ class RoutingRecorder:
         self.counted.clear()
 
     def mean_weights(self) -> list[Tensor]:
-        """Returns the weight of each expert at each patch of the batch, (N, P, E) a layer.
-
-        Weights are means over the steps so far, and 0 where a patch does not have the expert.
+        """Returns the weight of each expert at each patch of the batch, (N, P, E) per layer: means
+        over the steps so far, with 0 where a patch does not have the expert.
         """
         sums = [self.weights[layer] for layer in range(len(self.layers))]
         return [x.unflatten(0, (len(self.labels), -1)) / max(self.step, 1) for x in sums]

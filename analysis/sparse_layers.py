@@ -73,7 +73,7 @@ class DiTLayer:
 
 
 class GatedLayer:
-    """A layer of diffusers with a module `gate`, whose output says where the tokens go."""
+    """A layer of diffusers with a module `gate`, whose output determines the routing."""
 
     def __init__(self, name: str, module: nn.Module):
         self.name, self.module = name, module
@@ -181,9 +181,8 @@ TRANSFORMERS = {
 
 
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
-    """Returns the sparse layers in the order of the forward pass; [] for a dense model.
-
-    model: a DiT, or a transformer of diffusers.
+    """Returns the sparse layers of a DiT, or of a transformer of diffusers, in the order of the
+    forward pass; [] for a dense model.
     """
     if isinstance(model, DiT):
         experts = model.config.experts_per_layer

@@ -16,7 +16,7 @@ OTHER, PADDING = -1, -2  # places of tokens that are no patches: text; padding, 
 
 
 class TokenPlaces(Protocol):
-    """Tells which images of a model's batch are conditional, and where their tokens are."""
+    """The conditional images in a model's batch, and the places of their tokens."""
 
     grid: tuple[int, int]  # patches per column and per row
 
@@ -69,8 +69,8 @@ class HiDreamPlaces(ExitStack):
     """A guided batch is [unconditional; conditional].
 
     The tokens are the patches, padded to the model's largest number unless the image is square. In
-    the single-stream blocks the text follows: T5's tokens, and twice Llama's. The masks of the text
-    encoders tell its padding.
+    the single-stream blocks the text follows: T5's tokens, and twice Llama's, padded as the masks
+    of the text encoders show.
     """
 
     def __init__(self, pipeline: Any):

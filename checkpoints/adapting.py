@@ -37,8 +37,7 @@ def adapt(
     """Adapts weights to a config with other classes, conditions or another input size.
 
     seed: seed of newly initialised weights
-    Returns the checkpoint and notes about the changed weights. Raises UserError if the result does
-    not fit the config, as with a condition that owns weights outside its embedder.
+    Returns the checkpoint and notes about the changed weights.
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     kind = "input_size", "absolute_positions"
@@ -75,10 +74,8 @@ def adapt(
 def change_conditions(
     state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Replaces the embedders of conditions.
-
-    Embedders of conditions that both models have stay. Embedders of new conditions are initialised
-    as in a new model, and the other embedders are removed.
+    """Keeps the embedders of conditions that both models have, initialises those of new conditions
+    as in a new model, and removes the others.
     """
 
     def embedders(words: Iterable[str]) -> tuple[str, ...]:
@@ -107,10 +104,7 @@ def upcycled_config(
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
-    """Returns the config of the model that `upcycle` creates from a dense model.
-
-    Raises ValueError if the dense model cannot be converted with these arguments.
-    """
+    """Returns the config of the model that `upcycle` creates from a dense model."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     if config.dense_mlp_type is not None:
@@ -138,8 +132,7 @@ def upcycle(
     Every expert of a layer is a copy of the dense feed-forward layer, the top-k weights sum to 1
     (`router_renormalize`), and the output of the shared expert is zero. A token therefore gets the
     output of the dense layer, whatever the router chooses (Komatsuzaki et al. 2023, arXiv
-    2212.05055). The router is initialised as in a new model, which makes the copies differ during
-    training.
+    2212.05055). The router is new, so the copies diverge during training.
 
     sparse: config of the sparse model, see `upcycled_config`
     split: G splits the dense layer into G parts along the hidden units, one expert per part (He et

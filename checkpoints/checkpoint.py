@@ -72,7 +72,7 @@ class Checkpoint:
         return quantization_of(self.state_dict)
 
     def in_full_precision(self) -> "Checkpoint":
-        """Returns this checkpoint. Raises UserError if the experts are quantised."""
+        """Returns this checkpoint, or refuses quantised experts."""
         if kind := self.quantization:
             expected = "expected weights of 16 or 32 bits"
             raise UserError(f"{self.path}: got experts in {kind}, {expected}")
@@ -147,8 +147,7 @@ def read_checkpoint(
 def fetch(path: str | Path) -> tuple[Path, dict | None]:
     """Downloads the file or model that a hub id names, unless the hub's cache holds it.
 
-    Returns the local path and {"hub", "revision": the commit}. Returns the argument and None if the
-    path exists or is no hub id.
+    Returns the local path and {"hub", "revision": the commit}; for a local path, itself and None.
     """
     if not isinstance(path, str | Path):
         raise UserError(f"got {path!r:.80}, expected a path or a hub id")
@@ -166,8 +165,7 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
 def find_weights(path: Path) -> Path:
     """Finds the weights of a path: a weight file, or a folder of a model in diffusers' format.
 
-    For a run folder, this is the newest readable checkpoint. Unreadable checkpoints are listed on
-    stderr.
+    Of a run folder, the newest readable checkpoint; the unreadable ones are listed on stderr.
     """
     with reported_as(f"{path}: cannot be read", OSError):  # such as a lack of permission
         for file in (path, path / MODEL_FILE, path / PUBLISHED_FILE):
@@ -195,10 +193,8 @@ def ema_file(name: str, *, is_first: bool) -> str:
 
 
 def averages_of(path: Path) -> dict[str, Path]:
-    """Returns the EMA files of a run or step folder, by name such as 0.999, the first EMA first.
-
-    Returns {} for other weights.
-    """
+    """Returns the EMA files of a run or step folder, by name such as 0.999, the first EMA first; {}
+    for other weights."""
     file = find_weights(path)
     if path == file or file.name != MODEL_FILE:
         return {}
@@ -259,8 +255,8 @@ def read_file(
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     """Builds a DiT that uses these tensors as its weights, without copying.
 
-    Raises ValueError or RuntimeError if the tensors do not fit the config. Width and depth are
-    compared before the model is built, so that a config by itself cannot cause a large allocation.
+    Raises ValueError or RuntimeError if they do not fit the config. Width and depth are compared
+    before the model is built, so that a hostile config causes no large allocation.
     """
     width, patches = config.hidden_size, config.num_patches
     expected = (1, patches if config.absolute_positions else 1, width)
@@ -279,8 +275,8 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
 
 
 def find_vae(record: Record, path: Path) -> str | None:
-    """Returns the recorded folder of the autoencoder if the folder exists, else `vae/` next to the
-    weights, else the recorded folder at the place to which it moved with the weights, or a hub id.
+    """Returns the folder of the autoencoder: as recorded, else `vae/` next to the weights, else the
+    recorded one where it moved with the weights; or a hub id.
     """
     local, recorded = path.parent / "vae", record.vae_path
     if recorded == PIXELS:
@@ -298,7 +294,7 @@ def read_record(path: Path) -> Record:
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> None:
-    """Writes weights and record, flushed to disk. Raises OSError if that fails."""
+    """Writes weights and record, flushed to disk."""
     write_tensors(path, state_dict, record.to_metadata())
 
 

@@ -73,8 +73,8 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
 
     The diffusers DiT differs from the official one in its time frequencies
     (`timestep_frequency_shift` 1) and in the epsilon of the norm before the feed-forward layer;
-    both become config fields. Raises ValueError for a model that our DiT cannot reproduce, such as
-    one whose blocks have different time or class embedders.
+    both become config fields. Refuses what our DiT cannot reproduce, such as different time or
+    class embedders in the blocks.
     """
     for name, expected in REQUIRED.items():
         if (got := config.get(name, expected)) != expected:
@@ -101,8 +101,7 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
 
 
 def rename_weights(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Renames the weights of a DiTTransformer2DModel to ours. Raises KeyError or ValueError for
-    weights of any other model."""
+    """Renames the weights of a DiTTransformer2DModel to ours; KeyError or ValueError for others."""
     state_dict, left = {}, dict(weights)
     for kind in ("weight", "bias"):
         for layer in range(depth):

@@ -6,8 +6,7 @@ JiTMoE.
 
 A file is recognised by the names and shapes of its weights. Architectural differences become
 DiTConfig fields. A reversed time axis, a target of opposite sign and other pairs of rotary
-positions are absorbed into the weights.
-docs/models.md lists the settings that the files do not record and users have to pass.
+positions are absorbed into the weights. docs/models.md lists what users have to pass.
 
 Shape legend: E experts, D width, d width of a head, C latent channels, p patch size
 """
@@ -40,9 +39,8 @@ UNSUPPORTED = {  # pattern in a weight's name -> the unsupported variant that ha
 def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
     """Returns whether weights come from one of these projects; ValueError: unsupported variant.
 
-    A dense model has the weight names of the official DiT. It counts as DiffMoE's if the file
-    mentions a YAML config of that project, or if the user says that it is a rectified flow, which
-    the official DiT never is.
+    A dense model with the names of the official DiT counts as DiffMoE's if the file mentions a YAML
+    config of that project, or if it is a rectified flow.
     """
     if is_jit(state_dict):
         return True
@@ -143,8 +141,7 @@ def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def reverse_time(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns, for the weights of a model f, the weights of (x, t, y) -> f(x, 1 - t, y).
 
-    The time embedding stays the same linear function because cos and sin of w (1 - t) are linear
-    combinations of cos and sin of w t.
+    The weights absorb the reversal: cos and sin of w (1 - t) are linear in cos and sin of w t.
     """
     cos, sin = sinusoids(torch.ones(1), 256)[0].chunk(2)
     a, b = state_dict["t_embedder.mlp.0.weight"].float().chunk(2, dim=1)  # (D, 128) each

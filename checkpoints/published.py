@@ -19,8 +19,8 @@ NEEDED = (
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
 )  # fmt: skip
 
-# Fields that a published file, its arguments or the presets say, and those that only training or
-# the speed depends on. A model with another value than the default in any other field is refused.
+# Fields that a published file, its arguments or the presets say, or that only training or speed
+# depends on. In any other field, only the default can be published.
 SAID = (
     "input_size", "in_channels", "num_classes", "patch_size", "hidden_size", "depth", "num_heads",
     "num_experts", "num_experts_per_tok", "n_shared_experts", "mlp_ratio", "dense_mlp_ratio",
@@ -44,9 +44,9 @@ def infer_config(
 ) -> DiTConfig:
     """Infers a DiTConfig from the shapes of a state dict in our layout.
 
-    The shapes do not determine num_heads, num_experts_per_tok, some options of the router, and
-    whether a row of the label table means "no class". These come from the overrides, the arguments,
-    or the preset of that width.
+    What shapes do not determine comes from the overrides, the arguments, or the preset of that
+    width: num_heads, num_experts_per_tok, some options of the router, and whether a row of the
+    label table means "no class".
 
     fields: other known fields of the config
     """
@@ -122,9 +122,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     """Converts weights to the layout that the published code loads.
 
     This layout has one linear layer per expert and projection. The attention has timm's names or,
-    with QK-norm, flash-attn's names, as in the published scripts. A dense tanh-GELU model is
-    converted to the layout of the official DiT. Raises ValueError for a model that no published
-    code can compute.
+    with QK-norm, flash-attn's names, as in the published scripts. A dense tanh-GELU model gets the
+    layout of the official DiT. Refuses a model that no published code can compute.
     """
     alpha = config.router_options.get("aux_loss_alpha", 0.0)  # of no effect on the function
     said = {name: getattr(config, name) for name in SAID}

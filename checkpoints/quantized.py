@@ -19,11 +19,7 @@ def quantization_of(state_dict: dict[str, Tensor]) -> str | None:
 
 
 def quantize_state_dict(state_dict: dict[str, Tensor], kind: str) -> None:
-    """Replaces the expert weights by integers and scales, one weight at a time.
-
-    Raises UserError for a dense model, for weights that are already quantised differently, and if
-    int4's groups do not divide the width of a layer.
-    """
+    """Replaces the expert weights by integers and scales, one weight at a time."""
     names = [name for name in state_dict if EXPERT_WEIGHT.fullmatch(name)]
     stored = quantization_of(state_dict)
     if not names or stored not in (None, kind):

@@ -3,8 +3,8 @@
     record = Record(config=model.config, step=50_000, objective="gaussian", class_names=names)
     record = Record.from_metadata(record.to_metadata())    # {"dit_moe": JSON}
 
-There is one metadata key, and its JSON is sorted, so equal weights and facts give identical files.
-A field of a wrong type, or an absurd size, raises ValueError.
+The JSON is sorted, so equal weights and facts give identical files. A field of a wrong type, or an
+absurd size, raises ValueError.
 """
 
 import json
@@ -69,9 +69,8 @@ class Record:
         return self.model or f"{size}/{c.patch_size}"
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Returns all settings, as in config.yaml.
+        """Returns all settings, as in config.yaml; of weights from other code, few but the model's.
 
-        Weights from other code have few settings except the model's.
         `expert_backend` is omitted, because it does not affect the function of the model.
         """
         model = {k: v for k, v in nested(self.config).items() if k != "expert_backend"}

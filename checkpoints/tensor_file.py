@@ -5,8 +5,8 @@
     facts = joined(path.name, pieces)                    # {"bytes": ..., "crc32": ...}
 
 Every process creates the same `TensorFile` and writes its boxes, which are rectangular parts of the
-tensors. Each byte is written once, in ascending order, through a write-only descriptor. Clients of
-a network file system therefore do not overwrite each other's bytes.
+tensors. Each byte is written once, in ascending order, through a write-only descriptor, so that
+clients of a network file system do not overwrite each other's bytes.
 """
 
 import json
@@ -97,7 +97,7 @@ class TensorFile:
         self.header = len(content).to_bytes(8, "little") + content
 
     def write(self, boxes: Mapping[str, Box], *, with_header: bool) -> list[Piece]:
-        """Writes boxes of CPU tensors, and flushes them to disk. Raises OSError if that fails.
+        """Writes boxes of CPU tensors, and flushes them to disk.
 
         with_header: also write the header; True on exactly one of the processes
         """

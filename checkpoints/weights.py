@@ -73,7 +73,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically, flushed to disk. Raises OSError if that fails."""
+    """Writes a safetensors file atomically, flushed to disk."""
     boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
     kinds = {name: (box.values.dtype, box.full_shape) for name, box in boxes.items()}
     with atomic_file(path) as temporary:
@@ -81,10 +81,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_pickle(path: Path, stored: dict) -> None:
-    """Writes a file by torch.save, flushed to disk.
-
-    Raises OSError if that fails, which torch hides in a RuntimeError.
-    """
+    """Writes a file by torch.save, flushed to disk; raises the OSError that torch hides."""
     with open(path, "wb") as file:
         try:
             torch.save(stored, file)
@@ -95,7 +92,7 @@ def write_pickle(path: Path, stored: dict) -> None:
 
 
 def check_weights(state_dict: dict) -> None:
-    """Raises ValueError unless all values are dense floating-point tensors of finite numbers.
+    """Checks that all values are dense floating-point tensors of finite numbers.
 
     An integer tensor NAME is allowed if there is NAME_scale, as for a quantised weight.
     """
@@ -121,7 +118,7 @@ def shapes_of(values: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:
-    """Raises ValueError unless the names and shapes are equal."""
+    """Compares names and shapes."""
     for name in sorted(got.keys() | expected.keys()):
         found, right = (tuple(side[name]) if name in side else "none" for side in (got, expected))
         if found != right:

@@ -95,7 +95,6 @@ class GaussianDiffusion:
                         only the variance; 0 if the variance is fixed
             loss        (N,) mse + vb
             aux_loss    scalar, the network's auxiliary loss; minimise loss.mean() + aux_loss
-        Raises ValueError unless the network returns 2C channels, or C with a fixed variance.
 
         The loss is mse + 0.001 times the bound, which is the sum of S terms (Nichol and Dhariwal
         2021, equation 16). One term at a uniform t, times S, estimates the sum. For S = 1000 the

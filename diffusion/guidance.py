@@ -115,10 +115,8 @@ def guidance_within(
     Returns the number `scale` if the scale is 1 or the interval contains all times.
 
     interval: guidance acts where low <= t / noise_time <= high (Kynkaanniemi et al. 2024, arXiv
-        2404.07724)
+        2404.07724), with 0 <= low < high <= 1
     noise_time: t of pure noise, 1 for rectified flow and 999 for the chain of 1000 steps
-
-    Raises ValueError unless 0 <= low < high <= 1.
     """
     low, high = interval
     if not 0 <= low < high <= 1:
@@ -140,13 +138,13 @@ def prediction_and_aux_loss(output: Tensor | tuple) -> tuple[Tensor, Tensor]:
 
 
 def first_channels(prediction: Tensor, x: Tensor) -> Tensor:
-    """Returns the first C predicted channels. Raises ValueError unless there are C or 2C."""
+    """Returns the first C of C or 2C predicted channels."""
     check_channels(prediction, x, (1, 2))
     return prediction[:, : x.shape[1]]
 
 
 def check_channels(prediction: Tensor, x: Tensor, factors: tuple[int, ...]) -> None:
-    """Raises ValueError unless the number of predicted channels is C times one of the factors."""
+    """Requires that the number of predicted channels is C times one of the factors."""
     got, expected = prediction.shape[1], [factor * x.shape[1] for factor in factors]
     if got not in expected:
         allowed = " or ".join(map(str, expected))

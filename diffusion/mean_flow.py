@@ -24,8 +24,8 @@ class MeanFlow(RectifiedFlow):
     """Mean flow (arXiv 2505.13447) and improved mean flow (Geng et al. 2025, arXiv 2512.02012,
     algorithm 1). The options `span_share` and `tangent` choose between the two.
 
-    The condition `span` gives t - r to the network. The pass that computes du/dt has only the M
-    images with r < t, so a router that compares all tokens of a batch compares fewer tokens there.
+    The condition `span` gives t - r to the network. The pass for du/dt has only the M images with
+    r < t: `race` and `batch_pool` see a smaller pool there.
     """
 
     mean: float = option(-0.4, help="mean of the normal distribution, for logit-normal times")

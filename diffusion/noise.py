@@ -12,9 +12,9 @@ from torch import Tensor
 class PerImageNoise:
     """Gaussian noise whose row i depends only on the seed of image i.
 
-    The generators are CPU generators. An image therefore does not depend on the rest of its batch,
-    on the number of processes or on the device. Each call continues the random streams of the
-    previous call, so create one instance per batch.
+    The generators are CPU generators, so an image does not depend on the rest of its batch, the
+    number of processes or the device. Each call continues the random streams of the previous one,
+    so create one instance per batch.
 
     noise = PerImageNoise([17, 18, 19])
     z = noise.randn((4, 32, 32), device="cuda")

@@ -6,9 +6,8 @@
     heun = objective.samplers["heun"]
     latents = heun(denoise, z, objective.sampling_times(heun, 25))
 
-To add an objective, write a subclass of `Objective`, or of an existing objective, and add its name
-to `OBJECTIVES` (diffusion/objectives.py). Training, held-out loss, sampling, export and upcycling
-use only the methods and attributes below.
+To add an objective, write a subclass of `Objective`, or of an existing one, and add it to
+`OBJECTIVES` (diffusion/objectives.py). All other code uses only the methods and attributes below.
 
 Shape legend: N batch, C channels, h x w latent size
 """
@@ -93,7 +92,7 @@ class Objective(Component, ABC):
             sampler's default
         shift: shift of a flow's times, see `RectifiedFlow.shift`; None: the shift of training
 
-        Raises ValueError, "num_sampling_steps: ..." or "time_shift: ...", for an invalid value.
+        A ValueError begins with the flag's name: "num_sampling_steps: ..." or "time_shift: ...".
         """
 
     def denoiser(self, predict: Predict) -> Predict:

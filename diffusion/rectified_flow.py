@@ -19,8 +19,7 @@ TIMES = ("logit-normal", "uniform")
 class RectifiedFlow(Objective):
     """Rectified flow (Liu et al. 2023): the network predicts the velocity noise - data.
 
-    The network receives t in [0, 1], not scaled to 1000. If the network has 2C output channels, the
-    second C channels are ignored.
+    It receives t in [0, 1], not scaled to 1000. Of 2C output channels, the second C are ignored.
     """
 
     times: str = option("logit-normal", help="distribution of the training times", choices=TIMES)
@@ -52,10 +51,8 @@ class RectifiedFlow(Objective):
         return u
 
     def time_of(self, drawn: Tensor) -> Tensor:
-        """Maps random numbers (N,) to times (N,).
-
-        The numbers are uniform for uniform times, and standard normal for logit-normal times.
-        """
+        """Maps random numbers (N,) to times (N,): uniform ones for uniform times, standard normal
+        ones for logit-normal times."""
         t = drawn if self.times == "uniform" else (self.mean + self.std * drawn).sigmoid()
         return shifted(t, self.shift)
 
@@ -90,8 +87,6 @@ class RectifiedFlow(Objective):
     ) -> dict[str, Tensor]:
         """Returns "loss" (N,), the mean squared error of the velocity of each image, and
         "aux_loss"; see `Objective.losses`.
-
-        Raises ValueError unless the network returns C or 2C channels.
 
         Liu et al. 2023, equation 1, with time running from data to noise.
         """
@@ -146,9 +141,8 @@ class XPredictionFlow(RectifiedFlow):
     """Rectified flow whose network predicts the data, with the loss on the velocity (JiT, Li and He
     2025, arXiv 2511.13720, table 1: x-prediction, v-loss).
 
-    The velocity is (z - output) / max(t, clamp), and the target uses the same denominator. The loss
-    is therefore the squared error of the data divided by max(t, clamp)^2. JiT's time runs in the
-    opposite direction.
+    The velocity is (z - output) / max(t, clamp), for the target too, so the loss is the squared
+    error of the data divided by max(t, clamp)^2. JiT's time runs in the opposite direction.
     """
 
     clamp: float = option(0.05, help="lower bound of t as a denominator", gt=0, le=1)
@@ -156,8 +150,8 @@ class XPredictionFlow(RectifiedFlow):
         1.0, help="standard deviation of the noise, in training and sampling", gt=0
     )
 
-    # An error of the predicted data becomes an error of the velocity that is larger by 1 / t. Near
-    # t = 0, guidance would therefore amplify the errors of a patch, and squares would show.
+    # The velocity's error is that of the data divided by t. Near t = 0, guidance would amplify the
+    # errors of a patch, and squares would show.
     guidance_interval = (0.1, 0.9)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

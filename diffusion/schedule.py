@@ -36,8 +36,6 @@ def space_timesteps(num_timesteps: int, spec: str | int | None) -> list[int]:
           "250", 250   250 steps spread evenly from the first to the last
           "10,5,3"     the chain split into 3 equal sections, which keep 10, 5 and 3 steps
           "ddim50"     50 steps at a constant integer stride from step 0 (Song et al. 2021)
-
-    Raises ValueError for a malformed spec, and for a spec with more steps than the chain has.
     """
     if spec is None or spec == "":
         return list(range(num_timesteps))

@@ -45,10 +45,7 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
 def load_extractor(
     backbone: str, weights: Path | None, device: torch.device
 ) -> InceptionFeatures | FeatureNetwork:
-    """Loads inception, efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode.
-
-    Raises UserError if the weights are missing. For Inception the error says where to get them.
-    """
+    """Loads inception, efficientnet-lite0 or timm:MODEL[@PIXELS] in eval mode."""
     if backbone != "inception":
         return load_features(backbone, device, "--backbone")
     got = "--backbone inception: its weights cannot be downloaded"

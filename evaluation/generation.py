@@ -1,8 +1,8 @@
 """Images of a checkpoint for evaluation: generated on all processes, stored as files, resumable.
 
 Batch k holds the images k*B to (k+1)*B - 1 for any number of processes, and process r generates the
-batches r, r + W, ... An image depends only on its seed and label. It is always generated in the
-same batch, which makes it bit-identical, because the rounding of matrix products depends on shapes.
+batches r, r + W, ... An image depends only on its seed and label. It is bit-identical, because it
+is always generated in the same batch: the rounding of matrix products depends on shapes.
 
 Shape legend: N images, B of a batch, W processes
 """

@@ -81,8 +81,8 @@ def held_out_loss(
     times: distribution of the times: "uniform", which makes runs with different training times
         comparable, or "training"
 
-    The time of image i lies in bin i modulo 10. The seed and i determine time and noise. Raises
-    UserError for fewer than 20 images.
+    The time of image i lies in bin i modulo 10. The seed and i determine time and noise. At least
+    20 images are required.
     """
     losses, per_token = held_out_losses(model, objective, batches, seed, times)
     time_at = objective.uniform_time if times == "uniform" else objective.time_quantile
@@ -97,11 +97,11 @@ def held_out_loss(
 def open_held_out(
     pipeline: SamplingPipeline, data_path: str | None, latents_path: str | None
 ) -> tuple[Source, np.ndarray | None, dict]:
-    """Opens held-out images; returns the images, the indices to use and the facts to record.
+    """Opens held-out images; returns the images, the indices to use (None: all) and the facts to
+    record.
 
-    Without a path, these are the images that the training run held out. The indices are None if all
-    images are used. For the data set of a training run, the indices select the images that the run
-    held out. Raises UserError for wrong paths, and for none if the run held out no images.
+    Without a path, and for the data set of the training run, these are the images that the run held
+    out.
     """
     record = pipeline.checkpoint.record
     data = record.settings.get("data", {})
@@ -136,9 +136,8 @@ def latent_batches(
     class_names: names of the model's classes
     indices: indices of the images to choose from; None: all
 
-    Raises UserError if the images lack a condition that they are requested to provide. Also raises
-    UserError unless the classes of the images are classes of the model, or their number is the
-    number of the model's classes.
+    The images have to provide the requested conditions. Their classes have to be classes of the
+    model by name, or as many as the model has.
     """
     conditions = [name for name in images.requested if CONDITIONS[name].in_batch]
     if missing := [name for name in conditions if name not in images.shapes]:

@@ -37,7 +37,7 @@ class ImageSet:
 def open_images(path: Path, resize: Size | None = None) -> ImageSet:
     """Opens a folder (with its sub-folders) or an .npz with arr_0 (N, H, W, 3) uint8.
 
-    An .npz is read completely when it is opened. A folder's images are read when they are used.
+    An .npz is read at once, a folder's images when they are used.
 
     resize: scale and crop a folder's images to this size, as training does (ADM's
         `center_crop_arr`); None: all images must have the same size

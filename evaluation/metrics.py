@@ -118,10 +118,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics | None:
-    """Reads the statistics in an .npz file, ours or ADM's.
-
-    Returns None if the file has only images.
-    """
+    """Reads the statistics in an .npz file, ours or ADM's; None if the file has only images."""
     with open_npz(path, "a complete .npz of statistics") as arrays:
         if "mu" not in arrays:
             return None
@@ -134,7 +131,7 @@ def load_statistics(path: Path) -> Statistics | None:
 
 
 def check_reference(path: Path, resize: Size | None) -> None:
-    """Raises UserError if `open_reference` could not read the statistics or images there."""
+    """Checks early that `open_reference` can read the statistics or images there."""
     if path.suffix != ".npz" or load_statistics(path) is None:
         open_images(path, resize)
 
@@ -146,8 +143,7 @@ def open_reference(
     """Returns the statistics of --reference, computing them if the file has images instead.
 
     ADM's reference batches have the moments of the complete set and 10,000 images, from which the
-    features are computed. Statistics without a recorded backbone are taken for Inception's. Raises
-    UserError if the backbone or the image size differs from the extractor's and `image_size`.
+    features are computed. Statistics without a recorded backbone are taken for Inception's.
     """
     stored = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
     if stored and (got := stored.info.get("backbone", InceptionFeatures.name)) != extractor.name:

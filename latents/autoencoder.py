@@ -99,7 +99,7 @@ class LatentNorm:
             object.__setattr__(self, name, per_channel[0] if uniform else per_channel)
 
     def check_channels(self, channels: int) -> None:
-        """Raises ValueError if shift or scale has another number of channels."""
+        """Compares the numbers of channels of shift and scale with `channels`."""
         for name, value in vars(self).items():
             if isinstance(value, tuple) and len(value) != channels:
                 raise ValueError(f"{name}: got {len(value)}, expected {channels}")
@@ -310,10 +310,9 @@ class AutoencoderDC(Autoencoder):
 
 class AutoencoderRAE(Autoencoder):
     """Representation autoencoder (arXiv 2510.11690), whose latents are features of a frozen encoder
-    such as DINOv2.
+    such as DINOv2, without a variance.
 
-    The latents have no variance. The model normalises them itself, and takes square images of one
-    size.
+    diffusers' module normalises them, and takes square images of one size.
     """
 
     requires = "transformers"
@@ -346,10 +345,7 @@ class AutoencoderRAE(Autoencoder):
 
 
 class Pixels(Autoencoder):
-    """No autoencoder: the latents are the images in [-1, 1], in fp32.
-
-    Choose it with --vae-path pixels.
-    """
+    """No autoencoder (--vae-path pixels): the latents are the images in [-1, 1], in fp32."""
 
     has_variance = False
     downsampling, channels, dtype = 1, 3, torch.float32
@@ -410,7 +406,6 @@ def load_autoencoder(
     """Loads an autoencoder, frozen and in eval mode.
 
     norm: normalisation that a model was trained with; None: the autoencoder's default
-    Raises UserError if the weights cannot be loaded.
     """
     if path == PIXELS:
         return Pixels(norm, device)
@@ -470,8 +465,7 @@ def sample_latents(
     noise_fn: x -> noise like x; None: torch.randn
 
     The noise is fp32 even for fp16 moments, so that encoded images and cached moments give the same
-    latents. The result is contiguous, because torch.randn_like fills a tensor in memory order: in a
-    different memory format, the noise of the same seed would differ.
+    latents. The result is contiguous, because torch.randn_like fills a tensor in memory order.
     """
     z, log_variance = moments.float().tensor_split([channels], dim=1)  # (N, C or 0, h, w) each
     if log_variance.shape[1]:

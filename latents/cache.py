@@ -126,7 +126,6 @@ def settings_of(
 
     features: name and digest of the network whose features are stored, and the shapes of the stored
         "vector" and "tokens" of one image; empty without features
-    Raises UserError for an image size that the autoencoder cannot encode.
     """
     vae = load_autoencoder(vae_path, "cpu", torch.float32)
     size = images.image_size
@@ -163,7 +162,7 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 def check_shard(tensors: Batch, settings: CacheSettings, shard: int) -> None:
-    """Raises ValueError if the tensors of a shard are not what the index says."""
+    """Compares the tensors of a shard with the index."""
     channels, views = settings.latent_shape[0], (1 + settings.flip,)
     moments = tensors["moments"].shape[2:3] == (2 * channels,)
     for name, shape in settings.shapes(channels * (1 + moments)).items():
@@ -249,10 +248,7 @@ class CachedLatents(Dataset):
         return {"latents": latents, **others}
 
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        """Also holds out the neighbours that are copies of a held-out image.
-
-        A cache has copies in the places of unreadable images.
-        """
+        """Also holds out the copies of a held-out image, which stand for unreadable neighbours."""
         held_out = is_held_out.copy()
         for index in np.flatnonzero(is_held_out):
             item = self[index, False][0]["moments"]
@@ -294,8 +290,6 @@ def open_data(path: str, image_size: Size | None, flag: str) -> Source:
 
     image_size: in pixels; None: the size of the cache, or 256 for images
     flag: flag that named the path, for error messages
-
-    Raises UserError if the path holds neither, or if the cache has a different image size.
     """
     if not os.path.isfile(Path(path) / INDEX_FILE):  # False without permission
         return open_images(path, image_size or 256, flag)
@@ -308,7 +302,7 @@ def open_data(path: str, image_size: Size | None, flag: str) -> Source:
 def check_networks(
     images: Source, vae_sha256: str | None, features_sha256: str | None, flag: str
 ) -> None:
-    """Raises UserError for latents of a different autoencoder, or features of a different network.
+    """Refuses latents of another autoencoder, and features of another network.
 
     A digest of None is unknown, and equals every digest.
     """
@@ -322,10 +316,7 @@ def check_networks(
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
-    """Creates a cache, or resumes an unfinished cache; returns the missing shards.
-
-    Raises UserError for a non-empty folder that is no cache, and for a cache of other settings.
-    """
+    """Creates a cache, or resumes one of the same settings; returns the missing shards."""
     if not os.path.isfile(folder / INDEX_FILE):
         check_new_folder("--output", folder)
         with reported_as(f"--output: cannot write {folder}", OSError):
@@ -342,10 +333,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None:
-    """Writes a shard atomically. Labels are (n,), and other tensors are (n, V, ...).
-
-    Raises UserError for moments that are not finite and for a full disk.
-    """
+    """Writes a shard atomically. Labels are (n,), and other tensors are (n, V, ...)."""
     path = shard_path(folder, shard)
     if not tensors["moments"].isfinite().all():
         raise UserError(

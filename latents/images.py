@@ -51,10 +51,7 @@ MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the image files by class, in the order of class names, and notes on ignored files.
-
-    Raises ValueError for a folder that a script of ours wrote, because its images are figures.
-    """
+    """Returns the image files by class, in the order of class names, and notes on ignored files."""
     others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
@@ -88,7 +85,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def check_is_foreign(folder: Path) -> None:
-    """Raises ValueError for a folder that a script of ours wrote."""
+    """Refuses a folder that a script of ours wrote, whose images are figures."""
     for name, (mark, kind) in FOLDERS_OF_OURS.items():
         with suppress(OSError), open_untrusted(folder / name) as file:
             if mark in file.read(4096):
@@ -166,7 +163,7 @@ def is_storage_fault(error: Exception) -> bool:
 
 
 def check_size(image: Image.Image) -> None:
-    """Raises ValueError for an image that is too large, before its pixels are decoded."""
+    """Refuses an image that is too large, before its pixels are decoded."""
     if image.width * image.height > MAX_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:

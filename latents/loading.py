@@ -21,10 +21,10 @@ class BatchStream:
     """Micro-batches of one rank, from `start_step` to `end_step`: lists of (index, flip).
 
     The images form one endless sequence of epochs. (seed, epoch) determine the order of an epoch
-    and the half of its images that is mirrored. Step s takes global batch number s of the sequence.
-    Within this batch, micro-step m of rank r takes micro-batch number m * world_size + r. The
-    images of a step therefore do not depend on the run's history, ranks never overlap, and an epoch
-    reads every image once.
+    and the half of its images that is mirrored. Step s takes global batch number s; in it,
+    micro-step m of rank r takes micro-batch number m * world_size + r. The images of a step
+    therefore do not depend on the run's history, ranks never overlap, and an epoch reads every
+    image once.
     """
 
     num_images: int
@@ -67,13 +67,8 @@ def shuffle(num_images: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndar
 def split(images: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the indices of the training images and of the held-out images, in order.
 
-    fraction: fraction of the images to hold out
-
     The random choice depends only on the number of images, so all runs on the same images, or on
-    their latents, hold out the same images. Afterwards an unreadable training image is replaced by
-    a training image, and a held-out one by a held-out one. In a cache, an unreadable image has the
-    latents of a neighbour. If this neighbour is held out, the copy is held out too, so more than
-    the requested fraction may be held out.
+    their latents, hold out the same images. `Source.hold_out` may hold out more than the fraction.
     """
     count = len(images)
     is_chosen = np.zeros(count, dtype=bool)
@@ -129,8 +124,8 @@ def collate(items: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:
 
 
 def check_unreadable(flag: str, unreadable: int, read: int) -> None:
-    """Raises UserError if more than ten and more than 1% of the images that were read are
-    unreadable, so that a run does not train on the copies that replace them.
+    """Ends a run of which more than ten and more than 1% of the images that were read are
+    unreadable, so that it does not train on the copies that replace them.
 
     flag: flag that names the images
     """
@@ -142,9 +137,9 @@ def check_unreadable(flag: str, unreadable: int, read: int) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Makes a worker ignore signals that Ctrl-C or a scheduler sends to all processes of a job.
+    """Makes a worker ignore signals to all processes of a job, as of Ctrl-C or a scheduler.
 
-    The training process needs the worker's images to finish the step, and then ends the worker.
+    The training process needs its images to finish the step, and then ends it.
     """
     os.setpgrp()  # a signal to the process group does not reach the worker
     signal.set_wakeup_fd(-1)  # of the training process, see `runtime.signals`

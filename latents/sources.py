@@ -83,12 +83,10 @@ class Source(Protocol):
         """
 
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        """Separates held-out images from training images.
+        """Separates held-out images (images,) bool from training images: no image of one group then
+        stands in for an unreadable image of the other.
 
-        Afterwards, no image of one group stands in for an unreadable image of the other group.
-
-        is_held_out: (images,) bool
-        Returns the images that are held out, which may be more than requested.
+        Returns the images that are held out: a cache adds the copies of held-out images.
         """
 
 
@@ -109,9 +107,8 @@ class ImageSource(Dataset):
     """Base class of sources of labelled images, which are cropped and converted to uint8.
 
     An item has "image" (3, H, W) uint8, "label" and "size" (4,), see `SizeEmbedder`. The next
-    readable image replaces an unreadable one, which gives the same result on every rank and worker.
-    If images are held out, a held-out image replaces a held-out one, and a training image a
-    training one.
+    readable image replaces an unreadable one, the same on every rank and worker; of held-out images
+    a held-out one, of training images a training one.
 
     A subclass is created from (path, image_size) and raises OSError or ValueError for an unsuitable
     path. It implements `name(index)` and `read(index)`, which returns an RGB image or raises an
@@ -197,8 +194,7 @@ class ImageSource(Dataset):
 def number_labels(written: Sequence, one_class: str) -> tuple[list[str], np.ndarray]:
     """Converts labels, numbers or names, to sorted class names and the class index of each image.
 
-    If all labels are None, the images are one class named `one_class`. Raises ValueError if only
-    some labels are None.
+    If all labels are None, the images are one class named `one_class`.
     """
     unlabelled = sum(label is None for label in written)
     if unlabelled == len(written):
@@ -373,8 +369,8 @@ class ShardImages(ImageSource):
     """WebDataset shards on local disks, "NAME-{000..031}.tar".
 
     The label of an image KEY.jpg is in KEY.cls, a number or a name. Without any labels, all images
-    are one class. The shards are indexed once and then support random access. Streaming would
-    neither allow a run to resume at any step nor shuffle a complete epoch.
+    are one class. The shards are indexed once for random access: streaming would neither allow a
+    run to resume at any step nor shuffle a complete epoch.
     """
 
     spelling = r".*\.tar"

@@ -2,8 +2,7 @@
 
 oneDNN compiles every new shape of a half-precision matrix product, which takes about as long as the
 product itself, and routing produces new shapes in every step. The rows of each expert are therefore
-padded to a multiple, which leaves few shapes. The multiple is about 1/32 of the mean number of rows
-per expert, so the padding costs little.
+padded to a multiple of about 1/32 of the mean number of rows per expert: few shapes, little cost.
 
 Shape legend: E experts, R rows, H, I and O widths, N batch, T tokens per image, d width of a head
 """
@@ -24,9 +23,8 @@ few_tokens = 256  # largest number of tokens per image for `attention_by_product
 def keep_freed_memory(device: torch.device) -> None:
     """Makes glibc keep freed memory for the next tensor, if the device is a CPU.
 
-    By default glibc returns large tensors to the system, and each step then spends more time
-    faulting in new pages than it would spend on writing to memory it already has. With a different
-    C library this does nothing.
+    By default glibc returns large tensors to the system, and faulting in new pages takes longer
+    than writing to them. Does nothing with another C library.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -43,10 +41,8 @@ def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def cached_blocks(rows: Tensor) -> Iterator[slice]:
-    """Yields slices of rows (R, H): a few rows at a time on a CPU, all rows at once on a GPU.
-
-    A small block stays in the CPU cache between consecutive operations.
-    """
+    """Yields slices of rows (R, H): on a CPU a few, which stay in its cache between consecutive
+    operations; on a GPU all."""
     num_rows, width = rows.shape
     block = max(128, 2**18 // width) if rows.device.type == "cpu" else max(1, num_rows)
     for first in range(0, num_rows, block):
@@ -109,10 +105,8 @@ def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def products_are_faster(v: Tensor) -> bool:
-    """Returns whether `attention_by_products` is faster for values (N, T, heads, d).
-
-    It is faster in bf16 on a CPU, for at most `few_tokens` tokens.
-    """
+    """Returns whether `attention_by_products` is faster for values (N, T, heads, d): in bf16 on a
+    CPU, for at most `few_tokens` tokens."""
     return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[1] <= few_tokens
 
 

@@ -98,10 +98,7 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Returns whether Triton works here: launches one small kernel.
-
-    Triton needs a C compiler, which some container images lack.
-    """
+    """Returns whether Triton can launch a small kernel; it needs a C compiler."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
@@ -233,8 +230,8 @@ experts_forward.register_autograd(backward, setup_context=save_for_backward)
 class ForwardModeExperts(torch.autograd.Function):
     """`experts_forward` with a derivative along tangents, for use under no_grad.
 
-    A custom operator drops tangents without an error, and torch.compile rejects a Function with a
-    `jvp` method. Forward mode therefore uses this separate Function. The routing is held constant.
+    A custom operator silently drops tangents, and torch.compile rejects a Function with a `jvp`
+    method, so forward mode has this Function of its own. The routing is held constant.
     """
 
     @staticmethod
@@ -332,9 +329,7 @@ def split(hidden: Tensor, down_proj: Tensor | QuantizedWeight) -> tuple[Tensor, 
 
 
 def sum_by_expert(rows: Tensor, end: Tensor, kernels: ModuleType) -> Tensor:
-    """Sums the rows (R, U) of each expert, in a fixed order; returns (E, U).
-
-    The sum is computed as a matrix product with a few columns of ones.
-    """
+    """Sums the rows (R, U) of each expert, in a fixed order, as a matrix product with a few columns
+    of ones; returns (E, U)."""
     ones = rows.new_ones(len(rows), 16 // rows.element_size())
     return kernels.grouped_outer(rows, ones, end, rows.dtype)[:, :, 0].contiguous()

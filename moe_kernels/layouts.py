@@ -18,7 +18,7 @@ def to_stacked_layout(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     A published file has one linear layer per expert and projection (`experts.I.gate_proj.weight`,
     or `experts.I.fc1.weight` for GELU experts), and the attention names of timm or of flash-attn
-    (`attn.Wqkv`, `attn.out_proj`). Raises ValueError if an expert of a layer is missing.
+    (`attn.Wqkv`, `attn.out_proj`).
     """
     stacked, per_expert = {}, {}
     for key, value in state_dict.items():

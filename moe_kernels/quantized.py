@@ -53,8 +53,8 @@ class QuantizedWeight:
 def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     """Quantises expert weights (E, O, I), one expert at a time to save memory.
 
-    For a weight on the meta device only the shapes are computed. Raises ValueError for int4 unless
-    32 divides I, and for weights so large that fp16 cannot represent their scale.
+    On the meta device only the shapes are computed. int4 requires that 32 divides I. Weights whose
+    scale exceeds fp16 are refused.
     """
     experts, outputs, inputs = weight.shape
     if kind == "int4" and inputs % GROUP:

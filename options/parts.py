@@ -6,9 +6,8 @@
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
     router = make_component(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
 
-An option is declared once, as a typed field with default, help and range. The declaration
-determines the flag, the entries in config.yaml and in the metadata of checkpoints, and the error
-messages. This module reads no command lines and no files.
+An option is declared once, as a typed field with default, help and range. Flag, config.yaml,
+metadata of checkpoints and error messages follow from the field.
 """
 
 import math
@@ -201,14 +200,7 @@ def component_names(table: Registry) -> str:
 def read_options(
     table: Registry, kind: str, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Reads some options of a component.
-
-    table: registry of the components
-    kind: kind of the components, such as "router"
-    name: name of the component
-    Raises ValueError for an unknown name, an option that the component does not have, and an
-    invalid value.
-    """
+    """Reads some options of the component `name` in a registry; kind: such as "router"."""
     if name not in table:
         raise ValueError(f"{kind}: got {name!r}, expected {component_names(table)}")
     has, prefix = options_of(table[name]), f"{kind}_" if kind else ""
@@ -248,7 +240,7 @@ def describe(hint: Any) -> str:
 def convert(value: Any, hint: Any) -> Any:
     """Converts a value to a type; a string is converted if the type is a number, bool or path.
 
-    Raises ValueError if the value does not fit. Numbers must be finite.
+    Numbers must be finite.
     """
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     is_list = isinstance(value, list | tuple)

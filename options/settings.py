@@ -188,10 +188,7 @@ def as_parts(value: Part | tuple[Part, ...] | None) -> tuple[Part, ...]:
 
 
 def build(kind: type, layer: Layer, flags: Flags) -> Any:
-    """Makes a config of its part of a layer; the `Part`s of the config have all options.
-
-    Raises ValueError for a wrong value, and for a loose option that no chosen component has.
-    """
+    """Makes a config of its part of a layer; the `Part`s of the config have all options."""
     values: dict[str, Any] = {}
     for name, one in options_of(kind).items():
         if one.table is not None:
@@ -215,7 +212,7 @@ def completed(choice: Option, part: Part) -> Part:
 
 
 def check_loose(layer: Layer, flags: Flags) -> None:
-    """Raises ValueError for an option that no component has, of those named and the defaults."""
+    """Refuses options that no component has, of those named and the defaults."""
     for name, flag in flags.items():
         if flag.field.table and not flag.options:
             parts, rest = chosen(name, layer, flags)
@@ -223,7 +220,7 @@ def check_loose(layer: Layer, flags: Flags) -> None:
 
 
 def refuse(rest: Iterable[str], choice: Option, parts: Sequence[Part], flags: Flags) -> None:
-    """Raises ValueError if options are left that no chosen component has."""
+    """Refuses options that no chosen component has."""
     for name in rest:
         owners = " or ".join(flags[name].options)
         why = f"has no effect without {spelling(choice.name)} {owners}"

@@ -73,11 +73,8 @@ def print_safely(line: str, file: TextIO | None = None) -> None:
 
 
 def end_while_importing(number: int, frame: FrameType | None) -> None:
-    """Ends a process that imports packages, as a handler of Ctrl-C; otherwise raises
-    KeyboardInterrupt.
-
-    Packages turn a KeyboardInterrupt during their import into other exceptions.
-    """
+    """Handler of Ctrl-C: ends a process that imports packages, which would turn a KeyboardInterrupt
+    into other exceptions; otherwise raises KeyboardInterrupt."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             print_safely("interrupted", file=sys.stderr)
@@ -102,9 +99,8 @@ def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -
     UserError.
 
     A UserError and a full disk are printed as one line, `error: ...`; Ctrl-C prints `interrupted`.
-    In a distributed run every rank usually meets the same mistake, so rank 0 prints at once. The
-    other ranks wait for the launcher to stop them and print only if they are still alive after
-    three seconds.
+    In a distributed run, rank 0 prints at once. The other ranks, which usually meet the same
+    mistake, print only if the launcher has not stopped them after three seconds.
     """
     try:
         sys.exit(main())

@@ -45,14 +45,13 @@ def hub_folder(
 
 
 def read_json(path: Path | str) -> dict:
-    """Reads a JSON object. Raises OSError if the file cannot be read, and ValueError for a file of
-    other content, a deeply nested one, and one above MAX_JSON_BYTES."""
+    """Reads a JSON object of up to MAX_JSON_BYTES; OSError, or ValueError for other content."""
     with open_untrusted(path) as file:
         return parse_json(read_bounded(file, MAX_JSON_BYTES))
 
 
 def parse_json(text: str | bytes) -> dict:
-    """Parses a JSON object. Raises ValueError for other content and for a deeply nested one."""
+    """Parses a JSON object; ValueError for other content and for a deeply nested one."""
     try:
         values = json.loads(text)
     except RecursionError:
@@ -63,10 +62,9 @@ def parse_json(text: str | bytes) -> dict:
 
 
 def read_yaml(file: BinaryIO) -> list[Any]:
-    """Reads the documents of a YAML file as text, lists and dicts.
+    """Reads the documents of a YAML file of up to MAX_YAML_BYTES as text, lists and dicts.
 
-    Raises ValueError for a file of other content, a deeply nested one, one above MAX_YAML_BYTES,
-    and one with aliases, which could expand to gigabytes.
+    Raises ValueError for other content, deep nesting, and aliases, which could expand to gigabytes.
     """
     content, depth = read_bounded(file, MAX_YAML_BYTES), 0
     for event in yaml.parse(content):
@@ -98,12 +96,11 @@ def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def find_moved(folder: str, file: str, near: Path) -> str:
-    """Finds a folder that was moved together with `near`. Returns `folder` itself if that still
-    exists or nothing is found.
+    """Finds a folder that was moved together with `near`. Returns `folder` itself if it exists or
+    nothing is found, and for a relative path or a hub id.
 
-    The search starts at the nearest parent of `near`. Under each parent it tries the trailing parts
-    of the old path, longest first, and returns the first folder that contains `file`. A relative
-    path, or a hub id, is returned unchanged.
+    Under each parent of `near`, the nearest first, it tries the trailing parts of the old path,
+    longest first, and returns the first folder that contains `file`.
     """
     if Path(folder).is_absolute() and not os.path.isdir(folder):  # False also without permission
         _, *names = Path(folder).parts
@@ -125,15 +122,13 @@ def flush_to_disk(path: Path) -> None:
 
 
 def open_run_file(path: Path) -> BinaryIO:
-    """Opens a file of a run folder for appending, unbuffered.
-
-    Raises OSError for a link, which could lead to somebody else's file, and for a pipe.
-    """
+    """Opens a file of a run folder for appending, unbuffered; OSError for a link, which could lead
+    to somebody else's file, and for a pipe."""
     return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
 
 
 def open_untrusted(path: Path | str) -> BinaryIO:
-    """Opens a file of unknown origin for reading. Raises OSError at once for a pipe or a device."""
+    """Opens a file of unknown origin for reading; OSError at once for a pipe or a device."""
     return open_regular(path, "rb")
 
 
@@ -157,10 +152,8 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Yields a temporary path to write to. At the end of the block the file is flushed and renamed
-    to `path`.
-
-    If the block raises, the temporary file is removed. An OSError names `path`.
+    """Yields a temporary path to write to, which is flushed and renamed to `path` at the end of the
+    block, or removed if the block raises. An OSError names `path`.
     """
     temporary = path.with_name(path.name + suffix)
     temporary.unlink(missing_ok=True)
@@ -176,10 +169,8 @@ def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill. At the end of the block it is renamed to `folder`, which
-    must be new or empty.
-
-    If the block raises, the temporary folder is removed. A killed process leaves .NAME.writing.
+    """Yields a temporary folder to fill, which is renamed to `folder`, a new or empty one, at the
+    end of the block, or removed if the block raises. A killed process leaves .NAME.writing.
     """
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.writing")
@@ -205,7 +196,6 @@ def prepare_output(flag: str, path: Path) -> None:
 
 
 def check_new_folder(flag: str, path: Path, ignored: str = "") -> None:
-    """Raises UserError unless the path is a folder that is empty, except for a file of the ignored
-    name, or does not exist yet."""
+    """Requires a path without a file or folder, or an empty folder, except for a file `ignored`."""
     if os.path.exists(path) and (not path.is_dir() or {p.name for p in path.iterdir()} - {ignored}):
         raise UserError(f"{flag}: got {path}, expected a new or empty folder")

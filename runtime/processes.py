@@ -79,8 +79,8 @@ class Distributed:
         return values
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process. If one raises OSError or UserError, all raise the error,
-        so that no process waits for a failed one.
+        """Calls action() on every process. All raise the OSError or UserError of one, so that no
+        process waits for a failed one.
         """
         result = failure = None
         try:
@@ -109,11 +109,10 @@ def read_environment() -> Distributed:
 def setup_distributed(*, always_group: bool = False) -> Distributed:
     """Joins the process group that the launcher describes. Without a launcher there is one process.
 
-    The default group uses NCCL on CUDA and gloo on a CPU. Its collectives time out after ten
-    minutes, which ends a run that hangs. The group `hosts` always uses gloo, and its collectives
-    time out after an hour: processes wait in it while one of them writes a checkpoint or lists
-    files. Raises UserError if a node has more processes than GPUs, or if the environment sets
-    WORLD_SIZE without the other variables.
+    group      backend                    timeout
+    default    NCCL, or gloo on a CPU     10 minutes, which ends a run that hangs
+    hosts      gloo                       an hour: processes wait in it while one of them writes a
+                                          checkpoint or lists files
 
     always_group: without a launcher, join a group of one process, as DeepSpeed requires
     """
@@ -161,8 +160,8 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
 
 
 def choose_gpu(local_rank: int, visible: int) -> torch.device:
-    """Returns the GPU of a process: number `local_rank`, or the only GPU that the process sees, as
-    with Slurm's --gpus-per-task=1. NCCL reports two processes with the same GPU.
+    """Returns the GPU of a process: number `local_rank`, or the only visible one, as with Slurm's
+    --gpus-per-task=1. NCCL reports two processes with the same GPU.
     """
     if visible > 1 and local_rank >= visible:
         raise UserError(f"got local rank {local_rank}, expected a process a GPU ({visible})")
@@ -170,18 +169,13 @@ def choose_gpu(local_rank: int, visible: int) -> torch.device:
 
 
 def needed_descriptors(world_size: int) -> int:
-    """Returns the number of files and sockets that a process opens.
-
-    Each of the three groups of gloo (hosts, signals, saves) opens a socket to every other process.
-    """
+    """Returns the number of files and sockets that a process opens, among them a socket to every
+    other process for each of three groups of gloo (hosts, signals, saves)."""
     return 3 * world_size + OTHER_DESCRIPTORS
 
 
 def raise_descriptor_limit(dist: Distributed) -> None:
-    """Allows this process as many open files and sockets as the system permits.
-
-    Prints a line if this is not enough.
-    """
+    """Allows this process as many open files and sockets as possible; warns if they are too few."""
     needed = needed_descriptors(dist.world_size)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS permits fewer than it says
@@ -200,10 +194,8 @@ def close_distributed() -> None:
 
 
 def run_process(main: Callable[[], int | None]) -> NoReturn:
-    """Calls the `main` of a distributed script and ends the process with the exit code it returns.
-
-    The process ends without `sys.exit`, which a gloo thread that still holds a tensor can abort.
-    """
+    """Calls the `main` of a distributed script and ends the process with the exit code it returns,
+    without `sys.exit`, which a gloo thread that still holds a tensor can abort."""
     try:
         run_main(main, "interrupted; run the same command to resume from the saved state")
     except SystemExit as error:
@@ -222,8 +214,6 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
 
 
 def reseed(*key: int) -> None:
-    """Seeds torch's generators with a key such as (seed, step, micro_batch), as EDM2 does.
-
-    A resumed run therefore draws the same random numbers as an uninterrupted one.
-    """
+    """Seeds torch's generators with a key such as (seed, step, micro_batch), as EDM2 does. A
+    resumed run therefore draws the same random numbers as an uninterrupted one."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

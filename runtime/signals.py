@@ -55,8 +55,8 @@ class Requests:
     def watch(self, numbers: int) -> None:
         """Reads the numbers of signals from a pipe, and ends the process at the second signal.
 
-        A handler runs only when the main thread is back in Python. This thread also runs while the
-        main thread waits in C++, for example for a collective.
+        Unlike a handler, this thread also runs while the main thread waits in C++, for example for
+        a collective.
         """
         first: float | None = None
         while content := os.read(numbers, 1):
@@ -103,10 +103,8 @@ class Requests:
         return None
 
     def close(self) -> None:
-        """Restores the previous signal handlers, or ignores the signals if one stopped the run.
-
-        After a stop, launchers often repeat the signal; those repetitions must not kill the save.
-        """
+        """Restores the previous signal handlers; after a stop, ignores the signals, which launchers
+        often repeat and which must not kill the save."""
         for number, handler in self.handlers.items():
             signal.signal(number, signal.SIG_IGN if self.is_signalled else handler)
         signal.set_wakeup_fd(self.earlier_wakeup)

@@ -39,10 +39,9 @@ class SamplerSettings:
 def resolve_settings(
     settings: SamplerSettings, config: DiTConfig, guide: DiTConfig | None = None
 ) -> SamplerSettings:
-    """Fills in all defaults for a model. Resolved settings stay the same.
+    """Checks settings, and fills in all defaults for a model. Resolved settings stay the same.
 
     guide: config of the guiding model, or None
-    Raises UserError for settings that the model or the sampler does not support.
     """
     objective, most = objective_of(settings), config.in_channels
     name = settings.sampler or next(iter(objective.samplers))
@@ -106,7 +105,6 @@ def parse_labels(
     """Converts labels, given as numbers or case-insensitive names, to numbers.
 
     source: flag or argument that the labels came from, for error messages
-    Raises UserError for an unknown label.
     """
     names = listed(names, source, "a list of classes, by number or name")
     numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
@@ -181,11 +179,10 @@ def generate(
 ) -> Tensor:
     """Samples one latent for each (label, seed); returns (N, C, h, w) fp32.
 
-    All random numbers of an image come from the seed of that image. The image therefore does not
-    depend on the rest of the batch, unless the router does (`DiT.depends_on_batch`). The sampler's
-    state is fp32 for any precision of the model. With guidance the model gets the batch
-    [conditional; unconditional]. Without guidance, or with a `guide` (see `autoguidance`), the
-    model gets the conditional half only.
+    All random numbers of an image come from its seed, so it does not depend on the rest of the
+    batch, unless the router does (`DiT.depends_on_batch`). The sampler's state is fp32 for any
+    precision of the model. With guidance the model gets the batch [conditional; unconditional];
+    without guidance, or with a `guide` (see `autoguidance`), only the conditional half.
 
     conditions: tensors (N, ...), or (...) for all images, of further conditions, by name; missing
         ones get their default

@@ -24,9 +24,8 @@ SMALLEST = 112  # pixels; narrower images are enlarged
 
 
 def image_grid(images: Tensor, captions: Sequence[str], images_per_class: int = 1) -> Tensor:
-    """Arranges uint8 images (N, 3, H, W) in a grid (3, H', W').
-
-    The grid has one row per class, or four images per row if each class has one image.
+    """Arranges uint8 images (N, 3, H, W) in a grid (3, H', W'): one row per class, or four images
+    per row if each class has one image.
 
     captions: class name of each image
     """
@@ -112,10 +111,7 @@ def enlarge(images: Tensor, smallest: int = SMALLEST) -> Tensor:
 
 
 def write_png(image: Tensor, path: Path) -> None:
-    """Writes an image (3, H, W) uint8 atomically.
-
-    `torchvision.io.write_png` does not report a full disk.
-    """
+    """Writes an image (3, H, W) uint8 atomically; unlike torchvision's, it reports a full disk."""
     write_durably(path, encode_png(image).numpy().tobytes())
 
 

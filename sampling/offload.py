@@ -3,9 +3,9 @@
     offload_blocks(model, device, dtype)       # in place of model.to(device, dtype)
 
 The device holds two blocks: while one computes, the next one is copied. On CUDA, the blocks are
-stored in pinned host memory, cast to dtype, and a second stream copies them. On a CPU, the blocks
-stay in the memory-mapped .safetensors or .pt file, a thread copies and casts them, and the copied
-pages of the file are then released. Each block computes the same numbers as without offload.
+stored in pinned host memory, cast to dtype, and a second stream copies them. On a CPU, they stay in
+the memory-mapped .safetensors or .pt file, a thread copies and casts them, and their pages are then
+released. Each block computes the same numbers as without offload.
 """
 
 import ctypes
@@ -37,10 +37,7 @@ def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None
 
 
 class BlockCopier:
-    """Hooks that copy the weights of each block to the device just before the block runs.
-
-    The blocks run in order, repeatedly.
-    """
+    """Hooks that copy the weights of each block to the device just before the block runs."""
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype):
         self.device, self.on_cuda = device, device.type == "cuda"
@@ -77,10 +74,8 @@ class BlockCopier:
             tensor.data = waiting
 
     def start_copy(self, index: int) -> tuple[int, list[Tensor], Callable[[], None]]:
-        """Starts to copy a block to the free slot.
-
-        Returns the index of the block, the copies, and a function that waits for them.
-        """
+        """Starts to copy a block to the free slot; returns its index, the copies, and a function
+        that waits for them."""
         self.slots.reverse()
         copies, start = [], 0
         for tensor, kind in zip(self.waiting[index], self.types[index], strict=True):
@@ -130,10 +125,7 @@ def mapped_files() -> list[range]:
 
 
 def release_pages(tensor: Tensor, files: list[range]) -> None:
-    """Releases the memory of a tensor that is mapped from a file.
-
-    Reading the tensor again loads the pages from the file. A tensor outside `files` is unchanged.
-    """
+    """Releases the memory of a tensor that is mapped from one of the files, until the next read."""
     start = tensor.data_ptr()
     if any(start in file for file in files):
         first, end = -(-start // PAGE) * PAGE, (start + tensor.nbytes) // PAGE * PAGE

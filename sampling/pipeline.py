@@ -76,7 +76,6 @@ class SamplingPipeline:
 
         changes: sampler, steps, time_shift, cfg_scale, guided_channels or guidance_interval; a new
             sampler gets its default steps, unless steps are given
-        Raises UserError for unknown names and wrong values.
         """
         if "steps" in changes:
             if "num_sampling_steps" in changes:
@@ -107,8 +106,6 @@ class SamplingPipeline:
         conditions: tensors (N, ...) of further conditions, by name, see `generate`;
             None: the values of --conditions
         settings: changed settings for this call only, see `with_settings`
-
-        Raises UserError for wrong arguments, and if the model's output is not finite.
         """
         pipeline = self.with_settings(**settings) if settings else self
         numbers = parse_labels(labels, self.class_names, "labels")
@@ -146,12 +143,12 @@ class SamplingPipeline:
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
-    """Loads the checkpoint of --ckpt. Raises UserError if flags contradict the checkpoint."""
+    """Loads the checkpoint of --ckpt, which flags must not contradict."""
     return make_pipeline(config, open_checkpoint(config))
 
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
-    """Reads --ckpt. Raises UserError if a flag contradicts the file."""
+    """Reads --ckpt, which flags must not contradict."""
     expected, options = (
         {name: getattr(config, name) for name in names if getattr(config, name) is not None}
         for names in (MODEL_FLAGS, ROUTER_FLAGS)
@@ -240,9 +237,7 @@ def check_same_task(
     message: str, config: SamplingConfig, other: Checkpoint, checkpoint: Checkpoint, *,
     same_classes: bool = True,
 ) -> None:  # fmt: skip
-    """Raises UserError, "MESSAGE PATH: ...", if the models do not predict the same quantity for
-    the same latents and classes.
-    """
+    """Refuses, with "MESSAGE PATH: ...", models of other latents, classes or predictions."""
     both = other, checkpoint
     has_norms = all(c.record.norm for c in both)
     facts = [
@@ -259,11 +254,7 @@ def check_same_task(
 
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
-    """Returns the objective of a checkpoint.
-
-    The flag names the objective only if the checkpoint does not record one. Raises UserError if the
-    flag contradicts the checkpoint.
-    """
+    """Returns the objective that the checkpoint records or, without one, the flag names."""
     flag, trained = config.objective, checkpoint.record.objective
     if trained is None and flag is None:
         print("the checkpoint does not record its objective; using gaussian (see --objective)")
@@ -277,7 +268,7 @@ def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
 def open_autoencoder(
     config: SamplingConfig, checkpoint: Checkpoint, device: torch.device
 ) -> Autoencoder:
-    """Loads the autoencoder. Raises UserError if the model was trained on different latents."""
+    """Loads the autoencoder, whose latents have to be those of the training."""
     path, model = config.vae_path or checkpoint.record.vae_path, checkpoint.config
     if path is None:
         path = DEFAULT_VAE
@@ -302,10 +293,8 @@ def open_autoencoder(
 
 
 def choose_precision(requested: str | None, hidden_size: int, device: torch.device) -> str:
-    """Returns the precision for sampling: as requested, or fp32, or fp16 for XL and G.
-
-    fp16 is slow on a CPU, so it is replaced by bf16 there.
-    """
+    """Returns the precision for sampling: as requested, or fp32, or for XL and G fp16 (on a CPU,
+    where that is slow, bf16)."""
     precision = requested or ("fp16" if hidden_size >= 1152 else "fp32")
     if precision == "fp16" and device.type == "cpu":
         print("fp16 is slow on a CPU, so sampling uses bf16 (or pass --precision fp32)")

@@ -3,12 +3,11 @@
     train.py --auxiliary repa dispersive --auxiliary-dispersive-weight 0.25
 
 An auxiliary loss sees one forward pass of a training step: the tokens of one block, the network's
-output, the tensors of the batch, and the noise and times that the objective drew. A loss may have
-trained weights, its projector, which maps the tokens of the block. During training the projectors
-are part of the model (`add_projectors`), so the engines shard, synchronise, optimise and save them
-like the other weights. EMAs and exported models have no projectors.
+output, the tensors of the batch, noise and times. A loss may map the tokens by a trained projector.
+During training the projectors are part of the model (`add_projectors`), so the engines handle them
+like other weights. EMAs and exported models have no projectors.
 
-To add a loss, write a subclass of `AuxiliaryLoss`, and add the class to `AUXILIARY_LOSSES`.
+To add a loss, write a subclass of `AuxiliaryLoss`, and add it to `AUXILIARY_LOSSES`.
 
 Shape legend: N images of a micro-batch, T tokens of D features, S tokens of F features in the
 cache, C channels, h x w latent size
@@ -65,8 +64,8 @@ class AuxiliaryLoss(Component):
     compares_images: ClassVar[bool] = False  # True: a micro-batch needs at least two images
 
     def block(self, depth: int) -> int | None:
-        """Returns the index of the block whose tokens the loss reads: the block at the relative
-        depth `depth_share`. Returns None if the loss has no such option.
+        """Returns the index of the block whose tokens the loss reads, at the relative depth
+        `depth_share`; None without this option.
         """
         share = getattr(self, "depth_share", None)
         return None if share is None else block_at(share, depth)
@@ -105,10 +104,10 @@ class Repa(AuxiliaryLoss):
     """Representation alignment (Yu et al. 2024, arXiv 2410.06940, equation 8): the tokens of an
     early block predict the features that a vision network, such as DINOv2, computes for the image.
 
-    The loss is minus the cosine similarity, averaged over images and tokens. The features have a
-    square grid. If the model has another grid, the features are interpolated to the model's grid.
-    With `spatial`, as in iREPA (Singh et al. 2025, arXiv 2512.10794), the projector is a 3 x 3
-    convolution, and each feature is normalised over the tokens of an image.
+    The loss is minus the cosine similarity, averaged over images and tokens. The features, on a
+    square grid, are interpolated to the model's grid. With `spatial`, as in iREPA (Singh et al.
+    2025, arXiv 2512.10794), the projector is a 3 x 3 convolution, and each feature is normalised
+    over the tokens of an image.
     """
 
     name = "repa"
@@ -239,9 +238,8 @@ class Contrastive(AuxiliaryLoss):
     """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350, equation 4): pushes the
     velocity of an image away from the target velocity of another image of the micro-batch.
 
-    The loss is minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1; for the last image, j is
-    the first image. The authors' code draws j at random among the other images, which is equivalent
-    because the images are in random order.
+    The loss is minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, cyclically. The authors'
+    code draws j among the other images, which is equivalent, as their order is random.
     """
 
     name = "contrastive"
@@ -319,9 +317,8 @@ def listening(
 ) -> Iterator[None]:
     """Stores the patches (N, P, D) after some blocks during forward passes.
 
-    blocks: maps names to numbers of blocks; tokens[name] receives the output of block blocks[name]
-    project: whether the projector of a loss maps tokens[name], where name is the name of the loss,
-        within the forward pass
+    blocks: numbers of blocks, by name; tokens[name] receives the output of block blocks[name]
+    project: whether the projector of the loss `name` maps tokens[name] within the forward pass
     """
 
     @torch.compiler.disable  # otherwise PyTorch compiles one graph per block

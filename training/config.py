@@ -5,10 +5,9 @@
     config = resolve(said, DDPFlags, weights=record, data=facts)
     config.sections()                                 # the content of config.yaml
 
-Settings come from four sources: the defaults, the weights that a run starts from, the recipe file
-(--config) and the command. With --resume, the stored settings of the run take the place of the
-first two. Each source overrides the sources before it (see settings.py). The opened data then
-determine settings such as num_classes. `DiTConfig` declares the fields of the model.
+A later source of settings overrides an earlier one: defaults; model and objective of the weights of
+--finetune, or all stored settings of --resume; recipe (--config); command. The opened data then
+determine settings such as num_classes.
 
 What a resumed run may change follows from the class of a field, see `options.settings.change_of`.
 """
@@ -459,18 +458,17 @@ def override(base: Layer, top: Layer, flags: Flags) -> Layer:
 
 
 def check_alternatives(said: Layer) -> None:
-    """Raises ValueError if a command or recipe gives two flags of which one is enough."""
+    """Refuses two flags of `ALTERNATIVES`."""
     for one, other in ALTERNATIVES:
         if said.get(one) and said.get(other):
             raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
 
 
 def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
-    """Raises ValueError for a flag without effect, unless it has its default value.
+    """Refuses flags without effect; `options.settings.build` does so for options of components.
 
     said: the recipe and the command
     known: with the other settings of the run
-    `options.settings.build` checks the options of components.
     """
     for name, value in said.items():
         is_default = value == flags[name].field.default
@@ -490,17 +488,12 @@ def resolve(
     weights: Record | None = None,
     data: DataFacts | None = None,
 ) -> TrainConfig:
-    """Builds the config from the flags of recipe and command.
-
-    The flags override the stored settings of a resumed run; or the model of the weights; or the
-    preset. The data determine the settings in `data_settings`.
+    """Builds the config from the flags of recipe and command, and what they override.
 
     said: flags of the recipe and the command
     stored: settings of the run or checkpoint that --resume names, or None
     weights: record of that checkpoint, or of the weights that the run starts from, or None
     data: facts of the opened data, or None
-    Raises UserError, with a message that names the flag, if two flags contradict each other, or if
-    a flag contradicts the weights or the data.
     """
     flags = training_flags(engine_flags)
     said = read_values(said, flags)
@@ -548,7 +541,7 @@ def derived(known: Layer, weights: Record | None, said: Layer, flags: Flags) -> 
     dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
     before = weights and weights.config
     if before and dropout < default_dropout(before.conditions, before.num_classes):
-        # The new model has nothing to drop, so the probability of the weights does not apply.
+        # Nothing is left to drop, so the probability of the weights does not apply.
         known["class_dropout_prob"] = said.get("class_dropout_prob", dropout)
     known = {"class_dropout_prob": dropout} | known | {"conditions": words}
     model = build(DiTConfig, without_router(known, flags), flags)
@@ -577,7 +570,7 @@ def configure(known: Layer, engine_flags: type, preset: str, shapes: Shapes) -> 
 
 
 def check_components(config: TrainConfig, data: DataFacts | None) -> None:
-    """Raises ValueError if components do not fit each other, the model or the data."""
+    """Checks that components fit each other, the model and the data."""
     if config.objective.guides_in_training and not config.model.class_dropout_prob:
         raise ValueError(
             "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
@@ -592,10 +585,8 @@ def check_components(config: TrainConfig, data: DataFacts | None) -> None:
 
 
 def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
-    """Returns the default of class_dropout_prob, which is 0 if guidance can drop no condition.
-
-    Guidance can drop the label, if there are several classes, and a condition with a width, such as
-    vector:768.
+    """Returns the default of class_dropout_prob: 0 if guidance can drop no condition, neither the
+    label of several classes nor one with a width, such as vector:768.
     """
     names = [split_condition(word)[0] for word in conditions]
     has_labels = "label" in names and num_classes > 1
@@ -604,9 +595,7 @@ def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
 
 
 def data_settings(known: Layer, data: DataFacts) -> Layer:
-    """Returns the settings that the opened data determine, such as the width of the condition
-    "vector:768". Raises ValueError if flags differ.
-    """
+    """Returns what the opened data determine, such as the width of "vector:768"; checks flags."""
     for name in ("num_classes", "image_size"):
         if (got := known.get(name)) not in (None, has := getattr(data, name)):
             raise ValueError(f"{name}: got {got}, expected {has}, as in the data")

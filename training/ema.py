@@ -5,7 +5,7 @@
     ema.update(weights, step, skipped)            # after each optimizer step, from 1
     ema.averages                                  # like the weights
 
-To add a kind of average, write a subclass of `EMA` with `decay_at` and `name`, and add its name to
+To add a kind of average, write a subclass of `EMA` with `decay_at` and `name`, and add it to
 `EMAS`.
 """
 
@@ -93,9 +93,8 @@ class ExponentialEMA(EMA):
 class PowerEMA(EMA):
     """Power-function average, in which the weights after step s count as s^gamma.
 
-    The averaging window is a fixed fraction of the run so far. Karras et al. 2024 (arXiv
-    2312.02696), section 3.1. From snapshots of two lengths in checkpoints, rebuild_ema.py
-    reconstructs any other length.
+    The averaging window is a fixed fraction of the run so far (Karras et al. 2024, arXiv
+    2312.02696, section 3.1). tools/rebuild_ema.py reconstructs any length from snapshots of two.
     """
 
     length: float = option(

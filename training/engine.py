@@ -1,10 +1,9 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
-The engines are in `training/engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`) and
-DeepSpeed. To add an engine, write a class with the methods of `Engine`, and a script that calls
-`training.loop.train`; its argument `choose_engine` is a function that returns the class.
-`freeze` selects the parameters to train: an engine calls `freeze` before it creates the optimizer,
-or rejects the flags --freeze and --train-router-only.
+The engines in `training/engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`), DeepSpeed.
+To add one, write a class with the methods of `Engine`, and a script that passes it to
+`training.loop.train`. An engine calls `freeze` before it creates the optimizer, or rejects --freeze
+and --train-router-only.
 """
 
 import os
@@ -50,17 +49,12 @@ class Engine(Protocol):
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        """Raises UserError for a config that the engine cannot run.
-
-        Returns the engine's settings that affect the result, by name.
-        """
+        """Refuses a config that the engine cannot run; returns the engine's settings that affect
+        the result, by name."""
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
-        """Returns the number of images in a micro-batch of one process.
-
-        Raises UserError if the global batch cannot be divided equally.
-        """
+        """Returns the number of images in a micro-batch of one process, the same on all."""
 
     @classmethod
     def memory(
@@ -114,14 +108,12 @@ class Engine(Protocol):
         """
 
     def load_state(self, folder: Path) -> None:
-        """Loads the state and EMAs of a step folder. Raises UserError if they do not fit."""
+        """Loads the state and EMAs of a step folder."""
 
 
 def node_size(config: TrainConfig, world_size: int) -> int:
-    """Returns the number of processes per node.
-
-    The number is --gpus-per-node; without this flag, the launcher's number; without a launcher, the
-    number of all processes, but at most 8.
+    """Returns the number of processes per node: --gpus-per-node, else the launcher's number, else
+    the number of all processes, at most 8.
     """
     # torchrun sets LOCAL_WORLD_SIZE. DeepSpeed's launcher sets LOCAL_SIZE.
     launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
@@ -151,11 +143,10 @@ def freeze(model: nn.Module, config: StepConfig) -> None:
 
 
 def frozen_names(model: nn.Module, config: StepConfig) -> list[str]:
-    """Returns the names of the parameters that --freeze names. With --train-router-only, also of
-    all parameters except those of the routers.
+    """Returns the names of the parameters that --freeze or --train-router-only freezes.
 
-    A pattern of --freeze is a shell-style pattern for names of parameters or modules. Raises
-    UserError if a pattern matches nothing, or if no parameter is left to train.
+    --freeze has shell-style patterns for names of parameters or modules. Each has to match, and
+    some parameter has to be left to train.
     """
     parameters, frozen = [name for name, _ in model.named_parameters()], set()
     for pattern in config.freeze:

@@ -32,11 +32,11 @@ GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are 
 class RunLog:
     """Writes the logs of a run on the main process, and nothing on other processes.
 
-    If the disk is full, log lines are lost with a warning, and training continues. TensorBoard's
-    writer then stays closed until the next start.
+    On a full disk, log lines are lost with a warning, and training continues. TensorBoard's writer
+    then stays closed until the next start.
 
-    A resumed run repeats the steps after its checkpoint. Their rows in log.jsonl are deleted at the
-    start, so that the file has one row per logged step.
+    A resumed run deletes the rows of log.jsonl after its checkpoint, so that the file has one row
+    per logged step.
 
     settings: settings of the run, for TensorBoard's table of runs
     wandb: Weights & Biases project that receives the same values as TensorBoard, or None
@@ -206,7 +206,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 
 
 def as_json(value: float | list[float]) -> float | list[float] | str:
-    """Rounds numbers to the seven digits of fp32, so that 0.01 is not written as 0.009999999776.
+    """Rounds numbers to the seven digits of fp32: 0.01, not 0.009999999776.
 
     Returns text if a number is not finite, which JSON cannot represent.
     """

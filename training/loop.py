@@ -3,7 +3,7 @@
     code = train(said, DDPFlags, lambda config: DDPEngine, dist)
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
-step: weights, optimizer state, EMAs and the state of the routers do not change.
+step: only the fp16 loss scale changes.
 """
 
 import shlex
@@ -250,8 +250,8 @@ class TrainingLoop:
     def log_metrics(self, done: int, with_held_out: bool) -> None:
         """Logs the metrics, averaged over all processes and over the steps since the last log line.
 
-        Waits until these steps are computed. Raises UserError if `MAX_SKIPPED` or more steps in a
-        row were skipped.
+        Waits until these steps are computed. Ends the run after `MAX_SKIPPED` skipped steps in a
+        row.
         """
         model, stream = self.engine.model, self.run.stream
         values = self.tracker.means()
@@ -328,9 +328,8 @@ class TrainingLoop:
     def save(self, step: int) -> None:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
 
-        All processes call this method together. A failed save is logged as a warning. Training then
-        continues, and the next checkpoint is written when it is due. Raises UserError if a weight,
-        an EMA or a buffer is infinite or nan.
+        All processes call this method together. A failed save is logged as a warning, and training
+        continues. Weights, EMAs or buffers that are not finite end the run.
         """
         self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:
@@ -393,8 +392,8 @@ class TrainingLoop:
     def stop(self, step: int) -> None:
         """Saves the run after a signal stopped it.
 
-        Raises UserError if no step since the start of the command could be saved. A launcher that
-        restarts stopped runs would otherwise repeat the same steps forever.
+        Raises UserError if no step of this command could be saved: a launcher that restarts stopped
+        runs would repeat the same steps forever.
         """
         self.save(step)
         self.finish_save()

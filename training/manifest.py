@@ -18,15 +18,12 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write_manifest(folder: Path, facts: dict[str, dict]) -> None:
-    """Writes the sizes and checksums of a folder's files. Raises OSError if that fails."""
+    """Writes the sizes and checksums of a folder's files."""
     write_durably(folder / MANIFEST_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Reads files in parallel and returns their sizes and CRC-32s.
-
-    Raises OSError if a file cannot be read.
-    """
+    """Reads files in parallel and returns their sizes and CRC-32s."""
 
     def read(name: str) -> dict:
         checksum = 0
@@ -40,9 +37,9 @@ def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def find_fault(folder: Path, dist: Distributed) -> str | None:
-    """Describes the first missing or damaged file of a checkpoint; all processes call it.
+    """Describes the first missing or damaged file of a checkpoint, None if there is none.
 
-    Returns None if there is no such file.
+    All processes call this function.
     """
     return dist.broadcast(fault_of(folder) if dist.is_main else None)
 

@@ -144,10 +144,8 @@ def open_planned(settings: Layer) -> tuple[Source | None, DataFacts]:
 
 
 def disk_use(config: TrainConfig, steps: int) -> tuple[int, str]:
-    """Returns the bytes of all checkpoints, and of the snapshots that --keep-last leaves, and a
-    description.
-
-    While a checkpoint is written, the rolling checkpoint and the checkpoints to delete still exist.
+    """Returns the bytes and a description of all checkpoints at the peak, while one is written and
+    those that it replaces still exist, and of the snapshots that --keep-last leaves.
     """
     state = state_bytes(config, planned_model(config))
     average = state["weights"]
@@ -250,8 +248,7 @@ def received_rows(config: TrainConfig, micro_batch: int) -> int:
 def load_that_fits(config: TrainConfig, micro_batch: int, free: float) -> str:
     """Describes the load, relative to the mean, that fills `free` more bytes of GPU memory.
 
-    For each received row, a process keeps the row and the output of the first product of the
-    expert.
+    Each received row keeps itself and the output of the expert's first product.
     """
     model = config.model
     width = model.hidden_size + width_of(model.hidden_size, model.mlp_ratio) * (
@@ -314,7 +311,7 @@ def model_activations(config: DiTConfig, batch: int, precision: str, recomputed:
 def forward_bytes(
     config: DiTConfig, batch: int, precision: str
 ) -> tuple[int, list[tuple[int, int, int]]]:
-    """Returns the bytes that a forward pass saves outside of the blocks, and those of each block:
+    """Returns the bytes that a forward pass saves outside of the blocks, and for each block those
     of its input, of all that it saves, and of what `KEPT_OPERATORS` return.
     """
     model, places = fake_model(config), []

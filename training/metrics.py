@@ -29,7 +29,7 @@ class MetricTracker:
         self.pauses, self.waited = 0.0, 0.0  # seconds
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Adds the numbers of a step: scalars, or one a layer. A skipped step counts only for the
+        """Adds the numbers of a step: scalars, or one per layer. A skipped step counts only for the
         time.
         """
         skipped = metrics["skipped"]
@@ -117,8 +117,8 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
 
 
 def process_load(model: DiT) -> dict[str, float]:
-    """Returns the largest load of this process since the last call: the number of rows that it
-    received in a layer, relative to the mean. The result is empty without --expert-parallel.
+    """Returns the largest load of this process since the last call: the rows that it received in a
+    layer, relative to the mean. {} without --expert-parallel.
     """
     spread = [b.moe.experts for b in model.blocks if b.moe and hasattr(b.moe.experts, "load")]
     if not spread:
@@ -134,7 +134,7 @@ def held_out_metrics(
 ) -> dict[str, float | list[float]]:
     """Returns the EMAs' losses on the held-out images: mean, standard error, and by ten time bins.
 
-    The metrics of the first EMA have plain names. For other EMAs, the EMA's name is appended.
+    The names end in _ema_NAME, except for the first EMA.
     """
     values: dict[str, float | list[float]] = {}
     for number, ema in enumerate(engine.emas):

@@ -7,9 +7,9 @@ Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the scale of Moonli
 2502.16982, equation 4), which makes AdamW's learning rate and weight decay suitable for Muon.
 Matrices of one shape, from all layers and experts, are orthogonalised in one batched product.
 
-Under FSDP2 each process updates the experts that it holds unsharded. Other matrices are sharded
-along m or n. For these, the processes exchange shards in the precision of the products, so that
-each process gets an equal number of unsharded matrices. They then exchange the results back.
+Under FSDP2 each process updates the experts that it holds unsharded. Of matrices that are sharded
+along m or n, the processes exchange shards, in the precision of the products, so that each gets an
+equal number of unsharded matrices, and then exchange the results back.
 
 Shape legend: B parameters or shards in a batch, m x n the shape of a matrix
 """
@@ -63,8 +63,7 @@ class MuonAdamW(torch.optim.AdamW):
     def batches(self, group: dict) -> Iterator[tuple[list[Stack], DTensor | None, int]]:
         """Yields batches of this process: (stacks of one shape, DTensor, number of chunks).
 
-        If the stacks hold shards of matrices, the DTensor is one that is sharded in the same way.
-        Otherwise it is None.
+        The DTensor is sharded in the same way as the matrices; None for unsharded matrices.
         """
         by_shape: dict[tuple, tuple[list[Stack], DTensor | None, int, int]] = {}
         for weight, chunks in zip(group["params"], group["num_chunks"], strict=True):
@@ -129,10 +128,9 @@ def is_cut(weight: Tensor) -> bool:
 
 
 def exchange(local: Tensor, like: DTensor, count: int, *, back: bool = False) -> Tensor:
-    """Exchanges shards of `count` matrices (m, n), which are sharded like the DTensor's, for
-    unsharded matrices, or unsharded matrices for shards if `back`; all processes call it.
-
-    Each process gets an equal number of the unsharded matrices.
+    """Exchanges shards of `count` matrices (m, n), which are sharded like the DTensor's, for an
+    equal number of unsharded matrices per process, or with `back` the reverse; all processes call
+    it.
     """
     m, n = like.shape[-2:]
     sharded = [Shard(p.dim - like.ndim + 3) if p.is_shard() else p for p in like.placements]

@@ -3,10 +3,10 @@
     named = dict(model.named_parameters())
     optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
 
-To add an optimizer, write a subclass of `Optimizer` with `make`, and add its name to `OPTIMIZERS`.
-Saving, resuming and the memory plan handle the state of any torch optimizer; under
-`--shard`, state tensors must have the shape of their parameter. `make` decides the
-parameter groups and their learning rates. The schedule multiplies these rates.
+To add an optimizer, write a subclass of `Optimizer` with `make`, and add it to `OPTIMIZERS`. `make`
+decides the parameter groups and their learning rates, which the schedule multiplies. Saving,
+resuming and the memory plan handle the state of any torch optimizer; under --shard, state tensors
+must have the shape of their parameter.
 """
 
 from abc import ABC, abstractmethod
@@ -25,8 +25,8 @@ State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and 
 class Optimizer(Component, ABC):
     """Base class of optimizers."""
 
-    # Whether the update of each element depends only on that element's gradient. A process can then
-    # update its shard of a weight as a plain tensor. Other optimizers get DTensors under --shard.
+    # Whether the update of an element depends only on its own gradient. A process then updates its
+    # shard of a weight as a plain tensor. Other optimizers get DTensors under --shard.
     is_elementwise = False
 
     @abstractmethod
@@ -120,8 +120,8 @@ def planned_state(
 ) -> State:
     """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
-    The tensors of the state have no data. To create them, the optimizer takes a step on the device
-    "meta". If the optimizer needs data, it takes a step on the CPU for each parameter instead.
+    They come from a step on the device "meta" or, if the optimizer needs data, from a step on the
+    CPU for each parameter.
     """
     matrices = dict.fromkeys(matrices, 1)  # the rows of a shard may not be divisible into chunks
     with suppress(RuntimeError, NotImplementedError):  # raised by meta tensors without data

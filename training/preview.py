@@ -14,9 +14,9 @@ from training.start import Run
 def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
     """Generates images from fixed seeds, with labels spread over the classes.
 
-    If there are several images per class, the grid has one row per class. A model with feature
-    conditions uses the features of training images. All processes call this function. Returns the
-    grid (3, H, W) uint8 on the main process and None on other processes.
+    Several images of a class form a row. A model with feature conditions uses the features of
+    training images. All processes call this function. Returns the grid (3, H, W) uint8 on the main
+    process and None on the others.
     """
     config, model = run.config, engine.model
     count, classes = config.run.num_sample, model.config.num_classes

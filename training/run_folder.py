@@ -175,11 +175,9 @@ def removed_if_failed(run: Path, is_new: bool) -> Iterator[None]:
 def lock_folder(run: Path) -> BinaryIO:
     """Excludes other runs from a run folder until the returned file is closed or this process ends.
 
-    The lock is a POSIX record lock (fcntl): the kernel releases the lock when the process ends,
-    data-loading processes do not inherit the lock, and NFS enforces the lock on all nodes. The
-    process must not open the file a second time, because closing the second descriptor releases the
-    lock. Raises UserError, which names the other process, if the folder is in use. If the file
-    system does not support locks, this function prints a warning and locks nothing.
+    A POSIX record lock (fcntl): it ends with the process, data-loading processes do not inherit it,
+    and NFS enforces it on all nodes. Do not open the file a second time: closing the second
+    descriptor releases the lock. Without locks in the file system, prints a warning.
     """
     file = open_run_file(run / LOCK_FILE)
     try:

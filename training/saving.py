@@ -4,11 +4,11 @@
     saver.start(step, engine, record)                    # copies the state and returns
     saver.wait()                                         # OSError if it could not be written
 
-A folder is filled under a temporary name, with the manifest last, and then renamed. Folders whose
-name ends in .tmp were left half written or half deleted by a crash, and are ignored.
+A folder is filled under a temporary name, with the manifest last, and then renamed. Folders named
+*.tmp, which a crash left half written or half deleted, are ignored.
 
 Each process first copies its part of the tensors to host memory. A thread then writes the copy,
-with checksums. The threads communicate over a separate gloo group, so a checkpoint is completed
+with checksums. The threads communicate over a gloo group of their own, so a checkpoint is completed
 even if the training steps of a process have failed.
 """
 
@@ -51,10 +51,8 @@ class Write:
 
 @contextmanager
 def failures_as_oserror() -> Iterator[None]:
-    """Raises any error as an OSError, because `run_on_all` passes this class to all processes.
-
-    With another class, the other processes would wait for the failed one.
-    """
+    """Raises any error as an OSError, which `run_on_all` passes to all processes; for another class
+    they would wait for the failed one."""
     try:
         yield
     except OSError:
@@ -81,7 +79,7 @@ class Saver:
         """Copies the state after a step and starts to write the checkpoint.
 
         replaceable: whether the next checkpoint replaces this one
-        Raises OSError, on all processes, if the folder cannot be created or host memory is full.
+        Raises OSError on all processes if the folder cannot be created or host memory is full.
         """
         self.wait()
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
@@ -169,9 +167,9 @@ def copy_to_host(writes: list[Write], device: torch.device) -> None:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """Copies a tensor into host memory. The copy from a GPU is asynchronous.
+    """Copies a tensor into host memory, asynchronously from a GPU.
 
-    PyTorch caches freed pinned memory, so the next checkpoint reuses it.
+    PyTorch caches freed pinned memory for the next checkpoint.
     """
     if tensor.device.type == "cpu":
         return tensor.detach().clone()
@@ -195,10 +193,8 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
     """Deletes old checkpoints after `newest` was written.
 
     `newest` is kept, and so are checkpoints without a REPLACEABLE_FILE, or the `keep_last` newest
-    of these. Checkpoints of higher steps are damaged, because the run resumed from an earlier one:
-    they are renamed. Folders that are not checkpoints are not touched.
-
-    emas: the run's EMAs; `keep_snapshots` saves some of their files from deletion
+    of these. Checkpoints of higher steps are renamed: they are damaged, because the run resumed
+    from an earlier one. `keep_snapshots` saves some files of the run's EMAs from deletion.
     """
     older = []
     for folder in step_folders(newest.parent.parent):

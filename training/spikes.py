@@ -15,7 +15,7 @@ class SpikeDetector:
 
     The state stays on the device, so that the host never waits for a norm.
 
-    factor: a norm above `factor` times the mean is a spike; 0: no norm is
+    factor: a norm above `factor` times the mean is a spike; 0: none is
     """
 
     def __init__(self, factor: float, device: torch.device):
@@ -23,7 +23,7 @@ class SpikeDetector:
         self.mean, self.count = torch.zeros(2, device=device)
 
     def __call__(self, norm: Tensor) -> Tensor:
-        """Returns whether a norm is a spike. If it is none, and is finite, it enters the mean."""
+        """Returns whether a norm is a spike; otherwise, if it is finite, it enters the mean."""
         if not self.factor:
             return torch.zeros_like(norm, dtype=torch.bool)
         is_spike = (self.count >= STEPS) & (norm > self.factor * self.mean)
@@ -36,6 +36,6 @@ class SpikeDetector:
         return {"mean": self.mean.item(), "count": self.count.item()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restores a state; {}, as of a run without this detector, leaves a new one."""
+        """Restores a state; {} changes nothing."""
         for name, value in state.items():
             getattr(self, name).fill_(value)

@@ -499,8 +499,7 @@ def changes(
 
 
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Raises UserError if a new run without a name has the settings and data of another one: an
-    earlier version may have computed another digest."""
+    """Refuses a new run without a name that repeats a run which an earlier version named."""
     others = folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")
     for other in () if folder.exists() else sorted(others):
         if (before := newest_record(other)) is None:
@@ -549,10 +548,8 @@ def start_weights(
 
 
 def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
-    """Returns notes if the data differ from the data that the weights were trained on.
-
-    The images usually differ.
-    """
+    """Returns notes if autoencoder or normalisation differ from those that the weights were trained
+    with, or if images are held out that they were trained on."""
     notes, norm = [], start.norm and str(start.norm)
     pairs = {"vae_sha256": start.vae_sha256, "normalisation": norm}
     if found := [
@@ -571,10 +568,7 @@ def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, 
 
 def rate_notes(config: TrainConfig, before: Record | None, stream: BatchStream) -> list[str]:
     """Returns notes on a long warm-up and, for a resumed run, on changed noise and on a jump of the
-    learning rate.
-
-    The learning rate jumps if an earlier command set a smaller number of steps and the learning
-    rate has already decayed, following the schedule of the shorter run.
+    learning rate, which had decayed towards the end of a shorter run.
     """
     notes, (warmup, last) = [], (config.step.warmup_steps, stream.end_step)
     if warmup > last:

@@ -36,8 +36,8 @@ def take_step(
     step: number of the step, from 1
     rate: factor of the optimizer's learning rates
 
-    Returns numbers by name: the terms of the loss, averaged over the micro-batches of this process,
-    and the values that `Engine.optimizer_step` returns. Each is a scalar or has one number a layer.
+    Returns the terms of the loss, averaged over the micro-batches of this process, and the values
+    of `Engine.optimizer_step`, by name: scalars, or one number per layer.
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
@@ -63,15 +63,15 @@ def losses(
     """Returns the terms of the loss on a batch, by name.
 
     "loss" and "aux_loss" are scalars whose sum is minimised. "aux_loss" is the routers' loss plus
-    the weighted losses of --auxiliary. The other terms, scalars or one number a layer, are only
-    logged: among them are the losses of --auxiliary, without their weights.
+    the weighted losses of --auxiliary. The other terms, scalars or one number per layer, are only
+    logged, among them the unweighted losses of --auxiliary.
 
-    This function draws times and noise, and then drops conditions once, so that all conditional
-    calls of the network get the same conditions. An objective that trains with classifier-free
-    guidance also calls the network with null conditions (`null_y`).
+    Conditions are dropped once, after times and noise are drawn, so that all conditional calls of
+    the network get the same conditions. An objective that trains with classifier-free guidance also
+    gets null conditions (`null_y`).
 
-    If the sum is infinite or nan, both scalars become nan. The gradients are then nan too, which
-    makes all processes skip the step.
+    If the sum is infinite or nan, both scalars and the gradients become nan, so that all processes
+    skip the step.
     """
     depth = len(engine.model.blocks)
     drawn = objective.draw(batch["latents"])

@@ -271,7 +271,7 @@ class DDPEngine:
     def written(self) -> set[str]:
         """Names of the parameters that this process writes to checkpoints.
 
-        If several processes hold the same shards, each parameter is written by only one of them.
+        Of several processes with the same shards, one writes a parameter.
         """
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
         dist = self.dist
@@ -294,8 +294,7 @@ class DDPEngine:
     def read_state(self, folder: Path) -> None:
         places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
         state = read_state(folder, places, self.dist.device)
-        # A branch may add or remove auxiliary losses. The checkpoint then lacks the projectors of
-        # the added losses, and the model lacks the projectors of the removed losses.
+        # A branch may add or remove auxiliary losses, with their projectors.
         local = {n: tensor for n, tensor in local.items() if is_of_model(n) or n in state["model"]}
         model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
         shapes = shapes_of(local)
@@ -344,10 +343,10 @@ def distributed_as(weight: Tensor, shard: Any) -> Any:
 
 @torch.no_grad()
 def flatten_parameters(model: nn.Module) -> Tensor:
-    """Moves all parameters of a model into one flat tensor, and returns the tensor.
+    """Makes the parameters of a model views of one flat tensor, and returns the tensor.
 
-    The parameters become views of the flat tensor. They must have one dtype and one device. An
-    operation on all parameters, such as an EMA, is then one operation on the flat tensor.
+    They must have one dtype and one device. An operation on all parameters, such as an EMA, is then
+    one operation on the flat tensor.
     """
     parameters = list(model.parameters())
     flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))

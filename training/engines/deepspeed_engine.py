@@ -53,8 +53,8 @@ class DeepSpeedEngine:
         if step.compile:
             self.model.compile_blocks()
         scaler = vars(self.engine.optimizer.loss_scaler)
-        # At the smallest loss scale, DeepSpeed would raise an error. The training loop handles this
-        # case instead: it saves the run before it stops the run.
+        # DeepSpeed would raise an error at the smallest loss scale; the training loop saves the run
+        # before it stops it.
         if "raise_error_at_min_scale" in scaler:
             scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
@@ -137,10 +137,8 @@ class DeepSpeedEngine:
         zero.publish_masters(self.engine.optimizer)
 
     def average(self, number: int) -> dict[str, Box]:
-        """Gathers the EMA on the first process, which writes the EMA.
-
-        A process cannot write its own shard, because a range of a flattened tensor is not a `Box`.
-        """
+        """Gathers the EMA on the first process, which writes it: a process's shard, a range of a
+        flattened tensor, is no `Box`."""
         whole = dict(self.shards.buffers) if self.dist.is_main else {}
         for name in self.shards.shapes:
             values = self.shards.gather(name, self.ema.averages)
@@ -149,10 +147,8 @@ class DeepSpeedEngine:
         return {name: Box.of_all(values) for name, values in whole.items()}
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """Returns this process's tensors, with their positions.
-
-        The positions allow any number of processes to resume the run.
-        """
+        """Returns this process's tensors with their positions, which allow any number of processes
+        to resume the run."""
         masters, optimizer = self.shards.masters, self.engine.optimizer
         adam = [optimizer.optimizer.state[master] for master in masters]
         tensors = {f"masters/{n}": master.detach() for n, master in enumerate(masters)}
@@ -174,10 +170,7 @@ class DeepSpeedEngine:
         return {n: list(map(asdict, fragments)) for n, fragments in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
-        """Loads the state of a step folder, which any number of processes may have saved.
-
-        Raises UserError, on all processes, if a file is damaged.
-        """
+        """Loads the state of a step folder, which any number of processes may have saved."""
         self.dist.run_on_all(lambda: self.read_state(folder))
         self.dist.run_on_all(lambda: self.load_ema(folder))
         zero.publish_masters(self.engine.optimizer)

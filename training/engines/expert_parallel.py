@@ -5,11 +5,11 @@
     spread(experts, group, counts)                     # experts.forward exchanges rows
 
 A process sorts its rows by expert and sends each row, with its weight, to the process that holds
-the expert. That process computes the received rows like the rows of any routing, and sends the
-results back. No row is dropped. The host waits for the numbers of rows, unless `Routing.is_even`.
+the expert, which computes it and sends the result back. No row is dropped. The host waits for the
+numbers of rows, unless `Routing.is_even`.
 
 The last process stores the extra expert of a router (`Router.extra_experts`) and sends the weights
-to all processes. Every process then computes the rows of its tokens for the extra expert.
+to all processes, each of which computes the rows of its own tokens.
 
 Shape legend:
     S tokens, D width, E routed experts, P processes, L routed experts of this process, R rows sent,

@@ -1,10 +1,10 @@
 """Engine of train.py --shard: every process holds a shard of each weight (torch's FSDP2).
 
 The weights of a block are gathered in the training precision when the block computes, and then
-freed. The gradient of a block is summed in fp32, and every process keeps the shard of it that
-matches its weights. A weight is sharded along its first divisible dimension (experts first).
-Routers compute in fp32. They belong to the group of embeddings and output, which is gathered once
-per pass in fp32. Autocast handles the rest as in `DDPEngine`.
+freed. The gradient of a block is summed in fp32, and every process keeps the shard that matches its
+weights. A weight is sharded along its first divisible dimension (experts first). Routers compute in
+fp32: they belong to the group of embeddings and output, gathered once per pass in fp32. Autocast
+handles the rest as in `DDPEngine`.
 """
 
 import math
@@ -126,11 +126,12 @@ class FSDPEngine(DDPEngine):
     ) -> tuple[Bytes, Bytes, str]:
         """Returns the memory at the peak, see `training.engine.Engine`.
 
-        The weights of the root group (with the routers), of the current block and of the next group
-        are gathered. A block is one group, or two groups with --expert-parallel: the experts, and
-        all other weights. With --reshard-after-forward False, all blocks are gathered. The gradient
-        of one group is unsharded, both before and after its cast to fp32. Rows that arrive from
-        other processes are kept for the backward pass: on average as many as a process sends.
+            gathered    weights of the root group (with the routers), the current block and the next
+                        group, or of all blocks with --reshard-after-forward False
+            unsharded   gradient of one group, both before and after its cast to fp32
+            kept        rows from other processes, for the backward pass: on average as many as a
+                        process sends
+        A block is one group, or two with --expert-parallel: the experts, and all other weights.
         """
         layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
@@ -193,8 +194,8 @@ class FSDPEngine(DDPEngine):
     def local_weights(self) -> list[nn.Parameter]:
         weights = super().local_weights()
         if self.layout.spread > 1:
-            # The gradient of an expert sums over the processes that send rows to the expert, but
-            # FSDP averages the gradient only over the processes that hold the expert.
+            # An expert's gradient sums over the processes that send it rows, but FSDP averages only
+            # over those that hold it.
             spread = [self.local[n] for n in self.trained if is_expert(n)]
             if gradients := [weight.grad for weight in spread if weight.grad is not None]:
                 torch._foreach_div_(gradients, self.layout.spread)
@@ -215,9 +216,8 @@ class FSDPEngine(DDPEngine):
 class Layout:
     """Distribution of the weights over the processes that hold one copy of the model.
 
-    Process number p of a copy belongs to group p % spread. The processes of a group share the
-    experts of that group. Every other weight is split into `shards * spread` shards, one per
-    process.
+    Process p of a copy belongs to group p % spread, whose processes share the experts of the group.
+    Every other weight is split into `shards * spread` shards, one per process.
     """
 
     shards: int
@@ -240,10 +240,7 @@ class Layout:
 
 
 def layout_of(config: TrainConfig, world_size: int) -> Layout:
-    """Returns the layout for --shard-size and --expert-parallel; by default one copy per node.
-
-    Raises UserError if the numbers do not divide the processes, or exceed the experts.
-    """
+    """Returns the layout for --shard-size and --expert-parallel; by default one copy per node."""
     node, spread = node_size(config, world_size), config.engine.expert_parallel
     size = config.engine.shard_size or (node if world_size % node == 0 else world_size)
     if world_size % size:
@@ -269,8 +266,8 @@ def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
 
 
 def check_runs(layout: Layout, model: DiT) -> None:
-    """Raises UserError if the shards are scattered over so many rows of a checkpoint's tensors that
-    a save would take minutes.
+    """Refuses shards scattered over so many rows of a checkpoint's tensors that a save would take
+    minutes.
     """
     weights, spread = dict(model.named_parameters()), layout.spread
     runs = count_runs(layout, weights)
@@ -289,9 +286,8 @@ def check_runs(layout: Layout, model: DiT) -> None:
 
 
 def check_state(config: TrainConfig) -> None:
-    """Raises UserError if a tensor of the optimizer's state has a different shape than its weight.
-
-    The shards of such tensors, for example Adafactor's means of rows, cannot be saved.
+    """Refuses an optimizer whose state has other shapes than its weights, such as Adafactor's means
+    of rows: their shards cannot be saved.
     """
     model = planned_model(config)
     shapes = {name: w.shape for name, w in model.named_parameters() if w.requires_grad}
@@ -350,8 +346,8 @@ def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:
 class SumOfCopies:
     """Hook that sums gradients, rounded to bf16, between copies of the model.
 
-    FSDP2 calls the hook after it has summed the gradients in fp32 within a copy. The gradients of
-    all micro-batches except the last are only accumulated.
+    FSDP2 calls it after the sum in fp32 within a copy. All micro-batches but the last only
+    accumulate.
     """
 
     def __init__(self, engine: "FSDPEngine", group: ProcessGroup):

@@ -15,8 +15,7 @@ def build_empty(
 ) -> DiT:
     """Makes a DiT of placeholders: parameters with stride 0, which use the memory of one element.
 
-    All values are nan, so that one that is never written shows in the first loss. Buffers stay in
-    their own dtype.
+    All are nan: one that is never written shows in the first loss. Buffers keep their dtype.
     """
     with torch.device("meta"):
         model = DiT(config)
@@ -41,8 +40,7 @@ def draw_initial_weights(
 ) -> None:
     """Calls write(name, tensor) with the parameters (fp32, on the CPU) and buffers of a new model.
 
-    Every process draws all weights from the same seed, but holds the weights of only one module at
-    a time.
+    Every process draws all weights from the same seed, and holds those of one module at a time.
     """
     model = build_empty(config)
     names = {t: name for name, t in [*model.named_parameters(), *model.named_buffers()]}

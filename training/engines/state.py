@@ -6,9 +6,9 @@ A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
     state = read_state(folder, places, device)           # boxes of any position, from all files
 
 A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
-each box, scalars of the optimizer, and the loss scaler. `DDPEngine` and `FSDPEngine` can each read
-the state of the other, for any number of processes. If several processes hold the same parameters,
-each of them writes some, so that all processes write and each byte is written once.
+each box, scalars of the optimizer, and the loss scaler. `DDPEngine` and `FSDPEngine` read each
+other's states, from any number of processes. Processes with the same parameters share the writing,
+and each byte is written once.
 """
 
 import json
@@ -77,7 +77,7 @@ def whole_shape(shards: Sequence[StoredShard]) -> tuple[int, ...]:
 
 
 def check_stored_shapes(folder: Path, parameters: Mapping[str, torch.Size]) -> None:
-    """Raises ValueError if a stored parameter has another shape than `parameters`, as a whole."""
+    """Compares the complete shapes of stored parameters with `parameters`."""
     shards, _, _ = stored_shards(folder)
     for name in parameters.keys() & {title.partition("/")[2] for title in shards}:
         if (got := tuple(parameters[name])) != (expected := whole_shape(shards[f"model/{name}"])):
@@ -140,11 +140,11 @@ def stored_shards(
 
 
 def shard_dim(shape: torch.Size, num_shards: int) -> int:
-    """Returns the dimension that is sharded: the first whose size `num_shards` divides.
+    """Returns the sharded dimension: the first one, except the last, whose size `num_shards`
+    divides; else 0, with padding.
 
-    A shard of the last dimension is scattered over the rows of a file. The last dimension is chosen
-    only if `num_shards` divides no other one and dimension 0 has fewer rows than shards. Otherwise
-    FSDP2 shards dimension 0 with padding.
+    The last one, whose shards are scattered over the rows of a file, is sharded only if dimension 0
+    has fewer rows than shards and `num_shards` divides the last.
     """
     *outer, last = range(len(shape))
     even = [dim for dim in outer if shape[dim] % num_shards == 0]

@@ -1,8 +1,8 @@
 """Builds a DiT under DeepSpeed without an unsharded copy, and gathers and scatters its shards.
 
 ZeRO shards the fp32 master weights over the processes, in a layout that only this module knows.
-This module takes from other modules, and returns to them, unsharded fp32 tensors in the layout of
-`models.DiT`, one at a time, so that no process needs memory for all of them.
+Other modules see unsharded fp32 tensors in the layout of `models.DiT`, one at a time, so that no
+process needs memory for all of them.
 """
 
 import logging
@@ -53,9 +53,8 @@ def start_engine(
 
 
 def announce_compilation(ds_config: dict) -> None:
-    """Prints where DeepSpeed compiles its Adam for the CPU, and the lock of a run that was stopped.
-
-    DeepSpeed waits without a word until somebody deletes such a lock.
+    """Prints where DeepSpeed compiles its Adam for the CPU, and names the lock of a stopped run,
+    for whose deletion DeepSpeed waits silently.
     """
     is_offloaded = (
         ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
@@ -75,10 +74,7 @@ def announce_compilation(ds_config: dict) -> None:
 
 
 def allocate_module(model: nn.Module, ds_config: dict) -> None:
-    """Allocates memory for placeholders, module by module.
-
-    ZeRO-3 shards each module before memory for the next module is allocated.
-    """
+    """Allocates memory for placeholders; ZeRO-3 shards each module before the next is allocated."""
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
         weights = list(module.parameters(recurse=False))

@@ -1,8 +1,8 @@
 """The DeepSpeed config of a run: the user's JSON completed by the flags, and the memory plan.
 
-The JSON sets the sharding (ZeRO stage, offload, buckets) and the loss scaling of fp16. Batch size,
-accumulation, precision, clipping and learning rate are set by the flags. A JSON with other values
-is rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest.
+The JSON sets the sharding (ZeRO stage, offload, buckets) and the loss scaling of fp16. The flags
+set batch size, accumulation, precision, clipping and learning rate: a JSON with other values is
+rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest.
 """
 
 import json
@@ -41,7 +41,7 @@ def asks_for_fp16(path: str) -> bool:
 
 
 def complete_config(config: TrainConfig, world_size: int) -> dict:
-    """Completes --deepspeed_config by the flags. Raises UserError if they contradict each other."""
+    """Completes --deepspeed_config by the flags, which must not contradict it."""
     if not isinstance(config.optimizer, AdamW):
         raise UserError(
             f"--optimizer: got {config.step.optimizer}, expected adamw, which DeepSpeed "
@@ -119,7 +119,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
 
 
 def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
-    """Writes `owned` into `config`. Raises ValueError for values that are not equal or "auto"."""
+    """Writes `owned` into `config`, whose values have to be missing, equal or "auto"."""
     for key, required in owned.items():
         name, got = prefix + key, config.get(key, "auto")
         if isinstance(required, dict) and isinstance(got, dict):
