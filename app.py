@@ -3,10 +3,10 @@ r"""Serves a web page that generates images and shows the expert of each patch w
     python app.py
     python app.py --ckpt results/demo --compare results/expert-choice --cfg-scale 2.5
 
-The page is at http://127.0.0.1:7860. Only this machine can open it, unless you pass --host or
---share. With --compare, a second checkpoint generates images from the same noise. The flags of the
-sampler set the initial values of the controls. With --num-sampling-steps of at most 8, the page
-draws while a control moves. The page requires gradio: pip install -r requirements-extras.txt
+The page is at http://127.0.0.1:7860, for this machine only, unless you pass --host or --share. With
+--compare, a second checkpoint generates images from the same noise. The flags of the sampler set
+the initial values of the controls. With up to 8 steps, the page draws while a control moves. It
+requires gradio: pip install -r requirements-extras.txt
 """
 
 from dataclasses import dataclass

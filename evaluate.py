@@ -6,8 +6,8 @@ r"""Evaluates a checkpoint, or images: FID, sFID, Inception score, precision and
     python evaluate.py --precompute-reference real.npz --images path/to/real/images
     python evaluate.py --ckpt results/RUN --loss --data-path path/to/imagenet/val --num-images 1000
 
-With the same flags and seeds, evaluate.py and sample.py generate the same images. An interrupted
-evaluation resumes when you run the command again. results.json holds the metrics and the settings
+With the same flags and seeds, evaluate.py and sample.py generate the same images. After an
+interruption, run the same command again to resume. results.json holds the metrics and the settings
 that determine them.
 """
 
@@ -237,7 +237,7 @@ def evaluate_loss(config: EvaluateConfig) -> None:
 
 
 def check_flags(config: EvaluateConfig) -> None:
-    """Raises UserError for contradictory flags and flags without effect."""
+    """Refuses contradictory flags and flags without effect."""
     options = options_of(EvaluateConfig).items()
     given = {name for name, one in options if getattr(config, name) != one.default}
     of_samples = (

@@ -3,9 +3,10 @@ r"""Leaves the experts out one by one, and measures how loss and pictures change
     python expert_ablation.py --ckpt results/RUN --latents-path data/val-latents
     python expert_report.py --data results/RUN
 
-The rows of an expert then add nothing; the noise stays the same. The file has a JSON line for each
-expert of each layer. If the command is interrupted, run it again: it continues. Without held-out
-images only the pictures are compared. With --pipeline, the pictures are those of the prompts.
+The rows of the expert that is left out add nothing; the noise stays the same. The file has a JSON
+line for each expert of each layer. After an interruption, run the same command again to resume.
+Without held-out images only the pictures are compared. With --pipeline, the pictures are those of
+the prompts.
 """
 
 from collections.abc import Callable

@@ -7,8 +7,8 @@ r"""Counts the experts of the tokens of sampled images, by class, step and patch
 
 The script samples --images-per-class images of each class, the same images as sample.py with the
 same flags. In a guided batch, only the conditional half is counted. The memory does not depend on
-the number of images. With --pipeline, a text-to-image pipeline of diffusers draws an image of each
-prompt, by its own scheduler and guidance.
+the number of images. With --pipeline, a text-to-image pipeline of diffusers generates an image for
+each prompt, by its own scheduler and guidance.
 """
 
 import time

@@ -3,9 +3,9 @@ r"""Writes one HTML page about the experts of a model: what each takes, when, wh
     python expert_report.py --data results/RUN
     python expert_report.py --data results/RUN --only patch --output figures/patch.pdf
 
-The page reads the counts of expert_data.py and, if there is one, the file of expert_ablation.py
-beside them. It needs no network and no other file. With --only, one view becomes a figure for a
-paper, beside a CSV file with numbers of each layer.
+The page shows the counts of expert_data.py and, if there is one, the file of expert_ablation.py
+beside them. It is one file that needs no network. --only draws one view as a figure for a paper,
+with a CSV file of numbers for each layer.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def parse_args() -> ExpertReportConfig:
 
 
 def check_flags(config: ExpertReportConfig) -> None:
-    """Raises UserError for flags that do not go together."""
+    """Refuses flags that do not go together."""
     idle = ("ablation",) if config.only else ("layers",)
     if given := [name for name in idle if getattr(config, name)]:
         raise UserError(

@@ -74,10 +74,8 @@ def block_numbers(run: Path, layers: int) -> list[str]:
 
 
 def falling_loss(rows: list[dict]) -> str:
-    """Returns the name of the loss that falls in training.
-
-    That is "mse" if each image's loss is divided by its own size, as in a mean flow: it is 1 for
-    ever.
+    """Returns the name of the loss that falls in training: "mse" for a mean flow, whose loss stays
+    near 1, because each image's loss is divided by its own size.
     """
     (_, loss), (_, mse) = series(rows, "loss"), series(rows, "mse")
     return "mse" if mse and np.ptp(loss) < 0.01 * max(loss) else "loss"

@@ -40,8 +40,8 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     flags: flags by name; a flag with the value None is ignored
 
     Call this function from the main thread. During training, Ctrl-C saves and stops. Training
-    changes PyTorch's global seed. Returns the exit code, see `training.loop.train`. Raises
-    UserError for problems that the user can fix.
+    changes PyTorch's global seed. Returns the exit code, see `training.loop.train`. A mistake of
+    the user raises UserError.
     """
     if data is not None:
         if flags.get("data_path") is not None:
@@ -66,7 +66,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
 
 
 def choose_engine(config: TrainConfig) -> type:
-    """Returns the engine class for a config. Raises UserError for fp16 with --shard."""
+    """Returns the engine class for a config."""
     if config.engine.shard:
         if config.step.precision == "fp16":
             expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"

@@ -234,7 +234,7 @@ def losses(vae: AutoencoderKL, x: Tensor, noise_std: float) -> tuple[Tensor, Ten
 
 
 def save_state(path: Path, step: int, settings: dict, parts: list) -> None:
-    """Writes the complete training state atomically. Raises UserError for non-finite weights."""
+    """Writes the complete training state atomically, unless weights are not finite."""
     if not all(weight.isfinite().all() for weight in parts[0].parameters()):
         raise UserError(
             f"--lr: the weights became infinite or nan before step {step}; try a lower rate. An "

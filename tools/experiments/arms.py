@@ -20,11 +20,7 @@ class Question:
 
 
 def read_questions() -> dict[int, Question]:
-    """Reads arms.yaml.
-
-    Raises ValueError if the flags of an arm differ between questions, or if the reference is no
-    arm.
-    """
+    """Reads arms.yaml, in which an arm has the same flags in all questions."""
     path, flags, questions = Path(__file__).with_suffix(".yaml"), {}, {}
     for number, fields in yaml.safe_load(path.read_text()).items():
         base, common = fields.pop("base", ""), fields.pop("common", "")

@@ -118,7 +118,7 @@ def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
 
 
 def check_protocol(config: ExperimentConfig) -> None:
-    """Raises UserError if the folder has rows of a different protocol."""
+    """Refuses a folder with rows of another protocol."""
     names = ("val_images", "model", "steps", "batch_size", "lr", "precision")
     protocol = {name: getattr(config, name) for name in names}
     protocol["ema_decay"] = ema_decay_of(config.steps)
@@ -165,10 +165,7 @@ def add_row(path: Path, row: dict) -> None:
 
 
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
-    """Trains an arm, or resumes its training; returns the row of the run.
-
-    Raises UserError if training is interrupted or fails.
-    """
+    """Trains an arm, or resumes its training; returns the row of the run."""
     threads = max(1, available_cores() // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
