@@ -321,6 +321,8 @@ class ClassTokens(nn.Module):
     A token is the embedding of the class plus a learned position. It is not rotated.
     """
 
+    matrices_in = {"positions": 0}
+
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.positions = nn.Parameter(torch.empty(1, count, hidden_size))
@@ -328,18 +330,10 @@ class ClassTokens(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.positions, std=0.02)
 
-    def forward(
-        self, x: Tensor, angles: Tensor | None, label: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the tokens (N, T, D) and their angles (T, d/2), with zeros for the class tokens.
-
-        x: patches (N, P, D)
-        angles: angles (P, d/2) of the patches, or None
-        label: embedding (N, D) of the class
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        """Returns the tokens (N, T, D) of patches x (N, P, D) and the embedding (N, D) of a class.
         """
-        if angles is not None:
-            angles = F.pad(angles, (0, 0, self.positions.shape[1], 0))
-        return torch.cat([label.unsqueeze(1) + self.positions, x], dim=1), angles
+        return torch.cat([label.unsqueeze(1) + self.positions, x], dim=1)
 
 
 class Attention(nn.Module):
@@ -351,6 +345,8 @@ class Attention(nn.Module):
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
 
+    matrices_in = {"qkv.weight": 3}
+
     def __init__(
         self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
     ):
@@ -360,13 +356,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = qk_norm(self.head_dim), qk_norm(self.head_dim)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """Maps (N, T, D) to (N, T, D); the angles (T, d/2) rotate queries and keys."""
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Maps (N, T, D) to (N, T, D); the rotation (T, d) is that of queries and keys."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (N, T, 3, heads, d)
         q, k, v = qkv.unbind(2)                                              # each (N, T, heads, d)
         q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         q, k = q.to(v.dtype), k.to(v.dtype)
         is_half_on_gpu = v.is_cuda and v.dtype in (torch.bfloat16, torch.float16)
         # Compute plain matrix products under torch.func.jvp: fused attention has no jvp.
@@ -381,25 +377,29 @@ class Attention(nn.Module):
         return self.proj(x.flatten(2))
 
 
-def rotary_angles(head_dim: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Returns the angles (P, d/2) of 2-D rotary positions.
+def rotary_positions(
+    head_dim: int, grid: tuple[int, int], device: torch.device, num_class_tokens: int = 0
+) -> Tensor:
+    """Returns the cosines, then the sines, of 2-D rotary positions (T, d).
 
-    The first half depends on the row of a patch and the second half on the column.
+    The first half of the angles (T, d/2) depends on the row of a patch and the second half on the
+    column. Class tokens, in front of the patches, are not rotated.
     """
     quarter = head_dim // 4
     frequencies = 10000 ** -(torch.arange(quarter, device=device) / quarter)  # (d/4,)
     angles = torch.arange(max(grid), device=device)[:, None] * frequencies  # (largest side, d/4)
     rows = angles[: grid[0]].repeat_interleave(grid[1], 0)                  # (P, d/4)
     columns = angles[: grid[1]].repeat(grid[0], 1)                          # (P, d/4)
-    return torch.cat([rows, columns], dim=1)
+    angles = F.pad(torch.cat([rows, columns], dim=1), (0, 0, num_class_tokens, 0))  # (T, d/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotates the pairs (x_i, x_(i + d/2)) of queries or keys (N, T, heads, d).
 
-    angles: (T, d/2)
+    rotation: (T, d), see `rotary_positions`
     """
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]                 # (T, 1, d/2)
+    cos, sin = rotation.unsqueeze(1).chunk(2, dim=-1)                       # (T, 1, d/2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -414,6 +414,8 @@ class DiTBlock(nn.Module):
 
     Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
+
+    matrices_in = {"adaLN_modulation.1.weight": 6}
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -449,19 +451,19 @@ class DiTBlock(nn.Module):
         x: Tensor,
         c: Tensor,
         image_facts: Mapping[str, Tensor] = MappingProxyType({}),
-        angles: Tensor | None = None,
+        rotation: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the tokens (N, T, D) and, if the block is sparse, the routing.
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
         image_facts: tensors (N, ...) by name, which a router may read besides the tokens
-        angles: angles (T, d/2) of the rotary positions, or None
+        rotation: (T, d), see `rotary_positions`, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         h = modulate(self.norm1(x), shift_msa, scale_msa)                   # (N, T, D)
-        x = x + gate_msa.unsqueeze(1) * self.attn(h, angles)
+        x = x + gate_msa.unsqueeze(1) * self.attn(h, rotation)
         normed = self.norm2(x)
         h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
         if self.moe is None:
@@ -611,22 +613,25 @@ class DiT(nn.Module):
                 initialize(module, own)
 
     def matrices(self) -> dict[str, int]:
-        """Returns the names of the weights that an optimizer such as Muon treats as matrices.
+        """Returns the number of hidden matrices in each parameter that is no vector.
 
-        A weight (m, n) can contain several matrices of equal size, one below the other. Each name
-        maps to the number of these matrices: 2 (gate and up), 3 (queries, keys and values), 6 (the
-        modulations of a block), or 1. For a weight (E, m, n), this is the number per expert.
+        A weight (m, n) can contain several of equal size, one below the other: 2 (gate and up), 3
+        (queries, keys and values), 6 (the modulations of a block). For a weight (E, m, n), this is
+        the number per expert. It is 0 for embeddings, gates, the first and the last layer.
 
-        Included are the weights of the blocks and of the embedders' MLPs. Excluded are all vectors,
-        the patch embedding, embedding tables, the final layer and the linear gates of the routers.
+        The weight of a linear layer is one matrix. A module whose parameters differ from that lists
+        them in `matrices_in`; its other parameters are vectors.
         """
-        num_chunks = {"gate_up_proj": 2, "attn.qkv.weight": 3, "adaLN_modulation.1.weight": 6}
-        return {
-            name: next((count for end, count in num_chunks.items() if name.endswith(end)), 1)
-            for name, weight in self.named_parameters()
-            if weight.ndim > 1 and (name.startswith("blocks.") or "_embedder.mlp." in name)
-            and not name.endswith(("bias", "moe.gate.weight"))
-        }
+        found: dict[str, int] = {}
+        hidden = [self.t_embedder, *self.conditions.values(), self.blocks]
+        hidden = {module for part in hidden for module in part.modules()}
+        for prefix, module in self.named_modules():
+            counts = dict(getattr(module, "matrices_in", {}))
+            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+                counts["weight"] = int(module in hidden and isinstance(module, nn.Linear))
+            for name, count in counts.items():
+                found.setdefault(f"{prefix}.{name}", count)
+        return {name: found[name] for name, _ in self.named_parameters() if name in found}
 
     def checkpoint_options(self) -> dict[str, Any]:
         """Returns the options with which torch recomputes a block."""
@@ -694,18 +699,19 @@ class DiT(nn.Module):
         if "label" in y:
             no_class = y["label"][:, None] == self.config.num_classes
         image_facts = {"time": time, "no_class": no_class}
-        angles = None
+        rotation = None
         if self.config.rope:
-            head_dim = self.config.hidden_size // self.config.num_heads
-            angles = rotary_angles(head_dim, self.config.grid, x.device)                # (P, d/2)
+            width = self.config.hidden_size // self.config.num_heads
+            count = self.config.class_tokens
+            rotation = rotary_positions(width, self.config.grid, x.device, count)       # (T, d)
         routings, rates = [], []                                            # one per sparse layer
         recompute = partial(checkpoint, **self.checkpoint_options())
         is_recomputed = self.gradient_checkpointing and self.training
         is_recomputed = is_recomputed and not self.recomputes_in_graphs
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
-                x, angles = self.class_tokens(x, angles, vectors["label"])  # (N, T, D), (T, d/2)
-            inputs = x, c, image_facts, angles
+                x = self.class_tokens(x, vectors["label"])                  # (N, T, D)
+            inputs = x, c, image_facts, None if rotation is None else rotation[-x.shape[1] :]
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)

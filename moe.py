@@ -128,6 +128,7 @@ class Experts(nn.Module):
     """
 
     is_spread = False  # whether other processes hold other experts of the layer
+    matrices_in = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}  # see `DiT.matrices`
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from models import (
     DiTConfig,
     attention_by_products,
     position_embedding,
-    rotary_angles,
+    rotary_positions,
 )
 from moe_kernels import experts
 from moe_kernels.layouts import to_stacked_layout
@@ -91,11 +91,11 @@ def test_rotary_attention_rotates_pairs_and_depends_only_on_relative_positions()
     q, k, v = layer.qkv(x).view(grid * grid, 3, heads, d).unbind(1)
     scores = torch.einsum("ihd,jhd->hij", rotated(q), rotated(k)) / d**0.5
     want = layer.proj(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1))
-    angles = models.rotary_angles(d, (grid, grid), x.device)
-    torch.testing.assert_close(layer(x, angles)[0], want, rtol=1e-4, atol=1e-5)
+    rotation = rotary_positions(d, (grid, grid), x.device)
+    torch.testing.assert_close(layer(x, rotation)[0], want, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(layer(x)[0], want, atol=1e-3)
 
-    q, k = (models.rotate(a[:1].expand_as(a)[None], angles)[0, :, 0] for a in (q, k))
+    q, k = (models.rotate(a[:1].expand_as(a)[None], rotation)[0, :, 0] for a in (q, k))
     scores = (q @ k.t()).view(grid, grid, grid, grid)  # the same query and key at all positions
     torch.testing.assert_close(scores[1:, :, 1:], scores[:-1, :, :-1])
     torch.testing.assert_close(scores[:, 1:, :, 1:], scores[:, :-1, :, :-1])
@@ -400,13 +400,14 @@ def test_flash_attention_computes_bf16_and_follows_torchs_deterministic_setting(
 
 @torch.no_grad()
 def test_rectangular_latents_are_laid_out_row_by_row_and_other_shapes_are_rejected():
-    """Position embeddings, rotary angles and pixels of a rectangle lie at the expected places."""
+    """Position embeddings, rotations and pixels of a rectangle lie at the expected places."""
     model = randomised(input_size=(4, 12), rope=True).eval()
     assert model.pos_embed.shape == (1, 12, 32) and model.config.grid == (2, 6)
     square = position_embedding(DiTConfig(**{**TINY_MODEL, "input_size": 12})).view(6, 6, 32)
     assert torch.equal(model.pos_embed.view(2, 6, 32), square[:2])
-    angles = rotary_angles(16, (2, 6), torch.device("cpu")).view(2, 6, 8)
-    assert torch.equal(angles, rotary_angles(16, (6, 6), torch.device("cpu")).view(6, 6, 8)[:2])
+    rotation = rotary_positions(16, (2, 6), torch.device("cpu")).view(2, 6, 16)
+    square = rotary_positions(16, (6, 6), torch.device("cpu")).view(6, 6, 16)
+    assert torch.equal(rotation, square[:2])
     tokens = torch.arange(12.0).view(1, 12, 1).expand(1, 12, 4 * model.out_channels)
     image = model.unpatchify(tokens)
     for row in range(4):

@@ -36,7 +36,7 @@ class Optimizer(Component, ABC):
         """Makes the torch optimizer of these parameters.
 
         named: parameters by name; on the device "meta" for the memory plan
-        matrices: number of fused matrices of each hidden weight, see `DiT.matrices`
+        matrices: number of hidden matrices in each parameter that is no vector, see `DiT.matrices`
         """
 
 
@@ -54,7 +54,7 @@ class AdamW(Optimizer):
     weight_decay: float = option(0.0, help="weight decay", ge=0)
     eps: float = option(1e-8, help="added to the root of the mean square", gt=0)
     decay_vectors: bool = option(
-        True, help="also apply weight decay to parameters of one dimension such as biases and norms"
+        True, help="also apply weight decay to vectors, such as biases and the weights of norms"
     )
 
     def make(
@@ -62,10 +62,8 @@ class AdamW(Optimizer):
     ) -> torch.optim.Optimizer:
         groups = [{"params": list(named.values())}]
         if not self.decay_vectors:
-            # The stacked biases of experts are (E, H) and (E, D).
-            is_vector = {n: w.ndim < 2 or n.endswith("_bias") for n, w in named.items()}
-            vectors = [weight for name, weight in named.items() if is_vector[name]]
-            others = [weight for name, weight in named.items() if not is_vector[name]]
+            vectors = [weight for name, weight in named.items() if name not in matrices]
+            others = [weight for name, weight in named.items() if name in matrices]
             groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas, eps=self.eps,
@@ -90,7 +88,7 @@ class Muon(Optimizer):
     ) -> torch.optim.Optimizer:
         from training.muon import MuonAdamW
 
-        hidden = [name for name in named if name in matrices]
+        hidden = [name for name in named if matrices.get(name)]
         groups = [
             {"params": [named[name] for name in hidden],
              "num_chunks": [matrices[name] for name in hidden], "momentum": self.momentum},
@@ -98,7 +96,7 @@ class Muon(Optimizer):
         # By device mesh, because a fused step requires DTensors of one mesh.
         others: dict[object, list[nn.Parameter]] = {}
         for name, weight in named.items():
-            if name not in matrices:
+            if not matrices.get(name):
                 others.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
         groups += [{"params": weights} for weights in others.values()]
         return MuonAdamW(
@@ -123,7 +121,8 @@ def planned_state(
     They come from a step on the device "meta" or, if the optimizer needs data, from a step on the
     CPU for each parameter.
     """
-    matrices = dict.fromkeys(matrices, 1)  # the rows of a shard may not be divisible into chunks
+    # The rows of a shard may not be divisible into chunks.
+    matrices = {name: min(count, 1) for name, count in matrices.items()}
     with suppress(RuntimeError, NotImplementedError):  # raised by meta tensors without data
         return state_after_step(optimizer, shapes, matrices, "meta")
     state: State = {}

@@ -134,9 +134,10 @@ def test_class_tokens_are_not_rotated_and_are_cut_off_at_the_end():
         block.attn.register_forward_pre_hook(lambda _, args, n=layer: inputs.update({n: args}))
     with torch.no_grad():
         assert model(x, t, y)[0].shape == x.shape
-    (before, angles), (after, more_angles) = inputs[0], inputs[1]
+    (before, rotation), (after, more) = inputs[0], inputs[1]
     assert (before.shape[1], after.shape[1]) == (16, 19)
-    assert not more_angles[:3].any() and more_angles[3:].equal(angles) and angles.any()
+    cos, sin = more[:3].chunk(2, dim=1)
+    assert (cos == 1).all() and not sin.any() and more[3:].equal(rotation) and rotation[1:].any()
     assert [model.config.tokens_of(layer) for layer in range(2)] == [16, 19]
 
 
