@@ -28,7 +28,7 @@ from latents.autoencoder import (
     weights_digest,
 )
 from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
-from latents.config import ImagesConfig
+from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch, ImageSource, open_images, size_notes
@@ -43,7 +43,7 @@ from sampling.grid import contact_sheet, write_png
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(ImagesConfig):
-    data_path: str = flag(group="data", help="images, as for train.py")
+    data_path: str = flag(group="data", help=IMAGES_HELP)
     output: Path = flag(group="cache", help="folder of the cache")
     precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
     batch_size: int = flag(32, ge=1, help="number of images per batch")

@@ -48,8 +48,8 @@ class UpcycleConfig:
     split: int = flag(1, help="parts of each dense layer, one expert per part", ge=1)
     renormalize: bool = flag(
         True,
-        help="scale the expert weights of a token to sum to 1, which keeps the function; the "
-        "published models do not scale (False)",
+        help="scale the expert weights of a token to sum to 1, which keeps the function; False in "
+        "the published models",
     )
     seed: int = flag(0, help="seed of the router weights", ge=0)
 

@@ -6,16 +6,17 @@ from typing import ClassVar
 from options.parts import Size
 from runtime.flags import flag
 
+IMAGES_HELP = (
+    "images: a folder with one sub-folder per class, or of images without classes; "
+    "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
     change: ClassVar = "how"  # images may move; what decides the result says so, see `change_of`
 
-    data_path: str | None = flag(
-        None, group="data",
-        help="images: a folder with one sub-folder per class, or of images without classes; "
-        "datasets:ID[:SPLIT] (a hub id or a folder); or WebDataset shards, DATA-{000..099}.tar",
-    )  # fmt: skip
+    data_path: str | None = flag(None, group="data", help=IMAGES_HELP)
     vae_path: str | None = flag(
         None,
         help="autoencoder or pipeline: a folder in diffusers' format, or a hub id; or pixels, to "

@@ -102,7 +102,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
             if bool in parts or one.by_component:  # True, or no component
                 rules["nargs"] = "*"
         elif str not in parts and tuple in map(typing.get_origin, parts):  # a number or a pair
-            rules["nargs"] = "+"
+            rules["nargs"] = 2 if isinstance(one.metavar, tuple) else "+"
         elif bool in (one.hint, *parts) or one.const is not None:
             rules |= {"nargs": "?", "const": True if one.const is None else one.const}
         if not one.positional:
@@ -113,13 +113,15 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
 
 def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
     """Returns the name of a flag's value in the help: its choices, N (an integer), X (a number),
-    True|False, or the last word of the flag."""
+    True|False, PATH, or the last word of the flag."""
     if one.metavar:
         return one.metavar
     if allowed := one.choices or one.table:
         return f"{{{','.join(map(str, allowed))}}}"
     kinds = {one.hint, *typing.get_args(one.hint)}
-    if str in kinds or Path in kinds:
+    if Path in kinds:
+        return "PATH"
+    if str in kinds:
         return flag_name.split("_")[-1].upper()
     return "True|False" if bool in kinds else "N" if int in kinds else "X"
 
