@@ -71,7 +71,6 @@ def pack(table: np.ndarray) -> dict:
 
 
 def tables_of(counts: RoutingCounts, ablation: list[Ablation]) -> dict[str, np.ndarray]:
-    """Returns the tables of the page, by name."""
     images, places = counts.settings["images"], on_small_grid
     with np.errstate(invalid="ignore", divide="ignore"):
         kept = counts.kept[:-1].sum(1) / counts.by_step_and_position[:-1].sum(1)
@@ -121,7 +120,6 @@ def on_small_grid(table: np.ndarray, grid: tuple[int, int], join) -> np.ndarray:
 
 
 def statistics_of(counts: RoutingCounts) -> dict[str, list[float]]:
-    """Returns numbers of each layer, by name."""
     with np.errstate(invalid="ignore", divide="ignore"):
         kept = counts.kept[:-1].sum((0, 1)) / counts.by_step_and_position[:-1].sum((0, 1))
     numbers = {

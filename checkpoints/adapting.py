@@ -37,7 +37,8 @@ def adapt(
     """Adapts weights to a config with other classes, conditions or another input size.
 
     seed: seed of newly initialised weights
-    Returns the checkpoint and notes about the changed weights.
+    Returns the checkpoint and notes about the changed weights. A new condition may own weights only
+    in its embedder.
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     kind = "input_size", "absolute_positions"
@@ -104,7 +105,7 @@ def upcycled_config(
     split: int = 1,
     renormalize: bool = True,
 ) -> DiTConfig:
-    """Returns the config of the model that `upcycle` creates from a dense model."""
+    """Returns the config of the model that `upcycle` makes of a dense one, if that is possible."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
     if config.dense_mlp_type is not None:

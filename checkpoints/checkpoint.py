@@ -208,7 +208,6 @@ def averages_of(path: Path) -> dict[str, Path]:
 
 
 def average_file(path: Path, name: str) -> Path:
-    """Returns the file of the EMA of this name."""
     found = averages_of(path)
     if name not in found:
         has = ", ".join(found) or "no named EMA"

@@ -118,7 +118,7 @@ def shapes_of(values: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int]]) -> None:
-    """Compares names and shapes."""
+    """Requires equal names and shapes."""
     for name in sorted(got.keys() | expected.keys()):
         found, right = (tuple(side[name]) if name in side else "none" for side in (got, expected))
         if found != right:

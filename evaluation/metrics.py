@@ -144,6 +144,7 @@ def open_reference(
 
     ADM's reference batches have the moments of the complete set and 10,000 images, from which the
     features are computed. Statistics without a recorded backbone are taken for Inception's.
+    Backbone and image size have to be the extractor's and `image_size`.
     """
     stored = load_statistics(path) if path.suffix == ".npz" and path.is_file() else None
     if stored and (got := stored.info.get("backbone", InceptionFeatures.name)) != extractor.name:

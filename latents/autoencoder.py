@@ -99,7 +99,7 @@ class LatentNorm:
             object.__setattr__(self, name, per_channel[0] if uniform else per_channel)
 
     def check_channels(self, channels: int) -> None:
-        """Compares the numbers of channels of shift and scale with `channels`."""
+        """Requires one number, or one for each of `channels`, in shift and scale."""
         for name, value in vars(self).items():
             if isinstance(value, tuple) and len(value) != channels:
                 raise ValueError(f"{name}: got {len(value)}, expected {channels}")

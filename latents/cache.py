@@ -162,7 +162,7 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 def check_shard(tensors: Batch, settings: CacheSettings, shard: int) -> None:
-    """Compares the tensors of a shard with the index."""
+    """Requires that the tensors of a shard are what the index says."""
     channels, views = settings.latent_shape[0], (1 + settings.flip,)
     moments = tensors["moments"].shape[2:3] == (2 * channels,)
     for name, shape in settings.shapes(channels * (1 + moments)).items():
@@ -333,7 +333,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
 
 
 def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None:
-    """Writes a shard atomically. Labels are (n,), and other tensors are (n, V, ...)."""
+    """Writes a shard atomically: labels (n,), other tensors (n, V, ...), all moments finite."""
     path = shard_path(folder, shard)
     if not tensors["moments"].isfinite().all():
         raise UserError(

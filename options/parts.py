@@ -168,7 +168,6 @@ class Component:
             setattr(self, name, one.read(getattr(self, name)))
 
     def option_values(self) -> dict[str, Any]:
-        """Returns the values of all options by name."""
         return {name: getattr(self, name) for name in options_of(type(self))}
 
 

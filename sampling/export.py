@@ -47,7 +47,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes model.safetensors in the format of training checkpoints."""
+    """Writes model.safetensors, as training does."""
     save_model(folder / MODEL_FILE, checkpoint.state_dict, checkpoint.record)
 
 

@@ -81,12 +81,10 @@ def resolve_settings(
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
-    """Makes the objective that the model was trained for."""
     return make_component(OBJECTIVES, "objective", settings.objective, settings.objective_options)
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:
-    """Returns the times that the sampler visits."""
     sampler, steps = objective.samplers[settings.sampler], settings.num_steps
     try:
         if settings.respacing is not None:

@@ -106,6 +106,8 @@ class SamplingPipeline:
         conditions: tensors (N, ...) of further conditions, by name, see `generate`;
             None: the values of --conditions
         settings: changed settings for this call only, see `with_settings`
+
+        Raises UserError if the model's output is not finite.
         """
         pipeline = self.with_settings(**settings) if settings else self
         numbers = parse_labels(labels, self.class_names, "labels")

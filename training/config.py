@@ -363,7 +363,6 @@ class TrainConfig:
 
 
 def training_flags(engine_flags: type) -> Flags:
-    """Returns the flags of a training script."""
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     return flags_of(kinds)
 

@@ -54,7 +54,8 @@ class Engine(Protocol):
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
-        """Returns the number of images in a micro-batch of one process, the same on all."""
+        """Returns the number of images in a micro-batch of one process; refuses a global batch that
+        cannot be divided equally."""
 
     @classmethod
     def memory(

@@ -111,7 +111,6 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
-    """Returns the training config of an arm's command."""
     user_flags = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
     _, facts = open_dataset(user_flags)
     return resolve(user_flags, DDPFlags, data=facts)

@@ -170,7 +170,8 @@ class DeepSpeedEngine:
         return {n: list(map(asdict, fragments)) for n, fragments in self.shards.fragments.items()}
 
     def load_state(self, folder: Path) -> None:
-        """Loads the state of a step folder, which any number of processes may have saved."""
+        """Loads the state of a step folder, which any number of processes may have saved; a damaged
+        file is an error on all processes."""
         self.dist.run_on_all(lambda: self.read_state(folder))
         self.dist.run_on_all(lambda: self.load_ema(folder))
         zero.publish_masters(self.engine.optimizer)

@@ -77,7 +77,7 @@ def whole_shape(shards: Sequence[StoredShard]) -> tuple[int, ...]:
 
 
 def check_stored_shapes(folder: Path, parameters: Mapping[str, torch.Size]) -> None:
-    """Compares the complete shapes of stored parameters with `parameters`."""
+    """Requires that the stored parameters have the shapes `parameters`, as a whole."""
     shards, _, _ = stored_shards(folder)
     for name in parameters.keys() & {title.partition("/")[2] for title in shards}:
         if (got := tuple(parameters[name])) != (expected := whole_shape(shards[f"model/{name}"])):
