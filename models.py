@@ -39,7 +39,7 @@ from moe_kernels.cpu import attention_by_products, products_are_faster
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, checkpoint_options
 from options.parts import Part, Size, option, options_of, sides
-from options.settings import build, completed, flags_of, flattened, read
+from options.settings import build, flags_of, flattened, read
 from routers import ROUTERS, Router, Routing
 
 
@@ -80,7 +80,7 @@ QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 class DiTConfig:
     """Hyperparameters that define a DiT, stored with its weights."""
 
-    change: ClassVar = "state"  # a resumed run has the same values, see `settings.change_of`
+    change: ClassVar = "state"  # a resumed run has the same values, see `Option.change`
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.
@@ -198,7 +198,7 @@ class DiTConfig:
             "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
             "sparse_layers": () if dense else select_layers(layers, self.depth),
             "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
-            "router": None if dense else completed(declared, self.router or declared.default),
+            "router": None if dense else declared.complete(self.router or declared.default),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -228,7 +228,8 @@ class DiTConfig:
         """Builds a config from fields, nested as in a file or flat: router_scale, aux_loss_alpha.
         """
         flags = flags_of((cls,))
-        if unknown := sorted(map(str, flattened(values, flags).keys() - flags.keys())):
+        values = flattened(values, flags)
+        if unknown := sorted(values.keys() - flags.keys()):
             raise ValueError(f"{', '.join(unknown):.200}: unknown, expected fields of DiTConfig")
         layer = read(values, flags)
         if layer.get("num_experts") == 0:
@@ -294,6 +295,14 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
             f"{depth - 1}"
         )
     return tuple(sorted(set(indices)))
+
+
+def name_of_layers(chosen: str | Sequence[int], depth: int) -> str | tuple[int, ...]:
+    """Returns the name that `select_layers` has for these blocks, such as "all", or the indices."""
+    layers = select_layers(chosen, depth)
+    names = [name for name in ("all", "every-second", "shallow-half", "deep-half")
+             if select_layers(name, depth) == layers]  # fmt: skip
+    return names[0] if names[:1] == ["all"] or len(names) == 1 else layers
 
 
 class PatchEmbed(nn.Module):

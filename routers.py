@@ -66,6 +66,7 @@ class Router(Component, nn.Module):
         checkpointing then need not restore the state of the generators.
     """
 
+    change = "state"  # see `Option.change`
     draws_nothing = False
 
     def __init_subclass__(cls, draws_nothing: bool = False, **kwargs):

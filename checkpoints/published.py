@@ -129,8 +129,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     said = {name: getattr(config, name) for name in SAID}
     plain = DiTConfig(router=Part("topk", {"aux_loss_alpha": alpha}), **said)
     if differing := [
-        f"{name}: got {got.value}, expected {expected.value}"
-        for name, got, expected in differences(config, plain)
+        f"{name}: got {got}, expected {expected}"
+        for name, _, got, expected in differences(config, plain)
     ]:
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):

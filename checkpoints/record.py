@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from options.parts import Size, complete_options, convert
+from options.parts import Size, convert, read_options
 from options.settings import nested
 from runtime.files import parse_json
 
@@ -129,7 +129,7 @@ class Record:
                 raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected {expected}") from None
         if (objective := facts.get("objective")) is not None:
             options = facts.get("objective_options", {})
-            complete_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
+            read_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
         if (norm := facts.get("latents_norm")) is not None:
             LatentNorm(**norm).check_channels(config.in_channels)  # ValueError or TypeError
         if (names := facts.get("class_names")) and len(names) != config.num_classes:

@@ -14,7 +14,7 @@ IMAGES_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    change: ClassVar = "how"  # images may move; what decides the result says so, see `change_of`
+    change: ClassVar = "how"  # images may move; see `Option.change`
 
     data_path: str | None = flag(None, group="data", help=IMAGES_HELP)
     vae_path: str | None = flag(

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
@@ -66,7 +66,10 @@ class Option:
     table: Registry | None = None
     by_component: bool = False  # several components, each at most once
     is_bare: bool = False  # an option of a component whose flag is its name alone
-    # What a resumed run may change, if it is not what the class says; see `change_of`.
+    # What a resumed run may change, by default what the class says: "state" shapes the weights or
+    # the optimizer's state and never changes. "result" decides the result and changes if a flag
+    # beside --resume says so. "how" changes freely. "command" holds for one command and is not
+    # stored.
     change: Literal["state", "result", "how", "command"] | None = None
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
@@ -74,13 +77,9 @@ class Option:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
+    is_list: bool = False  # whether the field names several components
     # The last valid value, which avoids checking the same value for every layer of a model.
     checked: Any = field(default_factory=object, init=False)
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the field names several components."""
-        return self.table is not None and typing.get_origin(self.hint) is tuple
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
@@ -124,31 +123,30 @@ class Option:
     def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
         """Reads "sigmoid", {"sigmoid": {"scale": 2.5}}, a `Part`, or for `is_list` several of them.
 
-        Only the given options are in the result.
+        Only the given options are in the result; `complete` adds the others.
         """
-        several = isinstance(value, list | tuple)
-        items = [*value] if several else [value]
-        items = [one for item in items for one in ([{k: v} for k, v in item.items()]
-                 if isinstance(item, dict) else [item])]  # fmt: skip
-        found = []
-        for item in items:
-            if isinstance(item, dict):
-                ((kind, given),) = item.items()
+        pairs: list[tuple[Any, Any]] = []
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, Part):
+                pairs.append((item.name, item.options))
             else:
-                kind, given = (item.name, item.options) if isinstance(item, Part) else (item, {})
-            if not isinstance(kind, str) or kind not in self.table:
-                raise ValueError(f"{name}: got {kind!r:.200}, expected {self.expected()}")
-            found.append(Part(kind, read_options(self.table, self.name, kind, given or {})))
-        if self.by_component:
-            found = [*{one.name: one for one in found}.values()]
-        if len(found) != len({str((one.name, one.options)) for one in found}):
-            shown = ", ".join(map(str, found))
-            raise ValueError(f"{name}: got {shown}, expected different ones")
-        if self.is_list:
-            return tuple(found)
-        if len(found) != 1:
+                pairs += item.items() if isinstance(item, Mapping) else [(item, {})]
+        found = [Part(kind, read_options(self.table, name, kind, given or {}))
+                 for kind, given in pairs]  # fmt: skip
+        kinds = [one.name if self.by_component else one for one in found]
+        if any(one in kinds[:number] for number, one in enumerate(kinds)):
+            raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
+        if not self.is_list and len(found) != 1:
             raise ValueError(f"{name}: got {len(found)} components, expected one")
-        return found[0]
+        return tuple(found) if self.is_list else found[0]
+
+    def complete(self, part: Part) -> Part:
+        """Returns a component with all options, with defaults for missing ones."""
+        kind, has = self.name, options_of(self.table[part.name])
+        if self.by_component:
+            kind = f"{kind}_{part.name}".replace("-", "_")
+        given = read_options(self.table, kind, part.name, part.options)
+        return Part(part.name, {name: given.get(name, one.default) for name, one in has.items()})
 
 
 class Component:
@@ -157,6 +155,8 @@ class Component:
     Users set fields made by `option`; other fields are constructor arguments. Every subclass is a
     dataclass, initialised in `__post_init__`, which calls that of the base class first.
     """
+
+    change: ClassVar = "result"  # see `Option.change`
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -188,7 +188,11 @@ def options_of(kind: type) -> dict[str, Option]:
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help += "" if "default" in help else f" (default: {shown})"
             hint = hints[one.name]
-            found[one.name] = replace(rules, name=one.name, hint=hint, default=default, help=help)
+            found[one.name] = replace(
+                rules, name=one.name, hint=hint, default=default, help=help,
+                change=rules.change or getattr(kind, "change", "how"),
+                is_list=rules.table is not None and typing.get_origin(hint) is tuple,
+            )  # fmt: skip
     return found
 
 
@@ -200,8 +204,8 @@ def read_options(
     table: Registry, kind: str, name: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Reads some options of the component `name` in a registry; kind: such as "router"."""
-    if name not in table:
-        raise ValueError(f"{kind}: got {name!r}, expected {component_names(table)}")
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{kind}: got {name!r:.200}, expected {component_names(table)}")
     has, prefix = options_of(table[name]), f"{kind}_" if kind else ""
     if not isinstance(options, Mapping):
         raise ValueError(f"{kind}: got {options!r:.80} for {name}, expected its options")
@@ -213,19 +217,11 @@ def read_options(
     return {k: has[k].read(v, k if has[k].is_bare else prefix + k) for k, v in given.items()}
 
 
-def complete_options(
-    table: Registry, kind: str, name: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns all options of a component, with defaults for missing ones; see `read_options`."""
-    given = read_options(table, kind, name, options)
-    return {k: given.get(k, one.default) for k, one in options_of(table[name]).items()}
-
-
 def make_component(
     table: Registry, kind: str, name: str, options: Mapping[str, Any], **facts: Any
 ) -> Any:
-    """Creates a component from its options and further fields; see `complete_options`."""
-    return table[name](**facts, **complete_options(table, kind, name, options))
+    """Creates a component from options, see `read_options`, and further fields."""
+    return table[name](**facts, **read_options(table, kind, name, options))
 
 
 def describe(hint: Any) -> str:

@@ -74,7 +74,18 @@ def read_yaml(file: BinaryIO) -> list[Any]:
             raise ValueError(NESTED)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("got an alias (*NAME), expected the value itself")
-    return [*yaml.load_all(content, yaml.BaseLoader)]
+    return [*yaml.load_all(content, UniqueKeyLoader)]
+
+
+class UniqueKeyLoader(yaml.BaseLoader):
+    """Reads text, lists and dicts. Raises ValueError for a key that a mapping has twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key!s:.80}: is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_bounded(file: BinaryIO, most: int) -> bytes:

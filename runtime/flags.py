@@ -135,10 +135,11 @@ class Parser(argparse.ArgumentParser):
 
 def read_values(values: Mapping[str, Any], flags: Flags) -> Layer:
     """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`."""
-    for name in flattened(values, flags):
-        if name not in flags:
-            raise UserError(f"{spelling(name)}: unknown flag{suggestion(name, flags)}")
     with naming_flags(flags):
+        values = flattened(values, flags)
+        for name in values:
+            if name not in flags:
+                raise UserError(f"{spelling(name)}: unknown flag{suggestion(name, flags)}")
         return read(values, flags)
 
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
+from checkpoints import Record
+from models import DiTConfig
 from options.parts import Component, Option, Part, option
 from options.settings import flags_of
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config, parse_flags, read_values
 from train import run
-from training.config import RECIPES, override, resolve, training_flags
+from training.config import RECIPES, DataFacts, override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 
 SCRIPTS = (
@@ -180,6 +182,10 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
         ("--steps 4", "did you mean --warmup-steps or --max-steps?"),
         ("--num_experts 0 --router race", "--router: given with a dense model"),
         ("--num_experts 0 --aux-loss-alpha 1", "--aux-loss-alpha: given with a dense model"),
+        ("--num_experts 0 --n-shared-experts 1", "--n-shared-experts: given with a dense model"),
+        ("--num_experts 0 --num_experts_per_tok 1", "--num-experts-per-tok: given with a dense"),
+        ("--num_experts 0 --sparse-layers 6", "--sparse-layers: given with a dense model"),
+        ("--auxiliary sra sra", "--auxiliary: got sra, sra, expected different ones"),
         ("--decay-share 0.1", "--decay-share: has no effect without --lr-schedule trapezoid"),
         ("--shard --precision fp16", "--precision: got fp16 with --shard"),
         ("--objective flow_x --rf False", "--objective: flow_x contradicts rf False"),
@@ -240,9 +246,16 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         ("- 1", "YAML"),
         ("image-size: [[256], [256]]", "--image-size: got"),
         ("max-steps: [5, 5]", "--max-steps: got"),
+        ("lr: 1e-3\nlr: 2e-3", "lr: is given twice"),
+        ("lr: 1e-3\nstep: {lr: 2e-3}", "lr: is given twice"),
+        ("steps: {lr: 1e-3}", "steps: got a section, expected a flag or one of model, data, step"),
+        ("lr: {floor: 1e-3}", "lr: got a section, expected a number"),
+        ("router: {sigmoid: {scale: 2}}\nrouter-scale: 3", "--router-scale: is given twice"),
+        ("auxiliary: [sra, sra]", "--auxiliary: got sra, sra"),
     ):
         recipe.write_text(text)
-        assert words in expect_error(capsys, "train.py", "--config", recipe)
+        line = expect_error(capsys, "train.py", "--config", recipe)
+        assert words in line and str(recipe) in line
     for content in (b"\xb8\x05 weights", "run_name: caf\u00e9".encode("latin-1")):
         recipe.write_bytes(content)
         line = expect_error(capsys, "train.py", "--config", recipe)
@@ -278,6 +291,41 @@ def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_store
     kept = read_values({"lr_schedule": {"cosine": {"lr_floor": 0.1}}}, flags)
     config = resolve(override(kept, {"lr_schedule": Part("cosine")}, flags), DDPFlags)
     assert config.schedule.lr_floor == 0.1
+
+
+def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of_the_run(tmp_path):
+    """The sizes of a preset, the blocks of a rule, and the inputs of an objective."""
+
+    def beside(path, **flags):
+        return resolve(parse_training(DDPFlags, arguments={"config": str(path), **flags}), DDPFlags)
+
+    run, numbers = tmp_path / "config.yaml", tmp_path / "numbers.yaml"
+    config = resolve({"depth": 6, "objective": "mean_flow", "sparse_layers": "deep-half"}, DDPFlags)
+    sections = json.loads(json.dumps(config.sections()))
+    assert sections["model"]["sparse_layers"] == "deep-half"
+    run.write_text(json.dumps(sections) + "\n---\n{}\n")
+    sections["model"]["sparse_layers"] = [3, 4, 5]  # as an earlier version wrote it
+    numbers.write_text(json.dumps(sections) + "\n---\n{}\n")
+    for path in (run, numbers):
+        assert beside(path, depth=8).model.sparse_layers == (4, 5, 6, 7)
+        assert beside(path).model == config.model
+    other = beside(run, model="DiT-B/2").model
+    assert (other.depth, other.hidden_size, other.num_heads) == (12, 768, 12)
+    assert beside(run, model="DiT-S/2").model.depth == 6  # the preset of the run
+    assert beside(run, model="DiT-B/2", depth=4).model.depth == 4
+    assert beside(run).model.conditions == ("label", "span")
+    assert beside(run, objective="rectified_flow").model.conditions == ("label",)
+
+
+def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():
+    data = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=32, vae_path="vae")
+    stored = {"model": "DiT-S/2", "patch_size": 2, "num_classes": 10}
+    record = Record(config=DiTConfig(num_classes=10))
+    with pytest.raises(UserError, match="--num-classes: got 10 from the run, expected 4"):
+        resolve({}, DDPFlags, stored=stored, weights=record, data=data)
+    said = {"config": "recipe.yaml", "image_size": 64}
+    with pytest.raises(UserError, match="--image-size: got 64 from the command or recipe.yaml"):
+        resolve(said, DDPFlags, data=data)
 
 
 def test_options_of_several_components_are_set_by_component_name():
@@ -336,7 +384,6 @@ def test_an_option_of_several_components_accepts_what_one_of_the_components_acce
 
 def test_a_recipe_may_be_nested_or_flat():
     """Words, as in a command, typed values of YAML and a stored config give equal settings."""
-    flags = training_flags(DDPFlags)
     flat = {"router": "sigmoid", "router-scale": 2.5, "aux-loss-alpha": 0.1, "lr": 1e-3,
             "ema-decay": [0.9, 0.99], "lr-schedule": "trapezoid", "decay-share": 0.5,
             "auxiliary": ["sra"], "auxiliary-sra-weight": 0.3}  # fmt: skip
@@ -353,8 +400,6 @@ def test_a_recipe_may_be_nested_or_flat():
         assert config.sections() == stored
         assert [ema.name for ema in config.emas] == ["0.9", "0.99"]
     assert stored["model"]["router"]["sigmoid"]["aux_loss_alpha"] == 0.1
-    choices = {name for name, flag in flags.items() if flag.field.table}
-    assert not choices & stored.keys()  # a mapping under such a name is a component
 
 
 def test_importing_train_imports_no_slow_packages():

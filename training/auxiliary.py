@@ -293,17 +293,24 @@ def perceptron(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def add_projectors(
-    model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
-) -> None:
-    """Adds the projectors of the losses to a model, under the names of the losses."""
+def projectors_of(
+    config: DiTConfig, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
+) -> nn.ModuleDict:
+    """Makes the projectors of the losses, by the names of the losses."""
     found: dict[str, nn.Module] = {}
     for one in auxiliary:
         reseed(seed)
-        if (projector := one.projector(model.config, shapes)) is not None:
-            found[one.name] = projector.to(model.pos_embed.device)
-    if found:
-        setattr(model, PROJECTORS, nn.ModuleDict(found))
+        if (projector := one.projector(config, shapes)) is not None:
+            found[one.name] = projector
+    return nn.ModuleDict(found)
+
+
+def add_projectors(
+    model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
+) -> None:
+    """Adds the projectors of the losses to a model."""
+    if found := projectors_of(model.config, auxiliary, shapes, seed):
+        setattr(model, PROJECTORS, found.to(model.pos_embed.device))
 
 
 def is_of_model(name: str) -> bool:

@@ -9,13 +9,12 @@ A later source of settings overrides an earlier one: defaults; model and objecti
 --finetune, or all stored settings of --resume; recipe (--config); command. The opened data then
 determine settings such as num_classes.
 
-What a resumed run may change follows from the class of a field, see `options.settings.change_of`.
+What a resumed run may change follows from the class of a field, see `options.parts.Option.change`.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -26,17 +25,18 @@ from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.config import ImagesConfig
-from models import DiT_models, DiTConfig
-from options.parts import Part, Size, make_component, sides
+from models import DiT_models, DiTConfig, name_of_layers, select_layers
+from options.parts import Part, Size, options_of, sides
 from options.settings import (
     Flags,
     Layer,
+    as_parts,
     build,
     chosen,
     flags_of,
-    flattened,
     merge,
     nested,
+    no_effect,
     read,
     spelling,
 )
@@ -63,6 +63,9 @@ ALTERNATIVES = (  # pairs of flags of which a command gives one
 )  # fmt: skip
 SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 PLANNING = ("gpus", "gpu_memory")
+SPARSE = ("num_experts_per_tok", "n_shared_experts", "sparse_layers")
+DENSE = "given with a dense model, expected a model with experts"
+SECTIONS = ("model", "data", "step", "engine", "run")  # of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,32 +313,20 @@ class TrainConfig:
     run: RunConfig
     engine: Any  # the flags of the engine's script
     shapes: Shapes  # shapes of one image's tensors, by name; empty without data
+    # The components that `step` names:
+    objective: Objective = field(init=False, compare=False)
+    auxiliary: list[AuxiliaryLoss] = field(init=False, compare=False)
+    optimizer: Optimizer = field(init=False, compare=False)
+    schedule: Schedule = field(init=False, compare=False)
+    emas: list[EMA] = field(init=False, compare=False)
 
-    @cached_property
-    def objective(self) -> Objective:
-        chosen = self.step.objective
-        return make_component(OBJECTIVES, "objective", chosen.name, chosen.options)
-
-    @cached_property
-    def optimizer(self) -> Optimizer:
-        chosen = self.step.optimizer
-        return make_component(OPTIMIZERS, "optimizer", chosen.name, chosen.options)
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        chosen = self.step.lr_schedule
-        return make_component(SCHEDULES, "lr_schedule", chosen.name, chosen.options)
-
-    @cached_property
-    def emas(self) -> list[EMA]:
-        return [make_component(EMAS, "ema", one.name, one.options) for one in self.step.ema]
-
-    @cached_property
-    def auxiliary(self) -> tuple[AuxiliaryLoss, ...]:
-        return tuple(
-            make_component(AUXILIARY_LOSSES, f"auxiliary_{one.name}", one.name, one.options)
-            for one in self.step.auxiliary
-        )
+    def __post_init__(self):
+        renamed = {"lr_schedule": "schedule", "ema": "emas"}
+        for name, one in options_of(StepConfig).items():
+            if one.table is not None:
+                parts = as_parts(getattr(self.step, name))
+                made = [one.table[part.name](**part.options) for part in parts]
+                object.__setattr__(self, renamed.get(name, name), made if one.is_list else made[0])
 
     @property
     def name(self) -> str:
@@ -345,14 +336,14 @@ class TrainConfig:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The config of each section of a file. Their names differ from the fields that name
-        components, because a mapping under such a field is a component."""
-        return {"model": self.model, "data": self.data, "step": self.step, "engine": self.engine,
-                "run": self.run}  # fmt: skip
+        """The config of each section of a file."""
+        return {name: getattr(self, name) for name in SECTIONS}
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings as config.yaml has them, see `options.settings.nested`."""
         found = {name: nested(part) for name, part in self.parts.items()}
+        layers = name_of_layers(self.model.sparse_layers, self.model.depth)
+        found["model"]["sparse_layers"] = layers
         if self.preset in DiT_models:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
         return found
@@ -363,8 +354,13 @@ class TrainConfig:
 
 
 def training_flags(engine_flags: type) -> Flags:
+    """Returns the flags of a training script, and the fields that the data determine."""
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    return flags_of(kinds)
+    flags = flags_of(kinds)
+    for name in SECTIONS:
+        if name in flags and flags[name].is_choice:
+            raise TypeError(f"{name}: a mapping is either a section of a file or a component")
+    return flags
 
 
 def help_flags(engine_flags: type) -> Flags:
@@ -389,9 +385,6 @@ def parse_training(
 ) -> Layer:
     """Reads the flags of a training script; they override the recipe that --config names.
 
-    If the recipe is the config.yaml of a run, the following are ignored: the facts after the line
-    ---, the run's name, its start weights, and the fields that its data determined (DATA_FACTS).
-
     arguments: the words of a command, by default sys.argv, or values by name
     """
     is_mapping = isinstance(arguments, Mapping)
@@ -402,30 +395,50 @@ def parse_training(
         command = read_values(arguments, flags)
     else:
         command = parse_flags(flags, description, arguments, FIRST_FLAGS)
-    recipe: Layer = {}
-    if path := command.get("config"):
-        with reported_as(f"--config {path}", OSError, ValueError, UserError):
-            if not Path(path).exists():
-                recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
-                raise ValueError(f"no such file{did_you_mean(Path(path).stem, recipes)}")
-            with open_untrusted(path) as file:
-                values, is_of_run = parse_yaml(file)
-            values = flattened(values, flags)
-            for name in ("config", "plugin"):
-                if name in values:
-                    raise ValueError(f"got the key {name}, which only a command can have")
-            ignored = ("run_name", "resume", "finetune", *DATA_FACTS) if is_of_run else ()
-            recipe = read_values({k: v for k, v in values.items() if k not in ignored}, flags)
-            with naming_flags(flags):
-                check_alternatives(recipe)
     with naming_flags(flags):
-        for layer in (command, recipe):
-            if (rf := layer.pop("rf", None)) is not None:
-                named = layer.get("objective")
-                name = objective_named(named and named.name, rf)
-                layer["objective"] = named or Part(name)
-        check_alternatives(command)
-        return override(recipe, command, flags)
+        check_once(command, flags)
+        if path := command.get("config"):
+            with reported_as(f"--config {path}", OSError, ValueError, UserError):
+                recipe = read_recipe(Path(path), engine_flags)
+            said = override(without_sizes(recipe, command), command, flags)
+        else:
+            said = command
+        for name in SPARSE:
+            is_default = command.get(name) in (None, flags[name].field.default)
+            if said.get("num_experts") == 0 and not is_default:
+                raise ValueError(f"{name}: {DENSE}")
+    return said
+
+
+def read_recipe(path: Path, engine_flags: type) -> Layer:
+    """Reads a recipe or the config.yaml of a run.
+
+    Of a config.yaml, the following are ignored: the facts after the line ---, the run's name, its
+    start weights, and the fields that its data determined (DATA_FACTS).
+    """
+    if not path.exists():
+        recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
+        raise ValueError(f"no such file{did_you_mean(path.stem, recipes)}")
+    with open_untrusted(path) as file:
+        values, is_of_run = parse_yaml(file)
+    flags = training_flags(engine_flags) if is_of_run else help_flags(engine_flags)
+    for key, value in values.items():
+        flag = flags.get(str(key).replace("-", "_"))
+        if isinstance(value, Mapping) and key not in SECTIONS and not (flag and flag.is_choice):
+            expected = flag.shown.expected() if flag else f"a flag or one of {', '.join(SECTIONS)}"
+            raise ValueError(f"{key}: got a section, expected {expected}")
+    recipe = read_values(values, flags)
+    for name in ("config", "plugin"):
+        if name in recipe:
+            raise ValueError(f"got the key {name}, which only a command can have")
+    with naming_flags(flags):
+        check_once(recipe, flags)
+    if not is_of_run:
+        return recipe
+    if "sparse_layers" in recipe and "depth" in recipe:
+        recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
+    ignored = ("run_name", "resume", "finetune", *DATA_FACTS)
+    return {name: value for name, value in recipe.items() if name not in ignored}
 
 
 def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
@@ -445,6 +458,32 @@ def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     return found, bool(facts)
 
 
+def check_once(said: Layer, flags: Flags) -> None:
+    """Replaces rf by the objective that it names. Raises ValueError if a command or recipe says the
+    same thing in two ways."""
+    if (rf := said.pop("rf", None)) is not None:
+        named = said.get("objective")
+        name = objective_named(named and named.name, rf)
+        said["objective"] = named or Part(name)
+    for one, other in ALTERNATIVES:
+        if said.get(one) and said.get(other):
+            raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
+    for name in said:
+        choice, options = flags[name].field.name, flags[name].options
+        for part in as_parts(said.get(choice)) if options else ():
+            if part.name in options and options[part.name].name in part.options:
+                raise ValueError(f"{name}: is given twice, alone and as an option of {choice}")
+
+
+def without_sizes(recipe: Layer, command: Layer) -> Layer:
+    """Returns a recipe without what its preset sets, if the command names another preset."""
+    before = recipe.get("model", PresetConfig.model)
+    if (preset := command.get("model", before)) == before:
+        return recipe
+    gone = DiT_models[preset].keywords.keys() | DiT_models[before].keywords.keys()
+    return {name: value for name, value in recipe.items() if name not in gone}
+
+
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:
     """Merges two layers; `top` also drops what it makes useless in `base`."""
     gone = {b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if a in top}
@@ -453,14 +492,11 @@ def override(base: Layer, top: Layer, flags: Flags) -> Layer:
     if top.get("num_experts") == 0:  # a dense model has no router
         gone |= {"router"}
     kept = {name: value for name, value in base.items() if flags[name].field.name not in gone}
+    before = base.get("objective", StepConfig.objective)
+    if "conditions" in kept and top.get("objective", before).name != before.name:
+        own = OBJECTIVES[before.name].conditions  # inputs that only this objective needs
+        kept["conditions"] = tuple(word for word in kept["conditions"] if word not in own)
     return merge(kept, top, flags)
-
-
-def check_alternatives(said: Layer) -> None:
-    """Refuses two flags of `ALTERNATIVES`."""
-    for one, other in ALTERNATIVES:
-        if said.get(one) and said.get(other):
-            raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
 
 
 def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
@@ -476,7 +512,11 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         if name in SHARDING and not is_default and not known.get("shard"):
             raise ValueError(f"{name}: has no effect without --shard True")
         if flags[name].field.name == "router" and known.get("num_experts") == 0:
-            raise ValueError(f"{name}: given with a dense model, expected a model with experts")
+            raise ValueError(f"{name}: {DENSE}")
+    for choice in [name for name, one in flags.items() if one.is_choice]:
+        parts, rest = chosen(choice, known, flags)
+        for name in rest:
+            raise ValueError(no_effect(name, parts, flags))
 
 
 def resolve(
@@ -494,31 +534,27 @@ def resolve(
     weights: record of that checkpoint, or of the weights that the run starts from, or None
     data: facts of the opened data, or None
     """
-    flags = training_flags(engine_flags)
-    said = read_values(said, flags)
+    said = read_values(said, training_flags(engine_flags))
+    known = known_settings(said, engine_flags, stored, weights)
+    return fitted(known, said, engine_flags, weights, data)
+
+
+def known_settings(
+    said: Layer, engine_flags: type, stored: Layer | None, weights: Record | None
+) -> Layer:
+    """Returns the settings before the data are opened; for the arguments see `resolve`."""
+    flags, preset = training_flags(engine_flags), said.get("model", PresetConfig.model)
     with naming_flags(flags):
-        preset = said.get("model", PresetConfig.model)
         if stored is not None:
-            base = stored
-            preset = said.get("model", weights.model_name)
+            base = {"model": weights.model_name, **stored}
         elif weights is not None:
-            base, preset = settings_of_weights(weights, flags), weights.model_name
+            base = settings_of_weights(weights, flags)
         else:
             base = read(DiT_models[preset].keywords, flags)
         known = override(base, said, flags)
         check_effect(said, known, flags)
-        channels = known.get("in_channels")
-        if stored is None and data and channels not in (None, data.in_channels):
-            raise ValueError(
-                f"model: got {preset}, which is made for {channels} channels, but the latents have "
-                f"{data.in_channels}; JiT models take pixels (--vae-path pixels)"
-            )
-        known |= data_settings(known, data) if data else {}
-        if stored is None:
-            known = derived(known, weights, said, flags)
-        config = configure(known, engine_flags, preset, data and data.shapes or {})
-        check_components(config, data)
-        return config
+    is_start = stored is None and weights is not None  # their sizes were compared with --model
+    return known | {"model": weights.model_name if is_start else known.get("model", preset)}
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
@@ -532,40 +568,50 @@ def settings_of_weights(weights: Record, flags: Flags) -> Layer:
     return read(values, flags)
 
 
-def derived(known: Layer, weights: Record | None, said: Layer, flags: Flags) -> Layer:
+def fitted(
+    known: Layer, said: Layer, engine_flags: type, weights: Record | None, data: DataFacts | None
+) -> TrainConfig:
+    """Builds the config of `known_settings` and the data; for the arguments see `resolve`."""
+    with naming_flags(training_flags(engine_flags)):
+        channels = known.get("in_channels")
+        if weights is None and data and channels not in (None, data.in_channels):
+            raise ValueError(
+                f"model: got {known['model']}, which is made for {channels} channels, but the "
+                f"latents have {data.in_channels}; JiT models take pixels (--vae-path pixels)"
+            )
+        if data:
+            known = known | data_settings(known, said, data)
+        known = with_defaults(known, said, weights)
+        config = configure(known, engine_flags, data and data.shapes or {})
+        check_components(config, data)
+    return config
+
+
+def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:
     """Adds the settings of a new run whose defaults depend on several others."""
-    ((objective,), _) = chosen("objective", known, flags)
-    words = known.get("conditions", DiTConfig.conditions) + OBJECTIVES[objective.name].conditions
-    words = tuple(dict.fromkeys(words))
-    dropout = default_dropout(words, known.get("num_classes", DiTConfig.num_classes))
+    model = {name: one.default for name, one in options_of(DiTConfig).items()} | known
+    objective = OBJECTIVES[known.get("objective", StepConfig.objective).name]
+    words = tuple(dict.fromkeys(model["conditions"] + objective.conditions))
+    dropout = default_dropout(words, model["num_classes"])
     before = weights and weights.config
     if before and dropout < default_dropout(before.conditions, before.num_classes):
         # Nothing is left to drop, so the probability of the weights does not apply.
-        known["class_dropout_prob"] = said.get("class_dropout_prob", dropout)
+        known = known | {"class_dropout_prob": said.get("class_dropout_prob", dropout)}
     known = {"class_dropout_prob": dropout} | known | {"conditions": words}
-    model = build(DiTConfig, without_router(known, flags), flags)
-    if weights is None and 0 < len(model.sparse_layers) < model.depth:
+    layers = select_layers(model["sparse_layers"] or "all", model["depth"])
+    if weights is None and model["num_experts"] and len(layers) < model["depth"]:
         # A dense block is as wide as the experts that a token activates in a sparse block.
-        active = model.num_experts_per_tok * model.mlp_ratio + model.n_shared_experts
+        active = model["num_experts_per_tok"] * model["mlp_ratio"] + model["n_shared_experts"]
         known.setdefault("dense_mlp_ratio", active)
     return known
 
 
-def without_router(known: Layer, flags: Flags) -> Layer:
-    """Returns the settings of a dense model without those of a router."""
-    if known.get("num_experts") != 0:
-        return known
-    return {name: value for name, value in known.items() if flags[name].field.name != "router"}
-
-
-def configure(known: Layer, engine_flags: type, preset: str, shapes: Shapes) -> TrainConfig:
+def configure(known: Layer, engine_flags: type, shapes: Shapes) -> TrainConfig:
     """Builds the config of complete settings."""
     flags = training_flags(engine_flags)
-    known = without_router(known, flags)
-    kinds = {"model": DiTConfig, "step": StepConfig, "data": DataConfig, "run": RunConfig,
-             "engine": engine_flags}  # fmt: skip
-    sections = {name: build(kind, known, flags) for name, kind in kinds.items()}
-    return TrainConfig(preset=preset, shapes=shapes, **sections)
+    kinds = (DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    sections = {name: build(kind, known, flags) for name, kind in zip(SECTIONS, kinds, strict=True)}
+    return TrainConfig(preset=known["model"], shapes=shapes, **sections)
 
 
 def check_components(config: TrainConfig, data: DataFacts | None) -> None:
@@ -593,11 +639,14 @@ def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
     return DiTConfig.class_dropout_prob if can_drop else 0.0
 
 
-def data_settings(known: Layer, data: DataFacts) -> Layer:
+def data_settings(known: Layer, said: Layer, data: DataFacts) -> Layer:
     """Returns what the opened data determine, such as the width of "vector:768"; checks flags."""
     for name in ("num_classes", "image_size"):
         if (got := known.get(name)) not in (None, has := getattr(data, name)):
-            raise ValueError(f"{name}: got {got}, expected {has}, as in the data")
+            origin = "" if name in said else " from the run"
+            if said.get("config") and not origin:
+                origin = f" from the command or {said['config']}"
+            raise ValueError(f"{name}: got {got}{origin}, expected {has}, as in the data")
     if known.get("flip") and not data.can_flip:
         raise ValueError(
             "flip: got True, expected False: the latents were cached without mirroring"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoints import step_folders
 from checkpoints.costs import (
     count_macs,
     count_parameters,
@@ -23,20 +24,20 @@ from checkpoints.costs import (
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import split
 from latents.sources import GivenImages, Source, expand_range
-from models import DiT, DiTConfig
+from models import DiTConfig
 from moe import width_of
 from moe_kernels.recomputation import KEPT_OPERATORS
 from options.settings import Layer
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.processes import read_environment
-from training.auxiliary import add_projectors
+from training.auxiliary import PROJECTORS, projectors_of
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
-from training.engine import Bytes, freeze, share_out
+from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
 from training.setup import batch_notes, open_dataset
-from training.start import ChooseEngine, plan_run
+from training.start import ChooseEngine, check_changes, plan_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -50,7 +51,9 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     if not (dist := read_environment()).is_main:
         return
     run = plan_run(said, engine_flags, open_planned)
-    config, num_images = run.config, IMAGENET[0]
+    begin, config, num_images = run.begin, run.config, IMAGENET[0]
+    if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
+        check_changes(run, begin.own or begin.record, {}, step, begin.folder)
     engine = choose_engine(config)
     if run.dataset is not None:
         num_images = len(split(run.dataset, config.data.val_share)[0])
@@ -92,7 +95,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
         f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
     }
     notes = run.notes + batch_notes(batch, num_images)
-    notes += start_notes(config.emas, steps, is_pretrained=run.weights is not None)
+    notes += start_notes(config.emas, steps, is_pretrained=begin.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 
@@ -147,7 +150,7 @@ def disk_use(config: TrainConfig, steps: int) -> tuple[int, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
     those that it replaces still exist, and of the snapshots that --keep-last leaves.
     """
-    state = state_bytes(config, planned_model(config))
+    state = state_bytes(config)
     average = state["weights"]
     checkpoint = average + state["optimizer"] + state["EMA"]
     written = -(-steps // config.run.ckpt_every)
@@ -175,19 +178,21 @@ def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:
     ]
 
 
-def planned_model(config: TrainConfig) -> DiT:
+def planned_weights(config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Returns the weights of the model and of the projectors, without data."""
     with torch.device("meta"):
-        model = DiT(config.model)
-        freeze(model, config.step)
-        add_projectors(model, config.auxiliary, config.shapes, config.run.global_seed)
-    return model
+        projectors = projectors_of(
+            config.model, config.auxiliary, config.shapes, config.run.global_seed
+        )
+    added = {f"{PROJECTORS}.{name}": weight for name, weight in projectors.named_parameters()}
+    return {**dict(fake_model(config.model).named_parameters()), **added}
 
 
 Shapes = Mapping[str, torch.Size]
 
 
 def state_tensors(
-    config: TrainConfig, model: DiT, shapes: Shapes | None = None
+    config: TrainConfig, shapes: Shapes | None = None
 ) -> tuple[Shapes, Shapes, dict[str, list[int]]]:
     """Describes the state that a process holds from step to step.
 
@@ -195,9 +200,10 @@ def state_tensors(
     Returns the shapes of all parameters and of the trained ones, and, by parameter, the bytes of
     each tensor of the optimizer's state.
     """
-    weights = dict(model.named_parameters())
-    shapes = shapes or {name: weight.shape for name, weight in weights.items()}
-    trained = {name: shapes[name] for name, weight in weights.items() if weight.requires_grad}
+    model = fake_model(config.model)
+    shapes = shapes or {name: weight.shape for name, weight in planned_weights(config).items()}
+    frozen = {*frozen_names(model, config.step)}
+    trained = {name: shape for name, shape in shapes.items() if name not in frozen}
     state = {
         name: [t.numel() * t.element_size() for t in kept.values() if torch.is_tensor(t)]
         for name, kept in planned_state(config.optimizer, trained, model.matrices()).items()
@@ -205,9 +211,9 @@ def state_tensors(
     return shapes, trained, state
 
 
-def state_bytes(config: TrainConfig, model: DiT, shapes: Shapes | None = None) -> Bytes:
+def state_bytes(config: TrainConfig, shapes: Shapes | None = None) -> Bytes:
     """Returns the bytes that a process holds from step to step; see `state_tensors`."""
-    shapes, trained, state = state_tensors(config, model, shapes)
+    shapes, trained, state = state_tensors(config, shapes)
     of_weights, of_gradients = (4 * sum(s.numel() for s in d.values()) for d in (shapes, trained))
     return {
         "weights": of_weights, "gradients": of_gradients,
@@ -215,15 +221,13 @@ def state_bytes(config: TrainConfig, model: DiT, shapes: Shapes | None = None) -
     }  # fmt: skip
 
 
-def copied_bytes(
-    config: TrainConfig, model: DiT, copies: int, shapes: Shapes | None = None
-) -> Bytes:
+def copied_bytes(config: TrainConfig, copies: int, shapes: Shapes | None = None) -> Bytes:
     """Returns the bytes that a process copies to pinned host memory at a save.
 
     copies: number of processes that hold the same state and share the saving
     """
-    shapes, _, state = state_tensors(config, model, shapes)
-    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    shapes, _, state = state_tensors(config, shapes)
+    sizes = {name: weight.numel() for name, weight in planned_weights(config).items()}
     totals = [0] * copies
     for name, writer in share_out(sizes, copies).items():
         weights = [4 * shapes[name].numel()] * (1 + len(config.emas))

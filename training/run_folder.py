@@ -28,12 +28,12 @@ import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
 from options.parts import Option, options_of
-from options.settings import Flags, Layer, flattened, values_of
+from options.settings import Flags, Layer, flat, flattened
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from runtime.flags import read_values
-from training.config import DATA_FACTS, RunConfig, TrainConfig
+from training.config import DATA_FACTS, RunConfig, TrainConfig, training_flags
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
@@ -63,20 +63,37 @@ def named_run(said: Layer) -> tuple[Path | None, Path | None]:
     return source, source
 
 
+def beside_source(said: Layer) -> Layer:
+    """Puts a branch beside the run that it starts from, unless the flags say another folder."""
+    source = said.get("resume")
+    if not source or "results_dir" in said:
+        return said
+    parent = os.path.basename(os.path.dirname(os.path.abspath(source)))
+    if parent != "checkpoints":
+        return said
+    return {**said, "results_dir": os.path.normpath(os.path.join(source, *3 * [os.pardir]))}
+
+
 def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """Returns the folder of a run without a name: model, objective if not Gaussian, digest.
 
     The digest is that of the facts and of the settings that decide the result and differ from
     their defaults, so that a new setting renames no run.
     """
-    special: dict[str, Any] = {}
-    for part in config.parts.values():
-        defaults = values_of(type(part)())
-        for name, one in values_of(part).items():
-            default = defaults[name].value if name in defaults else one.default
-            if one.change in ("state", "result") and one.value != default:
-                special[name] = one.value
-    special = {name: value for name, value in special.items() if name not in DATA_FACTS}
+    flags, parts = training_flags(type(config.engine)), config.parts.values()
+    values, special = flat(*parts), {}
+    defaults = flat(*(type(part)() for part in parts))
+    for name, value in values.items():
+        flag = flags[name]
+        if name not in defaults:  # an option of a component that is no default
+            names = values[flag.field.name]
+            owner = next(one for one in (names if flag.field.is_list else [names])
+                         if one in flag.options)  # fmt: skip
+            default = flag.options[owner].default
+            defaults[name] = [default] if flag.takes_several else default
+        decides = flag.option.change in ("state", "result") and name not in DATA_FACTS
+        if decides and value is not None and value != defaults[name]:
+            special[name] = value
     content = json.dumps([special, facts], sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     objective = config.step.objective.name
@@ -117,9 +134,8 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
         if name not in flags:
             unknown.append(name)
             continue
-        one = flags[name].field
-        if one.table and not flags[name].options:
-            value, gone = known_options(one, value)
+        if flags[name].is_choice:
+            value, gone = known_options(flags[name].field, value)
             unknown += gone
         known[name] = value
     note = f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}"

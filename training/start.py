@@ -39,26 +39,25 @@ from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import FEATURES
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, images_name, same_images, size_notes
-from options.settings import Layer, check_loose, differences, flat, spelling
+from options.settings import Layer, differences, flat, spelling
 from runtime.devices import DTYPES, be_deterministic
 from runtime.errors import UserError, check_same, pluralize, printable, reported_as
-from runtime.flags import naming_flags
 from runtime.processes import Distributed
 from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    check_effect,
     configure,
-    override,
-    resolve,
+    fitted,
+    known_settings,
     training_flags,
 )
 from training.engine import Engine, frozen_names
-from training.log import RunLog
+from training.log import RunLog, lost_changes
 from training.manifest import find_fault
 from training.run_folder import (
     CONFIG_FILE,
+    beside_source,
     default_folder,
     enter_run_folder,
     is_step_folder,
@@ -127,17 +126,34 @@ class Run:
         })  # fmt: skip
 
 
+class Beginning(NamedTuple):
+    """Where training begins, as the flags say."""
+
+    folder: Path | None  # run folder; None for a run without a name
+    own: Record | None  # of the newest readable checkpoint of the run
+    record: Record | None  # of the run, checkpoint or weights whose settings the flags change
+    resumes: bool = False  # --resume RUN
+    branch: Path | None = None  # step folder that a branch starts from
+    weights: Checkpoint | None = None  # of --finetune, unless the run has a checkpoint already
+    start: str | None = None  # kind and digest of `branch` or `weights`
+
+
 class Plan(NamedTuple):
     """What the flags, the data and the weights say, before a run folder is touched."""
 
+    begin: Beginning
     config: TrainConfig
     dataset: Source | None  # None with --dry-run, if the data are not on this machine
-    folder: Path | None  # None for a run without a name
-    resumes: bool  # --resume RUN
-    branch: Path | None  # step folder that a branch starts from
-    weights: Checkpoint | None  # of --finetune, unless the run has a checkpoint already
-    start: str | None  # kind and digest of `branch` or `weights`
+    said: set[str]  # fields that the flags set, or that follow from them
     notes: list[str]
+
+
+class Changes(NamedTuple):
+    """What differs from a checkpoint, as "--lr: was 0.0001, is 5e-05"; see `Option.change`."""
+
+    state: list[str]
+    unsaid: list[str]  # decides the result, and no flag says it
+    said: list[str]
 
 
 def open_run(
@@ -150,17 +166,21 @@ def open_run(
     are set before latents are encoded.
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
-    config, dataset, notes = plan.config, plan.dataset, plan.notes
+    begin, config, dataset, notes = plan.begin, plan.config, plan.dataset, plan.notes
     engine = choose_engine(config)
     facts, vae = inputs_of(config, dataset, dist)
-    facts = {**engine.check(config, dist), **facts, "start": plan.start}
-    folder = plan.folder or default_folder(config, facts)
-    if plan.folder is None:
+    facts = {**engine.check(config, dist), **facts, "start": begin.start}
+    folder = begin.folder or default_folder(config, facts)
+    if begin.folder is None:
         dist.on_main(partial(check_earlier_names, folder, config, facts))
     if config.step.freezes:  # checks the patterns before the run folder is created
         frozen_names(fake_model(config.model), config.step)
     found = dist.broadcast(step_folders(folder))
-    state_folder, before, weights, changed = starting_point(plan, said, facts, folder, found, dist)
+    state_folder, before, changed = starting_point(plan, facts, folder, found, dist)
+    weights = None
+    if before is None and begin.weights is not None:
+        notes += data_notes(begin.weights.record, begin.weights.path, config, facts)
+        weights = start_weights(begin.weights, config, dataset, notes)
 
     if config.run.deterministic:
         be_deterministic()
@@ -168,6 +188,12 @@ def open_run(
         torch.set_float32_matmul_precision("high")
     trained, held_out_indices = split(dataset, config.data.val_share)
     stream = remaining_steps(config, engine, trained, before, dist)
+    is_finished = stream.start_step >= stream.end_step
+    if is_finished and state_folder not in found:
+        raise UserError(
+            f"--max-steps: the branch would end at step {stream.end_step}, expected a later step "
+            f"than {stream.start_step}, that of {state_folder}"
+        )
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     held_out = None
     if config.data.val_path or config.data.val_share:
@@ -180,8 +206,9 @@ def open_run(
     lock, log = open_folder(folder, config, facts, stream, found, dist)
     for note in notes:
         log.text(printable(f"note: {note}"))
-    log.changes(stream.start_step, changed)
-    origin = before.initialized_from if before else plan.weights and plan.weights.origin
+    if changed and not is_finished:
+        log.changes(stream.start_step, changed)
+    origin = before.initialized_from if before else begin.weights and begin.weights.origin
     return Run(
         config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
         held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
@@ -190,39 +217,42 @@ def open_run(
 
 
 def starting_point(
-    plan: Plan, said: Layer, facts: dict[str, Any], folder: Path, found: list[Path],
-    dist: Distributed,
-) -> tuple[Path | None, Record | None, Checkpoint | None, list[str]]:  # fmt: skip
+    plan: Plan, facts: dict[str, Any], folder: Path, found: list[Path], dist: Distributed
+) -> tuple[Path | None, Record | None, list[str]]:
     """Returns the checkpoint that training goes on from, of this run or of a branch's source, with
-    its record; or weights to start from; and what the flags change, see `changes`.
+    its record; and what the flags change.
 
     found: checkpoints of the run
     Adds notes to the plan, and to facts how the run began.
     """
-    config, notes, weights = plan.config, plan.notes, plan.weights
+    begin, config, notes = plan.begin, plan.config, plan.notes
+    before, changed = None, []
     state_folder = newest_intact(folder, found, notes, dist)
     is_own = state_folder is not None
-    if not is_own and plan.branch:
-        state_folder = plan.branch
+    if not is_own and begin.branch:
+        state_folder = begin.branch
         if fault := find_fault(state_folder, dist):
             raise UserError(f"--resume {state_folder}: {fault}")
-    before, changed = None, []
     if state_folder:
-        before, weights = read_record(state_folder), None
+        before = read_record(state_folder)
         facts["start"] = facts["start"] or before.facts.get("start")
         was, unknown = stored_config(before, type(config.engine))
-        said = said if plan.resumes or not is_own else {}  # {}: the same command
-        if plan.resumes and state_folder != found[0]:  # settings of a newer, damaged checkpoint
-            said = dict(training_flags(type(config.engine)))
-        changed = changes(before, was, config, facts, said, state_folder, folder)
+        newest = begin.own if is_own and begin.own else before
+        changed = check_changes(plan, newest, facts, state_folder, folder)
+        if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
+            every = training_flags(type(config.engine))
+            changed = compare(before, was, config, facts, {*every}).said
         notes += unknown + state_notes(config, was, state_folder)
-    elif weights is not None:
-        notes += data_notes(weights.record, weights.path, config, facts)
-        weights = start_weights(weights, config, plan.dataset, notes)
+        lost = lost_changes(folder / "log.jsonl", before.step) if is_own else []
+        if lost := [one for one in lost if one not in changed]:
+            notes.append(
+                f"the settings are those of {state_folder}; an earlier command changed "
+                f"{'; '.join(lost)}, but no checkpoint of it is left: pass the flag again"
+            )
     if os.path.isdir(folder) and not is_own:
         step = before.step if before else 0
         notes.append(f"{folder} has no checkpoint yet: training starts at step {step}")
-    return state_folder, before, weights, changed
+    return state_folder, before, changed
 
 
 def remaining_steps(
@@ -262,7 +292,7 @@ def open_folder(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
-    values = {name: v for part in config.parts.values() for name, v in flat(part).items()}
+    values = flat(*config.parts.values())
     failed = reported_as(f"{folder}: cannot write the log", OSError)
     with removed_if_failed(folder, is_new), failed:
         log = dist.run_on_all(
@@ -273,16 +303,37 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    flags, notes = training_flags(engine_flags), []
-    folder, source = named_run(said)  # source: run folder or checkpoint of --resume
-    resumes = source is not None and source == folder
+    said = beside_source(said)
+    begin, flags, stored = beginning_of(said), training_flags(engine_flags), None
+    follows = FOLLOWS if "latents_path" in said else ()
+    if said.get("resume"):
+        stored, _ = stored_settings(begin.record, flags)
+        dropped = (*follows, *(BEGINNINGS if begin.branch else ()))
+        stored = {name: value for name, value in stored.items() if name not in dropped}
+    if begin.resumes:
+        said = {name: value for name, value in said.items() if name != "resume"}
+    known = known_settings(said, engine_flags, stored, begin.record)
+    dataset, data = open_data(known)
+    if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
+        has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
+        data = replace(data, **has)
+    config = fitted(known, said, engine_flags, begin.record, data)
+    notes = [*data.notes]
+    if begin.weights is not None:
+        notes += check_weights(config, begin.weights)
+    return Plan(config=config, begin=begin, dataset=dataset, notes=notes,
+                said={*follows, *(flags[name].field.name for name in said)})  # fmt: skip
+
+
+def beginning_of(said: Layer) -> Beginning:
+    """Reads the record or the weights that training begins from."""
+    folder, source = named_run(said)
     own = newest_record(folder) if folder else None
     began = own.settings.get("run", {}) if own else {}  # how the run itself began
-    branch = weights = record = stored = start = None
-    if resumes:
-        if said.get("finetune") not in (None, began.get("finetune")):
+    weights, begins_anew = said.get("finetune"), began.get("finetune") != said.get("finetune")
+    if source is not None and source == folder:
+        if weights and begins_anew:
             raise UserError("--resume: cannot be combined with the --finetune of another run")
-        record, said = own, {name: value for name, value in said.items() if name != "resume"}
         if own is None and (steps := step_folders(folder)):
             read_record(steps[0])  # says why it cannot be read, such as a router of a plugin
         if own is None:
@@ -290,48 +341,25 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
                 f"--resume {folder}: got a run without a checkpoint, expected one; run the command "
                 f"that began it again, or begin a new run: --config {folder / CONFIG_FILE}"
             )
-    elif source is not None and said.get("finetune"):
-        raise UserError("--resume: cannot be combined with --finetune in a new run")
-    elif source is not None and is_step_folder(source):
-        branch, record = source, read_record(source)
-        if str(began.get("resume")) != said["resume"]:
-            start = f"resume {sampled_digest(source / MODEL_FILE)}"
-    elif source is not None:
-        record = own  # the checkpoint was deleted after the branch had begun
-        if str(began.get("resume")) != said["resume"]:
+        return Beginning(folder, own, own, resumes=True)
+    if source is not None:
+        if weights:
+            raise UserError("--resume: cannot be combined with --finetune in a new run")
+        begins_anew = str(began.get("resume")) != said["resume"]
+        if is_step_folder(source):
+            start = f"resume {sampled_digest(source / MODEL_FILE)}" if begins_anew else None
+            return Beginning(folder, own, read_record(source), branch=source, start=start)
+        if begins_anew:
             raise UserError(
                 f"--resume: got {source}, expected a run folder or RUN/checkpoints/STEP; to start "
                 f"from weights: --finetune {source}"
             )
-    elif said.get("finetune"):
-        record = own
-        if began.get("finetune") != said["finetune"]:
-            weights = open_weights(said)
-            record, start = weights.record, f"finetune {sampled_digest(weights.path)}"
-    if source is not None:
-        stored, _ = stored_settings(record, flags)
-        for name in BEGINNINGS if branch else ():
-            stored.pop(name, None)
-        for name in FOLLOWS if "latents_path" in said else ():
-            stored.pop(name, None)
-    settings = override(stored or {}, said, flags)
-    with naming_flags(flags):  # before data are opened; weights may name other components
-        check_effect(said, settings, flags)
-        if not said.get("finetune"):
-            check_loose(settings, flags)
-    dataset, data = open_data(settings)
-    if dataset is None and (known := record or own):  # --dry-run without data
-        has = {name: getattr(known.config, name) for name in DATA_FACTS if name not in said}
-        data = replace(data, **has)
-    config = resolve(said, engine_flags, stored=stored, weights=record, data=data)
-    notes += data.notes
-    if weights is not None:
-        notes += check_weights(config, weights)
-    if before := own or branch and record:
-        was, _ = stored_config(before, engine_flags)
-        step = step_folders(folder)[0] if own else branch
-        changes(before, was, config, {}, said if resumes or not own else {}, step, folder)
-    return Plan(config, dataset, folder, resumes, branch, weights, start, notes)
+        return Beginning(folder, own, own)  # the checkpoint was deleted after the branch had begun
+    if weights and begins_anew:
+        opened = open_weights(said)
+        start = f"finetune {sampled_digest(opened.path)}"
+        return Beginning(folder, own, opened.record, weights=opened, start=start)
+    return Beginning(folder, own, own if weights else None)
 
 
 def open_weights(said: Layer) -> Checkpoint:
@@ -368,8 +396,9 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
     before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
     found = [
-        difference(name, was.value, now.value)
-        for name, was, now in differences(before, config.model) if now.change == "state"
+        difference(name, was, now)
+        for name, flag, was, now in differences(before, config.model)
+        if flag.option.change == "state"
     ]  # fmt: skip
     if source.record.objective not in (None, config.step.objective.name):
         found.append(difference("objective", source.record.objective, config.step.objective.name))
@@ -441,61 +470,70 @@ def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distribu
 def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
     """Returns the config of a checkpoint, and notes on settings that this version lacks."""
     stored, notes = stored_settings(before, training_flags(engine_flags))
-    return configure(stored, engine_flags, before.model_name, {}), notes
+    return configure({"model": before.model_name, **stored}, engine_flags, {}), notes
 
 
-def changes(
-    before: Record, was: TrainConfig, config: TrainConfig, facts: dict, said: Layer, step: Path,
-    folder: Path,
-) -> list[str]:  # fmt: skip
-    """Returns what the flags change in a run that goes on, as "--lr: was 0.0001, is 5e-05".
+def check_changes(
+    plan: Plan, before: Record, facts: dict[str, Any], step: Path, folder: Path | None
+) -> list[str]:
+    """Returns what the flags change in a run that goes on from a step folder, see `Changes`.
 
-    before: record of the checkpoint `step`, and `was`, its config
+    before: record of the newest checkpoint of the run, or of that which a branch starts from
     facts: inputs besides the settings, or {} before they are known
-    said: flags beside --resume, which may change what decides the result; {} for the same command
-    Raises UserError for a difference in the state, or one that no flag says; see
-    `options.settings.change_of`.
+    Raises UserError for a difference in the state, or one that no flag says.
     """
-    flags = training_flags(type(config.engine))
-    may = {flags[name].field.name for name in said}
-    may |= {*FOLLOWS} if "latents_path" in said else set()
-    fixed, unsaid, changed = [], [], []
-    if was.preset != config.preset:
-        fixed.append(difference("model", was.preset, config.preset))
-    for section, part in config.parts.items():
-        for name, old, new in differences(was.parts[section], part):
-            lines = {"state": fixed, "result": changed if new.field in may else unsaid}
-            lines.get(new.change, []).append(difference(name, old.value, new.value))
     is_own = folder is not None and step.is_relative_to(folder)
+    may = plan.said if plan.begin.resumes or not is_own else set()
+    if not is_own:  # a branch begins anew
+        before = replace(before, facts={**before.facts, "start": facts.get("start")})
+    was, _ = stored_config(before, type(plan.config.engine))
+    found = compare(before, was, plan.config, facts, may)
+    if found.state and not is_own:
+        raise UserError(
+            f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
+            "--finetune starts from the weights only"
+        )
+    if refused := found.state + found.unsaid:
+        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
+        if not found.state:
+            expected += f", or --resume {folder} with the flags that are to change, or a branch "
+            expected += f"(--resume {step} --run-name NEW)"
+        raise UserError(
+            f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
+        )
+    return found.said
+
+
+def compare(
+    before: Record, was: TrainConfig, config: TrainConfig, facts: dict[str, Any], may: set[str]
+) -> Changes:
+    """Compares the settings and the facts of a checkpoint with those of a command.
+
+    may: fields that the command may change
+    """
+    found = Changes([], [], [])
+    if was.preset != config.preset:
+        found.state.append(difference("model", was.preset, config.preset))
+    for section, part in config.parts.items():
+        for name, flag, old, new in differences(was.parts[section], part):
+            result = found.said if flag.field.name in may else found.unsaid
+            lines = {"state": found.state, "result": result}.get(flag.option.change, [])
+            lines.append(difference(name, old, new))
     known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
     known["normalisation"] = before.norm and str(before.norm)
     for name in dict.fromkeys([*facts, *known]) if facts else ():
         old, new = known.get(name), facts.get(name)
-        if name == "start" and not is_own:
-            continue
-        label, sayers = FACTS.get(name, (spelling(name), ()))
+        label, fields = FACTS.get(name, (spelling(name), ()))
         if old == new or old is None and name in UNRECORDED:
             continue
         if name == "images":
             if same_images(old, new):
                 continue
             old, new = images_name(old), images_name(new)
-        lines = changed if said.keys() & {*sayers} else unsaid if sayers else fixed
+        result = found.said if may & {*fields} else found.unsaid
+        lines = result if fields else found.state
         lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
-    if fixed and not is_own:
-        raise UserError(
-            f"--resume {step}: the state was saved with other settings: {'; '.join(fixed)}; "
-            "--finetune starts from the weights only"
-        )
-    if found := fixed + unsaid:
-        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
-        if not fixed:
-            expected += f", or --resume {folder} with the flags that are to change, or a branch "
-            expected += f"(--resume {step} --run-name NEW)"
-        raise UserError(
-            f"{folder} was created with other settings: {'; '.join(found)}; expected {expected}"
-        )
-    return changed
+    return found
 
 
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
@@ -506,10 +544,12 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
             continue
         try:
             was, _ = stored_config(before, type(config.engine))
-            if before.images and "sha256" in before.images:  # a digest of an earlier version
-                facts = facts | {"images": before.images}
-            changes(before, was, config, facts, {}, other, other)
         except UserError:
+            continue
+        if before.images and "sha256" in before.images:  # a digest of an earlier version
+            facts = facts | {"images": before.images}
+        found = compare(before, was, config, facts, set())
+        if found.state or found.unsaid:
             continue
         raise UserError(
             f"{other} has the same settings and data, under the name of an earlier version; "

@@ -10,7 +10,7 @@ from conftest import ROOT, call_main
 from checkpoints import config_of
 from training.config import resolve
 from training.engines.flags import DDPFlags
-from training.memory import copied_bytes, disk_notes, disk_use, model_activations, planned_model
+from training.memory import copied_bytes, disk_notes, disk_use, model_activations, planned_weights
 
 
 def test_the_memory_plan_for_gpus_includes_no_attention_weights():
@@ -41,12 +41,11 @@ def test_the_plan_for_selective_checkpointing_adds_the_outputs_of_attention_and_
 def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     """PyTorch allocates the next power of two for each pinned tensor; two copies share the work."""
     config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
-    model = planned_model(config)
-    exact = [4 * weight.numel() for weight in model.parameters()]
-    alone = copied_bytes(config, model, copies=1)["copy at a save"]
+    exact = [4 * weight.numel() for weight in planned_weights(config).values()]
+    alone = copied_bytes(config, copies=1)["copy at a save"]
     steps = 4 * len(exact)  # AdamW's counts
     assert alone - steps == sum(4 * 2 ** math.ceil(math.log2(size)) for size in exact)
-    assert alone / 2 <= copied_bytes(config, model, copies=2)["copy at a save"] < alone
+    assert alone / 2 <= copied_bytes(config, copies=2)["copy at a save"] < alone
 
 
 def test_a_run_notes_at_its_start_that_its_disk_is_too_small(tmp_path, monkeypatch):

@@ -92,6 +92,11 @@ def test_run_folders_are_named_by_the_settings_that_cannot_change():
     assert folder_of({"zero": 2}) != folder_of()
     flags = {"router": "sigmoid", "router_scale": 2, "ema_decay": [0.9], "ema_warmup": True}
     assert folder_of(**flags) == folder_of(**dict(reversed(flags.items())))
+    pairs = [[(0.9, False), (0.99, True)], [(0.9, True), (0.99, False)],
+             [(0.99, True), (0.9, False)]]  # fmt: skip
+    emas = [[{"exponential": dict(zip(("decay", "warmup"), ema, strict=True))} for ema in pair]
+            for pair in pairs]  # fmt: skip
+    assert len({folder_of(ema=several) for several in emas}) == 3
 
 
 def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished, image_tree):
@@ -107,6 +112,8 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert str(record.norm) == "shift 0.1 and scale 0.5" == facts["normalisation"]
     assert not {"dry_run", "gpus", "rf", "config"} & sections["run"].keys()
     del sections["model"]["expert_backend"]  # not stored with weights
+    assert sections["model"]["sparse_layers"] == "all"
+    sections["model"]["sparse_layers"] = [0, 1]
     sections["data"]["vae_path"] = record.vae_path
     assert in_weights == sections
     assert facts["images"] == record.images and facts["script"] == record.facts["script"]
@@ -205,7 +212,7 @@ def test_what_a_run_may_change_follows_from_the_class_of_the_field(
     """The same command with a changed flag; a branch; and --resume RUN with the flag."""
     said, line = (f"--{flag}", str(value)), f"--{flag.replace('_', '-')}: was "
     same = ["train.py", *flags(copied, **{"max-steps": 4, flag.replace("_", "-"): value})]
-    branch = ["--resume", step_folder(copied, 3), "--run-name=new", "--results-dir", copied]
+    branch = ["--resume", step_folder(copied, 3), "--run-name=new"]  # beside its source
     resume = ["train.py", "--resume", copied / "run", "--max-steps", 4, *said]
     if change == "state":
         for command in (same, resume, ["train.py", *branch, *said]):
@@ -220,6 +227,26 @@ def test_what_a_run_may_change_follows_from_the_class_of_the_field(
     changed = [one for row in log for one in row.get("changed", ())]
     assert [line in one for one in changed] == [True] * (change == "result")
     assert read_record(copied / "run" / "checkpoints" / "0000004").step == 4
+
+
+def test_a_change_that_no_checkpoint_has_is_noted(copied, capsys):
+    """A finished run logs no change, because it trains no steps."""
+    resume = ["train.py", "--resume", copied / "run"]
+    call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
+    call_main(*resume, "--lr", 3e-4)
+    shutil.rmtree(copied / "run" / "checkpoints" / "0000004")
+    capsys.readouterr()
+    call_main(*resume, "--max-steps", 4)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "earlier command" in line]
+    assert f"settings are those of {step_folder(copied, 3)}" in line
+    assert "--lr: was 0.001, is 0.0005" in line and "0.0003" not in line
+
+
+def test_a_branch_that_would_train_no_steps_is_rejected_and_leaves_no_folder(copied, capsys):
+    branch = ["--resume", step_folder(copied, 3), "--run-name=new"]
+    line = expect_error(capsys, "train.py", *branch)
+    assert "--max-steps: the branch would end at step 3, expected a later step than 3" in line
+    assert not (copied / "new").exists()
 
 
 def test_a_default_name_of_an_earlier_version_is_found(copied, flags, capsys):
@@ -269,7 +296,7 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
     record.settings["step"]["ema"] = [{"exponential": {}}]
     now, _ = stored_config(read_record(step_folder(finished, 3)), DDPFlags)
     was, notes = stored_config(record, DDPFlags)
-    found = [(name, a.value, b.value) for name, a, b in differences(was.step, now.step)]
+    found = [(name, a, b) for name, _, a, b in differences(was.step, now.step)]
     assert found == [("ema_decay", [0.9999], [0.9])] and not notes
     record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
     (note,) = stored_settings(record, flags)[1]

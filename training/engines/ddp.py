@@ -38,7 +38,7 @@ from training.engines.state import (
     read_state,
     stored_boxes,
 )
-from training.memory import activation_bytes, copied_bytes, planned_model, state_bytes
+from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
 from training.optimizers import planned_state
 from training.spikes import SpikeDetector
@@ -151,8 +151,7 @@ class DDPEngine:
     def memory(
         cls, config: TrainConfig, world_size: int, micro_batch: int
     ) -> tuple[Bytes, Bytes, str]:
-        model = planned_model(config)
-        gpu, host = state_bytes(config, model), copied_bytes(config, model, world_size)
+        gpu, host = state_bytes(config), copied_bytes(config, world_size)
         gpu["activations"] = activation_bytes(config, micro_batch)
         layout = f"{pluralize(world_size, 'process')}, each with the complete model"
         return gpu, host, layout

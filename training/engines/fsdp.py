@@ -9,6 +9,7 @@ handles the rest as in `DDPEngine`.
 
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints import Checkpoint
+from checkpoints.costs import fake_model
 from checkpoints.tensor_file import Box, cut_dim
 from checkpoints.weights import shapes_of
 from diffusion import Objective
@@ -33,7 +35,7 @@ from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
 from training.auxiliary import add_projectors
 from training.config import TrainConfig
-from training.engine import Bytes, freeze, node_size
+from training.engine import Bytes, freeze, frozen_names, node_size
 from training.engines.ddp import DDPEngine
 from training.engines.expert_parallel import (
     experts_of_each,
@@ -46,7 +48,7 @@ from training.engines.state import Place, shard_dim, shard_place
 from training.memory import (
     activation_bytes,
     copied_bytes,
-    planned_model,
+    planned_weights,
     received_rows,
     state_bytes,
 )
@@ -117,7 +119,7 @@ class FSDPEngine(DDPEngine):
         layout = layout_of(config, dist.world_size)
         if layout.shards * layout.spread > 1:
             check_state(config)
-        check_runs(layout, planned_model(config))
+        check_runs(layout, planned_weights(config))
         return super().check(config, dist)
 
     @classmethod
@@ -135,9 +137,8 @@ class FSDPEngine(DDPEngine):
         """
         layout = layout_of(config, world_size)
         item = DTYPES[config.step.precision].itemsize
-        model = planned_model(config)
-        check_runs(layout, model)
-        weights = dict(model.named_parameters())
+        model, weights = fake_model(config.model), planned_weights(config)
+        check_runs(layout, weights)
         shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
         experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
@@ -150,7 +151,7 @@ class FSDPEngine(DDPEngine):
         is_freed = config.engine.reshard_after_forward
         gathered = max(blocks) + largest if is_freed else sum(blocks)
         gpu = {
-            **state_bytes(config, model, shapes),
+            **state_bytes(config, shapes),
             "gathered weights": 4 * root + item * gathered,
             "whole gradients": (4 + item) * largest,
             "activations": activation_bytes(config, micro_batch),
@@ -167,7 +168,7 @@ class FSDPEngine(DDPEngine):
             text += f", experts in parallel on {layout.spread}"
         if (padding := num_shards * sum(s.numel() for s in shapes.values()) / total - 1) >= 0.005:
             text += f", {padding:.0%} more on the fullest"
-        return gpu, copied_bytes(config, model, world_size // num_shards, shapes), text
+        return gpu, copied_bytes(config, world_size // num_shards, shapes), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Each micro-batch reduces gradients within a copy of the model. The last micro-batch then
@@ -265,12 +266,11 @@ def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
     return runs
 
 
-def check_runs(layout: Layout, model: DiT) -> None:
+def check_runs(layout: Layout, weights: Mapping[str, Tensor]) -> None:
     """Refuses shards scattered over so many rows of a checkpoint's tensors that a save would take
     minutes.
     """
-    weights, spread = dict(model.named_parameters()), layout.spread
-    runs = count_runs(layout, weights)
+    spread, runs = layout.spread, count_runs(layout, weights)
     if sum(runs.values()) <= MOST_RUNS:
         return
     sizes = range(layout.shards - 1, 0, -1)
@@ -289,8 +289,9 @@ def check_state(config: TrainConfig) -> None:
     """Refuses an optimizer whose state has other shapes than its weights, such as Adafactor's means
     of rows: their shards cannot be saved.
     """
-    model = planned_model(config)
-    shapes = {name: w.shape for name, w in model.named_parameters() if w.requires_grad}
+    model = fake_model(config.model)
+    frozen = {*frozen_names(model, config.step)}
+    shapes = {name: w.shape for name, w in planned_weights(config).items() if name not in frozen}
     state = planned_state(config.optimizer, shapes, model.matrices())
     for name, kept in state.items():
         for key, value in kept.items():

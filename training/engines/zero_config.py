@@ -14,7 +14,7 @@ from runtime.files import read_json
 from runtime.flags import spelling
 from training.config import TrainConfig
 from training.engine import Bytes
-from training.memory import activation_bytes, planned_model
+from training.memory import activation_bytes, planned_weights
 from training.optimizers import AdamW
 
 INSTEAD = "expected train.py --shard --expert-parallel N, which spreads experts for every router"
@@ -140,11 +140,10 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
     ZeRO-2 on. Weights in the training precision are unsharded up to ZeRO-2.
     """
     ds_config = complete_config(config, world_size)
-    model = planned_model(config)
     # DeepSpeed uses its defaults for "auto".
     zero = {k: v for k, v in ds_config["zero_optimization"].items() if v != "auto"}
     stage, item = zero["stage"], DTYPES[config.step.precision].itemsize
-    sizes = [weight.numel() for weight in model.parameters()]
+    sizes = [weight.numel() for weight in planned_weights(config).values()]
     total = sum(sizes)
     share = 4 * total // world_size
     weights = {"weights": item * (total // world_size if stage == 3 else total)}
@@ -160,7 +159,8 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
         "gathered at a save": 2 * 4 * max(sizes),
     }
     if stage == 3:  # at least the layer in use and the next one
-        live = max(int(zero.get("stage3_max_live_parameters", 1e9)), 2 * total // len(model.blocks))
+        live = int(zero.get("stage3_max_live_parameters", 1e9))
+        live = max(live, 2 * total // config.model.depth)
         gpu["gathered weights"] = item * min(live, total)
     host: Bytes = {  # the first process also gathers the EMA
         "copy at a save": 3 * pinned_bytes(share),
