@@ -118,7 +118,7 @@ class Option:
             return f"a name that ends in {' or '.join(self.suffixes)}"
         limits = [(word, getattr(self, limit)) for limit, (word, _) in LIMITS.items()]
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
-        return f"{describe(self.hint)} {ranges}".strip()
+        return f"{words_for(self.hint)} {ranges}".strip()
 
     def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
         """Reads "sigmoid", {"sigmoid": {"scale": 2.5}}, a `Part`, or for `is_list` several of them.
@@ -224,12 +224,12 @@ def make_component(
     return table[name](**facts, **read_options(table, kind, name, options))
 
 
-def describe(hint: Any) -> str:
+def words_for(hint: Any) -> str:
     """Describes the values of a type, such as "2 integers" for `tuple[int, int]`."""
     parts = [part for part in typing.get_args(hint) if part not in (types.NoneType, ...)]
     if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
-        return f"{len(parts)} {describe(parts[0]).split()[-1]}s"
-    return " or ".join(dict.fromkeys(map(describe, parts))) or WORDS.get(hint, "a path")
+        return f"{len(parts)} {words_for(parts[0]).split()[-1]}s"
+    return " or ".join(dict.fromkeys(map(words_for, parts))) or WORDS.get(hint, "a path")
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -265,5 +265,5 @@ def convert(value: Any, hint: Any) -> Any:
         value = float(value)
     fits = type(value) is kind if kind in WORDS else isinstance(value, kind)
     if not fits or kind is float and not math.isfinite(value):
-        raise ValueError(f"got {value!r:.80}, expected {describe(hint)}")
+        raise ValueError(f"got {value!r:.80}, expected {words_for(hint)}")
     return value

@@ -26,21 +26,10 @@ class Flag:
     """What a flag sets: a field of a config class, or an option of the components that it names."""
 
     field: Option
+    option: Option  # the field, or the option of the first component that has it
     options: dict[str, Option] = field(default_factory=dict)  # by component; {}: the field itself
-
-    @property
-    def is_choice(self) -> bool:
-        """Whether the flag names components."""
-        return self.field.table is not None and not self.options
-
-    @property
-    def option(self) -> Option:
-        return next(iter(self.options.values()), self.field)
-
-    @property
-    def takes_several(self) -> bool:
-        """Whether several values are several components, as in --ema-decay 0.99 0.999."""
-        return bool(self.options) and self.field.is_list and not self.field.by_component
+    # Whether several values are several components, as in --ema-decay 0.99 0.999.
+    takes_several: bool = False
 
     def read(self, value: Any, name: str) -> Any:
         """Reads a value; that of a loose option as the first component does that accepts it."""
@@ -68,16 +57,14 @@ class Flag:
         for component, one in self.options.items():
             texts.setdefault(one.help, []).append(component)
         help = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
-        if len(texts) == 1 and (
-            self.field.by_component or set(self.options) == {*self.field.table}
-        ):
+        if len(texts) == 1 and (self.field.by_component or {*self.options} == {*self.field.table}):
             help = self.option.help  # of all components, or of the one in the flag's name
-        ones, rules = [*self.options.values()], (*LIMITS, "choices", "suffixes")
-        unlike = [rule for rule in rules if len({getattr(one, rule) for one in ones}) > 1]
-        hint = tuple[ones[0].hint, ...] if self.takes_several else ones[0].hint
-        return replace(
-            ones[0], hint=hint, help=help, **{rule: getattr(Option, rule) for rule in unlike}
-        )
+        rules = (*LIMITS, "choices", "suffixes")
+        values = ({getattr(one, rule) for one in self.options.values()} for rule in rules)
+        unlike = {rule: getattr(Option, rule)
+                  for rule, found in zip(rules, values, strict=True) if len(found) > 1}  # fmt: skip
+        hint = tuple[self.option.hint, ...] if self.takes_several else self.option.hint
+        return replace(self.option, hint=hint, help=help, **unlike)
 
 
 Flags = Mapping[str, Flag]
@@ -99,11 +86,12 @@ def flags_of(kinds: tuple[type, ...]) -> Flags:
     for one in (one for kind in kinds for one in options_of(kind).values()):
         if one.name in flags:
             raise TypeError(f"{one.name} is a flag of {flags[one.name].field.name} and a field")
-        flags[one.name] = Flag(one)
+        flags[one.name] = Flag(one, one)
+        several = one.is_list and not one.by_component
         for component, part in (one.table or {}).items():
             for option in options_of(part).values():
                 name = flag_name(one, component, option)
-                flag = flags.setdefault(name, Flag(one))
+                flag = flags.setdefault(name, Flag(one, option, takes_several=several))
                 is_taken = component in flag.options or one.by_component and flag.options
                 if flag.field is not one or name == one.name or is_taken:
                     raise TypeError(f"{name} is a flag of {flag.field.name} and of {one.name}")
@@ -116,7 +104,8 @@ def flattened(values: Mapping[str, Any], flags: Flags) -> Layer:
     found: Layer = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        is_section = isinstance(value, Mapping) and not (name in flags and flags[name].is_choice)
+        is_component = name in flags and flags[name].option.table
+        is_section = isinstance(value, Mapping) and not is_component
         for inner, one in value.items() if is_section else [(name, value)]:
             inner = str(inner).replace("-", "_")
             if inner in found:
@@ -161,7 +150,7 @@ def chosen(choice: str, layer: Layer, flags: Flags) -> tuple[list[Part], Layer]:
 def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
     """`top` overrides `base`. A component that `top` names again keeps the options of `base`."""
     base, top = dict(base), dict(top)
-    for choice in [name for name in top if flags[name].is_choice]:
+    for choice in [name for name in top if flags[name].option.table]:
         one, parts = flags[choice].field, []
         below, waiting = chosen(choice, base, flags)
         for part in as_parts(top[choice]):

@@ -358,7 +358,7 @@ def training_flags(engine_flags: type) -> Flags:
     kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     flags = flags_of(kinds)
     for name in SECTIONS:
-        if name in flags and flags[name].is_choice:
+        if name in flags and flags[name].option.table:
             raise TypeError(f"{name}: a mapping is either a section of a file or a component")
     return flags
 
@@ -397,12 +397,11 @@ def parse_training(
         command = parse_flags(flags, description, arguments, FIRST_FLAGS)
     with naming_flags(flags):
         check_once(command, flags)
+        recipe: Layer = {}
         if path := command.get("config"):
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
-                recipe = read_recipe(Path(path), engine_flags)
-            said = override(without_sizes(recipe, command), command, flags)
-        else:
-            said = command
+                recipe = without_sizes(read_recipe(Path(path), engine_flags), command)
+        said = override(recipe, command, flags)
         for name in SPARSE:
             is_default = command.get(name) in (None, flags[name].field.default)
             if said.get("num_experts") == 0 and not is_default:
@@ -424,7 +423,7 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
     flags = training_flags(engine_flags) if is_of_run else help_flags(engine_flags)
     for key, value in values.items():
         flag = flags.get(str(key).replace("-", "_"))
-        if isinstance(value, Mapping) and key not in SECTIONS and not (flag and flag.is_choice):
+        if isinstance(value, Mapping) and key not in SECTIONS and not (flag and flag.option.table):
             expected = flag.shown.expected() if flag else f"a flag or one of {', '.join(SECTIONS)}"
             raise ValueError(f"{key}: got a section, expected {expected}")
     recipe = read_values(values, flags)
@@ -513,7 +512,7 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
             raise ValueError(f"{name}: has no effect without --shard True")
         if flags[name].field.name == "router" and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
-    for choice in [name for name, one in flags.items() if one.is_choice]:
+    for choice in [name for name, one in flags.items() if one.option.table]:
         parts, rest = chosen(choice, known, flags)
         for name in rest:
             raise ValueError(no_effect(name, parts, flags))

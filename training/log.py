@@ -120,7 +120,7 @@ class RunLog:
                         self.board.add_scalar(f"{tag}/{layer:02d}", number, step)
                     value = max(value)
                 self.board.add_scalar(tag, value, step)
-        parts = [f"step {step:07d}", *(describe(name, value) for name, value in values.items())]
+        parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
                 left = timedelta(seconds=(self.total_steps - step) / steps_per_second)
@@ -227,7 +227,7 @@ def as_json(value: float | list[float]) -> float | list[float] | str:
     return rounded if isinstance(value, list) else rounded[0]
 
 
-def describe(name: str, value: float | list[float]) -> str:
+def shown(name: str, value: float | list[float]) -> str:
     if isinstance(value, list):
         return f"{name} {max(value):.2f}"
     return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"

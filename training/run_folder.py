@@ -134,7 +134,7 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
         if name not in flags:
             unknown.append(name)
             continue
-        if flags[name].is_choice:
+        if flags[name].option.table:
             value, gone = known_options(flags[name].field, value)
             unknown += gone
         known[name] = value
