@@ -164,7 +164,7 @@ def test_a_rank_prints_why_its_sample_grid_failed_before_it_waits_for_the_others
 def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, experts):
     """256 does not divide the 1408 rows of down_proj of G: 22,528 runs of 88 bytes per layer."""
     with torch.device("meta"):
-        weights = DiT(config_of(model, num_experts=experts, depth=2))
+        weights = dict(DiT(config_of(model, num_experts=experts, depth=2)).named_parameters())
     with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
         fsdp.check_runs(fsdp.Layout(256), weights)
     for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
