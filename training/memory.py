@@ -32,12 +32,13 @@ from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize
 from runtime.processes import read_environment
 from training.auxiliary import PROJECTORS, projectors_of
+from training.changes import check_changes
 from training.config import DataFacts, TrainConfig
 from training.ema import start_notes
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
 from training.setup import batch_notes, open_dataset
-from training.start import ChooseEngine, check_changes, plan_run
+from training.start import ChooseEngine, plan_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -53,7 +54,8 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     run = plan_run(said, engine_flags, open_planned)
     begin, config, num_images = run.begin, run.config, IMAGENET[0]
     if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
-        check_changes(run, begin.own or begin.record, {}, step, begin.folder)
+        may = run.said if begin.resumes or begin.own is None else set()
+        check_changes(begin.own or begin.record, config, {}, may, step, begin.folder)
     engine = choose_engine(config)
     if run.dataset is not None:
         num_images = len(split(run.dataset, config.data.val_share)[0])

@@ -9,7 +9,6 @@ run = open_run(said, DDPFlags, choose_engine, dist)
     the same command  the newest intact checkpoint of its folder, which must have equal settings
 """
 
-import glob
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,38 +20,36 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from checkpoints import (
-    MODEL_FILE,
-    Checkpoint,
-    Record,
-    config_of,
-    read_checkpoint,
-    read_record,
-    step_folders,
-)
-from checkpoints.adapting import adapt, is_adapted
-from checkpoints.checkpoint import averages_of
+from checkpoints import MODEL_FILE, Checkpoint, Record, read_record, step_folders
 from checkpoints.costs import fake_model
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
 from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
 from latents.cache import FEATURES
 from latents.loading import BatchStream, split
-from latents.sources import Batch, ImageSource, Source, images_name, same_images, size_notes
-from options.settings import Layer, differences, flat, spelling
+from latents.sources import Batch, ImageSource, Source, size_notes
+from options.settings import Layer, flat
 from runtime.devices import DTYPES, be_deterministic
-from runtime.errors import UserError, check_same, pluralize, printable, reported_as
+from runtime.errors import UserError, printable, reported_as
 from runtime.processes import Distributed
+from training.changes import (
+    check_changes,
+    check_earlier_names,
+    compare,
+    rate_notes,
+    state_notes,
+    stored_config,
+)
 from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    configure,
     fitted,
     known_settings,
     training_flags,
 )
 from training.engine import Engine, frozen_names
+from training.finetune import check_weights, data_notes, open_weights, start_weights
 from training.log import RunLog, lost_changes
 from training.manifest import find_fault
 from training.run_folder import (
@@ -66,29 +63,12 @@ from training.run_folder import (
     removed_if_failed,
     stored_settings,
 )
-from training.schedule import rate_factor
 from training.setup import batch_notes, check_batch, open_dataset, open_held_out
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
-# Inputs of a run besides its settings: their names in messages, and the flags that change them.
-FACTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "images": ("--data-path", ("data_path", "latents_path")),
-    "vae_sha256": ("--vae-path: weights", ("vae_path",)),
-    "normalisation": ("--vae-path: normalisation", ("vae_path", "latents_norm")),
-    "latents_norm_sha256": (
-        "--latents-path: mean and standard deviation per channel",
-        ("latents_path", "latents_norm"),
-    ),
-    "features_sha256": ("--latents-path: the network of the features", ("latents_path",)),
-    "global_batch_size": ("the images of a step", ("train_batch_size", "accum_iter")),
-    "start": ("the weights that the run started from", ()),
-    "script": ("the script", ()),
-}
-UNRECORDED = ("images", "vae_sha256", "normalisation")  # by weights of other code
 FOLLOWS = ("image_size", "flip")  # settings that follow from --latents-path
 BEGINNINGS = ("run_name", "resume", "finetune")  # of a run, which its branches do not share
-LABELS = {"input_size": "the latent size", "in_channels": "--vae-path: the number of channels"}
 
 
 @dataclass(kw_only=True)
@@ -146,14 +126,6 @@ class Plan(NamedTuple):
     dataset: Source | None  # None with --dry-run, if the data are not on this machine
     said: set[str]  # fields that the flags set, or that follow from them
     notes: list[str]
-
-
-class Changes(NamedTuple):
-    """What differs from a checkpoint, as "--lr: was 0.0001, is 5e-05"; see `Option.change`."""
-
-    state: list[str]
-    unsaid: list[str]  # decides the result, and no flag says it
-    said: list[str]
 
 
 def open_run(
@@ -238,7 +210,8 @@ def starting_point(
         facts["start"] = facts["start"] or before.facts.get("start")
         was, unknown = stored_config(before, type(config.engine))
         newest = begin.own if is_own and begin.own else before
-        changed = check_changes(plan, newest, facts, state_folder, folder)
+        may = plan.said if begin.resumes or not is_own else set()
+        changed = check_changes(newest, config, facts, may, state_folder, folder)
         if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
             every = training_flags(type(config.engine))
             changed = compare(before, was, config, facts, {*every}).said
@@ -362,62 +335,6 @@ def beginning_of(said: Layer) -> Beginning:
     return Beginning(folder, own, own if weights else None)
 
 
-def open_weights(said: Layer) -> Checkpoint:
-    """Reads the weights that --finetune names."""
-    path, named = said["finetune"], said.get("model")
-    # Published files do not record these fields.
-    names = ("num_heads", "num_experts_per_tok")
-    hints = {name: said[name] for name in names if name in said}
-    # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
-    if (objective := said.get("objective")) and objective.name == "gaussian":
-        hints["objective"] = "gaussian"
-    try:
-        source = read_checkpoint(path, hints).in_full_precision()
-    except UserError as error:
-        raise UserError(f"--finetune {error}") from None
-    if named is not None:
-        sizes, preset = ("hidden_size", "depth", "patch_size"), flat(config_of(named)) | said
-        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, flat(source.config)))
-        check_same(f"--model {named}: {path} is a different model", got, has)
-    if said.get("num_experts") and not source.config.num_experts:
-        raise UserError(
-            f"--num-experts: got {said['num_experts']}, but {path} is a dense model; first add "
-            "experts: python upcycle.py --ckpt WEIGHTS --num_experts N --output FOLDER, then "
-            "train: --finetune FOLDER"
-        )
-    return source
-
-
-def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
-    """Checks that a run can start from these weights; returns a note on what the flags change.
-
-    The flags may not change the shape of a weight that `adapt` does not replace.
-    """
-    adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
-    before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
-    found = [
-        difference(name, was, now)
-        for name, flag, was, now in differences(before, config.model)
-        if flag.option.change == "state"
-    ]  # fmt: skip
-    if source.record.objective not in (None, config.step.objective.name):
-        found.append(difference("objective", source.record.objective, config.step.objective.name))
-    if not found:
-        return []
-    shapes, has = (
-        {name: value.shape for name, value in state_dict.items() if not is_adapted(name)}
-        for state_dict in (fake_model(config.model).state_dict(), source.state_dict)
-    )
-    if shapes != has:
-        raise UserError(f"--finetune: {source.path} is a different model: {'; '.join(found)}")
-    return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
-
-
-def difference(name: str, was: Any, now: Any) -> str:
-    was, now = ([*value] if isinstance(value, tuple) else value for value in (was, now))
-    return f"{LABELS.get(name) or spelling(name)}: was {was!s:.300}, is {now!s:.300}"
-
-
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[dict[str, Any], Autoencoder | None]:
@@ -465,176 +382,3 @@ def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distribu
             "damaged files from a copy, or start a new run with a different --run-name"
         )
     return None
-
-
-def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
-    """Returns the config of a checkpoint, and notes on settings that this version lacks."""
-    stored, notes = stored_settings(before, training_flags(engine_flags))
-    return configure({"model": before.model_name, **stored}, engine_flags, {}), notes
-
-
-def check_changes(
-    plan: Plan, before: Record, facts: dict[str, Any], step: Path, folder: Path | None
-) -> list[str]:
-    """Returns what the flags change in a run that goes on from a step folder, see `Changes`.
-
-    before: record of the newest checkpoint of the run, or of that which a branch starts from
-    facts: inputs besides the settings, or {} before they are known
-    Raises UserError for a difference in the state, or one that no flag says.
-    """
-    is_own = folder is not None and step.is_relative_to(folder)
-    may = plan.said if plan.begin.resumes or not is_own else set()
-    if not is_own:  # a branch begins anew
-        before = replace(before, facts={**before.facts, "start": facts.get("start")})
-    was, _ = stored_config(before, type(plan.config.engine))
-    found = compare(before, was, plan.config, facts, may)
-    if found.state and not is_own:
-        raise UserError(
-            f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
-            "--finetune starts from the weights only"
-        )
-    if refused := found.state + found.unsaid:
-        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
-        if not found.state:
-            expected += f", or --resume {folder} with the flags that are to change, or a branch "
-            expected += f"(--resume {step} --run-name NEW)"
-        raise UserError(
-            f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
-        )
-    return found.said
-
-
-def compare(
-    before: Record, was: TrainConfig, config: TrainConfig, facts: dict[str, Any], may: set[str]
-) -> Changes:
-    """Compares the settings and the facts of a checkpoint with those of a command.
-
-    may: fields that the command may change
-    """
-    found = Changes([], [], [])
-    if was.preset != config.preset:
-        found.state.append(difference("model", was.preset, config.preset))
-    for section, part in config.parts.items():
-        for name, flag, old, new in differences(was.parts[section], part):
-            result = found.said if flag.field.name in may else found.unsaid
-            lines = {"state": found.state, "result": result}.get(flag.option.change, [])
-            lines.append(difference(name, old, new))
-    known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
-    known["normalisation"] = before.norm and str(before.norm)
-    for name in dict.fromkeys([*facts, *known]) if facts else ():
-        old, new = known.get(name), facts.get(name)
-        label, fields = FACTS.get(name, (spelling(name), ()))
-        if old == new or old is None and name in UNRECORDED:
-            continue
-        if name == "images":
-            if same_images(old, new):
-                continue
-            old, new = images_name(old), images_name(new)
-        result = found.said if may & {*fields} else found.unsaid
-        lines = result if fields else found.state
-        lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
-    return found
-
-
-def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
-    """Refuses a new run without a name that repeats a run which an earlier version named."""
-    others = folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")
-    for other in () if folder.exists() else sorted(others):
-        if (before := newest_record(other)) is None:
-            continue
-        try:
-            was, _ = stored_config(before, type(config.engine))
-        except UserError:
-            continue
-        if before.images and "sha256" in before.images:  # a digest of an earlier version
-            facts = facts | {"images": before.images}
-        found = compare(before, was, config, facts, set())
-        if found.state or found.unsaid:
-            continue
-        raise UserError(
-            f"{other} has the same settings and data, under the name of an earlier version; "
-            f"continue it with --resume {other}, or begin a new run with --run-name NEW"
-        )
-
-
-def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
-    """Returns notes on the EMAs and auxiliary losses that the state does not have."""
-    names = {*averages_of(step)}
-    notes = [
-        f"EMA {ema.name} starts from the weights: {step} does not have it"
-        for ema in config.emas if names and ema.name not in names
-    ]  # fmt: skip
-    trained = {one.name for one in was.step.auxiliary}
-    notes += [
-        f"auxiliary loss {one.name} starts with new weights: {step} does not have it"
-        for one in config.auxiliary if one.name not in trained
-    ]  # fmt: skip
-    return notes
-
-
-def start_weights(
-    weights: Checkpoint, config: TrainConfig, dataset: Source, notes: list[str]
-) -> Checkpoint:
-    """Adapts the weights of --finetune to the config, and adds notes on what is new."""
-    adapted, more = adapt(weights, config.model, dataset.classes, config.run.global_seed)
-    notes += more
-    if config.step.freezes:
-        notes += [
-            f"{name} is new and frozen, so it does not learn"
-            for name in frozen_names(fake_model(config.model), config.step)
-            if adapted.state_dict[name] is not weights.state_dict.get(name)
-        ]
-    return adapted
-
-
-def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
-    """Returns notes if autoencoder or normalisation differ from those that the weights were trained
-    with, or if images are held out that they were trained on."""
-    notes, norm = [], start.norm and str(start.norm)
-    pairs = {"vae_sha256": start.vae_sha256, "normalisation": norm}
-    if found := [
-        f"{FACTS[name][0]}: was {was!s:.300}, is {facts[name]!s:.300}"
-        for name, was in pairs.items() if was not in (None, facts[name])
-    ]:  # fmt: skip
-        notes.append(f"{path} was trained on other data: {'; '.join(found)}")
-    share, wanted = start.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
-    if start.images and same_images(start.images, facts["images"]) and share < wanted:
-        notes.append(
-            f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
-            f"was trained with --val-share {share:g}"
-        )
-    return notes
-
-
-def rate_notes(config: TrainConfig, before: Record | None, stream: BatchStream) -> list[str]:
-    """Returns notes on a long warm-up and, for a resumed run, on changed noise and on a jump of the
-    learning rate, which had decayed towards the end of a shorter run.
-    """
-    notes, (warmup, last) = [], (config.step.warmup_steps, stream.end_step)
-    if warmup > last:
-        notes.append(
-            f"--warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
-            f"the learning rate reaches {config.step.lr * last / warmup:.2g}, not "
-            f"{config.step.lr:.2g}"
-        )
-    if before is None:
-        return notes
-    if before.micro_batch not in (None, stream.micro_batch):
-        notes.append(
-            f"micro-batches have {stream.micro_batch} images instead of {before.micro_batch}: the "
-            "run continues, but the noise differs from the noise of an uninterrupted run"
-        )
-    run = before.settings.get("run", {})
-    length = {name: run.get(name) for name in ("max_steps", "epochs")}
-    shorter = replace(config, run=replace(config.run, **length))
-    end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
-    fallen, now = (
-        config.step.lr * rate_factor(config.schedule, warmup, done, total)
-        for total in (end, stream.end_step)
-    )
-    if now > 1.01 * fallen:
-        notes.append(
-            f"the learning rate fell to {fallen:.2g} by step {done}, as in a run of {end} "
-            f"steps; in a run of {stream.end_step} steps, the learning rate jumps to {now:.2g}"
-        )
-    return notes

@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from training.config import DataFacts, StepConfig, resolve
 from training.engine import freeze
 from training.engines.flags import DDPFlags
-from training.start import open_weights
+from training.finetune import open_weights
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from latents.loading import BatchStream
 from options.settings import differences
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
+from training.changes import stored_config
 from training.config import override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
@@ -37,7 +38,6 @@ from training.run_folder import (
     stored_settings,
 )
 from training.saving import Saver
-from training.start import stored_config
 
 STATE_FILE = STATE_FILES.format(0)
 

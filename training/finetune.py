@@ -1,0 +1,100 @@
+"""--finetune: the weights that a run starts from."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from checkpoints import Checkpoint, Record, config_of, read_checkpoint
+from checkpoints.adapting import adapt, is_adapted
+from checkpoints.costs import fake_model
+from latents.sources import Source, same_images
+from options.settings import Layer, differences, flat, spelling
+from runtime.errors import UserError, check_same
+from training.changes import FACTS, difference
+from training.config import TrainConfig
+from training.engine import frozen_names
+
+
+def open_weights(said: Layer) -> Checkpoint:
+    """Reads the weights that --finetune names."""
+    path, named = said["finetune"], said.get("model")
+    # Published files do not record these fields.
+    names = ("num_heads", "num_experts_per_tok")
+    hints = {name: said[name] for name in names if name in said}
+    # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
+    if (objective := said.get("objective")) and objective.name == "gaussian":
+        hints["objective"] = "gaussian"
+    try:
+        source = read_checkpoint(path, hints).in_full_precision()
+    except UserError as error:
+        raise UserError(f"--finetune {error}") from None
+    if named is not None:
+        sizes, preset = ("hidden_size", "depth", "patch_size"), flat(config_of(named)) | said
+        got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, flat(source.config)))
+        check_same(f"--model {named}: {path} is a different model", got, has)
+    if said.get("num_experts") and not source.config.num_experts:
+        raise UserError(
+            f"--num-experts: got {said['num_experts']}, but {path} is a dense model; first add "
+            "experts: python upcycle.py --ckpt WEIGHTS --num_experts N --output FOLDER, then "
+            "train: --finetune FOLDER"
+        )
+    return source
+
+
+def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
+    """Checks that a run can start from these weights; returns a note on what the flags change.
+
+    The flags may not change the shape of a weight that `adapt` does not replace.
+    """
+    adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
+    before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
+    found = [
+        difference(name, was, now)
+        for name, flag, was, now in differences(before, config.model)
+        if flag.option.change == "state"
+    ]  # fmt: skip
+    if source.record.objective not in (None, config.step.objective.name):
+        found.append(difference("objective", source.record.objective, config.step.objective.name))
+    if not found:
+        return []
+    shapes, has = (
+        {name: value.shape for name, value in state_dict.items() if not is_adapted(name)}
+        for state_dict in (fake_model(config.model).state_dict(), source.state_dict)
+    )
+    if shapes != has:
+        raise UserError(f"--finetune: {source.path} is a different model: {'; '.join(found)}")
+    return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
+
+
+def start_weights(
+    weights: Checkpoint, config: TrainConfig, dataset: Source, notes: list[str]
+) -> Checkpoint:
+    """Adapts the weights of --finetune to the config, and adds notes on what is new."""
+    adapted, more = adapt(weights, config.model, dataset.classes, config.run.global_seed)
+    notes += more
+    if config.step.freezes:
+        notes += [
+            f"{name} is new and frozen, so it does not learn"
+            for name in frozen_names(fake_model(config.model), config.step)
+            if adapted.state_dict[name] is not weights.state_dict.get(name)
+        ]
+    return adapted
+
+
+def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
+    """Returns notes if autoencoder or normalisation differ from those that the weights were trained
+    with, or if images are held out that they were trained on."""
+    notes, norm = [], start.norm and str(start.norm)
+    pairs = {"vae_sha256": start.vae_sha256, "normalisation": norm}
+    if found := [
+        f"{FACTS[name][0]}: was {was!s:.300}, is {facts[name]!s:.300}"
+        for name, was in pairs.items() if was not in (None, facts[name])
+    ]:  # fmt: skip
+        notes.append(f"{path} was trained on other data: {'; '.join(found)}")
+    share, wanted = start.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    if start.images and same_images(start.images, facts["images"]) and share < wanted:
+        notes.append(
+            f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
+            f"was trained with --val-share {share:g}"
+        )
+    return notes
