@@ -30,8 +30,8 @@ from tools.experiments.report import (
     steps_to_quality,
     table,
 )
-from tools.experiments.sample_tables import sample_comparisons, sample_tables
-from tools.experiments.samples import DropSmall
+from tools.experiments.sample_tables import guidance_table, sample_comparisons, sample_tables
+from tools.experiments.samples import DropSmall, border_contrast
 from tools.experiments.specialisation import bits, call, count_choices
 from training.config import parse_training, resolve
 from training.engines.flags import DDPFlags
@@ -305,6 +305,28 @@ def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_betwee
     assert [line[1] for line in lines] == ["3", "4"]  # one pass of the flow was not sampled
     assert lines[0][2:6] == ["1.100 ± 0.153", "0.700 ± 0.058", "mean 1", "heun 2"]
     assert lines[1][4:8] == ["mean 2 at 1.5", "heun 2", "3 groups", "-0.200 ± 0.115"]
+
+
+def test_rows_of_several_guidance_intervals_have_a_line_each_and_one_is_chosen():
+    kids = [(1, (0.1, 0.9), 0.5), (3, (0.0, 1.0), 0.4), (3, (0.1, 0.9), 0.2)]
+    rows = [
+        {"run": "pixels", "sampler": "heun", "steps": 13, "scale": scale, "interval": interval,
+         "passes": 25 * scale, "choosing": [chosen, 0.1], "reporting": [2.0, 1.0],
+         "groups": [1, 2, 3], "border_contrast": 1.26}
+        for scale, interval, chosen in kids
+    ]  # fmt: skip
+    best, lines = sample_tables(rows).splitlines()[-1], guidance_table(rows).splitlines()[2:]
+    assert best == "| pixels | 3 in 0.1 to 0.9 | 0.200 ± 0.100 | 2.000 ± 1.000 |"
+    assert [line.split(" | ")[2] for line in lines] == ["1", "3 in 0 to 1", "3 in 0.1 to 0.9"]
+    assert lines[1].endswith("| 75 | 0.40 | 2.00 ± 0.58 | 1.26 |")
+
+
+def test_border_contrast_is_large_only_if_patches_show():
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 50
+    columns = torch.tensor([0, 200]).repeat_interleave(8)
+    assert border_contrast(pixels, 8) == pytest.approx(1, abs=0.1)
+    squares = pixels + columns + columns[:, None]
+    assert border_contrast(squares, 8) > 5 and border_contrast(squares, 4) < 5
 
 
 def test_experts_with_a_small_weight_are_left_out():

@@ -23,6 +23,7 @@ from tools.experiments.arms import QUESTIONS, Question
 from tools.experiments.comparisons import information_table, paired_tests, test_cells, with_error
 from tools.experiments.sample_tables import (
     draw_samples,
+    guidance_table,
     read_samples,
     sample_comparisons,
     sample_tables,
@@ -229,13 +230,16 @@ def parse_args() -> ReportConfig:
 
 def report_samples(config: ReportConfig, rows: list[dict]) -> None:
     """Writes tables.md and, for rows of several numbers of steps, samples.png."""
-    arms = set(read_samples(rows)[0]["arm"])
+    frame, _ = read_samples(rows)
+    arms = set(frame["arm"])
     if config.arms:
         raise UserError(f"--arms: got {config.rows}, which has samples, expected rows of training")
     if config.reference and config.reference not in arms:
         expected = ", ".join(sorted(arms))
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
     text = sample_tables(rows)
+    if frame["interval"].nunique() > 1:
+        text += "\n" + guidance_table(rows)
     if config.reference:
         text += "\n" + sample_comparisons(rows, config.reference)
     write_durably(config.output / "tables.md", text)

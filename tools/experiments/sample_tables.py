@@ -20,7 +20,9 @@ def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:
     "arm" is the name of the run without the seed, and the settings of the model that differ between
     rows: ARM,NAME=VALUE.
     """
-    frame = DataFrame([{"sampler": "", "groups": row["reporting"][:1]} | row for row in rows])
+    known = {"sampler": "", "interval": (0.0, 1.0)}
+    frame = DataFrame([known | {"groups": row["reporting"][:1]} | row for row in rows])
+    frame["interval"] = frame["interval"].map("{0[0]:g} to {0[1]:g}".format)
     cost = "passes" if "passes" in frame and frame["passes"].notna().all() else "steps"
     names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
     frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0], **names)
@@ -51,12 +53,13 @@ def sample_tables(rows: list[dict]) -> str:
     deviation between groups of samples of a run, pooled over the runs of a column.
     """
     frame, cost = read_samples(rows)
-    best = strongest(frame, "sampler", cost)
+    is_varied = len(frame[["sampler", "steps"]].drop_duplicates()) > 1
+    best = strongest(frame, *(("sampler", cost) if is_varied else ()))
     if len(best) == best["run"].nunique():
         lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
         for row in best.to_dict("records"):
             kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
-            lines.append([row["run"], f"{row['scale']:g}", *kids])
+            lines.append([row["run"], guidance_of(row, frame), *kids])
         return markdown(lines)
     costs = sorted(best[cost].unique().tolist())
     unit = {"steps": "step", "passes": "pass"}[cost]
@@ -70,6 +73,26 @@ def sample_tables(rows: list[dict]) -> str:
     if len(noise):
         cells = (f"{noise[n]:.3f}" if n in noise else "" for n in costs)
         lines.append(["deviation between groups", "", "", *cells])
+    return markdown(lines)
+
+
+def guidance_of(row: dict, frame: DataFrame) -> str:
+    """Names the scale and, if the rows of the frame differ in it, the interval of guidance."""
+    interval = f" in {row['interval']}" if frame["interval"].nunique() > 1 else ""
+    return f"{row['scale']:g}{interval if row['scale'] != 1 else ''}"
+
+
+def guidance_table(rows: list[dict]) -> str:
+    """Returns a Markdown table with a line for each scale and interval of guidance of each run."""
+    frame, _ = read_samples(rows)
+    lines = [["run", "sampler", "guidance", "passes", "KID, choosing images",
+              "KID, reporting images", "border contrast"]]  # fmt: skip
+    for row in frame.to_dict("records"):
+        kid = with_error(Series(row["groups"]), digits=2)
+        lines.append([
+            row["run"], f"{row['sampler']} {row['steps']}", guidance_of(row, frame),
+            str(row["passes"]), f"{row['chosen']:.2f}", kid, f"{row['border_contrast']:.2f}",
+        ])  # fmt: skip
     return markdown(lines)
 
 

@@ -43,7 +43,9 @@ from tools.experiments.report import read_lines
 
 PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.
-SETTINGS = ("run", "sampler", "quantize", "experts_per_token", "min_weight", "steps", "scale")
+SETTINGS = (
+    "run", "sampler", "quantize", "experts_per_token", "min_weight", "steps", "scale", "interval",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,10 @@ class SamplesConfig:
     )
     steps: tuple[int, ...] = flag((1, 2, 4, 8, 25), ge=1, help="numbers of sampling steps")
     scales: tuple[float, ...] = flag((1.0, 1.5, 2.0), help="guidance scales to choose from")
+    intervals: tuple[str, ...] = flag(
+        (), metavar="LOW-HIGH",
+        help="guidance intervals, such as 0-1 0.1-0.9 (default: that of the run's objective)",
+    )  # fmt: skip
     sampler: str | None = flag(None, help="sampler (default: the default of the run's objective)")
     quantize: tuple[str, ...] = flag(
         ("none",), choices=("none", "int8", "int4"), help="precisions of the experts' weights"
@@ -148,25 +154,57 @@ def seeds_of_groups(run: str, num_groups: int, num_images: int) -> list[range]:
     return [range(first + i * num_images, first + (i + 1) * num_images) for i in range(num_groups)]
 
 
+def border_contrast(images: Tensor, patch: int) -> float:
+    """Returns the mean difference between neighbouring pixels of two patches, relative to that
+    between neighbours in one patch: 1 if the borders of patches are invisible.
+
+    images: (N, 3, H, W) uint8
+    patch: pixels per side
+    """
+    ratios = []
+    for dim in (2, 3):
+        steps = images.float().diff(dim=dim).abs().mean(dim=[d for d in range(4) if d != dim])
+        is_border = torch.arange(1, len(steps) + 1) % patch == 0
+        ratios.append(steps[is_border].mean() / steps[~is_border].mean())
+    return float(sum(ratios) / 2)
+
+
+def patch_pixels(pipeline: SamplingPipeline) -> int:
+    return pipeline.model.config.patch_size * pipeline.vae.downsampling
+
+
+def intervals_of(config: SamplesConfig, pipeline: SamplingPipeline) -> list[list[float]]:
+    """Returns the guidance intervals. Raises UserError for other text than LOW-HIGH."""
+    if not config.intervals:
+        return [list(pipeline.settings.guidance_interval)]
+    message = f"--intervals: got {' '.join(config.intervals)}, expected LOW-HIGH, such as 0.1-0.9"
+    with reported_as(message, ValueError):
+        pairs = [list(map(float, text.split("-"))) for text in config.intervals]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(message)
+    return pairs
+
+
 def measure(
     pipeline: SamplingPipeline, run: str, config: SamplesConfig, extractor: FeatureNetwork,
     real: dict[str, Statistics],
 ) -> dict:  # fmt: skip
-    """Returns the passes and KIDs of a row.
+    """Returns the passes, the KIDs and the border contrast of a row.
 
     "reporting" is the mean and the standard deviation of "groups", the KIDs of the groups.
     "choosing", and "reporting" of a single group, have the deviation between subsets.
     """
-    counter, kids = Passes(), []
+    counter, kids, contrasts = Passes(), [], []
     handle = pipeline.model.blocks[0].register_forward_hook(counter)
     groups = seeds_of_groups(run, config.groups + 1, config.num_images)
     for group, seeds in enumerate(groups):
-        images = sample(pipeline, seeds, config.batch_size)
-        images = ImageSet(len(images), tuple(images.shape[2:]), lambda i, j, x=images: x[i:j])
+        pixels = sample(pipeline, seeds, config.batch_size)
+        images = ImageSet(len(pixels), tuple(pixels.shape[2:]), lambda i, j, x=pixels: x[i:j])
         samples = collect(images, extractor, config.batch_size)
         statistics = real["reporting" if group else "choosing"]
         found = score(samples, statistics, ["kid"], config.kid_subset_size)
         kids.append((found["kid"], found["kid_std"]))
+        contrasts.append(border_contrast(pixels, patch_pixels(pipeline)))
     handle.remove()
     values = [kid for kid, _ in kids[1:]]
     spread = stdev(values) if len(values) > 1 else kids[1][1]
@@ -175,6 +213,7 @@ def measure(
         "choosing": list(kids[0]),
         "reporting": [mean(values), spread],
         "groups": values,
+        "border_contrast": mean(contrasts),
     }
 
 
@@ -182,8 +221,9 @@ def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
     """Draws a line of images for each number of steps, at the scale that the rows choose."""
     lines: dict[str, SamplingPipeline] = {}
     for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
-        settings = pipeline.with_settings(steps=row["steps"], cfg_scale=row["scale"])
-        lines[pluralize(row["steps"], "step")] = settings
+        lines[pluralize(row["steps"], "step")] = pipeline.with_settings(
+            steps=row["steps"], cfg_scale=row["scale"], guidance_interval=tuple(row["interval"])
+        )
     seeds = range(PICTURED)
     images = torch.cat([sample(settings, seeds, PICTURED) for settings in lines.values()])
     write_png(captioned_rows(enlarge(images), list(lines)), path)
@@ -219,7 +259,7 @@ def main(config: SamplesConfig) -> None:
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
-    rows = [{"min_weight": 0.0} | row for row in read_lines(config.output)]
+    rows = [{"min_weight": 0.0, "interval": [0.0, 1.0]} | row for row in read_lines(config.output)]
     for shared, opened, hook in open_settings(config):
         facts = {
             "images": config.num_images, "num_groups": config.groups,
@@ -228,13 +268,17 @@ def main(config: SamplesConfig) -> None:
             "choose_by": str(config.choosing), "report_by": str(config.reporting),
             "checkpoint": opened.checkpoint.record.step,
         }  # fmt: skip
-        for steps, scale in product(config.steps, config.scales):
-            row = {**shared, "steps": steps, "scale": scale}
+        for steps, interval, scale in product(
+            config.steps, intervals_of(config, opened), config.scales
+        ):
+            row = {**shared, "steps": steps, "scale": scale, "interval": interval}
             if known := [one for one in rows if row.items() <= one.items()]:
                 was = {name: known[0].get(name, value) for name, value in facts.items()}
                 check_same(f"--output: {config.output} has rows of other samples", facts, was)
                 continue
-            pipeline = opened.with_settings(steps=steps, cfg_scale=scale)
+            pipeline = opened.with_settings(
+                steps=steps, cfg_scale=scale, guidance_interval=tuple(interval)
+            )
             hook.rows_per_token.clear()
             row |= measure(pipeline, shared["run"], config, extractor, real)
             used = hook.rows_per_token or [shared["experts_per_token"]]
