@@ -12,12 +12,16 @@ Formats:
 
 --precision bf16 halves the size of the weights. --quantize int8 or int4 stores quantised experts,
 except in the published format. A local autoencoder is included as vae/.
+
+--drop-experts N leaves out N experts of each layer: those whose removal raises the held-out loss
+least, as expert_ablation.py measured it. train.py --finetune trains the smaller model further.
 """
 
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from analysis.config import ABLATION_FILE
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import flag, parse_config
@@ -41,6 +45,11 @@ class ExportConfig(SamplingConfig):
         None, choices=("fp32", "bf16", "fp16"),
         help="precision of the weights except routers (default: unchanged), and of sampling the "
         "images of the model card",
+    )  # fmt: skip
+    drop_experts: int = flag(0, ge=0, help="number of experts to leave out of each layer")
+    ablation: Path | None = flag(
+        None, metavar="FILE",
+        help=f"file of expert_ablation.py for --drop-experts (default: {ABLATION_FILE} in --ckpt)",
     )  # fmt: skip
     scores: Path | None = flag(
         None, help="results.json of evaluate.py, to include in the model card"
@@ -66,6 +75,26 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     return f"{pipeline.describe()}, seeds from {config.seed}"
 
 
+def without_experts(config: ExportConfig, checkpoint):
+    """Returns the checkpoint without the experts that --drop-experts leaves out."""
+    from analysis.ablation import least_damage, load_ablation
+    from checkpoints import build_model
+    from checkpoints.adapting import drop_experts
+    from latents.autoencoder import weights_digest
+    from runtime.devices import DTYPES
+
+    path = config.ablation or Path(config.ckpt, ABLATION_FILE)
+    settings, rows = load_ablation(path)
+    digests = (
+        weights_digest(build_model(replace(checkpoint, model=None), dtype=dtype))
+        for dtype in DTYPES.values()
+    )
+    if settings.get("checkpoint_sha256") not in digests:
+        raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
+    with reported_as("--drop-experts", ValueError):
+        return drop_experts(checkpoint, least_damage(rows, config.drop_experts))
+
+
 def parse_args() -> ExportConfig:
     return parse_config(ExportConfig, __doc__)
 
@@ -85,6 +114,8 @@ def main(config: ExportConfig) -> None:
     from sampling import export, pipeline
 
     checkpoint = pipeline.open_checkpoint(config)
+    if config.drop_experts:
+        checkpoint = without_experts(config, checkpoint)
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
     if vae_path is None and config.format == "pipeline":

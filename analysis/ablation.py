@@ -76,6 +76,20 @@ def leave_one_out(
             yield Ablation(layer, expert, *change(measure(), whole))
 
 
+def least_damage(rows: Sequence[Ablation], number: int) -> list[list[int]]:
+    """Returns, for each layer, the experts whose removal raises the held-out loss least.
+
+    Raises UserError for rows without losses.
+    """
+    layers: dict[int, list[Ablation]] = {}
+    for row in rows:
+        if row.loss is None:
+            raise UserError("got an ablation of pictures only, expected held-out losses")
+        layers.setdefault(row.layer, []).append(row)
+    ranked = (sorted(layers[layer], key=lambda row: row.loss) for layer in sorted(layers))
+    return [[row.expert for row in rows[:number]] for rows in ranked]
+
+
 def change(without: Outcome, whole: Outcome) -> tuple[float | None, float | None, float]:
     """Returns the last three fields of `Ablation`."""
     pixels = (without.images.float() - whole.images.float()) / 255

@@ -1,4 +1,4 @@
-"""Adapts weights to other classes, conditions or image sizes, and adds experts to dense weights.
+"""Adapts weights to other classes, conditions or image sizes, and adds or drops experts.
 
     weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
     config = upcycled_config(dense.config, num_experts=8, num_experts_per_tok=2)
@@ -7,7 +7,7 @@
 Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,9 @@ from runtime.errors import reported_as
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes differ
+
+# Routers whose weights and buffers have one row per expert.
+LINEAR_ROUTERS = ("topk", "sigmoid", "expert_choice")
 
 
 def is_adapted(name: str) -> bool:
@@ -93,6 +96,29 @@ def change_conditions(
     kept = {name: value for name, value in state_dict.items() if not name.startswith(gone)}
     drawn = {name: value for name, value in model.state_dict().items() if name.startswith(new)}
     return kept | drawn
+
+
+def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkpoint:
+    """Returns the model without some routed experts; the router chooses among the others.
+
+    dropped: experts of each sparse layer, the same number in each
+    Raises ValueError if too few experts are left, or if the router has more than a linear gate.
+    """
+    config, state_dict = source.config, dict(source.state_dict)
+    if config.router is None or config.router.name not in LINEAR_ROUTERS:
+        got = config.router and config.router.name
+        raise ValueError(f"router: got {got}, expected {', '.join(LINEAR_ROUTERS)}")
+    most = config.num_experts - config.num_experts_per_tok
+    if (number := len(dropped[0])) > most:
+        raise ValueError(f"got {number}, expected at most {most}, which leaves one token's experts")
+    smaller = replace(config, num_experts=config.num_experts - number)
+    for layer, gone in zip(config.sparse_layers, dropped, strict=True):
+        kept = torch.tensor([i for i in range(config.num_experts) if i not in gone])
+        for name, weight in state_dict.items():
+            if name.startswith((f"blocks.{layer}.moe.gate.", f"blocks.{layer}.moe.experts.")):
+                state_dict[name] = weight[kept]  # (E, ...)
+    record = replace(source.record, config=smaller)
+    return replace(source, state_dict=state_dict, record=record, model=None)
 
 
 def upcycled_config(

@@ -29,8 +29,10 @@ from test_layouts import DENSE
 from test_models import randomised
 from test_sampling import randomised_preset
 
-from checkpoints import Checkpoint, Record, load_model, read_checkpoint
-from checkpoints.adapting import upcycled_config
+from analysis.ablation import Ablation, save_ablation
+from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
+from checkpoints.adapting import drop_experts, upcycled_config
+from latents.autoencoder import weights_digest
 from options.settings import nested
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
@@ -203,6 +205,53 @@ def test_a_model_of_pixels_is_exported_without_an_autoencoder(
         pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
         drawn = pipeline([0, 1], num_inference_steps=2, output_type="np").images
         assert np.abs(drawn[0] - np.asarray(Image.open(want[0])) / 255).max() < 2 / 255
+
+
+@pytest.mark.parametrize("router", ["topk", "sigmoid", "expert_choice"])
+def test_a_model_without_some_experts_routes_as_if_their_gate_never_chose_them(router):
+    model = randomised(router=router, num_experts_per_tok=1)
+    source = Checkpoint(Path("model"), model.state_dict(), Record(config=model.config))
+    smaller = build_model(drop_experts(source, [[1, 3], [0, 2]]))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
+    with torch.no_grad():
+        whole = model.eval()(x, t, y)[0]
+        for block, gone in zip(model.blocks, ([1, 3], [0, 2]), strict=True):
+            gate, kept = block.moe.gate, [i for i in range(4) if i not in gone]
+            score, choices = gate.score, torch.full((4,), -torch.inf)
+            choices[kept] = 0
+            gate.score = lambda x, score=score, choices=choices: score(x) + choices
+            if router == "sigmoid":
+                gate.e_score_correction_bias += choices
+            if router == "expert_choice":  # the experts that are left take all rows
+                gate.num_experts_per_tok = 2
+        got, want = smaller(x, t, y)[0], model(x, t, y)[0]
+    assert relative_error(got, want) < 1e-6 < relative_error(whole, want)
+
+
+def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_further(
+    trained, tmp_path, train_flags, capsys
+):
+    path, file = trained["rectified_flow"], tmp_path / "ablation.jsonl"
+    before = read_checkpoint(path)
+    digest = weights_digest(build_model(before))
+    damage = [[0.3, 0.1, 0.2, 0.4], [0.1, 0.4, 0.3, 0.2]]
+    rows = [Ablation(i, j, damage[i][j], 0.1, 0.5) for i in (0, 1) for j in range(4)]
+    save_ablation(file, {"checkpoint_sha256": digest}, rows)
+    flags = ("--drop-experts", 1, "--ablation", file)
+    out = export(path, tmp_path / "out", *flags)
+    after = read_checkpoint(out)
+    assert after.config.num_experts == 3
+    for layer, kept in enumerate(([0, 2, 3], [1, 2, 3])):
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+            name = f"blocks.{layer}.moe.{name}"
+            assert torch.equal(after.state_dict[name], before.state_dict[name][kept])
+    flags = {"max-steps": 1, "finetune": out, "model": None, "num_experts": None, "rf": True}
+    call_main("train.py", *train_flags(tmp_path, **flags, **{"run-name": "tuned"}))
+    assert read_checkpoint(tmp_path / "tuned").config.num_experts == 3
+    command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
+    assert "got 3, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 3)
+    save_ablation(file, {"checkpoint_sha256": "another"}, rows)
+    assert "other weights" in expect_error(capsys, *command, "--drop-experts", 1)
 
 
 def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, monkeypatch):
