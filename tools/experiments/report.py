@@ -247,6 +247,21 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
         draw_samples(rows, config.output / "samples.png")
 
 
+def report_dropping(config: ReportConfig, rows: list[dict]) -> None:
+    """Writes a table of the loss without some experts, by number and by how they are chosen."""
+    frame = DataFrame(rows)
+    kinds = frame["choice"].unique()
+    lines = [["run", "experts dropped per layer", *kinds]]
+    for (run, number), group in frame.groupby(["run", "dropped"], sort=False):
+        cells = []
+        for kind in kinds:
+            of_kind = group[group["choice"] == kind]
+            error = of_kind["change"].sem() if len(of_kind) > 1 else of_kind["error"].iloc[0]
+            cells.append(f"{of_kind['change'].mean():+.4f} ± {error:.4f}")
+        lines.append([run, f"{number} of {group['experts'].iloc[0]}", *cells])
+    write_durably(config.output / "tables.md", markdown(lines))
+
+
 def report_training(config: ReportConfig, rows: list[dict]) -> None:
     """Writes the tables and figures of the questions that these rows answer."""
     known = {row["arm"] for row in rows}
@@ -269,9 +284,10 @@ def main(config: ReportConfig) -> None:
             write_durably(config.output / "tables.md", text)
         else:
             rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
-            is_of_samples = "scale" in rows[0]
+            kinds = {"scale": report_samples, "dropped": report_dropping}
+            report = next((kinds[key] for key in kinds if key in rows[0]), report_training)
     if config.rows.suffix != ".csv":
-        (report_samples if is_of_samples else report_training)(config, rows)
+        report(config, rows)
     text = (config.output / "tables.md").read_text()
     if not text:
         raise UserError("--rows: got no question with rows of its reference and of another arm")

@@ -1,0 +1,111 @@
+r"""Measures how the held-out loss changes without some experts of each layer.
+
+    python expert_ablation.py --ckpt assets/demo --latents-path data/choosing-latents \
+        --output results/demo-ablation.jsonl
+    python -m tools.experiments.dropping --ckpt assets/demo --ablation results/demo-ablation.jsonl \
+        --choosing-latents data/choosing-latents --latents-path data/reporting-latents \
+        --output results/dropping.jsonl
+
+The experts to drop are those with the least damage (`expert_ablation.py`), those with the smallest
+load on the choosing images, or random ones. The smaller models are those of export.py
+--drop-experts. Each adds a row to OUTPUT, and `report.py` makes the table.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from analysis.ablation import least_damage, load_ablation
+from checkpoints import build_model
+from checkpoints.adapting import drop_experts
+from evaluation.heldout import held_out_losses, latent_batches, open_held_out
+from latents.sources import Batch
+from models import DiT
+from runtime.errors import run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+from sampling.config import SamplingConfig
+from sampling.generate import objective_of
+from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class DroppingConfig(SamplingConfig):
+    ckpt: str = flag(group="model", help="a sparse model")
+    ablation: Path = flag(group="experts", help="file of expert_ablation.py on choosing images")
+    dropped: tuple[int, ...] = flag((1, 2, 3), ge=1, help="numbers of experts per layer to drop")
+    draws: int = flag(3, ge=1, help="number of random choices")
+    choosing_latents: str = flag(group="images", help="cached latents that determine the load")
+    latents_path: str = flag(help="other cached latents, on which the losses are reported")
+    num_images: int = flag(500, ge=20, help="number of images of each")
+    output: Path = flag(group="output", help="file of the rows")
+
+
+def open_batches(pipeline: SamplingPipeline, path: str, config: DroppingConfig) -> list[Batch]:
+    images, _, _ = open_held_out(pipeline, None, path)
+    return list(
+        latent_batches(
+            images,
+            pipeline.vae,
+            pipeline.class_names,
+            num_images=config.num_images,
+            batch_size=config.batch_size,
+        )  # fmt: skip
+    )
+
+
+def mean_load(model: DiT, losses) -> np.ndarray:
+    """Returns the load (L, E) of the routed experts while `losses` computes."""
+    loads = []
+    with model.register_forward_hook(lambda *_: loads.append(model.expert_load)):
+        losses()
+    return torch.stack(loads).mean(0)[:, : model.config.num_experts].numpy()
+
+
+def choices_of(
+    number: int, ablation: list, load: np.ndarray, draws: int
+) -> dict[tuple[str, int], list[list[int]]]:
+    """Returns the experts of each layer to drop, by kind of choice and draw."""
+    order = [np.random.default_rng(draw).random(load.shape) for draw in range(draws)]
+    ranked = {("load", 0): load} | {("random", draw): one for draw, one in enumerate(order)}
+    found = {("damage", 0): least_damage(ablation, number)}
+    return found | {kind: one.argsort(1)[:, :number].tolist() for kind, one in ranked.items()}
+
+
+def parse_args() -> DroppingConfig:
+    return parse_config(DroppingConfig, __doc__)
+
+
+def main(config: DroppingConfig) -> None:
+    prepare_output("--output", config.output)
+    settings, ablation = load_ablation(config.ablation)
+    pipeline = open_pipeline(config)
+    objective = objective_of(pipeline.settings)
+    chosen_by, batches = (
+        open_batches(pipeline, path, config)
+        for path in (config.choosing_latents, config.latents_path)
+    )
+    load = mean_load(pipeline.model, lambda: held_out_losses(pipeline.model, objective, chosen_by))
+    whole = np.array(held_out_losses(pipeline.model, objective, batches)[0])
+    source = open_checkpoint(config)
+    for number in config.dropped:
+        for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
+            model = build_model(drop_experts(source, dropped))
+            change = np.array(held_out_losses(model, objective, batches)[0]) - whole
+            row = {
+                "run": Path(config.ckpt).name, "choice": choice, "draw": draw, "dropped": number,
+                "experts": source.config.num_experts, "loss": whole.mean(),
+                "change": change.mean(), "error": change.std(ddof=1) / len(change) ** 0.5,
+                "images": len(change), "chosen_on": settings.get("images"),
+                "reported_on": config.latents_path,
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
+            with config.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))
