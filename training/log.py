@@ -96,7 +96,7 @@ class RunLog:
 
     def changes(self, step: int, changed: list[str]) -> None:
         """Logs the settings that a resumed run changes after a step, "--lr: was 1, is 2"."""
-        if self.is_main and changed:
+        if self.is_main and changed and step < self.total_steps:  # otherwise they have no effect
             self.write(self.rows_file, json.dumps({"step": step, "changed": changed}))
             self.text(f"changed: {'; '.join(changed)}")
 

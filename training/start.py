@@ -160,12 +160,6 @@ def open_run(
         torch.set_float32_matmul_precision("high")
     trained, held_out_indices = split(dataset, config.data.val_share)
     stream = remaining_steps(config, engine, trained, before, dist)
-    is_finished = stream.start_step >= stream.end_step
-    if is_finished and state_folder not in found:
-        raise UserError(
-            f"--max-steps: the branch would end at step {stream.end_step}, expected a later step "
-            f"than {stream.start_step}, that of {state_folder}"
-        )
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     held_out = None
     if config.data.val_path or config.data.val_share:
@@ -178,8 +172,7 @@ def open_run(
     lock, log = open_folder(folder, config, facts, stream, found, dist)
     for note in notes:
         log.text(printable(f"note: {note}"))
-    if changed and not is_finished:
-        log.changes(stream.start_step, changed)
+    log.changes(stream.start_step, changed)
     origin = before.initialized_from if before else begin.weights and begin.weights.origin
     return Run(
         config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
@@ -254,6 +247,11 @@ def open_folder(
     found: checkpoints of the run, listed before this process had the lock
     """
     is_finished = stream.start_step >= stream.end_step
+    if is_finished and not found:
+        raise UserError(
+            f"--max-steps: the branch would end at step {stream.end_step}, expected a later step "
+            f"than that of its checkpoint, {stream.start_step}"
+        )
     is_new = dist.is_main and not os.path.lexists(folder)
     lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
     if dist.broadcast(step_folders(folder)) != found:

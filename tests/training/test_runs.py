@@ -230,11 +230,16 @@ def test_what_a_run_may_change_follows_from_the_class_of_the_field(
 
 
 def test_a_change_that_no_checkpoint_has_is_noted(copied, capsys):
-    """A finished run logs no change, because it trains no steps."""
-    resume = ["train.py", "--resume", copied / "run"]
+    """A damaged checkpoint still has its settings. A finished run logs no change, because it trains
+    no steps."""
+    resume, newest = ["train.py", "--resume", copied / "run"], copied / "run/checkpoints/0000004"
     call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
+    flip_bit(newest / STATE_FILE)
+    call_main(*resume, "--max-steps", 4)
+    assert read_record(newest).settings["step"]["lr"] == 5e-4
+    assert "earlier command" not in capsys.readouterr().out
     call_main(*resume, "--lr", 3e-4)
-    shutil.rmtree(copied / "run" / "checkpoints" / "0000004")
+    shutil.rmtree(newest)
     capsys.readouterr()
     call_main(*resume, "--max-steps", 4)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "earlier command" in line]
@@ -245,7 +250,7 @@ def test_a_change_that_no_checkpoint_has_is_noted(copied, capsys):
 def test_a_branch_that_would_train_no_steps_is_rejected_and_leaves_no_folder(copied, capsys):
     branch = ["--resume", step_folder(copied, 3), "--run-name=new"]
     line = expect_error(capsys, "train.py", *branch)
-    assert "--max-steps: the branch would end at step 3, expected a later step than 3" in line
+    assert "--max-steps: the branch would end at step 3, expected a later step than that of" in line
     assert not (copied / "new").exists()
 
 
