@@ -21,8 +21,9 @@ from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import StepConfig, TrainConfig
+from training.config import TrainConfig
 from training.ema import EMA
+from training.flags import StepConfig
 
 Bytes = dict[str, float]  # numbers of bytes, by purpose
 

@@ -33,7 +33,8 @@ from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from runtime.flags import read_values
-from training.config import DATA_FACTS, RunConfig, TrainConfig, training_flags
+from training.config import DATA_FACTS, TrainConfig, training_flags
+from training.flags import RunConfig
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 

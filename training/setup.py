@@ -12,7 +12,8 @@ from latents.sources import Batch, Source, open_images
 from options.settings import Layer
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import DataConfig, DataFacts, TrainConfig
+from training.config import DataFacts, TrainConfig
+from training.flags import DataConfig
 
 
 def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Source, DataFacts]:

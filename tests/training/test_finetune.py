@@ -26,10 +26,11 @@ from checkpoints.checkpoint import load_model, read_checkpoint
 from checkpoints.published import to_published
 from options.settings import flat
 from runtime.errors import UserError
-from training.config import DataFacts, StepConfig, resolve
+from training.config import DataFacts, resolve
 from training.engine import freeze
 from training.engines.flags import DDPFlags
 from training.finetune import open_weights
+from training.flags import StepConfig
 
 
 @pytest.fixture

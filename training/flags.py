@@ -1,0 +1,240 @@
+"""Flags of both training scripts, by section of config.yaml; `DiTConfig` declares the model's.
+
+What a resumed run may change follows from the class of a field, see `options.parts.Option.change`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffusion import OBJECTIVES
+from latents.config import ImagesConfig
+from models import DiT_models
+from options.parts import Part
+from runtime.devices import DTYPES
+from runtime.flags import flag
+from training.auxiliary import AUXILIARY_LOSSES
+from training.ema import EMAS
+from training.optimizers import OPTIMIZERS
+from training.schedule import SCHEDULES
+
+EPOCHS = 1400  # without --epochs and --max-steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig:
+    change: ClassVar = "state"
+
+    model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
+                      group="model")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Settings of an optimizer step, which decide the result."""
+
+    change: ClassVar = "result"
+
+    objective: Part = flag(Part("gaussian"), table=OBJECTIVES, help="training objective",
+                           change="state", group="optimisation")  # fmt: skip
+    auxiliary: tuple[Part, ...] = flag(
+        (),
+        table=AUXILIARY_LOSSES,
+        by_component=True,
+        help="auxiliary losses, which are added to the loss of the objective",
+    )
+    optimizer: Part = flag(Part("adamw"), table=OPTIMIZERS, change="state", help="optimizer")
+    lr: float = flag(1e-4, ge=0, help="learning rate")
+    lr_schedule: Part = flag(
+        Part("constant"), table=SCHEDULES,
+        help="schedule after the warm-up: constant; cosine or linear, which decay to --lr-floor; "
+        "or trapezoid, which is constant and decays over the last --decay-share of the steps",
+    )  # fmt: skip
+    warmup_steps: int = flag(
+        0, ge=0, help="steps over which the learning rate rises linearly to --lr"
+    )
+    grad_clip: float = flag(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
+    grad_skip: float = flag(
+        0.0, ge=0, metavar="FACTOR",
+        help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
+        "steps; 0 for never",
+    )  # fmt: skip
+    ema: tuple[Part, ...] = flag(
+        (Part("exponential"),), table=EMAS,
+        help="moving averages of the weights; samples use the first one",
+    )  # fmt: skip
+    accum_iter: int = flag(1, ge=1, change="how", help="micro-batches per optimizer step")
+    precision: str = flag(
+        "bf16",
+        choices=tuple(DTYPES),
+        help="precision of matrix products; master weights are fp32, and fp16 uses loss scaling",
+    )
+    tf32: bool = flag(
+        False,
+        help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
+    )
+    compile: bool = flag(False, change="how", help="compile each block with torch.compile")
+    gradient_checkpointing: bool = flag(
+        False, change="how",
+        help="recompute each block in the backward pass instead of storing its activations",
+    )  # fmt: skip
+    selective_checkpointing: bool = flag(
+        False, change="how",
+        help="as --gradient-checkpointing, but store the outputs of attention and of experts",
+    )  # fmt: skip
+    freeze: tuple[str, ...] = flag(
+        (), metavar="PATTERN", change="state",
+        help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
+    )  # fmt: skip
+    train_router_only: bool = flag(False, change="state", help="train only the routers")
+
+    @property
+    def recomputed(self) -> str:
+        """What the backward pass computes again: "nothing", "selective" or "all"."""
+        selective = "selective" if self.selective_checkpointing else "nothing"
+        return "all" if self.gradient_checkpointing and selective == "nothing" else selective
+
+    @property
+    def freezes(self) -> bool:
+        return bool(self.freeze) or self.train_router_only
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImagesConfig):
+    """Training images or latents, and held-out images."""
+
+    latents_path: str | None = flag(
+        None,
+        help="folder of cached latents from cache_latents.py, in place of --data-path, with their "
+        "--image-size; the autoencoder is then used only for sample grids and images of --val-path",
+    )
+    latents_norm: str = flag(
+        "autoencoder", choices=("autoencoder", "data"), change="result",
+        help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
+        "0 and standard deviation 1 per channel over the cache of --latents-path",
+    )  # fmt: skip
+    val_path: str | None = flag(
+        None,
+        help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
+        "logged, with fixed times and noise",
+        group="held-out loss",
+    )
+    val_share: float = flag(
+        0.0, ge=0, lt=1, metavar="FRACTION", change="result",
+        help="in place of --val-path: fraction of the training images to hold out, the same ones "
+        "in all runs on these images",
+    )  # fmt: skip
+    val_images: int = flag(1000, ge=1, help="number of held-out images to use")
+    val_times: str = flag(
+        "uniform", choices=("uniform", "training"),
+        help="distribution of the fixed times: uniform, which makes runs comparable, or training, "
+        "as in training",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Location, start, length and output of a run: how and where it trains."""
+
+    change: ClassVar = "how"
+
+    config: str | None = flag(
+        None, metavar="RECIPE", group="run", change="command",
+        help="YAML file of flags, such as config/recipes/stable.yaml or a run's config.yaml; the "
+        "other flags of the command override the file",
+    )  # fmt: skip
+    plugin: tuple[str, ...] = flag(
+        (), metavar="FILE.py", change="command",
+        help="Python files to import, which define components of your own, such as a router; a "
+        "recipe cannot name them",
+    )  # fmt: skip
+    results_dir: str = flag("results", help="folder of the run folders")
+    run_name: str | None = flag(
+        None,
+        help="name of the run folder (default: model, objective and a digest of settings and data)",
+    )
+    rf: bool | None = flag(
+        None, change="command",
+        help="train a rectified flow: published spelling of --objective rectified_flow",
+    )  # fmt: skip
+    pretraining_tp: int = flag(
+        1, change="command", help="has no effect; published commands pass it"
+    )
+    resume: str | None = flag(
+        None, metavar="RUN",
+        help="run folder to resume with its stored settings; other flags change settings. With "
+        "RUN/checkpoints/STEP and --run-name NEW: start a branch, a new run from that checkpoint",
+    )  # fmt: skip
+    finetune: str | None = flag(
+        None, metavar="WEIGHTS",
+        help="path or hub id of weights to start from: ours, published ones, or a DiT in "
+        "diffusers' format. They determine the model, but classes, conditions, objective and "
+        "image size may change",
+    )  # fmt: skip
+    epochs: int | None = flag(
+        None, ge=1, help=f"passes over the images (default: {EPOCHS}, without --max-steps)"
+    )
+    max_steps: int | None = flag(
+        None, ge=1, le=10**12, help="number of optimizer steps, in place of --epochs"
+    )
+    global_seed: int = flag(0, ge=0, change="result", help="seed of the random numbers in training")
+    deterministic: bool = flag(
+        False,
+        help="make runs on the same number and kind of GPUs bit-identical, by slower algorithms "
+        "(on a CPU, they always are)",
+    )
+    dry_run: bool = flag(
+        False, change="command", help="print model, parameters, memory and steps, and stop"
+    )
+    gpus: int | None = flag(
+        None,
+        ge=1,
+        change="command",
+        help="with --dry-run: number of GPUs to plan for (default: as launched)",
+    )
+    gpus_per_node: int | None = flag(
+        None,
+        ge=1,
+        help="GPUs per node, for sharding (default: the launcher's value, or the number of "
+        "processes, at most 8)",
+    )
+    gpu_memory: float | None = flag(
+        None,
+        gt=0,
+        change="command",
+        help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
+    )
+    log_every: int | None = flag(
+        None, ge=1,
+        help="steps between log lines (default: the largest round number of steps that take at "
+        "most ten seconds)",
+        group="logs, checkpoints and samples",
+    )  # fmt: skip
+    profile: int | None = flag(
+        None, ge=1, metavar="STEPS",
+        help="write a torch.profiler trace of STEPS steps, after the first three, to profile/ in "
+        "the run folder, for Perfetto or chrome://tracing",
+    )  # fmt: skip
+    val_every: int = flag(1000, ge=1, help="steps between held-out losses")
+    ckpt_every: int = flag(
+        50_000, ge=1,
+        help="steps between checkpoints that are kept; the last step is always saved",
+    )  # fmt: skip
+    keep_last: int | None = flag(
+        None, ge=1, metavar="N",
+        help="keep only the N newest checkpoints of --ckpt-every (default: all)",
+    )  # fmt: skip
+    save_minutes: float = flag(
+        15.0, ge=0,
+        help="minutes between rolling checkpoints, each with a sample grid, of which only the "
+        "newest is kept; a crash loses at most about this much training; 0 for none",
+    )  # fmt: skip
+    num_sample: int = flag(16, ge=0, help="largest number of images in a sample grid; 0 for none")
+    sample_every: int = flag(10_000, ge=1, help="steps between sample grids")
+    sample_cfg_scale: float = flag(
+        4.0, ge=0,
+        help="guidance scale of the sample grids; always 1 if the objective trains with guidance, "
+        "or if --class-dropout-prob is 0",
+    )  # fmt: skip
+    wandb: str | None = flag(
+        None, metavar="PROJECT", help="also log to this project of Weights & Biases"
+    )
