@@ -126,11 +126,12 @@ def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained,
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """The file of docs/python.md, and a function that forgets what it defined."""
+    """The file of docs/python.md, in two parts, and a function that forgets what it defined."""
     page = (ROOT / "docs" / "python.md").read_text().split("## A router of your own")[1]
     path = tmp_path / "cosine.py"
-    path.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1))
-    assert len(path.read_text().splitlines()) <= 18
+    first, second = re.findall(r"```python\n(.*?)```", page.split("\n## ")[0], re.DOTALL)
+    assert len(first.splitlines()) <= 18
+    path.write_text(first + second)
     known, imported = dict(ROUTERS), set(sys.modules)
 
     def forget() -> None:
@@ -164,6 +165,22 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     assert "cosine" not in ROUTERS
     wrong = expect_error(capsys, *sample, "--plugin", recipe)
     assert "--plugin: got" in wrong and "expected a Python file" in wrong
+
+
+def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_k_of_its_step(
+    plugin, train_flags, tmp_path
+):
+    results = tmp_path / "results"
+    flags = {"router": "growing", "router-interval": 2, "num_experts_per_tok": 3, "log-every": 1,
+             "ckpt-every": 1, "global-batch-size": 4, "run-name": "run"}  # fmt: skip
+    for steps in (3, 5):
+        values = {**flags, "max-steps": steps}
+        call_main("train.py", *train_flags(results, **values), "--plugin", plugin[0])
+    assert [row["experts_per_token"][0] for row in rows(results)] == [1, 1, 2, 2, 3]
+    for step, k in ((3, 2), (5, 3)):
+        model = load_model(step_folder(results, step))
+        model(torch.randn(2, *model.config.latent_shape), torch.rand(2), torch.tensor([0, 1]))
+        assert model.experts_per_token == [k, k]
 
 
 PAGE_RUN = f"""
