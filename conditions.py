@@ -3,17 +3,18 @@
     model = DiT(conditions=("label", "size", "vector:768"))
     prediction, aux_loss = model(x, t, {"label": y, "size": size, "vector": vector})
 
-A condition embeds one named tensor of the batch into one vector per image, and the model adds these
-vectors to the embedding of the time. To add a condition, write a subclass of `Condition` with
+A condition embeds one named tensor of the batch. The model adds its vectors, one per image, to the
+embedding of the time. A condition may also return tokens, which a block finds in `image_facts`, as
+for cross-attention. To add a condition, write a subclass of `Condition` with
 `default`, `forward` and, if guidance drops the condition, `none`, and add it to `CONDITIONS`. The
 image source or the latent cache provides the tensor of that name. A condition that owns a parameter
 or a buffer sets it in `reset_parameters`.
 
-Shape legend: N batch, D width of the model, F width of a feature
+Shape legend: N batch, D width of the model, F width of a feature, L length of a sequence
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,15 +77,16 @@ class Facts(NamedTuple):
     num_classes: int
     dropout_prob: float  # probability that the conditions of an image are dropped
     time_scale: float  # factor applied to times before they are embedded
-    width: int | None  # F, the number in "vector:768"; None without a number
+    shape: tuple[int, ...]  # (F,) = (768,) of "vector:768"; (L, F) = (256, 768) of "tokens:256x768"
 
 
 class Condition(nn.Module):
-    """Base class: embeds the named tensor (N, ...) into vectors (N, D)."""
+    """Base class: embeds the named tensor (N, ...) into vectors (N, D) or tokens (N, L, D)."""
 
     about = ""  # what it describes, for the help
     in_batch = True  # False: the objective or the sampler provides the tensor
-    has_width = False  # whether the width F of a feature follows the name: "vector:768"
+    # What follows the name: ("WIDTH",) in "vector:768", ("LENGTH", "WIDTH") in "tokens:256x768".
+    axes: tuple[str, ...] = ()
 
     def __init__(self, facts: Facts):
         super().__init__()
@@ -147,14 +149,12 @@ class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
     about = "a cached feature, written vector:WIDTH"
-    has_width = True
+    axes = ("WIDTH",)
 
     def __init__(self, facts: Facts):
         super().__init__(facts)
-        if facts.width is None:
-            raise ValueError("conditions: got vector, expected a width too, such as vector:768")
-        self.width = facts.width
-        self.mlp = two_layers(facts.width, facts.hidden_size)
+        (self.width,) = facts.shape
+        self.mlp = two_layers(self.width, facts.hidden_size)
 
     def none(self, values: Tensor) -> Tensor:
         return torch.zeros_like(values)
@@ -197,11 +197,19 @@ CONDITIONS: dict[str, type[Condition]] = {
 }
 
 
-def split_condition(spec: str) -> tuple[str, int | None]:
-    """Splits "vector:768" into name and width; the width is None without a number."""
-    name, colon, width = spec.partition(":")
-    kind = CONDITIONS.get(name)
-    if kind is None or colon and not (kind.has_width and width.isdecimal() and int(width)):
-        known = ", ".join(f"{n}[:WIDTH]" if c.has_width else n for n, c in CONDITIONS.items())
+def split_condition(spec: str) -> tuple[str, tuple[int, ...]]:
+    """Splits "vector:768" into name and shape, which is () without numbers."""
+    name, colon, numbers = spec.partition(":")
+    kind, sizes = CONDITIONS.get(name), numbers.split("x") if colon else []
+    is_known = kind is not None and len(sizes) in (0, len(kind.axes))
+    if not is_known or not all(size.isdecimal() and int(size) for size in sizes):
+        known = ", ".join(f"{n}[:{'x'.join(c.axes)}]" if c.axes else n
+                          for n, c in CONDITIONS.items())  # fmt: skip
         raise ValueError(f"conditions: got {spec}, expected some of {known}")
-    return name, int(width) if width else None
+    return name, tuple(map(int, sizes))
+
+
+def spell_condition(name: str, shape: Sequence[int]) -> str:
+    """Returns "vector:768" for the shape (..., 768) of the values of one image."""
+    numbers = "x".join(map(str, shape[len(shape) - len(CONDITIONS[name].axes) :]))
+    return f"{name}:{numbers}" if numbers else name

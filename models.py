@@ -11,8 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -202,8 +201,8 @@ class DiTConfig:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        widths = dict(map(split_condition, self.conditions))
-        lacks_width = any(CONDITIONS[name].has_width and w is None for name, w in widths.items())
+        given = dict(map(split_condition, self.conditions))
+        lacking = [name for name, shape in given.items() if CONDITIONS[name].axes and not shape]
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # field, whether its value is valid, expected value
@@ -212,9 +211,9 @@ class DiTConfig:
              f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
             ("hidden_size", width % 4 == 0, "a multiple of 4"),
-            ("conditions", len(widths) == len(self.conditions), "each condition once"),
-            ("conditions", not lacks_width, "a width too, such as vector:768"),
-            ("class_tokens", "label" in widths or not self.class_tokens, "0 without the label"),
+            ("conditions", len(given) == len(self.conditions), "each condition once"),
+            ("conditions", not lacking, "the shape too, such as vector:768"),
+            ("class_tokens", "label" in given or not self.class_tokens, "0 without the label"),
             ("class_tokens_start", self.class_tokens_start < self.depth, f"below {self.depth}"),
             ("hidden_size", width // heads % 4 == 0 or not self.rope,
              f"a multiple of {4 * heads}, because rope needs a head width divisible by 4"),
@@ -466,7 +465,8 @@ class DiTBlock(nn.Module):
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        image_facts: tensors (N, ...) by name, which a router may read besides the tokens
+        image_facts: tensors (N, ...) by name, which a router may read besides the tokens, and the
+            tokens (N, L, D) of a condition
         rotation: (T, d), see `rotary_positions`, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -543,9 +543,9 @@ class DiT(nn.Module):
         )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         for spec in config.conditions:
-            name, width = split_condition(spec)
+            name, shape = split_condition(spec)
             facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
-                          config.time_scale, width)
+                          config.time_scale, shape)
             self.add_module(embedder_of(name), CONDITIONS[name](facts))
         positions = config.num_patches if config.absolute_positions else 1
         self.register_buffer("pos_embed", torch.empty(1, positions, config.hidden_size))
@@ -600,15 +600,18 @@ class DiT(nn.Module):
         self.pos_embed.copy_(position_embedding(self.config))
 
     @torch.no_grad()
-    def initialize_weights(
-        self, gather: Callable[[list[Tensor]], AbstractContextManager] = nullcontext
-    ) -> None:
+    def initialize_weights(self) -> None:
         """Initialises all parameters and buffers, module by module; see `initialize`.
 
         The adaLN modulation starts at zero, so each block is the identity. The output layer starts
         at zero, so the prediction is zero.
+        """
+        for module, own in self.owners():
+            initialize(module, own)
 
-        gather: context manager that materialises the parameters and buffers of one module
+    def owners(self) -> Iterator[tuple[nn.Module, dict[Tensor, str]]]:
+        """Yields the modules with the names of their own parameters and buffers, in the order in
+        which these are initialised.
         """
         names = {t: name for name, t in [*self.named_parameters(), *self.named_buffers()]}
         modules = list(self.modules())
@@ -617,9 +620,7 @@ class DiT(nn.Module):
         # Routers last: the same seed gives the same other weights (except with `prototype`, whose
         # extra expert draws too).
         for module in [*(m for m in modules if m not in in_routers), *in_routers]:
-            own = {t: names[t] for t in (*module.parameters(False), *module.buffers(False))}
-            with gather(list(own)):
-                initialize(module, own)
+            yield module, {t: names[t] for t in (*module.parameters(False), *module.buffers(False))}
 
     def matrices(self) -> dict[str, int]:
         """Returns the number of hidden matrices in each parameter that is no vector.
@@ -699,15 +700,16 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, P, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
-        vectors: dict[str, Tensor] = {}                                     # (N, D) each
+        embedded: dict[str, Tensor] = {}                          # (N, D), or tokens (N, L, D)
         for name, condition in self.conditions.items():
             values = y[name] if name in y else condition.default(len(x), x.device)
-            vectors[name] = condition(values)
-            c = c + vectors[name]
+            embedded[name] = condition(values)
+            c = c + embedded[name] if embedded[name].dim() == 2 else c
         no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
         if "label" in y:
             no_class = y["label"][:, None] == self.config.num_classes
-        image_facts = {"time": time, "no_class": no_class}
+        tokens = {name: value for name, value in embedded.items() if value.dim() > 2}
+        image_facts = {"time": time, "no_class": no_class, **tokens}
         rotation = None
         if self.config.rope:
             width = self.config.hidden_size // self.config.num_heads
@@ -719,7 +721,7 @@ class DiT(nn.Module):
         is_recomputed = is_recomputed and not self.recomputes_in_graphs
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
-                x = self.class_tokens(x, vectors["label"])                  # (N, T, D)
+                x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
             inputs = x, c, image_facts, None if rotation is None else rotation[-x.shape[1] :]
             x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
             if routing is not None:

@@ -7,7 +7,7 @@
 Shape legend: D width, H hidden units of the dense layer, E experts, G parts of a copy
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,10 @@ from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
 from checkpoints.costs import fake_model
+from checkpoints.initial import initial_weights
 from checkpoints.weights import check_shapes, shapes_of
 from conditions import CONDITIONS, split_condition
-from models import DiT, DiTConfig, embedder_of, position_embedding
+from models import DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
 from options.parts import Part
 from runtime.errors import reported_as
@@ -78,23 +79,26 @@ def adapt(
 def change_conditions(
     state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
 ) -> dict[str, Tensor]:
-    """Keeps the embedders of conditions that both models have, initialises those of new conditions
-    as in a new model, and removes the others.
+    """Draws the weights of new conditions as in a new model, and removes those of the others.
+
+    Such weights are the embedders, and those that only a model with the condition has, such as
+    cross-attention in its blocks.
     """
-
-    def embedders(words: Iterable[str]) -> tuple[str, ...]:
-        return tuple(f"{embedder_of(split_condition(word)[0])}." for word in words)
-
-    with torch.random.fork_rng(devices=[]):
-        model = DiT(replace(config, depth=1, num_experts=0, sparse_layers=()))
-        torch.manual_seed(seed)
-        model.initialize_weights()
-    gone, new = (
-        embedders(set(one.conditions) - set(other.conditions))
-        for one, other in ((before, config), (config, before))
+    changed = {split_condition(word)[0] for word in set(before.conditions) ^ set(config.conditions)}
+    embedders = tuple(f"{embedder_of(name)}." for name in changed)
+    had, has = (
+        fake_model(replace(config, conditions=one.conditions)).state_dict().keys()
+        for one in (before, config)
     )
-    kept = {name: value for name, value in state_dict.items() if not name.startswith(gone)}
-    drawn = {name: value for name, value in model.state_dict().items() if name.startswith(new)}
+    new = {name for name in has if name not in had or name.startswith(embedders)}
+    kept = {name: value for name, value in state_dict.items() if name not in new | (had - has)}
+    drawn: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, value in initial_weights(config):
+            drawn |= {name: value} if name in new else {}
+            if len(drawn) == len(new):
+                break
     return kept | drawn
 
 

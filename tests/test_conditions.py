@@ -9,12 +9,16 @@ import torch
 from conftest import call_main, expect_error, only_run, relative_error
 from test_models import randomised
 from test_training import engine_of
+from torch import nn
 
 import models
+from checkpoints import Record
 from checkpoints.adapting import adapt
-from checkpoints.checkpoint import load_model, read_checkpoint
+from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint
+from conditions import CONDITIONS, Condition, ZeroLinear, spell_condition
 from diffusion import RectifiedFlow, classifier_free_guidance
 from latents.images import size_and_crop
+from models import DiT
 from runtime.errors import UserError
 from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
@@ -148,14 +152,14 @@ def test_an_unknown_condition_is_rejected_by_name(conditions):
         randomised(conditions=conditions)
 
 
-def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditions():
-    from checkpoints import Record
-    from checkpoints.checkpoint import Checkpoint
+def as_checkpoint(model: DiT) -> Checkpoint:
+    return Checkpoint("x", model.state_dict(), Record(config=model.config))
 
+
+def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditions():
     model = randomised(conditions=("label", "size")).eval()
-    source = Checkpoint("x", model.state_dict(), Record(config=model.config), "x")
     config = replace(model.config, conditions=("label", "span"))
-    adapted, notes = adapt(source, config, [], seed=0)
+    adapted, notes = adapt(as_checkpoint(model), config, [], seed=0)
     assert any("new weights for span" in note for note in notes)
     new = type(model)(**vars(config)).eval()
     new.load_state_dict(adapted.state_dict)
@@ -165,24 +169,107 @@ def test_fine_tuning_adds_a_span_that_changes_no_output_and_drops_unused_conditi
         assert torch.equal(new(x, t, y)[0], model(x, t, y)[0])
 
 
-def test_fine_tuning_with_a_condition_whose_weights_it_cannot_make_is_one_line(monkeypatch):
-    """A condition that a new layer of each block reads, as in cross-attention."""
-    from checkpoints import Record
-    from checkpoints.checkpoint import Checkpoint
+class TokensEmbedder(Condition):
+    """A sequence of features (N, L, F), for cross-attention."""
 
+    axes = ("LENGTH", "WIDTH")
+
+    def __init__(self, facts):
+        super().__init__(facts)
+        self.shape, self.project = facts.shape, nn.Linear(facts.shape[-1], facts.hidden_size)
+
+    def none(self, values):
+        return torch.zeros_like(values)
+
+    def default(self, count, device):
+        return torch.zeros(count, *self.shape, device=device)
+
+    def forward(self, values):
+        return self.project(values)
+
+
+class CrossBlock(models.DiTBlock):
+    """Block that adds the attention to the tokens of a condition, zero at first, to its input."""
+
+    def __init__(self, config, layer=0):
+        super().__init__(config, layer)
+        self.cross = None
+        if "tokens" in " ".join(config.conditions):
+            self.cross = nn.ModuleList(
+                [
+                    nn.Linear(config.hidden_size, config.hidden_size),
+                    ZeroLinear(config.hidden_size, config.hidden_size),
+                ]
+            )
+
+    def forward(self, x, c, image_facts, rotation=None):
+        if self.cross is not None:
+            tokens = image_facts["tokens"]
+            seen = nn.functional.scaled_dot_product_attention(self.cross[0](x), tokens, tokens)
+            x = x + self.cross[1](seen)
+        return super().forward(x, c, image_facts, rotation)
+
+
+@pytest.fixture
+def cross_attention(monkeypatch):
+    monkeypatch.setitem(CONDITIONS, "tokens", TokensEmbedder)
+    monkeypatch.setattr(models, "DiTBlock", CrossBlock)
+
+
+def test_a_sequence_of_features_reaches_the_blocks_in_fine_tuning_guidance_and_sampling(
+    cross_attention,
+):
+    assert spell_condition("tokens", (3, 6)) == "tokens:3x6"
+    for wrong in ("tokens", "tokens:6", "tokens:3x0", "tokens:3x6x1"):
+        with pytest.raises(ValueError, match="conditions: got .*tokens"):
+            randomised(conditions=("label", wrong))
+    fields = {"num_classes": 8, "class_dropout_prob": 0.1}  # of no other test: shapes are kept
+    source = randomised(**fields).eval()
+    config = replace(source.config, conditions=("label", "tokens:3x6"))
+    adapted, (first, note) = adapt(as_checkpoint(source), config, [], seed=0)
+    assert "new weights for tokens:3x6" in note
+    kept = len(source.state_dict())
+    assert f"{kept} of {kept + 2 + 2 * 4} weights are unchanged" in first
+    model = DiT(config).eval()
+    model.load_state_dict(adapted.state_dict)
+    x, t, y, tokens = (
+        torch.randn(5, 4, 8, 8),
+        torch.rand(5),
+        some_conditions(),
+        torch.randn(5, 3, 6),
+    )
+    y = {"label": y["label"] % 8, "tokens": tokens}
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y)[0], source(x, t, y["label"])[0])
+        for block in model.blocks:
+            nn.init.normal_(block.cross[1].weight)
+        with_tokens, without = model(x, t, y)[0], model(x, t, y["label"])[0]
+    assert not torch.allclose(with_tokens, without)
+    assert not model.without_conditions(y)["tokens"].any()
+    settings = SamplerSettings("rectified_flow", num_steps=2, cfg_scale=2.0)
+    drawn = [generate(model, [1, 2], [0, 1], settings, conditions={"tokens": rows})
+             for rows in (tokens[0], tokens[[0, 0]], tokens[:2])]  # fmt: skip
+    assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[1][1], drawn[2][1])
+    with pytest.raises(UserError, match=r"got tokens of shape \(2, 6\), expected \(1, 3, 6\)"):
+        generate(model, [1], [0], settings, conditions={"tokens": tokens[0, :2]})
+    back, _ = adapt(as_checkpoint(model), source.config, [], seed=0)
+    assert back.state_dict.keys() == source.state_dict().keys()
+
+
+def test_fine_tuning_with_a_condition_that_changes_the_shape_of_another_weight_is_one_line(
+    monkeypatch,
+):
     class Block(models.DiTBlock):
         def __init__(self, config, layer=0):
             super().__init__(config, layer)
-            if "size" in config.conditions:
-                self.read_size = torch.nn.Linear(4, 8)
+            self.read = nn.Linear(len(config.conditions), 8)
 
     monkeypatch.setattr(models, "DiTBlock", Block)
     model = randomised(num_classes=7)  # of no other test, because shapes are computed once a config
-    source = Checkpoint("x.pt", model.state_dict(), Record(config=model.config), "x.pt")
     config = replace(model.config, conditions=("label", "size"))
-    line = r"x.pt: .* conditions label size \(blocks.0.read_size.bias: got none, expected \(8,\)"
+    line = r"x: .* conditions label size \(blocks.0.read.weight: got \(8, 1\), expected \(8, 2\)"
     with pytest.raises(UserError, match=line):
-        adapt(source, config, [], seed=0)
+        adapt(as_checkpoint(model), config, [], seed=0)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models
 import routers
+from checkpoints.initial import initial_weights
 from checkpoints.weights import read_pickle
 from models import (
     Attention,
@@ -32,7 +33,6 @@ from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import KEPT_OPERATORS
 from routers import ROUTERS
 from runtime.processes import ALONE
-from training.engines.initial import draw_initial_weights
 from training.metrics import MetricTracker
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -174,7 +174,7 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
     with pytest.raises(ValueError, match=f"^{name}"):
         DiT(config)
     with pytest.raises(ValueError, match=f"^{name}"):
-        draw_initial_weights(config, 0, {}.__setitem__)
+        dict(initial_weights(config))
 
 
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():

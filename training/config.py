@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from checkpoints import Record
-from conditions import CONDITIONS, split_condition
+from conditions import CONDITIONS, spell_condition, split_condition
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from models import DiT_models, DiTConfig, name_of_layers, select_layers
@@ -410,7 +410,7 @@ def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
     """
     names = [split_condition(word)[0] for word in conditions]
     has_labels = "label" in names and num_classes > 1
-    can_drop = has_labels or any(CONDITIONS[name].has_width for name in names)
+    can_drop = has_labels or any(CONDITIONS[name].axes for name in names)
     return DiTConfig.class_dropout_prob if can_drop else 0.0
 
 
@@ -428,12 +428,12 @@ def data_settings(known: Layer, said: Layer, data: DataFacts) -> Layer:
         )
     words = []
     for word in known.get("conditions", DiTConfig.conditions):
-        (name, width), shapes = split_condition(word), data.shapes
+        (name, shape), shapes = split_condition(word), data.shapes
         if shapes and CONDITIONS[name].in_batch and name not in shapes:
             has = ", ".join(sorted(shapes.keys() & CONDITIONS.keys()))
             raise ValueError(f"conditions: got {name}, but the data have only {has}")
-        fitted = f"{name}:{shapes[name][-1]}" if shapes and CONDITIONS[name].has_width else word
-        if width is not None and word != fitted:
+        fitted = spell_condition(name, shapes[name]) if shapes and CONDITIONS[name].axes else word
+        if shape and word != fitted:
             raise ValueError(f"conditions: got {word}, expected {fitted} as in the data")
         words.append(fitted)
     patch = known["patch_size"]

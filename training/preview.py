@@ -22,7 +22,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
     count, classes = config.run.num_sample, model.config.num_classes
     shown, conditions = min(count, classes), {}
     labels = [i * classes // shown for i in range(shown) for _ in range(count // shown)]
-    if any(condition.has_width for condition in model.conditions.values()):
+    if any(condition.axes for condition in model.conditions.values()):
         indices = evenly_spaced(len(run.dataset), count)
         conditions, _ = collate([run.dataset[index, False] for index in indices])
         labels, shown = conditions.pop("label").tolist(), count

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
 from checkpoints.checkpoint import averages_of
+from checkpoints.initial import allocate, build_empty
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -30,7 +31,6 @@ from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
-from training.engines.initial import allocate, build_empty
 from training.engines.state import (
     STATE_FILES,
     Place,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint
 from checkpoints.checkpoint import averages_of
+from checkpoints.initial import initial_weights
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -22,10 +23,9 @@ from checkpoints.weights import (
 )
 from conditions import Conditions
 from runtime.errors import UserError
-from runtime.processes import Distributed
+from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.engines import zero
-from training.engines.initial import draw_initial_weights
 from training.engines.state import FACTS_KEY
 from training.engines.zero_config import complete_config, zero_memory
 
@@ -59,7 +59,9 @@ class DeepSpeedEngine:
             scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
         if weights is None and not resumes:
-            draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
+            reseed(config.run.global_seed)
+            for name, value in initial_weights(config.model):
+                self.set_weight(name, value)
         elif weights is not None:
             for name, value in weights.state_dict.items():
                 self.set_weight(name, value)

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints import Checkpoint
 from checkpoints.costs import fake_model
+from checkpoints.initial import allocate, build_empty, initial_weights
 from checkpoints.tensor_file import Box, cut_dim
 from checkpoints.weights import shapes_of
 from diffusion import Objective
@@ -32,7 +33,7 @@ from models import DiT
 from moe import Experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.processes import Distributed
+from runtime.processes import Distributed, reseed
 from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, frozen_names, node_size
@@ -43,7 +44,6 @@ from training.engines.expert_parallel import (
     spread,
     stored_of_each,
 )
-from training.engines.initial import allocate, build_empty, draw_initial_weights
 from training.engines.state import Place, shard_dim, shard_place
 from training.memory import (
     activation_bytes,
@@ -79,7 +79,9 @@ class FSDPEngine(DDPEngine):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
         if weights is None and not resumes:
-            draw_initial_weights(config.model, config.run.global_seed, self.set_weight)
+            reseed(config.run.global_seed)
+            for name, value in initial_weights(config.model):
+                self.set_weight(name, value)
         elif weights is not None:
             for name, value in weights.state_dict.items():
                 self.set_weight(name, value)

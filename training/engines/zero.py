@@ -20,11 +20,11 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
+from checkpoints.initial import allocate, build_empty
 from models import DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import print_safely, reported_as
 from training.config import TrainConfig
-from training.engines.initial import allocate, build_empty
 
 STARTED = time.time()
 

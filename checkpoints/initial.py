@@ -1,13 +1,11 @@
 """Initial weights of a model that is too large for one process, one module at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from models import DiT, DiTConfig, unset
-from runtime.processes import reseed
+from models import DiT, DiTConfig, initialize, unset
 
 
 def build_empty(
@@ -35,25 +33,16 @@ def allocate(weights: Iterable[nn.Parameter]) -> None:
         weight.data = weight.data.contiguous()
 
 
-def draw_initial_weights(
-    config: DiTConfig, seed: int, write: Callable[[str, Tensor], None]
-) -> None:
-    """Calls write(name, tensor) with the parameters (fp32, on the CPU) and buffers of a new model.
+@torch.no_grad()
+def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
+    """Draws the parameters (fp32, on the CPU) and buffers of a new model, with their names.
 
-    Every process draws all weights from the same seed, and holds those of one module at a time.
+    They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
-    model = build_empty(config)
-    names = {t: name for name, t in [*model.named_parameters(), *model.named_buffers()]}
-
-    @contextmanager
-    def whole(tensors: list[Tensor]) -> Iterator[None]:
-        placeholders = [tensor.data for tensor in tensors]
-        for tensor in tensors:
+    for module, own in build_empty(config).owners():
+        for tensor in own:
             tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
-        yield
-        for tensor, placeholder in zip(tensors, placeholders, strict=True):
-            write(names[tensor], tensor.data)
-            tensor.data = placeholder
-
-    reseed(seed)
-    model.initialize_weights(gather=whole)
+        initialize(module, own)
+        for tensor, name in own.items():
+            yield name, tensor.data
+            tensor.data = tensor.new_empty(0)
