@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (  # private
 )
 
 from models import DiT, DiTConfig
+from moe import Experts
 from moe_kernels.cpu import fused_attention
 from options.parts import Part
 
@@ -65,13 +66,13 @@ def fake_forward(config: DiTConfig, batch: int) -> None:
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
     """Returns the number of all parameters and of the parameters active for one token."""
-    parameters = dict(fake_model(config).named_parameters())
-    total = sum(parameter.numel() for parameter in parameters.values())
+    model = fake_model(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         (len(stack) - config.num_experts_per_tok) * stack[0].numel()
-        for name, stack in parameters.items()
-        if ".moe.experts." in name
-    )
+        for module in model.modules() if isinstance(module, Experts)
+        for stack in module.parameters()
+    )  # fmt: skip
     return total, total - idle
 
 

@@ -140,7 +140,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         latents = generate(self.transformer.model, labels, seeds, settings, conditions=conditions)
         norm = info.get("latents_norm")
         vae = wrap_autoencoder(self.vae, norm and LatentNorm(**norm))
-        images = vae.decode(latents).cpu()  # (N, 3, H, W) uint8
+        images = vae.decode_to_host(latents)  # (N, 3, H, W) uint8
         if output_type == "pt":
             return ImagePipelineOutput(images=images / 255)
         pixels = images.permute(0, 2, 3, 1).numpy()
