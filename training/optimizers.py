@@ -118,11 +118,20 @@ def planned_state(
 ) -> State:
     """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
-    They come from a step on the device "meta" or, if the optimizer needs data, from a step on the
-    CPU for each parameter.
+    They come from a step on the device "meta" or, if the optimizer needs data, on the CPU, with one
+    parameter of each shape.
     """
     # The rows of a shard may not be divisible into chunks.
     matrices = {name: min(count, 1) for name, count in matrices.items()}
+    kinds = {name: (tuple(shape), matrices.get(name)) for name, shape in shapes.items()}
+    one_each = {kind: name for name, kind in kinds.items()}
+    state = state_of_each(optimizer, {name: shapes[name] for name in one_each.values()}, matrices)
+    return {name: state[one_each[kind]] for name, kind in kinds.items()}
+
+
+def state_of_each(
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
+) -> State:
     with suppress(RuntimeError, NotImplementedError):  # raised by meta tensors without data
         return state_after_step(optimizer, shapes, matrices, "meta")
     state: State = {}
