@@ -32,6 +32,7 @@ FACTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "start": ("the weights that the run started from", ()),
     "script": ("the script", ()),
 }
+DIGESTS = ", digests of two versions (the same images go on with --data-path beside --resume)"
 UNRECORDED = ("images", "vae_sha256", "normalisation")  # by weights of other code
 LABELS = {"input_size": "the latent size", "in_channels": "--vae-path: the number of channels"}
 
@@ -72,7 +73,8 @@ def compare(
         if name == "images":
             if same_images(old, new):
                 continue
-            old, new = images_name(old), images_name(new)
+            note = DIGESTS if old.keys() & new.keys() <= {"count"} else ""
+            old, new = images_name(old), images_name(new) + note
         result = found.said if may & {*fields} else found.unsaid
         lines = result if fields else found.state
         lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")

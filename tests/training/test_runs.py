@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from latents.loading import BatchStream
 from options.settings import differences
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
-from training.changes import stored_config
+from training.changes import compare, stored_config
 from training.config import override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
@@ -306,6 +307,16 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
     record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
     (note,) = stored_settings(record, flags)[1]
     assert "unknown settings" in note and "ema: exponential: gone, gone" in note
+
+
+def test_images_with_the_digest_of_an_earlier_version_go_on_with_data_path(finished):
+    record = read_record(step_folder(finished, 3))
+    config, _ = stored_config(record, DDPFlags)
+    before = replace(record, images={"count": 40, "sha256": 64 * "0"})
+    facts = {"images": record.images}
+    (line,) = (x for x in compare(before, config, config, facts, set()).unsaid if "--data" in x)
+    assert "was 40 images" in line and "--data-path beside --resume" in line
+    assert line in compare(before, config, config, facts, {"data_path"}).said
 
 
 def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
