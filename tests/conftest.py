@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
-from runtime.processes import Distributed
+from runtime.processes import Distributed, close_distributed
 from training.engines.state import read_state
 
 # One thread in this process and in every process that a test starts: a different number of threads
@@ -94,13 +94,15 @@ class Reporter:
 
 # Files whose tests share no fixture that takes long: their tests go to any worker of pytest-xdist.
 # The tests of any other file stay together.
-INDEPENDENT = {"test_interruptions", "test_processes", "test_check_gpu", "test_fake_cuda"}
+INDEPENDENT = {"test_interruptions", "test_processes", "test_check_gpu"}
 # What takes longest starts first, so that no worker ends with it.
 SLOWEST = (
-    "test_fsdp.py", "test_two_processes_stop", "test_deepspeed.py", "test_training.py",
-    "test_pressing_ctrl_c", "test_docs.py", "test_router_runs.py", "test_kernels.py",
-    "test_check_gpu_reports", "test_a_run_killed", "test_a_run_stopped", "test_app.py",
-    "test_runs.py", "test_latents.py", "test_evaluation", "test_sharded_fake", "test_export.py",
+    "test_fsdp.py", "test_deepspeed.py", "test_training.py", "test_app.py",
+    "test_two_processes_recover", "test_fake_cuda.py", "test_docs.py", "test_router_runs.py",
+    "test_experiments.py", "test_runs.py", "test_kernels.py", "test_demo_assets.py",
+    "test_evaluation", "test_check_gpu_reports", "test_a_run_killed", "test_pressing_ctrl_c",
+    "test_a_run_stopped", "test_export.py", "test_sampling.py", "test_offload.py",
+    "test_latents.py", "test_own_data.py", "test_benchmarks.py",
 )  # fmt: skip
 
 
@@ -366,6 +368,8 @@ SLOW_IMPORTS = [
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
     "diffusers.models.autoencoders.autoencoder_kl",
+    "training.loop",
+    "training.engines.fsdp",
 ]
 
 
@@ -406,7 +410,18 @@ def call_in_group(rank: int, processes: int, port: int, function, arguments: tup
     try:
         return function(Distributed(rank, rank, processes, torch.device("cpu")), *arguments)
     finally:
-        torch.distributed.destroy_process_group()
+        close_distributed()
+
+
+def main_in_processes(script: str, *arguments, processes: int = 2) -> None:
+    """Calls a script's `main` in new processes, as a launcher does but without its start."""
+    in_processes(main_of_rank, script, arguments, processes=processes)
+
+
+def main_of_rank(dist: Distributed, script: str, arguments: tuple) -> None:
+    ranks = {"RANK": dist.rank, "LOCAL_RANK": dist.local_rank, "WORLD_SIZE": dist.world_size}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    call_main(script, *arguments)
 
 
 def train_on(dist: Distributed, *commands: list[str]) -> None:

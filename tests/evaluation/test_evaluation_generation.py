@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_values, call_main, expect_error, run_script
+from conftest import assert_same_values, call_main, expect_error, main_in_processes
 from test_layouts import random_diffusers_model
 from test_published_moe import hints, weights_path
 from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
@@ -77,7 +77,7 @@ def test_evaluation_generates_the_same_images_as_sample_py(single, checkpoint, t
 def test_two_processes_generate_the_images_of_one_process(single, checkpoint, image_tree, tmp_path):
     """Each process passes its batches of images and of the reference through the backbone."""
     scored = ("--batch-size", 6, "--reference", image_tree, "--resize", 16, "--kid-subset-size", 20)
-    run_script(*command(checkpoint, tmp_path / "two", *scored), processes=2)
+    main_in_processes(*command(checkpoint, tmp_path / "two", *scored))
     assert_same_values(images_in(tmp_path / "two"), images_in(single))
     shutil.copytree(single, tmp_path / "one")
     call_main(*command(checkpoint, tmp_path / "one", *scored))

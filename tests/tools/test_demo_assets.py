@@ -116,7 +116,7 @@ def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
 ):
     prepare(*small)
     train = "tools.train_autoencoder", "--data-path", tmp_path / "small", "--steps", 3
-    train = *train, "--batch-size", 4, "--output"
+    train = *train, "--batch-size", 4, "--precision", "fp32", "--output"
     call_main(*train, tmp_path / "vae")
     assert len({file.stat().st_mode for file in (tmp_path / "vae").iterdir()}) == 1
     vae = load_autoencoder(str(tmp_path / "vae"), "cpu", torch.float32)

@@ -40,7 +40,7 @@ from training.engines.flags import DDPFlags
 @pytest.fixture(scope="module")
 def config(latent_cache, tmp_path_factory) -> routers.ExperimentConfig:
     paths = {f"{name}_path": str(latent_cache) for name in ("latents", "val", "report")}
-    sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1)
+    sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1, precision="fp32")
     output = tmp_path_factory.mktemp("experiments")
     return routers.ExperimentConfig(**paths, **sizes, output=output)
 

@@ -25,7 +25,6 @@ STEPS = {router: {"model": "DiT-S/2", "router": router, **SMALL} for router in R
 # The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
     "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "flags": {"accum_iter": 2}},
-    "XL 64": {"model": "DiT-XL/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
     "G 64 in copies": {"model": "DiT-G/2", "ranks": 64, "depth": 2},
     "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
 }
@@ -47,15 +46,25 @@ BLOCKS = {
 needs_fake = pytest.mark.needs_fake
 
 
-def run_fake(function: str, cases: dict[str, dict]) -> dict[str, dict]:
-    """Calls a function of fake_cuda.py for each case in one new process; returns the results."""
-    arguments = json.dumps([[function, options] for options in cases.values()])
+def run_fake(**functions: dict[str, dict]) -> dict[str, dict]:
+    """Calls functions of fake_cuda.py in a new process, each with its cases.
+
+    Returns the result of each case by name.
+    """
+    calls = [(name, function, options) for function, cases in functions.items()
+             for name, options in cases.items()]  # fmt: skip
+    arguments = json.dumps([call[1:] for call in calls])
     command = [sys.executable, str(ROOT / "tests" / "fake_cuda.py"), arguments]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = result.stdout.splitlines()
-    assert not result.returncode and len(lines) == len(cases), result.stderr[-2000:]
-    return dict(zip(cases, map(json.loads, lines), strict=True))
+    assert not result.returncode and len(lines) == len(calls), result.stderr[-2000:]
+    return {name: json.loads(line) for (name, *_), line in zip(calls, lines, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict]:
+    return run_fake(step_of=STEPS, traffic_of={**RANKS, "spread": SPREAD})
 
 
 def assert_no_host_read(steps: dict[str, dict]) -> None:
@@ -71,15 +80,13 @@ def assert_even(rows: dict[str, dict]) -> None:
         assert row["root and two blocks"] == row["plan"]["gathered weights"], name
 
 
-def test_a_training_step_on_fake_cuda_reads_nothing_on_the_host():
-    assert_no_host_read(run_fake("step_of", STEPS))
+def test_a_training_step_on_fake_cuda_reads_nothing_on_the_host(found):
+    assert_no_host_read({name: found[name] for name in STEPS})
 
 
-def test_sharded_fake_ranks_hold_and_send_an_even_share():
-    rows = run_fake("traffic_of", {**RANKS, "spread": SPREAD})
-    spread = rows.pop("spread")
-    assert_even(rows)
-    copies = rows["G 64 in copies"]
+def test_sharded_fake_ranks_hold_and_send_an_even_share(found):
+    assert_even({name: found[name] for name in RANKS})
+    spread, copies = found["spread"], found["G 64 in copies"]
     assert spread["weights"] == spread["plan"]["weights"]
     assert spread["gathered"] < copies["gathered"] / 8  # experts are not gathered from 8 processes
     assert 0 < spread["exchanged"] < copies["gathered"] / 50
@@ -88,18 +95,18 @@ def test_sharded_fake_ranks_hold_and_send_an_even_share():
 @needs_fake
 @pytest.mark.parametrize("name", SLOW_STEPS)
 def test_full_size_models_read_nothing_on_the_host(name):
-    assert_no_host_read(run_fake("step_of", SLOW_STEPS[name]))
+    assert_no_host_read(run_fake(step_of=SLOW_STEPS[name]))
 
 
 @needs_fake
 @pytest.mark.parametrize("name", SLOW_RANKS)
 def test_full_size_models_are_sharded_evenly(name):
-    assert_even(run_fake("traffic_of", {name: SLOW_RANKS[name]}))
+    assert_even(run_fake(traffic_of={name: SLOW_RANKS[name]}))
 
 
 @needs_fake
 @pytest.mark.parametrize("name", BLOCKS)
 def test_compiled_blocks_have_no_graph_break_and_their_kernels_build_for_hopper(name):
-    (row,) = run_fake("kernels_of", {name: BLOCKS[name]}).values()
+    (row,) = run_fake(kernels_of={name: BLOCKS[name]}).values()
     assert row["breaks"] == row["failed"] == []
     assert row["graphs"] == 2 and row["kernels"] > 10  # forward and backward
