@@ -17,22 +17,15 @@ from checkpoints.checkpoint import Checkpoint
 from checkpoints.costs import fake_model
 from checkpoints.initial import initial_weights
 from checkpoints.weights import check_shapes, shapes_of
-from conditions import CONDITIONS, split_condition
+from conditions import split_condition
 from models import DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
 from options.parts import Part
 from runtime.errors import reported_as
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-ADAPTED = (LABEL_TABLE, "pos_embed")  # weights that `adapt` replaces if shapes differ
-
 # Routers whose weights and buffers have one row per expert.
 LINEAR_ROUTERS = ("topk", "sigmoid", "expert_choice")
-
-
-def is_adapted(name: str) -> bool:
-    """Returns whether `adapt` replaces a weight if the models differ."""
-    return name in ADAPTED or name.startswith(tuple(f"{embedder_of(one)}." for one in CONDITIONS))
 
 
 def adapt(

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, Record, config_of, read_checkpoint
-from checkpoints.adapting import adapt, is_adapted
+from checkpoints.adapting import adapt
 from checkpoints.costs import fake_model
+from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
 from options.settings import Layer, differences, flat, spelling
-from runtime.errors import UserError, check_same
+from runtime.errors import UserError, check_same, reported_as
 from training.changes import FACTS, difference
 from training.config import TrainConfig
 from training.engine import frozen_names
@@ -46,8 +47,12 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
 
     The flags may not change the shape of a weight that `adapt` does not replace.
     """
+    message = f"--finetune: {source.path} is a different model"
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
-    before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
+    with reported_as(message, ValueError):
+        before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
+        kept = {name: getattr(source.config, name) for name in (*adapted, "absolute_positions")}
+        after = replace(config.model, **kept)
     found = [
         difference(name, was, now)
         for name, flag, was, now in differences(before, config.model)
@@ -57,12 +62,8 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         found.append(difference("objective", source.record.objective, config.step.objective.name))
     if not found:
         return []
-    shapes, has = (
-        {name: value.shape for name, value in state_dict.items() if not is_adapted(name)}
-        for state_dict in (fake_model(config.model).state_dict(), source.state_dict)
-    )
-    if shapes != has:
-        raise UserError(f"--finetune: {source.path} is a different model: {'; '.join(found)}")
+    if shapes_of(fake_model(after).state_dict()) != shapes_of(source.state_dict):
+        raise UserError(f"{message}: {'; '.join(found)}")
     return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
 
 

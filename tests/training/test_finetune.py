@@ -239,6 +239,10 @@ BAD_FLAGS = [
     ({"finetune": "SOURCE", "router-scale": 2}, "--router-scale: has no effect without --router"),
     ({"finetune": "SOURCE", "learn-sigma": False}, "--learn-sigma: was True, is False"),
     ({"finetune": "DENSE", "num_experts": 16}, "is a dense model; first add experts: python up"),
+    (
+        {"finetune": "CLASS", "conditions": "size", "class-tokens": 0},
+        "is a different model (class_t",
+    ),
     ({"resume": "SOURCE"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),
 ]
 
@@ -262,6 +266,8 @@ def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, so
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
 def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, source, changes, message, capsys):
     dense = save_checkpoint(randomised(**DENSE), source.with_name("dense.safetensors"))
-    files = {"SOURCE": source, "DENSE": dense}
+    of_class = randomised(class_tokens=2)
+    of_class = save_checkpoint(of_class, source.with_name("class.safetensors"))
+    files = {"SOURCE": source, "DENSE": dense, "CLASS": of_class}
     changes = {name: files.get(str(value), value) for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))
