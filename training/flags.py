@@ -162,7 +162,7 @@ class RunConfig:
     resume: str | None = flag(
         None, metavar="RUN",
         help="run folder to resume with its stored settings; other flags change settings. With "
-        "RUN/checkpoints/STEP and --run-name NEW: start a branch, a new run from that checkpoint",
+        "RUN/checkpoints/STEP and --run-name NEW: start a branch beside RUN, a new run from there",
     )  # fmt: skip
     finetune: str | None = flag(
         None, metavar="WEIGHTS",
