@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (  # private
 )
 
 from models import DiT, DiTConfig
-from moe import Experts
+from moe import Experts, width_of
 from moe_kernels.cpu import fused_attention
 from options.parts import Part
 
@@ -76,14 +76,26 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
     return total, total - idle
 
 
-@lru_cache(maxsize=64)
-@torch.no_grad()
-@with_fixed_rows
-def count_macs(config: DiTConfig) -> int:
+def count_macs(config: DiTConfig, experts_per_token: Sequence[float] = ()) -> int:
     """Returns the number of multiply-adds in the matrix products of one image's forward pass.
 
     In training mode, so that the products of the router's loss count, too.
+
+    experts_per_token: measured mean of each sparse layer, if a router's state decides it
     """
+    macs, counted = macs_and_experts(config)
+    matrix = config.hidden_size * width_of(config.hidden_size, config.mlp_ratio)
+    per_row = (2 if config.mlp_type == "gelu" else 3) * matrix
+    layers = zip(config.sparse_layers, experts_per_token or counted, counted, strict=True)
+    more = sum(config.tokens_of(layer) * (got - expected) for layer, got, expected in layers)
+    return macs + round(per_row * more)
+
+
+@lru_cache(maxsize=64)
+@torch.no_grad()
+@with_fixed_rows
+def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
+    """Returns the multiply-adds, and the experts per token of each sparse layer in this count."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     formulas = {
@@ -94,7 +106,7 @@ def count_macs(config: DiTConfig) -> int:
     }
     with fake_mode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         fake_forward(config, 1)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2, fake_model(config).experts_per_token
 
 
 def flops_of_experts(

@@ -161,7 +161,6 @@ class TrainingLoop:
         self.alarms = Alarms(run.config.model.sparse_layers)
         self.tracker = MetricTracker(dist)
         self.log_every: int = run.config.run.log_every or 1
-        self.macs = count_macs(run.config.model)
         self.after_step: Callable[[], None] = lambda: None
 
     def take_steps(self) -> bool:
@@ -260,7 +259,8 @@ class TrainingLoop:
         values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate(done)
         values["images_per_sec"] = steps_per_second * stream.global_batch
-        values |= speed_metrics(self.config, self.macs, values["images_per_sec"], self.dist)
+        macs = count_macs(self.config.model, model.experts_per_token)
+        values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
         values |= dict(zip(peaks, self.dist.largest(list(peaks.values())), strict=True))
         values |= expert_metrics(model, self.dist)

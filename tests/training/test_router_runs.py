@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from test_training import break_losses
 
 from analysis.counts import RoutingCounts
 from checkpoints import load_model
+from checkpoints.costs import count_macs
 from models import DiT
+from options.parts import Part
 from routers import ROUTERS
 from training.config import parse_yaml
 from training.run_folder import CONFIG_FILE
@@ -176,7 +179,12 @@ def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_
     for steps in (3, 5):
         values = {**flags, "max-steps": steps}
         call_main("train.py", *train_flags(results, **values), "--plugin", plugin[0])
-    assert [row["experts_per_token"][0] for row in rows(results)] == [1, 1, 2, 2, 3]
+    log = rows(results)
+    assert [row["experts_per_token"][0] for row in log] == [1, 1, 2, 2, 3]
+    config = load_model(step_folder(results, 5)).config
+    for row, k in ((log[0], 1), (log[-1], 3)):
+        macs = count_macs(replace(config, router=Part("topk"), num_experts_per_tok=k))
+        assert row["tflops_per_gpu"] * 1e12 == pytest.approx(6 * macs * row["images_per_sec"])
     for step, k in ((3, 2), (5, 3)):
         model = load_model(step_folder(results, step))
         model(torch.randn(2, *model.config.latent_shape), torch.rand(2), torch.tensor([0, 1]))
