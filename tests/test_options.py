@@ -294,27 +294,33 @@ def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_store
 
 
 def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of_the_run(tmp_path):
-    """The sizes of a preset, the blocks of a rule, and the inputs of an objective."""
+    """The sizes of a preset, the blocks of a rule, the inputs of an objective, and defaults."""
 
     def beside(path, **flags):
         return resolve(parse_training(DDPFlags, arguments={"config": str(path), **flags}), DDPFlags)
 
-    run, numbers = tmp_path / "config.yaml", tmp_path / "numbers.yaml"
+    run = tmp_path / "config.yaml"
     config = resolve({"depth": 6, "objective": "mean_flow", "sparse_layers": "deep-half"}, DDPFlags)
-    sections = json.loads(json.dumps(config.sections()))
-    assert sections["model"]["sparse_layers"] == "deep-half"
-    run.write_text(json.dumps(sections) + "\n---\n{}\n")
-    sections["model"]["sparse_layers"] = [3, 4, 5]  # as an earlier version wrote it
-    numbers.write_text(json.dumps(sections) + "\n---\n{}\n")
-    for path in (run, numbers):
-        assert beside(path, depth=8).model.sparse_layers == (4, 5, 6, 7)
-        assert beside(path).model == config.model
+    run.write_text(json.dumps(config.sections()) + "\n---\n{}\n")
+    assert beside(run).model == config.model
+    assert beside(run, depth=8).model.sparse_layers == (4, 5, 6, 7)
     other = beside(run, model="DiT-B/2").model
     assert (other.depth, other.hidden_size, other.num_heads) == (12, 768, 12)
     assert beside(run, model="DiT-S/2").model.depth == 6  # the preset of the run
     assert beside(run, model="DiT-B/2", depth=4).model.depth == 4
     assert beside(run).model.conditions == ("label", "span")
     assert beside(run, objective="rectified_flow").model.conditions == ("label",)
+    for said, flags, name, value in (
+        ({}, {"sparse_layers": "every-second"}, "dense_mlp_ratio", 10),
+        ({"dense_mlp_ratio": 3}, {"sparse_layers": "every-second"}, "dense_mlp_ratio", 3),
+        ({"sparse_layers": "6"}, {"num_experts_per_tok": 1}, "dense_mlp_ratio", 6),
+        ({"num_experts": 0}, {"num_experts": 4}, "mlp_type", "swiglu"),
+        ({"num_classes": 1}, {"num_classes": 2}, "class_dropout_prob", 0.1),
+    ):
+        config = resolve(said, DDPFlags)
+        run.write_text(json.dumps(config.sections()) + "\n---\n{}\n")
+        assert beside(run, num_classes=config.model.num_classes).model == config.model
+        assert getattr(beside(run, **flags).model, name) == value
 
 
 def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():

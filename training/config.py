@@ -59,6 +59,8 @@ ALTERNATIVES = (  # pairs of flags of which a command gives one
 )  # fmt: skip
 SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 PLANNING = ("gpus", "gpu_memory")
+# Fields of the model whose defaults depend on other settings.
+DERIVED = ("sparse_layers", "mlp_type", "dense_mlp_ratio", "class_dropout_prob")
 SPARSE = ("num_experts_per_tok", "n_shared_experts", "sparse_layers")
 DENSE = "given with a dense model, expected a model with experts"
 SECTIONS = ("model", "data", "step", "engine", "run")  # of a file
@@ -118,8 +120,6 @@ class TrainConfig:
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings as config.yaml has them, see `options.settings.nested`."""
         found = {name: nested(part) for name, part in self.parts.items()}
-        layers = name_of_layers(self.model.sparse_layers, self.model.depth)
-        found["model"]["sparse_layers"] = layers
         if self.preset in DiT_models:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
         return found
@@ -189,7 +189,7 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
     """Reads a recipe or the config.yaml of a run.
 
     Of a config.yaml, the following are ignored: the facts after the line ---, the run's name, its
-    start weights, and the fields that its data determined (DATA_FACTS).
+    start weights, and what followed from its data (DATA_FACTS) or its other settings (`DERIVED`).
     """
     if not path.exists():
         recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
@@ -212,6 +212,11 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
         return recipe
     if "sparse_layers" in recipe and "depth" in recipe:
         recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
+    model = resolve(recipe, engine_flags).model
+    for name in DERIVED:
+        others = {key: value for key, value in recipe.items() if key != name}
+        if getattr(resolve(others, engine_flags).model, name) == getattr(model, name):
+            recipe = others
     ignored = ("run_name", "resume", "finetune", *DATA_FACTS)
     return {name: value for name, value in recipe.items() if name not in ignored}
 
