@@ -77,6 +77,15 @@ def test_help_shows_each_default_once(parser_of):
     assert "default: None" not in words and ") (default" not in words
 
 
+def test_usage_names_required_flags_and_help_names_values_by_type(parser_of):
+    assert parser_of("export").format_usage().endswith(" --ckpt CKPT --output PATH [flags]\n")
+    words = " ".join(parser_of("train").format_help().split())
+    for shown in ("--lr X", "--depth N", "--rope [True|False]", "--norm {layer,rms}"):
+        assert f" {shown} " in words
+    assert "--router-input {modulated,normalised,normalised_time} input of" in words  # of all
+    assert "--router-scale X sigmoid: lambda" in words
+
+
 def test_both_training_scripts_share_all_flags_except_batch_size_and_sharding(parser_of):
     def flags(script: str) -> list[tuple]:
         return [
