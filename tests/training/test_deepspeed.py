@@ -135,7 +135,9 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.Co
     commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
     commands.append(command(results, "zero2", **{"run-name": "grown"}))
     commands.append(command(results, "zero3", resume=cut.parent.parent, **{"run-name": "other"}))
-    return results, cut, train_several(results, commands, check=False)
+    launch = train_several(results, commands, check=False)
+    assert f"error: {cut}" in launch.stderr, launch.stderr  # all commands before it succeeded
+    return results, cut, launch
 
 
 @pytest.fixture(scope="session")
