@@ -347,6 +347,19 @@ def test_models_with_other_classes_are_compared_on_the_classes_that_both_have(tm
         assert_draws(side["png"], config.ckpt, label=label, seed=0)
 
 
+def test_the_page_draws_with_a_model_of_pixels_in_its_guidance_interval(tmp_path):
+    model = randomised(num_classes=2, class_dropout_prob=0.1, in_channels=3, learn_sigma=False)
+    facts = dict(objective="flow_x", vae_path="pixels", image_size=8)
+    path = save_checkpoint(model, tmp_path / "pixels.safetensors", **facts)
+    config = AppConfig(ckpt=str(path))
+    assert opened(config).settings.guidance_interval == (0.1, 0.9)
+    controls = dict(label=1, seed=3, scale=2.0, steps=2, live=False, images=1, more=[],
+                    sampler="heun", low=0.1, high=0.9, ema="")  # fmt: skip
+    shown = page.draw([config], controls, lambda preview: None)
+    want = opened(config).images([1], [3], steps=2, cfg_scale=2.0, sampler="heun")
+    assert np.array_equal(pixels(shown["sides"][0]["png"]), want[0].permute(1, 2, 0).numpy())
+
+
 def test_missing_gradio_is_an_error_with_the_install_command(checkpoints, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = expect_error(capsys, "app.py", "--ckpt", checkpoints["topk"])
