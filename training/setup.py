@@ -1,4 +1,4 @@
-"""The data of a run: the images or latents, the held-out ones, and checks of the batches."""
+"""The data of a run: the images or latents, and the held-out ones."""
 
 from functools import partial
 from typing import Any
@@ -82,12 +82,3 @@ def batch_notes(global_batch: int, num_images: int) -> list[str]:
         f"a step takes {global_batch} images, but there are only {num_images}: each step uses "
         f"every image {global_batch / num_images:.3g} times"
     ]
-
-
-def check_batch(config: TrainConfig, micro_batch: int) -> None:
-    for one in config.auxiliary:
-        if one.compares_images and micro_batch < 2:
-            raise UserError(
-                f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
-                "two images (larger batches, or fewer --accum-iter)"
-            )

@@ -63,7 +63,7 @@ from training.run_folder import (
     removed_if_failed,
     stored_settings,
 )
-from training.setup import batch_notes, check_batch, open_dataset, open_held_out
+from training.setup import batch_notes, open_dataset, open_held_out
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
@@ -227,7 +227,12 @@ def remaining_steps(
 ) -> BatchStream:  # fmt: skip
     """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
     micro_batch = engine.micro_batch(config, dist.world_size)
-    check_batch(config, micro_batch)
+    for one in config.auxiliary:
+        if one.compares_images and micro_batch < 2:
+            raise UserError(
+                f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
+                "two images (larger batches, or fewer --accum-iter)"
+            )
     global_batch = micro_batch * config.step.accum_iter * dist.world_size
     return BatchStream(
         len(trained), micro_batch=micro_batch, accumulation=config.step.accum_iter,
