@@ -317,6 +317,9 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
     assert (other.depth, other.hidden_size, other.num_heads) == (12, 768, 12)
     assert beside(run, model="DiT-S/2").model.depth == 6  # the preset of the run
     assert beside(run, model="DiT-B/2", depth=4).model.depth == 4
+    plain = tmp_path / "recipe.yaml"
+    plain.write_text("depth: 6")
+    assert beside(plain).model.depth == 6 and beside(plain, model="DiT-S/2").model.depth == 12
     assert beside(run).model.conditions == ("label", "span")
     assert beside(run, objective="rectified_flow").model.conditions == ("label",)
     for said, flags, name, value in (

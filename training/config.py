@@ -257,10 +257,10 @@ def check_once(said: Layer, flags: Flags) -> None:
 
 def without_sizes(recipe: Layer, command: Layer) -> Layer:
     """Returns a recipe without what its preset sets, if the command names another preset."""
-    before = recipe.get("model", PresetConfig.model)
-    if (preset := command.get("model", before)) == before:
+    preset, before = command.get("model"), recipe.get("model")
+    if preset in (None, before):
         return recipe
-    gone = DiT_models[preset].keywords.keys() | DiT_models[before].keywords.keys()
+    gone = DiT_models[preset].keywords.keys() | DiT_models[before or preset].keywords.keys()
     return {name: value for name, value in recipe.items() if name not in gone}
 
 
