@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -34,27 +33,12 @@ from conditions import (
     split_condition,
 )
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
-from moe_kernels.cpu import attention_by_products, products_are_faster
+from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, checkpoint_options
 from options.parts import Part, Size, option, options_of, sides
 from options.settings import build, flags_of, flattened, read
 from routers import ROUTERS, Router, Routing
-
-
-def load_flash_attention() -> tuple[Callable | None, str]:
-    """Returns flash-attn's function; or None, and why an installed package does not load.
-
-    It does not load if it was built for another PyTorch.
-    """
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError as error:
-        return None, str(error) if find_spec("flash_attn") else ""
-    return flash_attn_func, ""
-
-
-flash_attn_func, flash_attention_fault = load_flash_attention()
 
 
 def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
@@ -347,9 +331,6 @@ class ClassTokens(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, with timm's parameter names.
 
-    On CUDA in half precision, flash-attn computes it if installed, except under torch.func.jvp.
-    PyTorch computes it otherwise.
-
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
 
@@ -371,17 +352,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        is_half_on_gpu = v.is_cuda and v.dtype in (torch.bfloat16, torch.float16)
-        # Compute plain matrix products under torch.func.jvp: fused attention has no jvp.
-        by_products = products_are_faster(v) or has_tangent(q, k, v)
-        if flash_attn_func is not None and is_half_on_gpu and not by_products:
-            fixed_order = torch.are_deterministic_algorithms_enabled()
-            x = flash_attn_func(q, k, v, deterministic=fixed_order)          # (N, T, heads, d)
-        else:
-            q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))           # (N, heads, T, d)
-            attend = attention_by_products if by_products else F.scaled_dot_product_attention
-            x = attend(q, k, v).transpose(1, 2)                              # (N, T, heads, d)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v)                          # (N, T, heads, d)
         return self.proj(x.flatten(2))
 
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (  # private
 
 from models import DiT, DiTConfig
 from moe import Experts, width_of
-from moe_kernels.cpu import fused_attention
+from moe_kernels.attention import fused_attention
 from options.parts import Part
 
 

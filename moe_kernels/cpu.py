@@ -1,23 +1,21 @@
-"""CPU-only optimisations: keeping freed memory, padded expert products, attention by products.
+"""CPU-only optimisations: keeping freed memory, and padded expert products.
 
 oneDNN compiles every new shape of a half-precision matrix product, which takes about as long as the
 product itself, and routing produces new shapes in every step. The rows of each expert are therefore
 padded to a multiple of about 1/32 of the mean number of rows per expert: few shapes, little cost.
 
-Shape legend: E experts, R rows, H, I and O widths, N batch, T tokens per image, d width of a head
+Shape legend: E experts, R rows, H, I and O widths
 """
 
 import ctypes
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-few_tokens = 256  # largest number of tokens per image for `attention_by_products`
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -102,30 +100,3 @@ def padded_ranges(rows: Tensor, end: Tensor) -> Iterator[tuple[int, int, int, in
 def zero_padded(rows: Tensor, num_rows: int) -> Tensor:
     """Appends rows of zeros to rows (n, I); returns (num_rows, I)."""
     return rows if len(rows) == num_rows else F.pad(rows, (0, 0, 0, num_rows - len(rows)))
-
-
-def products_are_faster(v: Tensor) -> bool:
-    """Returns whether `attention_by_products` is faster for values (N, T, heads, d): in bf16 on a
-    CPU, for at most `few_tokens` tokens."""
-    return v.dtype == torch.bfloat16 and v.device.type == "cpu" and v.shape[1] <= few_tokens
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Makes a CPU use the same attention as a GPU, to count the activations that a GPU keeps."""
-    global few_tokens
-    kept, few_tokens = few_tokens, 0
-    try:
-        yield
-    finally:
-        few_tokens = kept
-
-
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of q, k and v (N, heads, T, d) as two batched matrix products.
-
-    Up to 256 tokens on a CPU, the backward pass of PyTorch's scaled_dot_product_attention takes two
-    to five times as long. This version keeps the T x T weights of each head for that pass.
-    """
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (N, heads, T, T)
-    return weights @ v

@@ -24,11 +24,11 @@ from models import (
     DiT,
     DiT_models,
     DiTConfig,
-    attention_by_products,
     position_embedding,
     rotary_positions,
 )
-from moe_kernels import experts
+from moe_kernels import attention, experts
+from moe_kernels.attention import attention_by_products
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import KEPT_OPERATORS
 from routers import ROUTERS
@@ -350,11 +350,11 @@ def test_bf16_attention_by_matrix_products_equals_attention(tokens):
 
 def test_a_flash_attention_that_does_not_load_is_named(tmp_path, monkeypatch):
     """Such as a wheel for another PyTorch. Without the package there is nothing to say."""
-    assert importlib.util.find_spec("flash_attn") or models.load_flash_attention() == (None, "")
+    assert importlib.util.find_spec("flash_attn") or attention.load_flash_attention() == (None, "")
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    assert models.load_flash_attention() == (None, "undefined symbol: _ZN3c10")
+    assert attention.load_flash_attention() == (None, "undefined symbol: _ZN3c10")
 
 
 @pytest.mark.parametrize("tokens, used", [(256, True), (257, False)])
@@ -365,7 +365,7 @@ def test_a_cpu_uses_matrix_products_for_bf16_attention_up_to_256_tokens(monkeypa
         calls.append(inputs)
         return attention_by_products(*inputs)
 
-    monkeypatch.setattr(models, "attention_by_products", attend)
+    monkeypatch.setattr(attention, "attention_by_products", attend)
     models.Attention(64, num_heads=2).bfloat16()(torch.zeros(1, tokens, 64).bfloat16())
     assert bool(calls) == used
 
@@ -381,18 +381,17 @@ def test_flash_attention_computes_bf16_and_follows_torchs_deterministic_setting(
         received.append(deterministic)
         return v
 
-    monkeypatch.setattr(models, "flash_attn_func", flash_attention)
+    monkeypatch.setattr(attention, "flash_attn_func", flash_attention)
     torch.use_deterministic_algorithms(deterministic)
     try:
         with FakeTensorMode(), torch.no_grad():
-            attention = Attention(32, 2)
+            layer = Attention(32, 2)
             for dtype in (torch.bfloat16, torch.float32, torch.float64):
                 options = dict(dtype=dtype, device="cuda")
                 weights = {
-                    name: torch.empty(w.shape, **options)
-                    for name, w in attention.named_parameters()
+                    name: torch.empty(w.shape, **options) for name, w in layer.named_parameters()
                 }
-                functional_call(attention, weights, torch.empty(2, 4, 32, **options))
+                functional_call(layer, weights, torch.empty(2, 4, 32, **options))
     finally:
         torch.use_deterministic_algorithms(False)
     assert received == [deterministic]

@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoints.costs import count_macs, count_parameters
 from latents.loading import batches_of, check_unreadable, make_loader
 from latents.sources import Batch
-from models import flash_attention_fault
+from moe_kernels.attention import flash_attention_fault
 from moe_kernels.cpu import keep_freed_memory, lacks_instructions
 from options.settings import Layer
 from runtime.devices import DTYPES, memory_in_use
