@@ -127,7 +127,8 @@ def test_two_processes_recover_from_a_killed_process_and_stop_together(flags, tm
     Each process holds a part of the weights and of Muon's momentum.
     """
     results = tmp_path / "r"
-    shared = partial(flags, optimizer="muon", shard=True)
+    muon = {"optimizer": "muon", "optimizer-precision": "fp32"}
+    shared = partial(flags, shard=True, **muon)
     arguments = shared(results, **{"max-steps": UNTIL_STOPPED})
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new store for each start
     with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:
