@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.config import ABLATION_FILE, BATCH_SIZE, ExpertConfig, check_source, open_prompts
+from analysis.config import (
+    ABLATION_FILE,
+    BATCH_SIZE,
+    ExpertConfig,
+    ablation_file,
+    check_source,
+    open_prompts,
+)
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
@@ -87,8 +94,7 @@ def main(config: ExpertAblationConfig) -> None:
     check_source(config, ("num_pictures", "data_path", "latents_path", "num_images"))
     if config.compile:
         raise UserError("--compile: got True, but a compiled block cannot leave out an expert")
-    is_run = config.ckpt is not None and Path(config.ckpt, "checkpoints").is_dir()
-    output = config.output or Path(config.ckpt if is_run else "results", ABLATION_FILE)
+    output = config.output or ablation_file(config.ckpt)
     prepare_output("--output", output)
     from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from analysis.config import ABLATION_FILE
+from analysis.config import ablation_file
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import flag, parse_config
@@ -49,7 +49,7 @@ class ExportConfig(SamplingConfig):
     drop_experts: int = flag(0, ge=0, help="number of experts to leave out of each layer")
     ablation: Path | None = flag(
         None, metavar="FILE",
-        help=f"file of expert_ablation.py for --drop-experts (default: {ABLATION_FILE} in --ckpt)",
+        help="file of expert_ablation.py for --drop-experts (default: its default --output)",
     )  # fmt: skip
     scores: Path | None = flag(
         None, help="results.json of evaluate.py, to include in the model card"
@@ -83,7 +83,12 @@ def without_experts(config: ExportConfig, checkpoint):
     from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
 
-    path = config.ablation or Path(config.ckpt, ABLATION_FILE)
+    path = config.ablation or ablation_file(config.ckpt)
+    if not path.exists():
+        raise UserError(
+            f"--drop-experts: {path} does not exist; measure it with python expert_ablation.py "
+            f"--ckpt {config.ckpt} --latents-path HELD_OUT, or name another file (--ablation FILE)"
+        )
     settings, rows = load_ablation(path)
     digests = (
         weights_digest(build_model(replace(checkpoint, model=None), dtype=dtype))
@@ -91,8 +96,10 @@ def without_experts(config: ExportConfig, checkpoint):
     )
     if settings.get("checkpoint_sha256") not in digests:
         raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
+    model = checkpoint.config
     with reported_as("--drop-experts", ValueError):
-        return drop_experts(checkpoint, least_damage(rows, config.drop_experts))
+        shape = len(model.sparse_layers), model.num_experts
+        return drop_experts(checkpoint, least_damage(rows, config.drop_experts, shape))
 
 
 def parse_args() -> ExportConfig:

@@ -9,6 +9,7 @@ Shape legend: n held-out images, N drawn images
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +77,25 @@ def leave_one_out(
             yield Ablation(layer, expert, *change(measure(), whole))
 
 
-def least_damage(rows: Sequence[Ablation], number: int) -> list[list[int]]:
+def least_damage(rows: Sequence[Ablation], number: int, shape: tuple[int, int]) -> list[list[int]]:
     """Returns, for each layer, the experts whose removal raises the held-out loss least.
 
-    Raises UserError for rows without losses.
+    shape: (sparse layers, experts per layer) of the model
+    Raises UserError for rows without losses, and if an expert has no row.
     """
-    layers: dict[int, list[Ablation]] = {}
-    for row in rows:
-        if row.loss is None:
-            raise UserError("got an ablation of pictures only, expected held-out losses")
-        layers.setdefault(row.layer, []).append(row)
-    ranked = (sorted(layers[layer], key=lambda row: row.loss) for layer in sorted(layers))
-    return [[row.expert for row in rows[:number]] for rows in ranked]
+    if any(row.loss is None for row in rows):
+        raise UserError("got an ablation of pictures only, expected held-out losses")
+    layers, experts = shape
+    losses = {(row.layer, row.expert): row.loss for row in rows}
+    if losses.keys() != {*product(range(layers), range(experts))}:
+        raise UserError(
+            f"got an ablation of {len(losses)} experts, expected {layers} layers x {experts}; run "
+            "expert_ablation.py again to finish it"
+        )
+    return [
+        sorted(range(experts), key=lambda expert: losses[layer, expert])[:number]
+        for layer in range(layers)
+    ]
 
 
 def change(without: Outcome, whole: Outcome) -> tuple[float | None, float | None, float]:

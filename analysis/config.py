@@ -18,6 +18,12 @@ OF_PIPELINES = {
 }  # fmt: skip
 
 
+def ablation_file(ckpt: str | None) -> Path:
+    """Returns the default path of the ablation of a checkpoint, or of a pipeline (None)."""
+    is_run = ckpt is not None and Path(ckpt, "checkpoints").is_dir()
+    return Path(ckpt if is_run else "results", ABLATION_FILE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig(SamplingConfig):
     """A checkpoint of ours, or a text-to-image pipeline of diffusers and prompts."""

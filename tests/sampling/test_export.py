@@ -229,7 +229,7 @@ def test_a_model_without_some_experts_routes_as_if_their_gate_never_chose_them(r
 
 
 def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_further(
-    trained, tmp_path, train_flags, capsys
+    trained, tmp_path, train_flags, capsys, monkeypatch
 ):
     path, file = trained["rectified_flow"], tmp_path / "ablation.jsonl"
     before = read_checkpoint(path)
@@ -250,8 +250,14 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     assert read_checkpoint(tmp_path / "tuned").config.num_experts == 3
     command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
     assert "got 3, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 3)
+    save_ablation(file, {"checkpoint_sha256": digest}, rows[:6])  # it was interrupted
+    line = expect_error(capsys, *command, "--drop-experts", 1)
+    assert "got an ablation of 6 experts, expected 2 layers x 4" in line
     save_ablation(file, {"checkpoint_sha256": "another"}, rows)
     assert "other weights" in expect_error(capsys, *command, "--drop-experts", 1)
+    monkeypatch.chdir(tmp_path)
+    line = expect_error(capsys, *command[:-2], "--drop-experts", 1)
+    assert "results/expert_ablation.jsonl does not exist" in line and "--ckpt" in line
 
 
 def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, monkeypatch):

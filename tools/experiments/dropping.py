@@ -71,7 +71,7 @@ def choices_of(
     """Returns the experts of each layer to drop, by kind of choice and draw."""
     order = [np.random.default_rng(draw).random(load.shape) for draw in range(draws)]
     ranked = {("load", 0): load} | {("random", draw): one for draw, one in enumerate(order)}
-    found = {("damage", 0): least_damage(ablation, number)}
+    found = {("damage", 0): least_damage(ablation, number, load.shape)}
     return found | {kind: one.argsort(1)[:, :number].tolist() for kind, one in ranked.items()}
 
 
