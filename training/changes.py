@@ -128,13 +128,14 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
             was, _ = stored_config(before, type(config.engine))
         except UserError:
             continue
+        now = facts
         if before.images and "sha256" in before.images:  # a digest of an earlier version
-            facts = facts | {"images": before.images}
-        found = compare(before, was, config, facts, set())
+            now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
+        found = compare(before, was, config, now, set())
         if found.state or found.unsaid:
             continue
         raise UserError(
-            f"{other} has the same settings and data, under the name of an earlier version; "
+            f"{other} has the same settings, under the name of an earlier version; "
             f"continue it with --resume {other}, or begin a new run with --run-name NEW"
         )
 

@@ -23,7 +23,7 @@ from latents.loading import BatchStream
 from options.settings import differences
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
-from training.changes import compare, stored_config
+from training.changes import check_earlier_names, compare, stored_config
 from training.config import override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
@@ -261,6 +261,21 @@ def test_a_default_name_of_an_earlier_version_is_found(copied, flags, capsys):
     assert f"--resume {old}, or begin a new run with --run-name NEW" in line
     call_main("train.py", *unnamed(lr=2e-3))
     assert len(list(copied.iterdir())) == 2
+
+
+def test_a_run_of_an_earlier_version_has_as_many_images(finished, tmp_path, monkeypatch):
+    """The digests of two versions cannot be compared, the numbers of images can."""
+    record = read_record(step_folder(finished, 3))
+    before = replace(record, images={"count": 40, "sha256": 64 * "0"})
+    (tmp_path / "run-01234567").mkdir()
+    monkeypatch.setattr("training.changes.newest_record", lambda folder: before)
+    facts = {**record.facts, "vae_sha256": record.vae_sha256, "normalisation": str(record.norm)}
+    check = partial(
+        check_earlier_names, tmp_path / "run-89abcdef", stored_config(record, DDPFlags)[0]
+    )
+    with pytest.raises(UserError, match="run-01234567 has the same settings"):
+        check(facts | {"images": record.images})
+    check(facts | {"images": record.images | {"count": 41}})
 
 
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
