@@ -141,9 +141,17 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
 
 
 def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
-    """Returns notes on the EMAs and auxiliary losses that the state does not have."""
-    names = {*averages_of(step)}
-    notes = [
+    """Returns notes on the EMAs and auxiliary losses that the state does not have, and on images
+    that another batch size repeats or skips."""
+    names, notes = {*averages_of(step)}, []
+    before, batch = (getattr(c.engine, "global_batch_size", None) for c in (was, config))
+    if before != batch:
+        does = "come again" if batch < before else "are skipped"
+        notes.append(
+            f"steps of {batch} images go on at image {int(step.name) * batch} of all epochs, after "
+            f"{int(step.name)} steps of {before} images: some images {does}"
+        )
+    notes += [
         f"EMA {ema.name} starts from the weights: {step} does not have it"
         for ema in config.emas if names and ema.name not in names
     ]  # fmt: skip

@@ -153,7 +153,8 @@ def enter_run_folder(
     script = facts["script"]
     text = (
         f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
-        f"# To start a new run with the same settings: {script} --config FILE, with this file.\n"
+        f"# To start a new run with the same settings: {script} --config FILE, with this file\n"
+        "# (and --finetune, if the run began from weights).\n"
     )
     style = {"default_flow_style": True, "width": 10_000, "sort_keys": False}
     for section, settings in config.sections().items():

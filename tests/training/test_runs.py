@@ -394,6 +394,9 @@ def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypat
     out = capsys.readouterr().out
     assert "micro-batches have 4" in out and out.index("saving step 4\n") < out.index("] saved ")
     assert steps_of(copied) == [1, 2, 3, 4]
+    batch = ["--global-batch-size=4", "--max-steps=5"]
+    call_main("train.py", f"--resume={copied / 'run'}", "--accum-iter=1", *batch)
+    assert "at image 16 of all epochs, after 4 steps of 8 images" in capsys.readouterr().out
 
 
 def hold(run: Path, pipe) -> None:
