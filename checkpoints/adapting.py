@@ -34,8 +34,7 @@ def adapt(
     """Adapts weights to a config with other classes, conditions or another input size.
 
     seed: seed of newly initialised weights
-    Returns the checkpoint and notes about the changed weights. A new condition may own weights only
-    in its embedder.
+    Returns the checkpoint and notes about the changed weights.
     """
     state_dict, before, notes = dict(source.state_dict), source.config, []
     kind = "input_size", "absolute_positions"
@@ -49,17 +48,21 @@ def adapt(
         drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
         notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
     had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
-    is_alike = before.num_classes == config.num_classes and had_null == has_null
     # If the source has no class names, the classes are assumed to be the same.
-    other_classes = not is_alike or source.record.class_names not in ((), tuple(class_names))
-    if LABEL_TABLE in state_dict and other_classes:
+    same_classes = before.num_classes == config.num_classes
+    same_classes = same_classes and source.record.class_names in ((), tuple(class_names))
+    if LABEL_TABLE in state_dict and not (same_classes and had_null == has_null):
         generator, table = Generator().manual_seed(seed), state_dict[LABEL_TABLE]
         size = config.num_classes + has_null, table.shape[1]
         rows = torch.randn(size, generator=generator) * 0.02
-        if had_null and has_null:  # the row for "no class" stays as it was
+        new = f"new rows for {config.num_classes} classes"
+        if same_classes:
+            rows[: config.num_classes] = table[: config.num_classes].float()
+            new = f'{"new" if has_null else "without the"} row for "no class"'
+        elif had_null and has_null:  # the row for "no class" stays as it was
             rows[-1] = table[-1].float()
         state_dict[LABEL_TABLE] = rows
-        notes.append(f"{LABEL_TABLE}: new rows for {config.num_classes} classes")
+        notes.append(f"{LABEL_TABLE}: {new}")
     message = f"{source.path}: cannot start a model with conditions {' '.join(config.conditions)}"
     with reported_as(message, ValueError):
         check_shapes(shapes_of(state_dict), shapes_of(fake_model(config).state_dict()))

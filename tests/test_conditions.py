@@ -256,6 +256,16 @@ def test_a_sequence_of_features_reaches_the_blocks_in_fine_tuning_guidance_and_s
     assert back.state_dict.keys() == source.state_dict().keys()
 
 
+@pytest.mark.parametrize("was, now", [(0.1, 0.0), (0.0, 0.1)])
+def test_fine_tuning_with_or_without_label_dropout_keeps_the_rows_of_the_same_classes(was, now):
+    model, table = randomised(class_dropout_prob=was), "y_embedder.embedding_table.weight"
+    config = replace(model.config, class_dropout_prob=now)
+    adapted, (_, note) = adapt(as_checkpoint(model), config, [], seed=0)
+    rows, count = adapted.state_dict[table], config.num_classes
+    assert torch.equal(rows[:count], model.state_dict()[table][:count])
+    assert len(rows) == count + (now > 0) and note.startswith(table) and "no class" in note
+
+
 def test_fine_tuning_with_a_condition_that_changes_the_shape_of_another_weight_is_one_line(
     monkeypatch,
 ):
