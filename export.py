@@ -112,6 +112,8 @@ def main(config: ExportConfig) -> None:
         metrics = read_json(config.scores)["metrics"] if config.scores else {}
     scores = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     check_new_folder("--output", config.output)
+    if config.ablation and not config.drop_experts:
+        raise UserError("--ablation: has no effect without --drop-experts N")
     import torch
     from safetensors import SafetensorError
 

@@ -249,6 +249,7 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     call_main("train.py", *train_flags(tmp_path, **flags, **{"run-name": "tuned"}))
     assert read_checkpoint(tmp_path / "tuned").config.num_experts == 3
     command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
+    assert "no effect without --drop-experts" in expect_error(capsys, *command)
     assert "got 3, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 3)
     save_ablation(file, {"checkpoint_sha256": digest}, rows[:6])  # it was interrupted
     line = expect_error(capsys, *command, "--drop-experts", 1)
