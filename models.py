@@ -395,6 +395,7 @@ class DiTBlock(nn.Module):
     """
 
     matrices_in = {"adaLN_modulation.1.weight": 6}
+    router_facts = ("time", "no_class")  # facts of an image that a router may ask for
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -417,6 +418,10 @@ class DiTBlock(nn.Module):
                 router=config.router.name,
                 router_options=config.router.options,
             )
+            gate, known = self.moe.gate, self.router_facts
+            if unknown := [name for name in gate.asks_for if name not in known]:
+                raise ValueError(f"{type(gate).__name__}.asks_for: got {', '.join(unknown)}, "
+                                 f"expected {' or '.join(known)}")
         else:
             self.mlp = MLP_TYPES[config.dense_mlp_type or config.mlp_type](
                 config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
@@ -659,8 +664,8 @@ class DiT(nn.Module):
         t: times (N,), as the objective defines them: 0 to 999 (Gaussian), or 0 to 1 (flows)
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
-            Every condition except the label has a default. Other names are ignored, but a router
-            can read "label".
+            Every condition except the label has a default. Other names are ignored, but the
+            label always decides the routers' "no_class".
 
         Returns the prediction (N, C', h, w) and the auxiliary loss, a scalar to add to the training
         loss: aux_loss_alpha times the sum of the router losses; 0 for a dense model.
@@ -784,17 +789,17 @@ def initialize(module: nn.Module, own: Mapping[Tensor, str]) -> None:
         INITIAL.get(reset, reset)(module)
     for tensor, name in own.items():
         left = tensor.isnan() if tensor.is_floating_point() else tensor == unset(tensor.dtype)
-        if tensor.dtype != torch.bool and left.any():
+        if tensor.dtype.is_signed and left.any():
             kind = type(module).__name__
             raise ValueError(f"{name}: has no initial value, expected {kind}.reset_parameters to "
                              "set every parameter and buffer of the module")
 
 
 def unset(dtype: torch.dtype) -> float | int:
-    """Returns the value that marks an element as not initialised."""
+    """Returns the value that marks an element as not initialised; 0, no mark, if unsigned."""
     if dtype.is_floating_point:
         return math.nan
-    return False if dtype == torch.bool else torch.iinfo(dtype).min
+    return torch.iinfo(dtype).min if dtype.is_signed else 0
 
 
 def recomputed_in_training(

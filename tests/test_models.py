@@ -177,6 +177,30 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
         dict(initial_weights(config))
 
 
+def test_a_buffer_of_unsigned_integers_may_be_zero(monkeypatch):
+    class MaskedBlock(models.DiTBlock):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("mask", torch.ones(3, dtype=torch.uint8))
+
+        def reset_parameters(self) -> None:
+            self.mask.zero_()
+
+    monkeypatch.setattr(models, "DiTBlock", MaskedBlock)
+    assert not DiT(**TINY_MODEL).blocks[0].mask.any()
+
+
+def test_a_router_that_asks_for_an_unknown_fact_is_an_error(monkeypatch):
+    class LabelRouter(routers.TopKRouter):
+        def __post_init__(self):
+            super().__post_init__()
+            self.asks_for += ("label",)
+
+    monkeypatch.setitem(ROUTERS, "topk", LabelRouter)
+    with pytest.raises(ValueError, match="asks_for: got label, expected time or no_class"):
+        DiT(**TINY_MODEL)
+
+
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
     gradients = []
     for scale in (1.0, 2.0**14):
