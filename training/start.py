@@ -202,7 +202,7 @@ def starting_point(
         before = read_record(state_folder)
         facts["start"] = facts["start"] or before.facts.get("start")
         was, unknown = stored_config(before, type(config.engine))
-        newest = begin.own if is_own and begin.own else before
+        newest = newest_record(folder) if is_own else before
         may = plan.said if begin.resumes or not is_own else set()
         changed = check_changes(newest, config, facts, may, state_folder, folder)
         if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold

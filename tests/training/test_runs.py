@@ -278,6 +278,22 @@ def test_a_run_of_an_earlier_version_has_as_many_images(finished, tmp_path, monk
     check(facts | {"images": record.images | {"count": 41}})
 
 
+def test_the_same_command_is_compared_with_the_settings_of_a_damaged_newest_checkpoint(
+    copied, flags, capsys
+):
+    """In a run without a name, too: it would go back to the settings of an older checkpoint."""
+    unnamed = flags(copied, **{"run-name": None, "max-steps": 1})
+    call_main("train.py", *unnamed)
+    (run,) = (folder for folder in copied.iterdir() if folder.name != "run")
+    for name in (run, copied / "run"):
+        steps = 2 if name == run else 4
+        call_main("train.py", "--resume", name, "--max-steps", steps, "--lr", 5e-4)
+        flip_bit(step_folders(name)[0] / STATE_FILE)
+    for command in (unnamed, flags(copied)):
+        line = expect_error(capsys, "train.py", *command)
+        assert "--lr: was 0.0005, is 0.001" in line
+
+
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags, capsys):
     """Nothing is lost: such a run has ended before its first save."""
     shutil.rmtree(copied / "run" / "checkpoints")
