@@ -265,10 +265,7 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     chosen: "all", "every-second" (1, 3, ...), "shallow-half", "deep-half", or indices such as
         "6,8,10". The paper found that experts help most in the deep half (arXiv 2407.11633).
     """
-    half = depth // 2
-    ranges = {"all": range(depth), "every-second": range(1, depth, 2),
-              "shallow-half": range(half), "deep-half": range(half, depth)}
-    indices = chosen
+    ranges, indices = named_layers(depth), chosen
     if isinstance(chosen, str):  # text that is not a number becomes `depth`, which is out of range
         numbers = [int(n) if n.isdecimal() else depth for n in chosen.split(",")]
         indices = ranges.get(chosen, numbers)
@@ -280,11 +277,16 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(sorted(set(indices)))
 
 
+def named_layers(depth: int) -> dict[str, range]:
+    half = depth // 2
+    return {"all": range(depth), "every-second": range(1, depth, 2),
+            "shallow-half": range(half), "deep-half": range(half, depth)}  # fmt: skip
+
+
 def name_of_layers(chosen: str | Sequence[int], depth: int) -> str | tuple[int, ...]:
     """Returns the name that `select_layers` has for these blocks, such as "all", or the indices."""
     layers = select_layers(chosen, depth)
-    names = [name for name in ("all", "every-second", "shallow-half", "deep-half")
-             if select_layers(name, depth) == layers]  # fmt: skip
+    names = [name for name, indices in named_layers(depth).items() if (*indices,) == layers]
     return names[0] if names[:1] == ["all"] or len(names) == 1 else layers
 
 

@@ -157,7 +157,9 @@ def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
             same = tuple(p for p in below if p.name == part.name) or Part(part.name)
             kept, _ = chosen(choice, {choice: same, **waiting}, flags)
             parts += [replace(part, options=p.options | part.options) for p in kept]
-        base = {name: value for name, value in base.items() if flags[name].field is not one}
+        loose = {name: value for name, value in waiting.items()
+                 if not any(part.name in flags[name].options for part in parts)}  # fmt: skip
+        base = {name: value for name, value in base.items() if flags[name].field is not one} | loose
         top[choice] = tuple(parts) if one.is_list else parts[0]
     return base | top
 

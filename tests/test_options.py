@@ -194,6 +194,7 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
         ("--num_experts 0 --n-shared-experts 1", "--n-shared-experts: given with a dense model"),
         ("--num_experts 0 --num_experts_per_tok 1", "--num-experts-per-tok: given with a dense"),
         ("--num_experts 0 --sparse-layers 6", "--sparse-layers: given with a dense model"),
+        ("--model JiT-B/16 --num_experts_per_tok 4", "--num-experts-per-tok: given with a dense"),
         ("--auxiliary sra sra", "--auxiliary: got sra, sra, expected different ones"),
         ("--decay-share 0.1", "--decay-share: has no effect without --lr-schedule trapezoid"),
         ("--shard --precision fp16", "--precision: got fp16 with --shard"),
@@ -211,6 +212,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "router: sigmoid\nrouter-scale: 2.5\nlr: 1e-3\noptimizer_betas: [0.9, 0.95]\nrf: true\n"
+        "num-experts-per-tok: 1\n"
     )
     with command_line("train.py", ("--config", recipe, "--lr", "2e-3")) as module:
         config = resolve(module.parse_args(), DDPFlags)
@@ -248,6 +250,12 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
         with command_line("train.py", ("--config", recipe, *words)) as module:
             assert resolve(module.parse_args(), DDPFlags).step.objective.name == objective
+    for text, words, expected in (
+        ("num-experts: 0\nnum-experts-per-tok: 4", (), "--num-experts-per-tok: given with a dense"),
+        ("router-scale: 2.5", ("--router", "topk"), "--router-scale: has no effect without"),
+    ):
+        recipe.write_text(text)
+        assert expected in expect_error(capsys, "train.py", "--config", recipe, *words, "--dry-run")
     for text, words in (
         ("learning: 1", "--learning: unknown flag"),
         ("config: x", "got the key config"),
@@ -314,12 +322,9 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
     assert beside(run).model == config.model
     assert beside(run, depth=8).model.sparse_layers == (4, 5, 6, 7)
     other = beside(run, model="DiT-B/2").model
-    assert (other.depth, other.hidden_size, other.num_heads) == (12, 768, 12)
+    assert (other.depth, other.hidden_size, other.num_heads) == (6, 768, 12)
     assert beside(run, model="DiT-S/2").model.depth == 6  # the preset of the run
     assert beside(run, model="DiT-B/2", depth=4).model.depth == 4
-    plain = tmp_path / "recipe.yaml"
-    plain.write_text("depth: 6")
-    assert beside(plain).model.depth == 6 and beside(plain, model="DiT-S/2").model.depth == 12
     assert beside(run).model.conditions == ("label", "span")
     assert beside(run, objective="rectified_flow").model.conditions == ("label",)
     for said, flags, name, value in (
@@ -327,12 +332,49 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
         ({"dense_mlp_ratio": 3}, {"sparse_layers": "every-second"}, "dense_mlp_ratio", 3),
         ({"sparse_layers": "6"}, {"num_experts_per_tok": 1}, "dense_mlp_ratio", 6),
         ({"num_experts": 0}, {"num_experts": 4}, "mlp_type", "swiglu"),
+        ({"model": "JiTMoE-H/16", "num_experts": 0}, {"depth": 12}, "num_experts", 0),
+        ({"depth": 1}, {"depth": 2}, "sparse_layers", (0, 1)),
         ({"num_classes": 1}, {"num_classes": 2}, "class_dropout_prob", 0.1),
     ):
         config = resolve(said, DDPFlags)
         run.write_text(json.dumps(config.sections()) + "\n---\n{}\n")
         assert beside(run, num_classes=config.model.num_classes).model == config.model
         assert getattr(beside(run, **flags).model, name) == value
+
+
+@pytest.mark.parametrize(
+    ("file", "preset", "expected"),
+    [
+        ({"depth": 6}, "DiT-B/2", {"depth": 6, "hidden_size": 768}),
+        ({"model": "DiT-Ti/2", "patch-size": 8, "num-experts": 8}, "DiT-S/2",
+         {"patch_size": 8, "hidden_size": 384}),
+        ({"num-experts": 32, "router": {"expert_choice": {}}}, "JiTMoE-B/16",
+         {"num_experts": 32, "router": "expert_choice"}),
+        ({"model": "DiT-S/2", "router-scale": 3}, "JiTMoE-B/16",
+         {"num_experts": 16, "router": "sigmoid", "scale": 3}),
+        ({"model": "JiTMoE-B/16", "router": "sigmoid", "router-bias-step": 0.001}, "DiT-S/2",
+         {"num_experts": 8, "router": "sigmoid", "scale": 1}),
+        ({"model": "JiTMoE-B/16", "num-experts": 16, "router": {"sigmoid": {"scale": 2.5}}},
+         "DiT-S/2", {"num_experts": 8, "router": "topk"}),
+        ({"model": "DiT-S/2", "run": 1}, "JiT-B/16", {"num_experts": 0, "depth": 12}),
+        ({"model": "JiTMoE-B/16", "run": 1}, "DiT-S/2",
+         {"num_experts": 8, "router": "topk", "norm": "layer", "sparse_layers": (*range(12),)}),
+        ({"model": "JiTMoE-B/16", "router": "race", "run": 1}, "JiTMoE-L/16",
+         {"depth": 20, "router": "race"}),
+    ],
+)  # fmt: skip
+def test_a_preset_beside_a_file_replaces_only_what_the_preset_of_the_file_sets(
+    file, preset, expected, tmp_path
+):
+    """In a recipe and, with "run", in the config.yaml of a run, which states all settings."""
+    path = tmp_path / "file.yaml"
+    path.write_text(json.dumps(file))
+    if file.pop("run", None):
+        path.write_text(json.dumps(resolve(file, DDPFlags).sections()) + "\n---\n{}\n")
+    arguments = {"config": str(path), "model": preset}
+    model = resolve(parse_training(DDPFlags, arguments=arguments), DDPFlags).model
+    has = vars(model) | model.router_options | {"router": model.router and model.router.name}
+    assert {name: has[name] for name in expected} == expected
 
 
 def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():
@@ -344,6 +386,13 @@ def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():
     said = {"config": "recipe.yaml", "image_size": 64}
     with pytest.raises(UserError, match="--image-size: got 64 from the command or recipe.yaml"):
         resolve(said, DDPFlags, data=data)
+
+
+def test_a_flag_of_the_experts_beside_a_stored_dense_model_is_rejected():
+    record, stored = Record(config=DiTConfig(num_experts=0)), {"num_experts": 0}
+    resolve({"num_experts_per_tok": 2}, DDPFlags, stored=stored, weights=record)  # the default
+    with pytest.raises(UserError, match="--sparse-layers: given with a dense model"):
+        resolve({"sparse_layers": "0"}, DDPFlags, stored=stored, weights=record)
 
 
 def test_options_of_several_components_are_set_by_component_name():

@@ -173,16 +173,11 @@ def parse_training(
         command = parse_flags(flags, description, arguments, FIRST_FLAGS)
     with naming_flags(flags):
         check_once(command, flags)
-        recipe: Layer = {}
+        recipe, every = {}, training_flags(engine_flags)
         if path := command.get("config"):
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
-                recipe = without_sizes(read_recipe(Path(path), engine_flags), command)
-        said = override(recipe, command, flags)
-        for name in SPARSE:
-            is_default = command.get(name) in (None, flags[name].field.default)
-            if said.get("num_experts") == 0 and not is_default:
-                raise ValueError(f"{name}: {DENSE}")
-    return said
+                recipe = without_preset(read_recipe(Path(path), engine_flags), command, every)
+        return override(recipe, command, flags)
 
 
 def read_recipe(path: Path, engine_flags: type) -> Layer:
@@ -210,6 +205,8 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
         check_once(recipe, flags)
     if not is_of_run:
         return recipe
+    if recipe.get("num_experts") == 0:
+        recipe = {name: value for name, value in recipe.items() if name not in SPARSE}
     if "sparse_layers" in recipe and "depth" in recipe:
         recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
     model = resolve(recipe, engine_flags).model
@@ -255,13 +252,25 @@ def check_once(said: Layer, flags: Flags) -> None:
                 raise ValueError(f"{name}: is given twice, alone and as an option of {choice}")
 
 
-def without_sizes(recipe: Layer, command: Layer) -> Layer:
+def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
     """Returns a recipe without what its preset sets, if the command names another preset."""
     preset, before = command.get("model"), recipe.get("model")
-    if preset in (None, before):
+    if None in (preset, before) or preset == before:
         return recipe
-    gone = DiT_models[preset].keywords.keys() | DiT_models[before or preset].keywords.keys()
-    return {name: value for name, value in recipe.items() if name not in gone}
+    old = read(DiT_models[before].keywords, flags)
+    new = merge(old, recipe, flags)
+
+    def value(name: str, layer: Layer) -> Any:
+        one = flags[name].field
+        if one.table is None:
+            return layer.get(name, one.default)
+        parts, rest = chosen(name, layer, flags)
+        return [*map(one.complete, parts)], rest
+
+    sizes = DiT_models[preset].keywords | DiT_models[before].keywords
+    names = {flags[name].field.name for name in (*sizes, "router")}  # that of a default, too
+    gone = {name for name in names if value(name, old) == value(name, new)}
+    return {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
 
 
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:
@@ -269,8 +278,8 @@ def override(base: Layer, top: Layer, flags: Flags) -> Layer:
     gone = {b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if a in top}
     if top.get("shard") is False:
         gone |= {*SHARDING}
-    if top.get("num_experts") == 0:  # a dense model has no router
-        gone |= {"router"}
+    if top.get("num_experts") == 0:
+        gone |= {"router", *SPARSE}  # of no use to a dense model
     kept = {name: value for name, value in base.items() if flags[name].field.name not in gone}
     before = base.get("objective", StepConfig.objective)
     if "conditions" in kept and top.get("objective", before).name != before.name:
@@ -286,12 +295,13 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
     known: with the other settings of the run
     """
     for name, value in said.items():
-        is_default = value == flags[name].field.default
+        is_default = value in ((), flags[name].field.default)  # (): the sparse layers, if dense
         if name in PLANNING and not is_default and not known.get("dry_run"):
             raise ValueError(f"{name}: has no effect without --dry-run True")
         if name in SHARDING and not is_default and not known.get("shard"):
             raise ValueError(f"{name}: has no effect without --shard True")
-        if flags[name].field.name == "router" and known.get("num_experts") == 0:
+        is_of_experts = flags[name].field.name == "router" or name in SPARSE and not is_default
+        if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
     for choice in [name for name, one in flags.items() if one.option.table]:
         parts, rest = chosen(choice, known, flags)
