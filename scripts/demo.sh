@@ -31,7 +31,8 @@ emoji)
 esac
 # bf16 is faster than fp32 only where the processor has instructions for bf16.
 precision=$(python -c "
-import torch, cpu
+import torch
+from moe_kernels import cpu
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 print('fp32' if cpu.lacks_instructions(device, torch.bfloat16) else 'bf16')")
 

@@ -136,3 +136,10 @@ def test_citation_changelog_and_run_config_have_the_same_version(workspace):
     assert (
         f"\nversion: {__version__}\n" in (workspace / "results" / "demo" / CONFIG_FILE).read_text()
     )
+
+
+def test_python_inside_the_demo_runs(capsys):
+    """The demo itself trains for minutes, so it is not run here."""
+    (code,) = re.findall(r'python -c "\n(.+?)"\)', (ROOT / "scripts/demo.sh").read_text(), re.S)
+    exec(code, {})
+    assert capsys.readouterr().out in ("bf16\n", "fp32\n")
