@@ -53,6 +53,7 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, d
     from analysis.ablation import checkpoint_outcome
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
     from latents.autoencoder import weights_digest
+    from runtime.devices import DTYPES
     from sampling.generate import objective_of
     from sampling.pipeline import open_pipeline
 
@@ -73,8 +74,11 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, d
         facts |= {"num_images": num_images}
     pictures = config.num_pictures or 8
     measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, losses)
+    dtype = next(pipeline.model.parameters()).dtype
     settings = {
-        "checkpoint_sha256": weights_digest(pipeline.model), "num_pictures": pictures,
+        "checkpoint_sha256": weights_digest(pipeline.model),
+        "precision": next(name for name, one in DTYPES.items() if one == dtype),
+        "num_pictures": pictures,
         "seed": config.seed, **asdict(pipeline.settings), **facts,
     }  # fmt: skip
     return pipeline.model, pipeline.model.config.num_experts, measure, settings

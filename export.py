@@ -77,6 +77,8 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
 
 def without_experts(config: ExportConfig, checkpoint):
     """Returns the checkpoint without the experts that --drop-experts leaves out."""
+    import torch
+
     from analysis.ablation import least_damage, load_ablation
     from checkpoints import build_model
     from checkpoints.adapting import drop_experts
@@ -90,15 +92,12 @@ def without_experts(config: ExportConfig, checkpoint):
             f"--ckpt {config.ckpt} --latents-path HELD_OUT, or name another file (--ablation FILE)"
         )
     settings, rows = load_ablation(path)
-    digests = (
-        weights_digest(build_model(replace(checkpoint, model=None), dtype=dtype))
-        for dtype in DTYPES.values()
-    )
-    if settings.get("checkpoint_sha256") not in digests:
+    dtype = DTYPES.get(settings.get("precision"), torch.float32)  # of the weights that it measured
+    model = build_model(replace(checkpoint, model=None), dtype=dtype)
+    if settings.get("checkpoint_sha256") != weights_digest(model):
         raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
-    model = checkpoint.config
+    shape = len(checkpoint.config.sparse_layers), checkpoint.config.num_experts
     with reported_as("--drop-experts", ValueError):
-        shape = len(model.sparse_layers), model.num_experts
         return drop_experts(checkpoint, least_damage(rows, config.drop_experts, shape))
 
 

@@ -80,8 +80,7 @@ def leave_one_out(
 def least_damage(rows: Sequence[Ablation], number: int, shape: tuple[int, int]) -> list[list[int]]:
     """Returns, for each layer, the experts whose removal raises the held-out loss least.
 
-    shape: (sparse layers, experts per layer) of the model
-    Raises UserError for rows without losses, and if an expert has no row.
+    shape: (sparse layers, experts per layer) of the model; each expert needs a row with a loss
     """
     if any(row.loss is None for row in rows):
         raise UserError("got an ablation of pictures only, expected held-out losses")

@@ -102,7 +102,7 @@ def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkp
     """Returns the model without some routed experts; the router chooses among the others.
 
     dropped: experts of each sparse layer, the same number in each
-    Raises ValueError if too few experts are left, or if the router has more than a linear gate.
+    The router must be a linear gate.
     """
     config, state_dict = source.config, dict(source.state_dict)
     if config.router is None or config.router.name not in LINEAR_ROUTERS:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +82,9 @@ class UniqueKeyLoader(yaml.BaseLoader):
     """Reads text, lists and dicts. Raises ValueError for a key that a mapping has twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{key!s:.80}: is given twice")
+        for key, times in Counter(str(key.value) for key, _ in node.value).items():
+            if times > 1:
+                raise ValueError(f"{key:.80}: is given twice")
         return super().construct_mapping(node, deep)
 
 

@@ -233,10 +233,11 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
 ):
     path, file = trained["rectified_flow"], tmp_path / "ablation.jsonl"
     before = read_checkpoint(path)
-    digest = weights_digest(build_model(before))
+    digest = weights_digest(build_model(read_checkpoint(path), dtype=torch.bfloat16))
+    measured = {"checkpoint_sha256": digest, "precision": "bf16"}
     damage = [[0.3, 0.1, 0.2, 0.4], [0.1, 0.4, 0.3, 0.2]]
     rows = [Ablation(i, j, damage[i][j], 0.1, 0.5) for i in (0, 1) for j in range(4)]
-    save_ablation(file, {"checkpoint_sha256": digest}, rows)
+    save_ablation(file, measured, rows)
     flags = ("--drop-experts", 1, "--ablation", file)
     out = export(path, tmp_path / "out", *flags)
     after = read_checkpoint(out)
@@ -251,7 +252,7 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
     assert "no effect without --drop-experts" in expect_error(capsys, *command)
     assert "got 3, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 3)
-    save_ablation(file, {"checkpoint_sha256": digest}, rows[:6])  # it was interrupted
+    save_ablation(file, measured, rows[:6])  # it was interrupted
     line = expect_error(capsys, *command, "--drop-experts", 1)
     assert "got an ablation of 6 experts, expected 2 layers x 4" in line
     save_ablation(file, {"checkpoint_sha256": "another"}, rows)
