@@ -35,6 +35,7 @@ from runtime.files import open_run_file, write_durably
 from runtime.flags import read_values
 from training.config import DATA_FACTS, TrainConfig, training_flags
 from training.flags import RunConfig
+from training.manifest import MANIFEST_FILE
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
@@ -104,7 +105,21 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
 
 
 def is_step_folder(path: Path) -> bool:
-    return os.path.isfile(path / MODEL_FILE)
+    """Whether a run saved this folder; exported weights have no manifest."""
+    is_damaged = path.name.isdecimal() and os.path.isfile(path / MODEL_FILE)
+    return os.path.isfile(path / MANIFEST_FILE) or is_damaged
+
+
+def not_resumable(source: Path) -> UserError:
+    """Describes the error for a --resume that names neither a run nor a checkpoint."""
+    expected = "expected a run folder or RUN/checkpoints/STEP"
+    if os.path.exists(source):
+        weights = f"to start from weights: --finetune {source}"
+        return UserError(f"--resume: got {source}, {expected}; {weights}")
+    steps = [folder.name for folder in step_folders(source.parent.parent)]
+    if source.parent.name == "checkpoints" and steps:
+        expected = f"expected a checkpoint of the run: {', '.join(steps[:20])}"
+    return UserError(f"--resume: {source} does not exist, {expected}")
 
 
 def newest_record(run: Path) -> Record | None:

@@ -33,7 +33,7 @@ from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
-from training.manifest import MANIFEST_FILE, write_manifest
+from training.manifest import write_manifest
 from training.run_folder import is_step_folder
 
 SNAPSHOTS = "snapshots"  # folder next to the step folders
@@ -198,7 +198,7 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
     """
     older = []
     for folder in step_folders(newest.parent.parent):
-        if not (is_step_folder(folder) or (folder / MANIFEST_FILE).exists()):
+        if not is_step_folder(folder):
             continue
         if int(folder.name) > int(newest.name):
             damaged = folder.with_name(f"damaged-{folder.name}")

@@ -60,6 +60,7 @@ from training.run_folder import (
     is_step_folder,
     named_run,
     newest_record,
+    not_resumable,
     removed_if_failed,
     stored_settings,
 )
@@ -326,10 +327,7 @@ def beginning_of(said: Layer) -> Beginning:
             start = f"resume {sampled_digest(source / MODEL_FILE)}" if begins_anew else None
             return Beginning(folder, own, read_record(source), branch=source, start=start)
         if begins_anew:
-            raise UserError(
-                f"--resume: got {source}, expected a run folder or RUN/checkpoints/STEP; to start "
-                f"from weights: --finetune {source}"
-            )
+            raise not_resumable(source)
         return Beginning(folder, own, own)  # the checkpoint was deleted after the branch had begun
     if weights and begins_anew:
         opened = open_weights(said)

@@ -244,6 +244,8 @@ BAD_FLAGS = [
         "is a different model (class_t",
     ),
     ({"resume": "SOURCE"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),
+    ({"resume": "EXPORT"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),
+    ({"resume": "GONE"}, "expected a checkpoint of the run: 0000002, 0000001"),
 ]
 
 
@@ -268,6 +270,11 @@ def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, source, changes,
     dense = save_checkpoint(randomised(**DENSE), source.with_name("dense.safetensors"))
     of_class = randomised(class_tokens=2)
     of_class = save_checkpoint(of_class, source.with_name("class.safetensors"))
-    files = {"SOURCE": source, "DENSE": dense, "CLASS": of_class}
+    for folder in ("export", "run/checkpoints/0000001", "run/checkpoints/0000002"):
+        (source.parent / folder).mkdir(parents=True)
+        shutil.copy(source, source.parent / folder / "model.safetensors")
+    gone = source.parent / "run/checkpoints/0000009"
+    files = {"SOURCE": source, "DENSE": dense, "CLASS": of_class, "GONE": gone}
+    files["EXPORT"] = source.parent / "export"
     changes = {name: files.get(str(value), value) for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))
