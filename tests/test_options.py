@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, call_main, command_line, expect_error
 
 from checkpoints import Record
-from models import DiTConfig
+from models import DiT_models, DiTConfig
 from options.parts import Component, Option, Part, option
 from options.settings import flags_of
 from runtime.errors import UserError, run_main
@@ -375,6 +375,33 @@ def test_a_preset_beside_a_file_replaces_only_what_the_preset_of_the_file_sets(
     model = resolve(parse_training(DDPFlags, arguments=arguments), DDPFlags).model
     has = vars(model) | model.router_options | {"router": model.router and model.router.name}
     assert {name: has[name] for name in expected} == expected
+
+
+def test_a_preset_beside_a_file_that_sets_all_sizes_is_rejected(tmp_path, capsys):
+    """It would change only the name of the model."""
+    path, sizes = tmp_path / "file.yaml", {"depth": 2, "hidden-size": 32, "num-heads": 2}
+    for file, extra in ((sizes, {}), (sizes | {"model": "DiT-S/2"}, {"patch-size": 2})):
+        path.write_text(json.dumps(file | extra))
+        line = expect_error(capsys, "train.py", "--config", path, "--model", "DiT-B/2")
+        assert "--model: DiT-B/2 has no effect, because the recipe sets --depth, " in line
+        assert parse_training(DDPFlags, arguments={"config": str(path), "model": "DiT-S/2"})
+    path.write_text(json.dumps(dict(DiT_models["DiT-B/2"].keywords)))
+    assert parse_training(DDPFlags, arguments={"config": str(path), "model": "DiT-B/2"})
+
+
+def test_several_files_override_each_other_in_order(tmp_path):
+    """Also from several flags; a preset replaces the sizes of the files before it."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: DiT-B/2\nlr: 1e-3\nrouter: {sigmoid: {scale: 2}}\nmax-steps: 5\n")
+    second.write_text("model: DiT-L/2\nlr: 2e-3\nrouter-bias-step: 0.5\nepochs: 3\n")
+    for words in (("--config", first, second), ("--config", first, "--config", second)):
+        with command_line("train.py", (*words, "--warmup-steps", 7)) as module:
+            config = resolve(module.parse_args(), DDPFlags)
+        assert (config.model.depth, config.step.lr, config.step.warmup_steps) == (24, 2e-3, 7)
+        assert config.model.router_options | {"scale": 2, "bias_step": 0.5} == (
+            config.model.router_options
+        )
+        assert (config.run.max_steps, config.run.epochs) == (None, 3)
 
 
 def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():

@@ -159,7 +159,7 @@ def parse_training(
     description: str | None = None,
     arguments: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Layer:
-    """Reads the flags of a training script; they override the recipe that --config names.
+    """Reads the flags of a training script; they override the files of --config.
 
     arguments: the words of a command, by default sys.argv, or values by name
     """
@@ -173,11 +173,13 @@ def parse_training(
         command = parse_flags(flags, description, arguments, FIRST_FLAGS)
     with naming_flags(flags):
         check_once(command, flags)
-        recipe, every = {}, training_flags(engine_flags)
-        if path := command.get("config"):
+        files, said = [], {}
+        for path in command.get("config", ()):
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
-                recipe = without_preset(read_recipe(Path(path), engine_flags), command, every)
-        return override(recipe, command, flags)
+                files.append(read_recipe(Path(path), engine_flags))
+        for layer in (*files, command):
+            said = override(without_preset(said, layer, training_flags(engine_flags)), layer, flags)
+        return said
 
 
 def read_recipe(path: Path, engine_flags: type) -> Layer:
@@ -253,24 +255,30 @@ def check_once(said: Layer, flags: Flags) -> None:
 
 
 def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
-    """Returns a recipe without what its preset sets, if the command names another preset."""
-    preset, before = command.get("model"), recipe.get("model")
-    if None in (preset, before) or preset == before:
+    """Returns a recipe without what its preset sets, if the command names another preset.
+
+    Raises ValueError if the recipe sets everything that the other preset would change.
+    """
+    preset, before = command.get("model"), recipe.get("model", PresetConfig.model)
+    if not recipe or preset in (None, before):
         return recipe
-    old = read(DiT_models[before].keywords, flags)
-    new = merge(old, recipe, flags)
+    old, own = (read(DiT_models[name].keywords, flags) for name in (before, preset))
+    names = {flags[name].field.name for name in (*old, *own, "router")}  # that of a default, too
 
-    def value(name: str, layer: Layer) -> Any:
-        one = flags[name].field
-        if one.table is None:
-            return layer.get(name, one.default)
-        parts, rest = chosen(name, layer, flags)
-        return [*map(one.complete, parts)], rest
+    def values(layer: Layer) -> dict[str, Any]:
+        found = {name: layer.get(name, flags[name].field.default) for name in names}
+        parts, rest = chosen("router", layer, flags)
+        return found | {"router": ([*map(flags["router"].field.complete, parts)], rest)}
 
-    sizes = DiT_models[preset].keywords | DiT_models[before].keywords
-    names = {flags[name].field.name for name in (*sizes, "router")}  # that of a default, too
-    gone = {name for name in names if value(name, old) == value(name, new)}
-    return {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
+    sizes, kept = values(merge(old, recipe, flags)), recipe
+    if "model" in recipe:
+        gone = {name for name, value in values(old).items() if value == sizes[name]}
+        kept = {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
+    others = [name for name, value in values(own).items() if value != sizes[name]]
+    if others and values(merge(own, kept, flags)) == sizes:
+        what = ", ".join(map(spelling, sorted(others)))
+        raise ValueError(f"model: {preset} has no effect, because the recipe sets {what}")
+    return kept
 
 
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:
@@ -435,7 +443,7 @@ def data_settings(known: Layer, said: Layer, data: DataFacts) -> Layer:
         if (got := known.get(name)) not in (None, has := getattr(data, name)):
             origin = "" if name in said else " from the run"
             if said.get("config") and not origin:
-                origin = f" from the command or {said['config']}"
+                origin = f" from the command or {' '.join(said['config'])}"
             raise ValueError(f"{name}: got {got}{origin}, expected {has}, as in the data")
     if known.get("flip") and not data.can_flip:
         raise ValueError(

@@ -137,10 +137,10 @@ class RunConfig:
 
     change: ClassVar = "how"
 
-    config: str | None = flag(
-        None, metavar="RECIPE", group="run", change="command",
-        help="YAML file of flags, such as config/recipes/stable.yaml or a run's config.yaml; the "
-        "other flags of the command override the file",
+    config: tuple[str, ...] = flag(
+        (), metavar="RECIPE", group="run", change="command",
+        help="YAML files of flags, such as config/recipes/stable.yaml or a run's config.yaml; a "
+        "file overrides those before it, and the other flags of the command override all of them",
     )  # fmt: skip
     plugin: tuple[str, ...] = flag(
         (), metavar="FILE.py", change="command",
