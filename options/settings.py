@@ -44,8 +44,6 @@ class Flag:
                     break
             if len(found) == number:
                 self.shown.read([one] if self.takes_several else one, name)  # raises
-        if len(set(found)) < len(found):
-            raise ValueError(f"{name}: got {' '.join(map(str, found))}, expected different values")
         return tuple(found) if self.takes_several else found[0]
 
     @property
@@ -128,23 +126,37 @@ def as_parts(value: Part | tuple[Part, ...] | None) -> tuple[Part, ...]:
 
 def chosen(choice: str, layer: Layer, flags: Flags) -> tuple[list[Part], Layer]:
     """Returns the components that a layer or the default names, with their loose options; and the
-    loose options that none of them has. Several values multiply a component."""
+    loose options that none of them has."""
     one, rest = flags[choice].field, {}
     found = [*as_parts(layer.get(choice, one.default))]
     for name, value in layer.items():
         flag = flags[name]
         if flag.field is not one or name == choice:
             continue
-        if not any(part.name in flag.options for part in found):
+        if any(part.name in flag.options for part in found):
+            found = spread(found, name, flag, value if flag.takes_several else (value,))
+        else:
             rest[name] = value
-            continue
-        values = value if flag.takes_several else (value,)
-        found = [
-            replace(part, options=part.options | {flag.options[part.name].name: one})
-            if part.name in flag.options else part
-            for part in found for one in (values if part.name in flag.options else (None,))
-        ]  # fmt: skip
-    return [part for number, part in enumerate(found) if part not in found[:number]], rest
+    return found, rest
+
+
+def spread(parts: list[Part], name: str, flag: Flag, values: Sequence[Any]) -> list[Part]:
+    """Sets an option of the components that have it: one value for all, or one for each. A single
+    component is copied for several values."""
+    place = next(i for i, part in enumerate(parts) if part.name in flag.options)
+    own: list[Part] = []  # those that differ in other options
+    for part in [part for part in parts if part.name in flag.options]:
+        key = flag.options[part.name].name
+        part = replace(part, options={k: v for k, v in part.options.items() if k != key})
+        own += [part] if part not in own else []
+    count = max(len(own), len(values))
+    if {len(own), len(values)} - {1, count}:
+        raise ValueError(f"{name}: got {len(values)} values, expected one or {len(own)}")
+    pairs = zip(own * (count // len(own)), [*values] * (count // len(values)), strict=True)
+    made = [replace(part, options=part.options | {flag.options[part.name].name: value})
+            for part, value in pairs]  # fmt: skip
+    others = [part for part in parts if part.name not in flag.options]
+    return others[:place] + made + others[place:]
 
 
 def merge(base: Layer, top: Layer, flags: Flags) -> Layer:

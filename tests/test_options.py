@@ -496,6 +496,28 @@ def test_a_recipe_may_be_nested_or_flat():
     assert stored["model"]["router"]["sigmoid"]["aux_loss_alpha"] == 0.1
 
 
+def test_several_values_of_an_option_go_to_one_component_each():
+    def emas(*words, recipe=None):
+        said = parse_training(DDPFlags, None, words)
+        emas = resolve(override(recipe or {}, said, training_flags(DDPFlags)), DDPFlags).emas
+        return [(ema.name, getattr(ema, "warmup", None)) for ema in emas]
+
+    two = ("--ema-decay", "0.9", "0.99")
+    assert emas(*two) == [("0.9", False), ("0.99", False)]
+    assert emas(*two, "--ema-warmup", "True") == [("0.9", True), ("0.99", True)]
+    pairs = ("--ema-warmup", "True", "False")
+    assert emas(*two, *pairs) == emas(*pairs, *two) == [("0.9", True), ("0.99", False)]
+    stored = {"ema": (Part("exponential", {"decay": 0.9}), Part("power"),
+                      Part("exponential", {"decay": 0.99, "warmup": True}))}  # fmt: skip
+    assert emas("--ema-decay", "0.5", "0.6", recipe=stored) == [
+        ("0.5", False), ("0.6", True), ("power-0.1", None)
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="^--ema-warmup: got 3 values, expected one or 2$"):
+        emas(*two, "--ema-warmup", "True", "False", "True")
+    with pytest.raises(UserError, match="^--ema: got 0.9, 0.9, expected different averages$"):
+        emas("--ema-decay", "0.9", "0.9")
+
+
 def test_importing_train_imports_no_slow_packages():
     slow = "{'diffusers', 'torchvision', 'matplotlib', 'huggingface_hub.hf_api', 'training.loop'}"
     code = f"import sys, train\nsys.exit(str({slow} & sys.modules.keys() or ''))"

@@ -332,16 +332,9 @@ def resolve(
     weights: record of that checkpoint, or of the weights that the run starts from, or None
     data: facts of the opened data, or None
     """
-    said = read_values(said, training_flags(engine_flags))
-    known = known_settings(said, engine_flags, stored, weights)
-    return fitted(known, said, engine_flags, weights, data)
-
-
-def known_settings(
-    said: Layer, engine_flags: type, stored: Layer | None, weights: Record | None
-) -> Layer:
-    """Returns the settings before the data are opened; for the arguments see `resolve`."""
-    flags, preset = training_flags(engine_flags), said.get("model", PresetConfig.model)
+    flags = training_flags(engine_flags)
+    said = read_values(said, flags)
+    preset = said.get("model", PresetConfig.model)
     with naming_flags(flags):
         if stored is not None:
             base = {"model": weights.model_name, **stored}
@@ -351,8 +344,20 @@ def known_settings(
             base = read(DiT_models[preset].keywords, flags)
         known = override(base, said, flags)
         check_effect(said, known, flags)
-    is_start = stored is None and weights is not None  # their sizes were compared with --model
-    return known | {"model": weights.model_name if is_start else known.get("model", preset)}
+        if stored is None:  # the sizes of weights were compared with --model
+            known["model"] = preset if weights is None else weights.model_name
+        channels = known.get("in_channels")
+        if weights is None and data and channels not in (None, data.in_channels):
+            raise ValueError(
+                f"model: got {preset}, which is made for {channels} channels, but the latents "
+                f"have {data.in_channels}; JiT models take pixels (--vae-path pixels)"
+            )
+        if data:
+            known |= data_settings(known, said, data)
+        known = with_defaults(known, said, weights)
+        config = configure(known, engine_flags, data and data.shapes or {})
+        check_components(config, data)
+    return config
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
@@ -364,25 +369,6 @@ def settings_of_weights(weights: Record, flags: Flags) -> Layer:
     if weights.objective is not None:
         values["objective"] = {weights.objective: weights.objective_options}
     return read(values, flags)
-
-
-def fitted(
-    known: Layer, said: Layer, engine_flags: type, weights: Record | None, data: DataFacts | None
-) -> TrainConfig:
-    """Builds the config of `known_settings` and the data; for the arguments see `resolve`."""
-    with naming_flags(training_flags(engine_flags)):
-        channels = known.get("in_channels")
-        if weights is None and data and channels not in (None, data.in_channels):
-            raise ValueError(
-                f"model: got {known['model']}, which is made for {channels} channels, but the "
-                f"latents have {data.in_channels}; JiT models take pixels (--vae-path pixels)"
-            )
-        if data:
-            known = known | data_settings(known, said, data)
-        known = with_defaults(known, said, weights)
-        config = configure(known, engine_flags, data and data.shapes or {})
-        check_components(config, data)
-    return config
 
 
 def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:

@@ -205,16 +205,6 @@ def keep_rows(path: Path, last_step: int) -> None:
         write_durably(path, kept)
 
 
-def lost_changes(path: Path, step: int) -> list[str]:
-    """Returns the `RunLog.changes` that were logged since the newest checkpoint, of this step."""
-    found = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        with suppress(ValueError, KeyError, TypeError, AttributeError):  # not a row
-            row = json.loads(line)
-            found += row.get("changed", ()) if row["step"] >= step else ()
-    return found
-
-
 def as_json(value: float | list[float]) -> float | list[float] | str:
     """Rounds numbers to the seven digits of fp32: 0.01, not 0.009999999776.
 

@@ -44,13 +44,13 @@ from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    fitted,
-    known_settings,
+    override,
+    resolve,
     training_flags,
 )
 from training.engine import Engine, frozen_names
 from training.finetune import check_weights, data_notes, open_weights, start_weights
-from training.log import RunLog, lost_changes
+from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
     CONFIG_FILE,
@@ -210,12 +210,6 @@ def starting_point(
             every = training_flags(type(config.engine))
             changed = compare(before, was, config, facts, {*every}).said
         notes += unknown + state_notes(config, was, state_folder)
-        lost = lost_changes(folder / "log.jsonl", before.step) if is_own else []
-        if lost := [one for one in lost if one not in changed]:
-            notes.append(
-                f"the settings are those of {state_folder}; an earlier command changed "
-                f"{'; '.join(lost)}, but no checkpoint of it is left: pass the flag again"
-            )
     if os.path.isdir(folder) and not is_own:
         step = before.step if before else 0
         notes.append(f"{folder} has no checkpoint yet: training starts at step {step}")
@@ -289,12 +283,11 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
         stored = {name: value for name, value in stored.items() if name not in dropped}
     if begin.resumes:
         said = {name: value for name, value in said.items() if name != "resume"}
-    known = known_settings(said, engine_flags, stored, begin.record)
-    dataset, data = open_data(known)
+    dataset, data = open_data(override(stored or {}, said, flags))
     if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
         has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
         data = replace(data, **has)
-    config = fitted(known, said, engine_flags, begin.record, data)
+    config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=data)
     notes = [*data.notes]
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
