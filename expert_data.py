@@ -48,7 +48,8 @@ def count_checkpoint(config: ExpertDataConfig) -> RoutingCounts:
     from sampling.pipeline import open_pipeline
 
     pipeline = open_pipeline(config)
-    labels = config.class_labels or range(len(pipeline.class_names))  # names may not be unique
+    # Names may not be unique.
+    labels = pipeline.labels_of(config.class_labels) or range(len(pipeline.class_names))
     images, batch_size = config.images_per_class or IMAGES_PER_CLASS, config.batch_size
     print(f"sampling {images} images per class: {pipeline.describe()}", flush=True)
     return count_routing(

@@ -91,13 +91,12 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from runtime.progress import print_progress, progress_bar
-    from sampling.generate import parse_labels
     from sampling.grid import class_caption, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
 
     pipeline = open_pipeline(config)
     names = pipeline.class_names
-    classes = parse_labels(config.class_labels, names)
+    classes = pipeline.labels_of(config.class_labels)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
     print(f"sampling {pluralize(num_images, 'image')}: {pipeline.describe()}", flush=True)

@@ -54,6 +54,12 @@ class SamplingPipeline:
         names = self.checkpoint.record.class_names
         return list(names) or [str(label) for label in range(self.model.config.num_classes)]
 
+    def labels_of(self, words: Sequence[str]) -> list[int]:
+        """Returns the numbers of --class-labels."""
+        if words and "label" not in self.model.conditions:
+            raise UserError("--class-labels: has no effect on a model without the condition label")
+        return parse_labels(words, self.class_names)
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
@@ -208,6 +214,9 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
             guide.model = assemble(guide.config, guide.state_dict)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
+    for name in ("guided_channels", "guidance_interval"):
+        if settings.cfg_scale == 1 and getattr(config, name) is not None:
+            raise UserError(f"{spelling(name)}: has no effect without guidance, --cfg-scale 1")
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     build = build_offloaded if config.offload else build_model
@@ -283,9 +292,10 @@ def open_autoencoder(
         image_size, got, expected = (
             " x ".join(map(str, sides(size))) for size in (image_size, got, model.input_size)
         )
+        flag = f"--image-size {image_size}" if config.image_size else f"--vae-path {path}"
         raise UserError(
-            f"--image-size {image_size}: got latents of {got}, expected {expected}, the latent "
-            f"size of {checkpoint.path}"
+            f"{flag}: got latents of {got}, expected {expected}, the latent size of "
+            f"{checkpoint.path}"
         )
     if (got := vae.channels) != model.in_channels:
         raise UserError(

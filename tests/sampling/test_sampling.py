@@ -184,6 +184,9 @@ BAD_FLAGS = [
     (("--guided-channels", "9"), "--guided-channels: got 9, expected 1 to 4, or all"),
     (("--guided-channels", "0"), "--guided-channels: got 0, expected 1 to 4, or all"),
     (("--guidance-interval", "1", "0"), "--guidance-interval"),
+    (("--guidance-interval", "0", "0.5", "--cfg-scale", "1"), "--guidance-interval: has no effect"),
+    (("--guided-channels", "3", "--cfg-scale", "1"), "--guided-channels: has no effect without gu"),
+    (("--vae-path", "pixels"), "--vae-path pixels: got latents of 16 x 16, expected 8 x 8"),
 ]
 
 
@@ -194,6 +197,15 @@ def test_wrong_sample_py_arguments_are_one_line_errors(
     common = ("--ckpt", checkpoints["gaussian"], "--output", tmp_path / "grid.png")
     assert message in expect_error(capsys, "sample.py", *common, *arguments)
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_class_labels_of_a_model_without_labels_are_rejected(tiny_vae, tmp_path, capsys):
+    model = randomised_preset(conditions=("size",), class_dropout_prob=0.0)
+    facts = dict(image_size=16, vae_path=str(tiny_vae), objective="gaussian", class_names=NAMES)
+    path = save_checkpoint(model, tmp_path / "model.safetensors", **facts)
+    for script in ("sample.py", "expert_data.py"):
+        line = expect_error(capsys, script, "--ckpt", path, "--class-labels", "cat")
+        assert "--class-labels: has no effect on a model without the condition label" in line
 
 
 def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, tmp_path, capsys):
