@@ -85,6 +85,10 @@ def without_experts(config: ExportConfig, checkpoint):
     from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
 
+    most = checkpoint.config.num_experts - checkpoint.config.num_experts_per_tok
+    if (number := config.drop_experts) > most:
+        expected = f"at most {most}, which leaves one token's experts"
+        raise UserError(f"--drop-experts: got {number}, expected {expected}")
     path = config.ablation or ablation_file(config.ckpt)
     if not path.exists():
         raise UserError(
@@ -98,7 +102,7 @@ def without_experts(config: ExportConfig, checkpoint):
         raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
     shape = len(checkpoint.config.sparse_layers), checkpoint.config.num_experts
     with reported_as("--drop-experts", ValueError):
-        return drop_experts(checkpoint, least_damage(rows, config.drop_experts, shape))
+        return drop_experts(checkpoint, least_damage(rows, number, shape))
 
 
 def parse_args() -> ExportConfig:

@@ -24,6 +24,7 @@ from models import DiT_models
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
 from runtime.flags import flag, parse_config
+from runtime.plugins import import_plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class UpcycleConfig:
         "the published models",
     )
     seed: int = flag(0, help="seed of the router weights", ge=0)
+    plugin: tuple[str, ...] = flag(
+        (), metavar="FILE.py", help="Python files that define components of the dense model"
+    )
 
 
 def parse_args() -> UpcycleConfig:
@@ -71,6 +75,7 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
 
 
 def main(config: UpcycleConfig) -> None:
+    import_plugins(config.plugin)
     hints = {"num_heads": config_of(config.model).num_heads} if config.model else {}
     dense = read_checkpoint(config.ckpt, hints)
     check_new_folder("--output", config.output)

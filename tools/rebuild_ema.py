@@ -16,6 +16,7 @@ from pathlib import Path
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
+from runtime.plugins import import_plugins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class RebuildConfig:
         None, ge=1, help="step of the new EMA (default: the step of the newest snapshot)"
     )
     output: Path = flag(suffixes=(".safetensors",), help="file to write the weights to")
+    plugin: tuple[str, ...] = flag(
+        (), metavar="FILE.py", help="Python files that define components of the model"
+    )
 
 
 def parse_args() -> RebuildConfig:
@@ -34,6 +38,7 @@ def parse_args() -> RebuildConfig:
 
 def main(config: RebuildConfig) -> None:
     prepare_output("--output", config.output)
+    import_plugins(config.plugin)
     from checkpoints import save_model  # imported here: takes seconds
     from tools.rebuilding import rebuild, snapshots_of
     from training.ema import PowerEMA

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, Autoencoder
+from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
 from latents.sources import Batch, Source, open_images
 from options.settings import Layer
@@ -34,6 +34,12 @@ def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Sour
         dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
+    paths = {vae_path, dataset.vae_path}
+    if len(paths) == 2 and None not in paths and PIXELS in paths:  # weights are compared later
+        raise UserError(
+            f"--vae-path: got {vae_path}, expected {dataset.vae_path}, which encoded the latents "
+            f"of {settings['latents_path']}"
+        )
     input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
     facts = DataFacts(
         num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,

@@ -288,6 +288,8 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
         has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
         data = replace(data, **has)
     config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=data)
+    with reported_as(f"{config.name} cannot be built", ValueError):
+        fake_model(config.model)
     notes = [*data.notes]
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)

@@ -386,8 +386,9 @@ def test_cached_latents_need_the_autoencoder_only_to_sample(
     next(changed.decoder.parameters()).data += 1
     changed.save_pretrained(tmp_path / "vae")
     flags["vae-path"] = tmp_path / "vae"
-    with pytest.raises(UserError, match="which encoded the latents of"):
-        call_main("train.py", *run_flags(tmp_path / "c", cached=True, **flags))
+    for changes in ({}, {"vae-path": "pixels", "dry-run": True}):
+        with pytest.raises(UserError, match="which encoded the latents of"):
+            call_main("train.py", *run_flags(tmp_path / "c", cached=True, **flags | changes))
 
 
 def test_flags_that_contradict_a_latent_cache_are_rejected(run_flags, image_tree, tmp_path):

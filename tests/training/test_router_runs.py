@@ -168,6 +168,24 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     assert "cosine" not in ROUTERS
     wrong = expect_error(capsys, *sample, "--plugin", recipe)
     assert "--plugin: got" in wrong and "expected a Python file" in wrong
+    upcycle = ("upcycle.py", "--ckpt", tmp_path / "run", "--output", tmp_path / "upcycled")
+    assert "expected 0, a dense model" in expect_error(capsys, *upcycle, "--plugin", path)
+
+
+def test_a_router_that_asks_for_an_unknown_fact_is_rejected_before_the_run_begins(
+    plugin, train_flags, tmp_path, capsys
+):
+    path = plugin[0].with_name("cosine_of_label.py")
+    path.write_text(
+        "from routers import ROUTERS, TopKRouter\n\n\nclass LabelRouter(TopKRouter):\n"
+        "    def __post_init__(self):\n        super().__post_init__()\n"
+        '        self.asks_for += ("label",)\n\n\nROUTERS["label"] = LabelRouter\n'
+    )
+    flags = train_flags(tmp_path / "results", router="label", plugin=path)
+    for more in ((), ("--dry-run",)):
+        line = expect_error(capsys, "train.py", *flags, *more)
+        assert "LabelRouter.asks_for: got label, expected time or no_class" in line
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_k_of_its_step(
