@@ -136,6 +136,8 @@ class Option:
         kinds = [one.name if self.by_component else one for one in found]
         if any(one in kinds[:number] for number, one in enumerate(kinds)):
             raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
+        if self.by_component:  # their order has no meaning
+            found.sort(key=lambda part: [*self.table].index(part.name))
         if not self.is_list and len(found) != 1:
             raise ValueError(f"{name}: got {len(found)} components, expected one")
         return tuple(found) if self.is_list else found[0]

@@ -98,6 +98,9 @@ def test_run_folders_are_named_by_the_settings_that_cannot_change():
     emas = [[{"exponential": dict(zip(("decay", "warmup"), ema, strict=True))} for ema in pair]
             for pair in pairs]  # fmt: skip
     assert len({folder_of(ema=several) for several in emas}) == 3
+    assert folder_of(auxiliary=["sra", "dispersive"]) == folder_of(auxiliary=["dispersive", "sra"])
+    first, second = ("label", "size"), ("size", "label")  # their weights are drawn in this order
+    assert folder_of(conditions=first) != folder_of(conditions=second)
 
 
 def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished, image_tree):
