@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from latents.loading import BatchStream
@@ -48,9 +50,6 @@ class RunLog:
         self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # imported here: takes a second
-        from torch.utils.tensorboard.summary import hparams
-
         rows, board = folder / "log.jsonl", folder / "tensorboard"
         for path in (board, folder / "wandb", folder / "profile"):
             if path.is_symlink():

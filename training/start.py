@@ -69,6 +69,7 @@ from training.setup import batch_notes, open_dataset, open_held_out
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
 FOLLOWS = ("image_size", "flip")  # settings that follow from --latents-path
+SAVED_MEANWHILE = "{}: another process saved a checkpoint meanwhile; run the same command again"
 BEGINNINGS = ("run_name", "resume", "finetune")  # of a run, which its branches do not share
 
 
@@ -204,6 +205,8 @@ def starting_point(
         facts["start"] = facts["start"] or before.facts.get("start")
         was, unknown = stored_config(before, type(config.engine))
         newest = newest_record(folder) if is_own else before
+        if is_own and begin.own is not None and begin.own.step != newest.step:
+            raise UserError(SAVED_MEANWHILE.format(folder))
         may = plan.said if begin.resumes or not is_own else set()
         changed = check_changes(newest, config, facts, may, state_folder, folder)
         if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
@@ -255,9 +258,7 @@ def open_folder(
     is_new = dist.is_main and not os.path.lexists(folder)
     lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
     if dist.broadcast(step_folders(folder)) != found:
-        raise UserError(
-            f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
-        )
+        raise UserError(SAVED_MEANWHILE.format(folder))
     if not os.path.isfile(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "

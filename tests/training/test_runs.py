@@ -475,10 +475,27 @@ def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
         shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
         return enter_run_folder(folder, *more)
 
-    monkeypatch.setattr(start, "enter_run_folder", enter)
-    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
-    assert "another process saved a checkpoint" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "enter_run_folder", enter)
+        line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
+        assert "another process saved a checkpoint" in line
     assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
+
+
+def test_settings_and_state_of_a_resumed_run_are_of_the_same_checkpoint(
+    copied, flags, monkeypatch, capsys
+):
+    """The settings are read first, and another process saves step 3 before the state is chosen."""
+    away = shutil.move(step_folder(copied, 3), copied.parent / "0000003")
+
+    def find(run: Path) -> list[Path]:
+        if os.path.exists(away):
+            shutil.move(away, run / "checkpoints")
+        return step_folders(run)
+
+    monkeypatch.setattr(start, "step_folders", find)
+    line = expect_error(capsys, "train.py", *flags(copied, resume=copied / "run"))
+    assert "another process saved a checkpoint" in line and steps_of(copied) == [1, 2, 3]
 
 
 def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
