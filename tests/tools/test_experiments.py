@@ -3,10 +3,14 @@
 import contextlib
 import io
 import math
+import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from statistics import stdev
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,11 +22,15 @@ from scipy import stats
 from checkpoints import step_folders
 from checkpoints.costs import count_macs, count_parameters
 from models import DiT
-from routers import Routing, TopKRouter
+from routers import ROUTERS, Routing, TopKRouter
 from runtime.errors import UserError
+from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
 from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
+from tools.experiments.copies import compare, mean_cosine
+from tools.experiments.interventions import DropSmall, Reuse
+from tools.experiments.persistence import shares
 from tools.experiments.report import (
     at_equal_time,
     differences,
@@ -31,10 +39,21 @@ from tools.experiments.report import (
     table,
 )
 from tools.experiments.sample_tables import guidance_table, sample_comparisons, sample_tables
-from tools.experiments.samples import DropSmall, border_contrast
+from tools.experiments.samples import border_contrast
 from tools.experiments.specialisation import bits, call, count_choices
 from training.config import parse_training, resolve
 from training.engines.flags import DDPFlags
+from training.optimizers import OPTIMIZERS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins():
+    """The components of arms, which are registered for these tests only."""
+    path = os.path.realpath(ROOT / "tools" / "experiments" / "plugins.py")
+    with patch.dict(ROUTERS), patch.dict(OPTIMIZERS):
+        import_plugins([path])
+        yield sys.modules[f"plugin:{path}"]
+        del sys.modules[f"plugin:{path}"]
 
 
 @pytest.fixture(scope="module")
@@ -346,3 +365,63 @@ def test_experts_with_a_small_weight_are_left_out():
 def rows_of(routing: Routing) -> list[tuple]:
     tensors = routing.token, routing.expert, routing.weight
     return list(zip(*(values.tolist() for values in tensors), strict=True))
+
+
+def test_experts_are_reused_within_a_batch_and_never_across_batches(config):
+    """The times of two batches by Heun's method, with three passes each."""
+    fields = routers.train_config(config, "topk").model
+    torch.manual_seed(0)
+    model = DiT(**vars(fields)).eval()
+    x = torch.randn(6, 2, fields.in_channels, fields.input_size, fields.input_size)
+    experts, outputs = model.blocks[0].moe.experts, []
+    experts.register_forward_hook(lambda module, inputs, output: outputs.append((inputs, output)))
+    reuse = Reuse(model, every=2)
+    with torch.no_grad():
+        for image, time in zip(x, (1.0, 0.5, 0.5, 1.0, 0.5, 0.5), strict=True):
+            model(image, torch.full((2,), time), torch.tensor([0, 1]))
+        reuse.remove()
+        fresh = [torch.equal(output, experts(*inputs)) for inputs, output in outputs[:6]]
+    assert fresh == [True, False, True, True, False, True]
+    assert torch.equal(outputs[1][1], outputs[0][1])
+
+
+def test_shares_of_kept_experts():
+    """Two steps, one layer, two images of one token; image 1 changes one of its two experts."""
+    chosen = torch.zeros(2, 1, 2, 1, 4, dtype=torch.bool)
+    for step, image, experts in ((0, 0, (0, 1)), (1, 0, (0, 1)), (0, 1, (0, 2)), (1, 1, (0, 3))):
+        chosen[step, 0, image, 0, list(experts)] = True
+    found = dict(shares(chosen))
+    assert found["next"] == found["ends"] == [0.75] and found["other"] == [0.5]
+    assert found["chance"] == pytest.approx([(1 + 1 / 4 + 1 / 16 + 1 / 16) / 2])
+
+
+def test_copies_are_compared_by_weights_and_by_changes():
+    assert mean_cosine(torch.tensor([[1.0, 0], [0, 2], [3, 0]])) == pytest.approx(1 / 3)
+    config = SimpleNamespace(num_experts=2, sparse_layers=(1,))
+    name, start = "blocks.1.moe.experts.up_proj", torch.ones(2, 2, 2)
+    now = start.clone()
+    now[0, 0, 0], now[1, 1, 1] = 2, 3
+    before, after = (SimpleNamespace(config=config, state_dict={name: w}) for w in (start, now))
+    found = compare(after, before)
+    assert found["change_cosine"] == [0] and found["unchanged"] == [0.75]
+    assert found["change"] == pytest.approx([(1 + 2) / 2 / 2])
+    assert found["cosine"] == pytest.approx([7 / math.sqrt(7 * 12)])
+    assert compare(before, before)["cosine"] == pytest.approx([1])
+
+
+def test_small_updates_of_bf16_weights_are_lost(plugins):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 0.01, 0.3]))
+    optimizer = plugins.RoundedAdamW().make({"weight": weight}, 1e-3, {})
+    for _ in range(3):  # updates of 1e-3; the distance at 1 is 2^-8 below and 2^-7 above
+        weight.grad = torch.tensor([-1.0, -1.0, 0.0])
+        optimizer.step()
+    assert weight.tolist() == pytest.approx([1, 0.013, 0.3], rel=0.01) and weight[0] == 1
+    assert torch.equal(weight, weight.bfloat16().float())
+
+
+def test_the_weights_of_nucleus_sum_to_its_scale(plugins):
+    router = plugins.NucleusRouter(hidden_size=8, num_experts=4, num_experts_per_tok=2, scale=3.0)
+    routing = router(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)))
+    total = torch.zeros(32).index_add(0, routing.token, routing.weight.detach())
+    chosen = routing.token.bincount(minlength=32) > 0
+    assert chosen.sum() > 0 and total[chosen].tolist() == pytest.approx([3.0] * int(chosen.sum()))

@@ -24,6 +24,7 @@ from checkpoints.adapting import drop_experts
 from evaluation.heldout import held_out_losses, latent_batches, open_held_out
 from latents.sources import Batch
 from models import DiT
+from moe import quantize_experts
 from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
@@ -94,9 +95,12 @@ def main(config: DroppingConfig) -> None:
     for number in config.dropped:
         for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
             model = build_model(drop_experts(source, dropped))
+            if config.quantize:
+                quantize_experts(model, config.quantize)
             change = np.array(held_out_losses(model, objective, batches)[0]) - whole
             row = {
-                "run": Path(config.ckpt).name, "choice": choice, "draw": draw, "dropped": number,
+                "run": Path(config.ckpt).name, "quantize": config.quantize or "none",
+                "choice": choice, "draw": draw, "dropped": number, "of_layers": dropped,
                 "experts": source.config.num_experts, "loss": whole.mean(),
                 "change": change.mean(), "error": change.std(ddof=1) / len(change) ** 0.5,
                 "images": len(change), "chosen_on": settings.get("images"),

@@ -21,6 +21,7 @@ from runtime.flags import flag, parse_config
 from tools.benchmarks.common import markdown
 from tools.experiments.arms import QUESTIONS, Question
 from tools.experiments.comparisons import information_table, paired_tests, test_cells, with_error
+from tools.experiments.expert_tables import EXPERT_TABLES
 from tools.experiments.sample_tables import (
     draw_samples,
     guidance_table,
@@ -247,21 +248,6 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
         draw_samples(rows, config.output / "samples.png")
 
 
-def report_dropping(config: ReportConfig, rows: list[dict]) -> None:
-    """Writes a table of the loss without some experts, by number and by how they are chosen."""
-    frame = DataFrame(rows)
-    kinds = frame["choice"].unique()
-    lines = [["run", "experts dropped per layer", *kinds]]
-    for (run, number), group in frame.groupby(["run", "dropped"], sort=False):
-        cells = []
-        for kind in kinds:
-            of_kind = group[group["choice"] == kind]
-            error = of_kind["change"].sem() if len(of_kind) > 1 else of_kind["error"].iloc[0]
-            cells.append(f"{of_kind['change'].mean():+.4f} ± {error:.4f}")
-        lines.append([run, f"{number} of {group['experts'].iloc[0]}", *cells])
-    write_durably(config.output / "tables.md", markdown(lines))
-
-
 def report_training(config: ReportConfig, rows: list[dict]) -> None:
     """Writes the tables and figures of the questions that these rows answer."""
     known = {row["arm"] for row in rows}
@@ -284,10 +270,12 @@ def main(config: ReportConfig) -> None:
             write_durably(config.output / "tables.md", text)
         else:
             rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
-            kinds = {"scale": report_samples, "dropped": report_dropping}
-            report = next((kinds[key] for key in kinds if key in rows[0]), report_training)
+            tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
     if config.rows.suffix != ".csv":
-        report(config, rows)
+        if tables:
+            write_durably(config.output / "tables.md", tables[0](rows))
+        else:
+            (report_samples if "scale" in rows[0] else report_training)(config, rows)
     text = (config.output / "tables.md").read_text()
     if not text:
         raise UserError("--rows: got no question with rows of its reference and of another arm")

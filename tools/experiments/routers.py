@@ -95,8 +95,9 @@ def ema_decay_of(steps: int) -> str:
 def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     """Returns the arguments of train.py that train an arm."""
     steps = steps_of(config, arm)
-    every, recipes = str(max(1, steps // 10)), str(ROOT / "config" / "recipes")
-    words = [word.replace("config/recipes", recipes) for word in arm_flags(arm)]
+    every = str(max(1, steps // 10))
+    is_file = (".yaml", ".py")
+    words = [str(ROOT / word) if word.endswith(is_file) else word for word in arm_flags(arm)]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,

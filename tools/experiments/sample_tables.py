@@ -10,7 +10,7 @@ from pandas import DataFrame, Series
 from tools.benchmarks.common import markdown
 from tools.experiments.comparisons import paired_tests, test_cells, with_error
 
-MODEL_SETTINGS = ("quantize", "experts_per_token", "min_weight")  # of rows of samples
+MODEL_SETTINGS = ("quantize", "experts_per_token", "min_weight", "reuse")  # of rows of samples
 
 
 def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:

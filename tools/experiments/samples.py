@@ -13,7 +13,6 @@ picture for each run, next to OUTPUT, has a line of images for each number of st
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from latents.features import FeatureNetwork
-from routers import Router, Routing
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
 from runtime.files import prepare_output
@@ -39,12 +37,14 @@ from sampling.config import SamplingConfig
 from sampling.grid import captioned_rows, enlarge, write_png
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from tools.benchmarks.common import open_processes
+from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.report import read_lines
 
 PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.
 SETTINGS = (
-    "run", "sampler", "quantize", "experts_per_token", "min_weight", "steps", "scale", "interval",
+    "run", "sampler", "quantize", "experts_per_token", "min_weight", "reuse", "steps", "scale",
+    "interval",
 )  # fmt: skip
 
 
@@ -69,6 +69,11 @@ class SamplesConfig:
     min_weights: tuple[float, ...] = flag(
         (0.0,), ge=0, help="leave out the experts of a token whose weight is smaller"
     )
+    reuse: tuple[int, ...] = flag(
+        (0,), ge=0,
+        help="compute the routed experts only in every N-th forward pass, and reuse their output "
+        "in between; 0: compute them in all",
+    )  # fmt: skip
     precision: str | None = flag(
         None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
     )
@@ -89,19 +94,6 @@ class SamplesConfig:
     )  # fmt: skip
 
 
-class DropSmall:
-    """Forward hook of a router that leaves out the rows whose weight is below `min_weight`."""
-
-    def __init__(self, min_weight: float):
-        self.min_weight, self.rows_per_token = min_weight, []
-
-    def __call__(self, router: Router, args: tuple[Tensor], routing: Routing) -> Routing:
-        kept = (routing.weight >= self.min_weight).nonzero().squeeze(1)
-        self.rows_per_token.append(len(kept) / math.prod(args[0].shape[:2]))
-        token, expert, weight = routing.token[kept], routing.expert[kept], routing.weight[kept]
-        return Routing(token, expert, weight, per_token=0, loss=routing.loss, load=routing.load)
-
-
 def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipeline, DropSmall]]:
     """Yields the settings of rows without steps and scale, a pipeline, and the hook of its routers.
 
@@ -120,12 +112,13 @@ def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipelin
             raise UserError(f"--experts-per-token: got {got}, expected at most {experts} for {run}")
         gates = [block.moe.gate for block in opened.model.blocks if block.moe is not None]
         numbers = config.experts_per_token or (opened.model.config.num_experts_per_tok,)
-        for number, least in product(numbers, config.min_weights):
+        for number, least, every in product(numbers, config.min_weights, config.reuse):
             hook = DropSmall(least)
             for gate in gates:
                 gate.num_experts_per_tok = number
             handles = [gate.register_forward_hook(hook) for gate in gates if least]
-            values = (Path(run).name, opened.settings.sampler, kind, number, least)
+            handles += [Reuse(opened.model, every)] if every > 1 else []
+            values = (Path(run).name, opened.settings.sampler, kind, number, least, every)
             yield dict(zip(SETTINGS, values, strict=False)), opened, hook
             for handle in handles:
                 handle.remove()
@@ -259,7 +252,8 @@ def main(config: SamplesConfig) -> None:
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
-    rows = [{"min_weight": 0.0, "interval": [0.0, 1.0]} | row for row in read_lines(config.output)]
+    defaults = {"min_weight": 0.0, "interval": [0.0, 1.0], "reuse": 0}
+    rows = [defaults | row for row in read_lines(config.output)]
     for shared, opened, hook in open_settings(config):
         facts = {
             "images": config.num_images, "num_groups": config.groups,

@@ -1,0 +1,105 @@
+r"""Measures how alike the routed experts of upcycled models are, in each layer and saved step.
+
+    python train.py --finetune results/upcycled --ema-decay 0 --ckpt-every 25 --max-steps 200 ...
+    python -m tools.experiments.copies --runs results/RUN-0 --output results/copies.jsonl
+
+A saved step adds a row to OUTPUT with a number for each layer:
+    cosine           between the weights of two experts, mean over the pairs
+    change_cosine    the same of the changes since the start of the run
+    change           norm of the change of an expert, relative to that of its weights, mean
+    unchanged        share of the experts' numbers that are, rounded to bf16, as at the start
+If the weights of a run are numbers in bf16, the start is rounded to bf16 too. `report.py` makes the
+table. The checkpoints hold moving averages of the weights; --ema-decay 0 makes these the weights
+themselves. A dense run has only the held-out loss.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints import Checkpoint, read_checkpoint, step_folders
+from runtime.errors import UserError, run_main
+from runtime.files import prepare_output
+from runtime.flags import flag, parse_config
+from tools.experiments.report import read_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopiesConfig:
+    runs: tuple[str, ...] = flag(help="run folders of train.py --finetune UPCYCLED")
+    output: Path = flag(Path("results/experiments/copies.jsonl"), help="file of the rows")
+
+
+def experts_of(checkpoint: Checkpoint, layer: int) -> Tensor:
+    """Returns the weights of a layer's routed experts, (E, n), fp32."""
+    prefix = f"blocks.{layer}.moe.experts."
+    parts = [w for name, w in checkpoint.state_dict.items() if name.startswith(prefix)]
+    experts = checkpoint.config.num_experts
+    return torch.cat([part[:experts].flatten(1).float() for part in parts], dim=1)
+
+
+def rounded(weights: Tensor) -> Tensor:
+    return weights.bfloat16().float()
+
+
+def mean_cosine(vectors: Tensor) -> float:
+    """Returns the mean cosine of the pairs of vectors (E, n); 0 for vectors of zeros."""
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    count = len(vectors)
+    return ((unit @ unit.T).sum() - unit.square().sum()).item() / (count * (count - 1))
+
+
+def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]:
+    """Returns the numbers of a row, each a list over the sparse layers."""
+    found: dict[str, list[float]] = {
+        "cosine": [], "change_cosine": [], "change": [], "unchanged": []
+    }  # fmt: skip
+    for layer in checkpoint.config.sparse_layers:
+        now, before = experts_of(checkpoint, layer), experts_of(start, layer)
+        if torch.equal(now, rounded(now)):
+            before = rounded(before)
+        change = now - before
+        found["cosine"].append(mean_cosine(now))
+        found["change_cosine"].append(mean_cosine(change))
+        found["change"].append((change.norm(dim=1) / before.norm(dim=1)).mean().item())
+        found["unchanged"].append((rounded(now) == rounded(before)).float().mean().item())
+    return found
+
+
+def parse_args() -> CopiesConfig:
+    return parse_config(CopiesConfig, __doc__)
+
+
+def main(config: CopiesConfig) -> None:
+    prepare_output("--output", config.output)
+    done = {(row["run"], row["step"]) for row in read_lines(config.output)}
+    for run in config.runs:
+        folders = step_folders(Path(run))[::-1]
+        if not folders:
+            raise UserError(f"--runs: got {run}, expected a folder of a run with checkpoints")
+        losses = {
+            line["step"]: line["val_loss"]
+            for line in read_lines(Path(run, "log.jsonl"))
+            if "val_loss" in line
+        }
+        origin = read_checkpoint(folders[0]).record.initialized_from
+        if origin is None:
+            raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
+        start = read_checkpoint(origin["path"])
+        for step, folder in [(0, None), *((int(path.name), path) for path in folders)]:
+            name = Path(run).name
+            if (name, step) in done:
+                continue
+            row = {"run": name, "step": step}
+            row |= compare(read_checkpoint(folder) if folder else start, start)
+            row["val_loss"] = losses.get(step)
+            print(json.dumps(row), flush=True)
+            with config.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))

@@ -1,0 +1,82 @@
+"""Tables from the rows of the tools about experts: `copies`, `persistence` and `dropping`."""
+
+from pandas import DataFrame, Series
+
+from tools.benchmarks.common import markdown
+from tools.experiments.comparisons import with_error
+
+
+def arms_of(frame: DataFrame) -> DataFrame:
+    """Adds the column "arm", the name of the run without the seed."""
+    return frame.assign(arm=frame["run"].str.replace(r"-\d+$", "", regex=True))
+
+
+def mean_of(values: Series) -> Series:
+    """Returns the means over the layers; nan for a run without sparse layers."""
+    return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
+
+
+def copies_table(rows: list[dict]) -> str:
+    """Returns a Markdown table of the likeness of copied experts, by arm and step."""
+    frame = arms_of(DataFrame(rows))
+    digits = {"cosine": 4, "change_cosine": 3, "change": 4, "unchanged": 2}
+    lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
+              "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
+    for (arm, step), group in frame.groupby(["arm", "step"], sort=False):
+        is_sparse = bool(group["cosine"].iloc[0])
+        cells = [with_error(mean_of(group[n]), digits=d) if is_sparse else ""
+                 for n, d in digits.items()]  # fmt: skip
+        cells.insert(1, f"{group['cosine'].map(min).min():.4f}" if is_sparse else "")
+        loss = group["val_loss"].astype(float)
+        cells.append("" if loss.isna().all() else with_error(loss))
+        lines.append([arm, str(len(group)), str(step), *cells])
+    return markdown(lines)
+
+
+def persistence_table(rows: list[dict]) -> str:
+    """Returns a Markdown table of the shares of kept experts, by run and router, in percent."""
+    kinds = {"next": "next step", "ends": "first to last step", "other": "other image",
+             "chance": "by chance"}  # fmt: skip
+    lines = [["run", "router", *kinds.values()]]
+    for row in rows:
+        shares = [100 * sum(row[kind]) / len(row[kind]) for kind in kinds]
+        lines.append([row["run"], row["router"], *(f"{share:.1f}" for share in shares)])
+    return markdown(lines)
+
+
+def dropping_table(rows: list[dict]) -> str:
+    """Returns a Markdown table of the loss without some experts, by number and kind of choice.
+
+    The last column is, for quantised experts, the share of those with the least damage that also
+    have the least damage in full precision.
+    """
+    frame = DataFrame([{"quantize": "none"} | row for row in rows])
+    kinds, least = frame["choice"].unique(), frame[frame["choice"] == "damage"]
+    is_quantized = frame["quantize"].nunique() > 1
+    lines = [["run", "experts dropped per layer", *kinds, *["same as in fp32"] * is_quantized]]
+    names = ["run", "quantize", "dropped"]
+    for (run, quantize, number), group in frame.groupby(names, sort=False):
+        cells = []
+        for kind in kinds:
+            of_kind = group[group["choice"] == kind]
+            error = of_kind["change"].sem() if len(of_kind) > 1 else of_kind["error"].iloc[0]
+            cells.append(f"{of_kind['change'].mean():+.4f} ± {error:.4f}")
+        if is_quantized:
+            chosen = least.set_index(names)["of_layers"]
+            same = common(chosen[run, quantize, number], chosen[run, "none", number])
+            cells.append(same if quantize != "none" else "")
+        name = run if quantize == "none" else f"{run} {quantize}"
+        lines.append([name, f"{number} of {group['experts'].iloc[0]}", *cells])
+    return markdown(lines)
+
+
+def common(ours: list[list[int]], theirs: list[list[int]]) -> str:
+    """Returns how many of our experts of all layers are theirs too, as in "10 of 12"."""
+    found = sum(len({*one} & {*other}) for one, other in zip(ours, theirs, strict=True))
+    return f"{found} of {sum(map(len, ours))}"
+
+
+# The key of a row that tells which table its file makes.
+EXPERT_TABLES = {
+    "dropped": dropping_table, "change_cosine": copies_table, "ends": persistence_table,
+}  # fmt: skip

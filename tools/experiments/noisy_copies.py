@@ -1,0 +1,44 @@
+r"""Adds noise to the routed experts of a model, so that upcycled copies differ from the start.
+
+    python -m tools.experiments.noisy_copies --ckpt results/upcycled --noise 0.01 \
+        --output results/upcycled-noise
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoints import MODEL_FILE, read_checkpoint, save_model
+from runtime.errors import run_main
+from runtime.files import check_new_folder
+from runtime.flags import flag, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyCopiesConfig:
+    ckpt: str = flag(help="a sparse model, from upcycle.py")
+    noise: float = flag(0.01, ge=0, help="standard deviation, relative to that of each weight")
+    seed: int = flag(0, ge=0, help="seed of the noise")
+    output: Path = flag(help="folder of the new model")
+
+
+def main(config: NoisyCopiesConfig) -> None:
+    source, generator = read_checkpoint(config.ckpt), torch.Generator().manual_seed(config.seed)
+    check_new_folder("--output", config.output)
+    weights = dict(source.state_dict)
+    for name, weight in weights.items():
+        if ".moe.experts." in name and weight.std() > 0:
+            noise = torch.randn(weight.shape, generator=generator)  # (E, ...)
+            weights[name] = weight + config.noise * weight.std() * noise
+    config.output.mkdir(parents=True)
+    record = replace(source.record, initialized_from=source.origin)
+    save_model(config.output / MODEL_FILE, weights, record)
+
+
+def parse_args() -> NoisyCopiesConfig:
+    return parse_config(NoisyCopiesConfig, __doc__)
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))
