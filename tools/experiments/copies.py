@@ -30,6 +30,7 @@ from tools.experiments.report import read_lines
 @dataclass(frozen=True, kw_only=True)
 class CopiesConfig:
     runs: tuple[str, ...] = flag(help="run folders of train.py --finetune UPCYCLED")
+    steps: tuple[int, ...] = flag((), help="measure only these steps (default: all saved ones)")
     output: Path = flag(Path("results/experiments/copies.jsonl"), help="file of the rows")
 
 
@@ -91,7 +92,7 @@ def main(config: CopiesConfig) -> None:
         start = read_checkpoint(origin["path"])
         for step, folder in [(0, None), *((int(path.name), path) for path in folders)]:
             name = Path(run).name
-            if (name, step) in done:
+            if (name, step) in done or step not in (config.steps or [step]):
                 continue
             row = {"run": name, "step": step}
             row |= compare(read_checkpoint(folder) if folder else start, start)

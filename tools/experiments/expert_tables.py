@@ -2,13 +2,14 @@
 
 from pandas import DataFrame, Series
 
+from runtime.errors import UserError
 from tools.benchmarks.common import markdown
-from tools.experiments.comparisons import with_error
+from tools.experiments.comparisons import paired_tests, test_cells, with_error
 
 
 def arms_of(frame: DataFrame) -> DataFrame:
-    """Adds the column "arm", the name of the run without the seed."""
-    return frame.assign(arm=frame["run"].str.replace(r"-\d+$", "", regex=True))
+    """Splits the names of runs into the columns "arm" and "seed"."""
+    return frame.assign(**frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$"))
 
 
 def mean_of(values: Series) -> Series:
@@ -16,9 +17,13 @@ def mean_of(values: Series) -> Series:
     return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
 
 
-def copies_table(rows: list[dict]) -> str:
-    """Returns a Markdown table of the likeness of copied experts, by arm and step."""
+def copies_table(rows: list[dict], arms: tuple[str, ...], reference: str | None) -> str:
+    """Returns a Markdown table of the likeness of copied experts, by arm and step.
+
+    With a reference, a second table compares the held-out losses at the last step, paired by seed.
+    """
     frame = arms_of(DataFrame(rows))
+    frame = frame[frame["arm"].isin(arms or frame["arm"])]
     digits = {"cosine": 4, "change_cosine": 3, "change": 4, "unchanged": 2}
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
               "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
@@ -30,10 +35,25 @@ def copies_table(rows: list[dict]) -> str:
         loss = group["val_loss"].astype(float)
         cells.append("" if loss.isna().all() else with_error(loss))
         lines.append([arm, str(len(group)), str(step), *cells])
-    return markdown(lines)
+    return markdown(lines) + (losses_table(frame, reference) if reference else "")
 
 
-def persistence_table(rows: list[dict]) -> str:
+def losses_table(frame: DataFrame, reference: str) -> str:
+    """Returns a Markdown table of differences of the last held-out loss from an arm's."""
+    last = frame[frame["step"] == frame["step"].max()]
+    losses = last.pivot(index="seed", columns="arm", values="val_loss").astype(float)
+    if reference not in losses:
+        raise UserError(f"--reference: got {reference}, expected some of {', '.join(losses)}")
+    found = losses.drop(columns=reference).sub(losses[reference], axis=0)
+    tests, lines = paired_tests(found), [["arm", "pairs", "difference", "p (Holm)", "detectable"]]
+    for arm in found:
+        pairs = found[arm].dropna()
+        cells = test_cells(tests, arm, digits=4)
+        lines.append([arm, str(len(pairs)), with_error(pairs, "+"), *cells])
+    return "\n" + markdown(lines)
+
+
+def persistence_table(rows: list[dict], *_) -> str:
     """Returns a Markdown table of the shares of kept experts, by run and router, in percent."""
     kinds = {"next": "next step", "ends": "first to last step", "other": "other image",
              "chance": "by chance"}  # fmt: skip
@@ -44,7 +64,7 @@ def persistence_table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
-def dropping_table(rows: list[dict]) -> str:
+def dropping_table(rows: list[dict], *_) -> str:
     """Returns a Markdown table of the loss without some experts, by number and kind of choice.
 
     The last column is, for quantised experts, the share of those with the least damage that also

@@ -273,7 +273,8 @@ def main(config: ReportConfig) -> None:
             tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
     if config.rows.suffix != ".csv":
         if tables:
-            write_durably(config.output / "tables.md", tables[0](rows))
+            text = tables[0](rows, config.arms, config.reference)
+            write_durably(config.output / "tables.md", text)
         else:
             (report_samples if "scale" in rows[0] else report_training)(config, rows)
     text = (config.output / "tables.md").read_text()
