@@ -67,7 +67,7 @@ def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]
         found["change_cosine"].append(mean_cosine(change))
         found["change"].append((change.norm(dim=1) / before.norm(dim=1)).mean().item())
         found["unchanged"].append((rounded(now) == rounded(before)).float().mean().item())
-    return found
+    return {name: [round(value, 6) for value in values] for name, values in found.items()}
 
 
 def parse_args() -> CopiesConfig:

@@ -24,17 +24,21 @@ def copies_table(rows: list[dict], arms: tuple[str, ...], reference: str | None)
     """
     frame = arms_of(DataFrame(rows))
     frame = frame[frame["arm"].isin(arms or frame["arm"])]
-    digits = {"cosine": 4, "change_cosine": 3, "change": 4, "unchanged": 2}
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
               "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
     for (arm, step), group in frame.groupby(["arm", "step"], sort=False):
-        is_sparse = bool(group["cosine"].iloc[0])
-        cells = [with_error(mean_of(group[n]), digits=d) if is_sparse else ""
-                 for n, d in digits.items()]  # fmt: skip
-        cells.insert(1, f"{group['cosine'].map(min).min():.4f}" if is_sparse else "")
-        loss = group["val_loss"].astype(float)
+        loss, cells = group["val_loss"].astype(float), [""] * 5
+        if group["cosine"].iloc[0]:  # a sparse model
+            mean = {name: mean_of(group[name]) for name in
+                    ("cosine", "change_cosine", "change", "unchanged")}  # fmt: skip
+            cells = [
+                f"{mean['cosine'].mean():.4f}", f"{group['cosine'].map(min).min():.4f}",
+                with_error(mean["change_cosine"], digits=3) if step else "",
+                f"{mean['change'].mean():.4f}", f"{mean['unchanged'].mean():.0%}",
+            ]  # fmt: skip
         cells.append("" if loss.isna().all() else with_error(loss))
-        lines.append([arm, str(len(group)), str(step), *cells])
+        if any(cells):
+            lines.append([arm, str(len(group)), str(step), *cells])
     return markdown(lines) + (losses_table(frame, reference) if reference else "")
 
 
