@@ -369,6 +369,7 @@ SLOW_IMPORTS = [
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
     "diffusers.models.autoencoders.autoencoder_kl",
+    "timm.optim.muon",
     "training.loop",
     "training.engines.fsdp",
 ]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import (
     assert_same_state,
+    assert_same_values,
     call_main,
     expect_error,
     in_processes,
@@ -27,7 +28,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from checkpoints import config_of
+from checkpoints import MODEL_FILE, config_of
 from options.parts import Part
 from routers import ROUTERS
 from runtime.errors import UserError
@@ -40,24 +41,29 @@ from training.optimizers import OPTIMIZERS, Optimizer
 STEPS = 2
 M_MMAP_THRESHOLD = -3  # from malloc.h
 MUON = ["--optimizer=muon", "--optimizer-precision=fp32"]
-EVERYTHING = {  # the other flags that interact with sharding, several per run
-    "held-out": ["--val-share=0.5", "--val-images=20", "--val-every=2", "--num-sample=4",
-                 "--ema-decay", "0.9", "0.5", "--objective=mean_flow", "--grad-clip=0"],
-    "frozen": ["--freeze", "blocks.*.attn.*", "x_embedder"],
-    "gates": ["--train-router-only", "--gradient-checkpointing"],
-    "whole": ["--num_experts=4", *MUON],  # experts are not split: two on each process
-    "auxiliary": ["--rf", "--auxiliary", "repa", "sra", "dispersive", "contrastive",
-                  "--auxiliary-repa-width=24", "--accum-iter=2"],
-}  # fmt: skip
-WITH_MUON = "race", "batch_pool"  # routers of the runs with Muon, which also updates routers
-JIT = [  # class tokens and experts with biases; the runs of one router have them
+JIT = [  # class tokens and experts with biases
     "--norm=rms", "--class-tokens=3", "--class-tokens-start=1", "--patch-bottleneck=6",
     "--mlp-type=swiglu_bias",
 ]  # fmt: skip
+OTHERS = {  # the other flags that interact with sharding, with one router each
+    "topk": [],
+    "sigmoid": ["--accum-iter=1", *JIT, "--val-share=0.5", "--val-images=20", "--val-every=2",
+                "--num-sample=4", "--ema-decay", "0.9", "0.5", "--objective=mean_flow",
+                "--grad-clip=0"],
+    "expert_choice": ["--rf", "--auxiliary", "repa", "sra", "dispersive", "contrastive",
+                      "--auxiliary-repa-width=24"],
+    "race": MUON,  # also updates the router
+    "batch_pool": MUON,
+    "prototype": [*MUON, "--num_experts=4"],  # experts are not split: two on each process
+}  # fmt: skip
+CASES = {name: ["--accum-iter=2", f"--router={name}", *OTHERS[name]] for name in ROUTERS} | {
+    "gates": ["--train-router-only", "--gradient-checkpointing"],
+    "bf16": ["--precision=bf16"],
+}
 SPREAD = ["--shard", "--expert-parallel=2"]
 FOUR = {  # runs on four processes, with as many micro-batches in total as two processes take
-    "prototype-2x2": [*SPREAD, "--router=prototype", "--shard-size=2"],  # two copies of the model
-    "race-2x2": [*SPREAD, "--router=race", *MUON],
+    "prototype-2x2": [*SPREAD, "--shard-size=2"],  # two copies of the model
+    "race-2x2": SPREAD,
 }  # fmt: skip
 LAYOUTS = {  # layouts that give the results of the topk run
     "kept": ["--reshard-after-forward=False"],
@@ -80,69 +86,57 @@ def flags(train_flags, latent_cache):
             "latents_path": latent_cache, "data-path": None, "image-size": None, "run-name": "run",
             "num_experts": 5,
         }  # fmt: skip
-        jit = JIT if "sigmoid" in str((changes, more)) else []
-        return [*train_flags(results, **values | changes), *jit, *more]
+        return [*train_flags(results, **values | changes), *more]
 
     return make
-
-
-def with_both(root: Path, flags, cases: dict[str, list[str]]) -> list[list[str]]:
-    """Commands of each case under DDP, into folders that end in -ddp, and under --shard."""
-    return [
-        flags(root / f"{name}{ending}", *more, *how)
-        for name, more in cases.items()
-        for ending, how in (("-ddp", []), ("", ["--shard"]))
-    ]
-
-
-def accumulated(micro_batches: int = 2) -> dict[str, list[str]]:
-    """Cases with several micro-batches per step, one for each router."""
-    return {
-        name: [f"--accum-iter={micro_batches}", f"--router={name}", *MUON * (name in WITH_MUON)]
-        for name in ROUTERS
-    }
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     """Folder with the results folder of every run, and the measurements of the two processes."""
     root = tmp_path_factory.mktemp("two")
-    cases = accumulated() | EVERYTHING
-    cases["bf16"] = ["--precision=bf16"]
-    cases["tuned"] = [f"--finetune={root / 'topk-ddp' / 'run'}", "--num-classes=4"]
-    commands = with_both(root, flags, cases)
+    tuned = [f"--finetune={root / 'topk-ddp' / 'run'}", "--num-classes=4", "--accum-iter=1"]
+    cases = CASES | {"tuned": [*tuned, "--freeze", "blocks.*.attn.*", "x_embedder"]}
+    commands = [
+        flags(root / f"{name}{ending}", *more, *how)
+        for name, more in cases.items()
+        for ending, how in (("-ddp", []), ("", ["--shard"]))
+    ]
     for name, more in LAYOUTS.items():
-        commands.append(flags(root / name, "--shard", "--accum-iter=2", "--router=topk", *more))
-    for name in (*ROUTERS, "held-out", "bf16", "auxiliary"):
-        commands.append(flags(root / f"{name}-spread", *cases[name], *SPREAD))
+        commands.append(flags(root / name, *CASES["topk"], "--shard", *more))
+    for name in (*ROUTERS, "bf16"):
+        commands.append(flags(root / f"{name}-spread", *CASES[name], *SPREAD))
 
     # One process takes a step in micro-batches of 3, and two processes resume the run.
-    race = [*cases["race"], "--shard"]
+    race, auxiliary = [*CASES["race"], "--shard"], CASES["expert_choice"]
     call_main("train.py", *flags(root / "grown", *race, "--accum-iter=4", max_steps=1))
-    commands += [flags(root / "grown", *race), flags(root / "shrunk", *race, max_steps=1)]
+    commands.append(flags(root / "grown", *race))
     # DDP takes a step with auxiliary losses, and a sharded run resumes.
-    commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], max_steps=1))
-    commands.append(flags(root / "passed", *EVERYTHING["auxiliary"], "--shard"))
-    for steps in (1, STEPS):
-        commands.append(flags(root / "again-ddp", "--accum-iter=2", max_steps=steps))
+    commands.append(flags(root / "passed", *auxiliary, max_steps=1))
+    commands.append(flags(root / "passed", *auxiliary, "--shard"))
+    for name, more in (("topk", CASES["topk"]), ("race", race)):
+        for steps in (1, STEPS):
+            commands.append(flags(root / f"{name}-again", *more, max_steps=steps))
     measured = in_processes(measure_and_train, commands)
 
-    # Two DDP processes took a step, and one process resumes, or four with expert parallelism. The
-    # run in spread-first goes the opposite way.
-    for name in ("began-ddp", "gathered-2x2"):
-        shutil.copytree(root / "again-ddp", root / name)
+    # Two processes took a step, and one resumes, or four with expert parallelism. The run in
+    # spread-first goes the opposite way.
+    for name, source in (("began-ddp", "topk"), ("gathered-2x2", "topk"), ("shrunk", "race")):
+        shutil.copytree(root / f"{source}-again", root / name)
         shutil.rmtree(step_folder(root / name, STEPS))
-    commands = [flags(root / name, *more) for name, more in FOUR.items()]
+    commands = [
+        flags(root / name, *CASES[name.removesuffix("-2x2")], "--accum-iter=1", *more)
+        for name, more in FOUR.items()
+    ]
     commands.append(flags(root / "gathered-2x2", *SPREAD))
     commands.append(flags(root / "spread-first", *SPREAD, max_steps=1))
     commands.append(flags(root / "rounded", "--shard", "--shard-size=2", "--copies-precision=bf16"))
     in_processes(train_on, *commands, processes=4)
     for name, more in (("spread-first", []), ("shrunk", race), ("began-ddp", [])):
         call_main("train.py", *flags(root / name, *more, "--shard", "--accum-iter=4"))
-    for name, more in accumulated(micro_batches=4).items():
-        call_main("train.py", *flags(root / f"{name}-one", *more))
-    four = [*EVERYTHING["auxiliary"], "--accum-iter=4"]
-    call_main("train.py", *flags(root / "auxiliary-one", *four))
+    for name in ROUTERS:
+        accumulation = "--accum-iter=2" if name == "sigmoid" else "--accum-iter=4"
+        call_main("train.py", *flags(root / f"{name}-one", *CASES[name], accumulation))
     return root, measured
 
 
@@ -173,7 +167,7 @@ def compare(
             assert relative_error(mine[name], value) < weights, name
 
 
-@pytest.mark.parametrize("name", [*ROUTERS, *EVERYTHING, "tuned"])
+@pytest.mark.parametrize("name", [*ROUTERS, "gates", "tuned"])
 def test_sharding_on_two_processes_gives_the_results_of_ddp(two, name):
     compare(two / name, two / f"{name}-ddp")
 
@@ -191,15 +185,6 @@ def test_four_processes_with_expert_parallelism_give_the_results_of_two(two, nam
     """Two processes share each half of the experts. Runs also change to and from this layout."""
     reference = name.removesuffix("-2x2") if name in FOUR else "topk"
     compare(two / name, two / f"{reference}-ddp")
-
-
-def test_expert_parallelism_gives_the_held_out_loss_and_sample_grid_of_ddp(two):
-    compare(two / "held-out-spread", two / "held-out-ddp")
-    grids = [
-        only_run(two / name) / "samples-0000002.png" for name in ("held-out-spread", "held-out-ddp")
-    ]
-    mine, theirs = (np.asarray(Image.open(grid)).astype(int) for grid in grids)
-    assert mine.shape == theirs.shape and abs(mine - theirs).max() <= 1
 
 
 @pytest.mark.gpu
@@ -239,14 +224,14 @@ def test_sharding_layout_and_the_number_of_processes_do_not_change_the_results(t
 
 
 def test_a_sharded_run_writes_the_checkpoint_and_sample_grid_of_ddp(two):
-    mine, theirs = (only_run(two / name) for name in ("held-out", "held-out-ddp"))
-    weights, expected = (
-        load_file(run / "checkpoints" / "0000002" / "model.safetensors") for run in (mine, theirs)
-    )
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    grids = [(run / "samples-0000002.png").read_bytes() for run in (mine, theirs)]
-    assert grids[0] == grids[1]
+    names = "sigmoid", "sigmoid-ddp", "sigmoid-spread"
+    weights, expected = (load_file(step_folder(two / n, STEPS) / MODEL_FILE) for n in names[:2])
+    assert_same_values(weights, expected)
+    mine, theirs, spread = (only_run(two / name) / "samples-0000002.png" for name in names)
+    assert mine.read_bytes() == theirs.read_bytes()
+    pixels = [np.asarray(Image.open(grid)).astype(int) for grid in (theirs, spread)]
+    assert pixels[0].shape == pixels[1].shape and abs(pixels[0] - pixels[1]).max() <= 1
+    assert "val_loss" in rows(two / "sigmoid")[-1]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -257,25 +242,26 @@ def test_two_ddp_processes_give_the_results_of_one_with_twice_the_micro_batches(
     compare(*runs)
     got, want = (state_of(step_folder(results, STEPS)) for results in runs)
     for name, value in want.items():
-        if name.startswith("/model/"):
+        if name.startswith("/model/") or "/projectors." in name:
             assert relative_error(got[name], value) < 1e-5, name
     assert {int(value) for name, value in got.items() if name.endswith("/step")} == {STEPS}
 
 
-@pytest.mark.parametrize("name", ["auxiliary", "auxiliary-spread", "auxiliary-one", "passed"])
+@pytest.mark.parametrize("name", ["expert_choice", "expert_choice-spread", "passed"])
 def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_any_layout(two, name):
-    """Covers sharding, expert parallelism, one process, and sharding that resumes a DDP run."""
-    compare(two / name, two / "auxiliary-ddp")
-    got, want = (state_of(step_folder(two / n, STEPS)) for n in (name, "auxiliary-ddp"))
+    """Covers sharding, expert parallelism, and sharding that resumes a DDP run."""
+    compare(two / name, two / "expert_choice-ddp")
+    got, want = (state_of(step_folder(two / n, STEPS)) for n in (name, "expert_choice-ddp"))
     of_losses = [title for title in want if "/projectors." in title]
     assert len(of_losses) == 10 * 4  # weights and the state of AdamW
     for title in of_losses:
         assert relative_error(got[title], want[title]) < 1e-5, title
 
 
-def test_a_resumed_ddp_run_on_two_processes_is_bit_identical(two):
-    assert "resumed from" in (only_run(two / "again-ddp") / "log.txt").read_text()
-    assert_same_state(*(step_folder(two / name, STEPS) for name in ("again-ddp", "topk-ddp")))
+@pytest.mark.parametrize("again, whole", [("topk-again", "topk-ddp"), ("race-again", "race")])
+def test_a_resumed_run_on_two_processes_is_bit_identical(two, again, whole):
+    assert "resumed from" in (only_run(two / again) / "log.txt").read_text()
+    assert_same_state(*(step_folder(two / name, STEPS) for name in (again, whole)))
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (7, 6), (7,)], ids=str)
@@ -301,7 +287,8 @@ def engine_of(dist, *arguments: str):
     from training.engines.fsdp import FSDPEngine
 
     facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="")
-    arguments = ["--model=DiT-Ti/2", "--num_experts=8", "--shard", *arguments]
+    small = "--model=DiT-Ti/2", "--hidden-size=32", "--num-heads=2", "--precision=fp32"
+    arguments = [*small, "--num_experts=8", "--shard", *arguments]
     config = resolve(parse_training(DDPFlags, None, arguments), DDPFlags, data=facts)
     return FSDPEngine(dist, config, None), config
 
@@ -334,8 +321,8 @@ RECOMPUTED = ([], ["--selective-checkpointing"], ["--gradient-checkpointing"])
 
 def exchanges(dist, *arguments: str) -> tuple[int, float]:
     """Number of exchanges of rows in a step with expert parallelism, and the gradient norm."""
-    spread = "--expert-parallel=2", "--precision=fp32"
-    engine, config = engine_of(dist, "--depth=2", "--global-batch-size=4", *spread, *arguments)
+    size = "--depth=2", "--global-batch-size=4"
+    engine, config = engine_of(dist, *size, "--expert-parallel=2", *arguments)
     torch.manual_seed(0)
     with torch.profiler.profile() as profile:
         norm = take_steps(dist, engine, config)["grad_norm"].item()
@@ -360,7 +347,7 @@ def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float
     torch.compile = functools.partial(compile, backend=backend)
     counters.clear()
     for more in ([], ["--compile"]):
-        size = "--depth=2", "--global-batch-size=4", "--precision=fp32"
+        size = "--depth=2", "--global-batch-size=4"
         engine, config = engine_of(dist, *size, *arguments, *more)
         engine = engine if sharded else DDPEngine(dist, config, None)
         torch.manual_seed(0)
@@ -457,8 +444,8 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
     """Planned bytes of a process, and the measured peak of a step."""
     gc.collect()
     before = resident()
-    size = "--hidden-size=256", "--depth=3", "--global-batch-size=4"
-    engine, config = engine_of(dist, *size, "--precision=fp32", *arguments)
+    size = "--hidden-size=256", "--num-heads=4", "--depth=3", "--global-batch-size=4"
+    engine, config = engine_of(dist, *size, *arguments)
     take_steps(dist, engine, config)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     take_steps(dist, engine, config)
@@ -470,14 +457,13 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
 
 def measure_and_train(dist, commands: list[list[str]]) -> dict:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # returns freed memory to the system at once
-    memory(dist, *MUON)  # makes allocations that happen only once
+    memory(dist, *MUON, "--hidden-size=32")  # makes allocations that happen only once
     facts = {
         "memory": memory(dist),
         "memory accumulated": memory(dist, "--accum-iter=2"),
         "memory muon": memory(dist, *MUON),
         "memory spread": memory(dist, "--expert-parallel=2"),
         "steps": {
-            "topk": collectives(dist),
             "accumulated": collectives(dist, "--accum-iter=2"),
             "copies": collectives(dist, "--accum-iter=2", "--shard-size=1"),
             "kept": collectives(dist, "--reshard-after-forward=False"),
@@ -510,12 +496,12 @@ def test_a_sharded_step_uses_one_collective_per_block_and_direction(measured):
             for case, counts in result["steps"].items()
         }
         assert got == {
-            "topk": (1 + 2 * 3, 1 + 3, 1, 0),  # the only sum is the gradient norm
+            # The only sum is the gradient norm.
+            "accumulated": (2 * (1 + 2 * 3), 2 * (1 + 3), 1, 0),
             "copies": (0, 0, 1 + 3 + 1, 0),  # one sum over the copies
             "kept": (1 + 3, 1 + 3, 1, 0),
-            "accumulated": (2 * (1 + 2 * 3), 2 * (1 + 3), 1, 0),
             "race": (1 + 2 * 3, 1 + 3, 2, 0),  # one more sum for the thresholds
-            "muon": (1 + 2 * 3, 1 + 3, 1, 2 * 5),  # five matrix shapes apart from experts, twice
+            "muon": (1 + 2 * 3, 1 + 3, 1, 2 * 6),  # six matrix shapes apart from experts, twice
         }
 
 

@@ -478,7 +478,8 @@ def test_tensorboard_contains_grouped_metrics_and_the_settings(finished):
 
 def test_weights_and_biases_receives_the_metrics_of_tensorboard(flags, tmp_path):
     pytest.importorskip("wandb")
-    run_script("train.py", *flags(tmp_path, wandb="demo"), WANDB_MODE="offline")
+    pixels = {"vae-path": "pixels", "image-size": 8}  # opens no autoencoder, which takes seconds
+    run_script("train.py", *flags(tmp_path, wandb="demo", **pixels), WANDB_MODE="offline")
     (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
     content = stored.read_bytes()
     assert all(word in content for word in (b"loss/loss", b"router/expert_load", b"global_seed"))
