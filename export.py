@@ -85,6 +85,8 @@ def without_experts(config: ExportConfig, checkpoint):
     from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
 
+    if not checkpoint.config.num_experts:
+        raise UserError("--drop-experts: has no effect on a dense model")
     most = checkpoint.config.num_experts - checkpoint.config.num_experts_per_tok
     if (number := config.drop_experts) > most:
         expected = f"at most {most}, which leaves one token's experts"

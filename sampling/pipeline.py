@@ -216,7 +216,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     for name in ("guided_channels", "guidance_interval"):
         if settings.cfg_scale == 1 and getattr(config, name) is not None:
-            raise UserError(f"{spelling(name)}: has no effect without guidance, --cfg-scale 1")
+            raise UserError(f"{spelling(name)}: has no effect without guidance (--cfg-scale is 1)")
     vae = open_autoencoder(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     build = build_offloaded if config.offload else build_model

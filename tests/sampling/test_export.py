@@ -251,6 +251,9 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     assert read_checkpoint(tmp_path / "tuned").config.num_experts == 3
     command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
     assert "no effect without --drop-experts" in expect_error(capsys, *command)
+    dense = save_checkpoint(randomised(num_experts=0), tmp_path / "dense.safetensors")
+    line = expect_error(capsys, *command[:2], dense, *command[3:-2], "--drop-experts", 1)
+    assert "--drop-experts: has no effect on a dense model" in line
     assert "got 9, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 9)
     save_ablation(file, measured, rows[:6])  # it was interrupted
     line = expect_error(capsys, *command, "--drop-experts", 1)
