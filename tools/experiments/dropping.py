@@ -24,7 +24,6 @@ from checkpoints.adapting import drop_experts
 from evaluation.heldout import held_out_losses, latent_batches, open_held_out
 from latents.sources import Batch
 from models import DiT
-from moe import quantize_experts
 from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
@@ -95,8 +94,6 @@ def main(config: DroppingConfig) -> None:
     for number in config.dropped:
         for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
             model = build_model(drop_experts(source, dropped))
-            if config.quantize:
-                quantize_experts(model, config.quantize)
             change = np.array(held_out_losses(model, objective, batches)[0]) - whole
             row = {
                 "run": Path(config.ckpt).name, "quantize": config.quantize or "none",
