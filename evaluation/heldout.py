@@ -118,10 +118,13 @@ def open_held_out(
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
-    if not (share and same_images(images.fingerprint, record.images)):
+    if not same_images(images.fingerprint, record.images):
+        return images, None, facts
+    path = pipeline.checkpoint.path
+    if not share:
+        print(f"note: {path} was trained on {facts['images']}, so the loss is not a held-out one")
         return images, None, facts
     _, indices = split(images, share)
-    path = pipeline.checkpoint.path
     print(f"{facts['images']}: using the {len(indices):,} images that {path} held out")
     return images, indices, {**facts, "val_share": share}
 

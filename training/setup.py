@@ -1,5 +1,6 @@
 """The data of a run: the images or latents, and the held-out ones."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -51,15 +52,19 @@ def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Sour
 
 def open_held_out(
     config: TrainConfig, dataset: Source, vae: Autoencoder | None, facts: dict[str, Any],
-    held_out: np.ndarray,
+    held_out: np.ndarray, notes: list[str],
 ) -> list[Batch]:  # fmt: skip
     """Returns the batches of --val-path or --val-share, which are the same in every run.
 
     facts: digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
+    notes: receives a note if --val-path names the training images
     """
     data, images, flag = config.data, dataset, "--val-share"
     if data.val_path:
+        given = data.latents_path or data.data_path
+        if os.path.realpath(data.val_path) == os.path.realpath(given):
+            notes.append(f"{given} has the training images, so val_loss is not held out")
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)

@@ -165,7 +165,7 @@ def open_run(
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     held_out = None
     if config.data.val_path or config.data.val_share:
-        held_out = open_held_out(config, dataset, vae, facts, held_out_indices)
+        held_out = open_held_out(config, dataset, vae, facts, held_out_indices, notes)
     dataset.requested += [name for one in config.auxiliary for name in one.needs]
     notes += batch_notes(stream.global_batch, len(trained)) + rate_notes(config, before, stream)
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images

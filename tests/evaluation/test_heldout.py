@@ -113,7 +113,7 @@ def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(imag
 
 @pytest.mark.parametrize("objective", ["gaussian", "mean_flow"])
 def test_evaluate_loss_reports_the_held_out_loss(
-    objective, tiny_vae, image_tree, latent_cache, tmp_path
+    objective, tiny_vae, image_tree, latent_cache, tmp_path, capsys
 ):
     model, names = randomised(), tuple(f"class-{label}" for label in range(10))
     facts = dict(objective=objective, image_size=16, vae_path=str(tiny_vae), class_names=names)
@@ -125,6 +125,8 @@ def test_evaluate_loss_reports_the_held_out_loss(
         return json.loads((tmp_path / "results.json").read_text())["metrics"]
 
     got = measured("--data-path", image_tree)
+    note = f"note: {path} was trained on {image_tree}, so the loss is not a held-out one"
+    assert note not in capsys.readouterr().out
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
     latents = latent_batches(images, vae, names, num_images=20, batch_size=20)
@@ -133,6 +135,9 @@ def test_evaluate_loss_reports_the_held_out_loss(
         assert got[name] == pytest.approx(want[name], rel=1e-4)
     cached = measured("--latents-path", latent_cache)
     assert cached["mean"] == pytest.approx(got["mean"], rel=2e-3)
+    save_checkpoint(model, path, images=images.fingerprint, **facts)
+    measured("--data-path", image_tree)
+    assert note in capsys.readouterr().out
 
 
 def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, tiny_vae, tmp_path):
@@ -158,7 +163,7 @@ def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, t
 
 
 def test_a_run_never_trains_on_its_held_out_images(
-    train_flags, latent_cache, tmp_path, monkeypatch, capsys
+    train_flags, image_tree, latent_cache, tmp_path, monkeypatch, capsys
 ):
     read, getitem = [], ImageTree.__getitem__
     noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
@@ -181,6 +186,9 @@ def test_a_run_never_trains_on_its_held_out_images(
     assert "the 20 images" in capsys.readouterr().out
     got = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
+    changes = {"val-share": None, "val-path": f"{image_tree}/", "max-steps": 1}
+    call_main("train.py", *train_flags(tmp_path / "same", **{**flags, **changes}))
+    assert "the training images, so val_loss is not held out" in capsys.readouterr().out
     other = shutil.copytree(latent_cache, tmp_path / "other")
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps(index | {"vae_sha256": "0" * 64}))
