@@ -387,6 +387,18 @@ def resident(kind: str = "VmRSS") -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
+def process_pool(processes: int) -> ProcessPoolExecutor:
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    return ProcessPoolExecutor(processes, mp_context=context)
+
+
+def in_process(function, *arguments):
+    """Calls a top-level function in a new process; returns its result or raises its exception."""
+    with process_pool(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def in_processes(function, *arguments, processes: int = 2) -> list:
     """Calls function(dist, *arguments) in each process of a new process group on the CPU.
 
@@ -394,9 +406,7 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
     because the processes import it by name.
     """
     port = free_port()
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with process_pool(processes) as pool:
         calls = [
             pool.submit(call_in_group, rank, processes, port, function, arguments)
             for rank in range(processes)

@@ -234,6 +234,7 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
         "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
         "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
         "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
+        "vae-path": "pixels", "image-size": 8,  # opens no autoencoder, which takes seconds
     }  # fmt: skip
 
     def train(name: str, steps: int) -> list[str]:
