@@ -377,10 +377,17 @@ def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
     assert filled["fp16"] == FP16 and not filled["bf16"]["enabled"]
 
 
-@pytest.mark.parametrize("user_flags", [{"freeze": ("x_embedder",)}, {"train_router_only": True}])
-def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(tmp_path, user_flags):
-    (name,) = user_flags
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.* under DeepSpeed, expected"):
+@pytest.mark.parametrize("user_flags, message", [
+    ({"freeze": ("x_embedder",)}, "--freeze.* under DeepSpeed, expected"),
+    ({"train_router_only": True}, "--train-router-only.* under DeepSpeed, expected"),
+    ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
+    ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
+    ({"auxiliary": ("dispersive", "sra")}, "--auxiliary: got sra under DeepSpeed"),
+])  # fmt: skip
+def test_flags_that_only_train_py_supports_are_rejected_under_deepspeed(
+    tmp_path, user_flags, message
+):
+    with pytest.raises(UserError, match=message):
         config_for(tmp_path, ZERO2, 8, 8, **user_flags)
 
 
@@ -425,16 +432,6 @@ def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
     call_main("train_deepspeed.py", "--dry-run", f"--deepspeed_config={path}")
     assert printed_values(capsys)["layout"] == "1 process under ZeRO-3, bf16"
-
-
-def test_deepspeed_rejects_other_optimizers_than_adamw_and_several_emas(tmp_path):
-    for changes, words in (
-        ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
-        ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
-        ({"auxiliary": ("dispersive", "sra")}, "--auxiliary: got sra under DeepSpeed"),
-    ):
-        with pytest.raises(UserError, match=words):
-            config_for(tmp_path, ZERO2, 8, 8, **changes)
 
 
 def output_of(

@@ -542,9 +542,6 @@ def test_a_sharded_model_can_be_sampled_before_the_first_step(measured):
 
 def test_unsupported_sharding_flags_are_one_line_errors(capsys, flags, tmp_path):
     train = "train.py", *flags(tmp_path)
-    assert "--precision: got fp16 with --shard" in expect_error(
-        capsys, *train, "--shard", "--precision=fp16"
-    )
     assert "without --shard" in expect_error(capsys, *train, "--shard-size=2")
     assert "without --shard" in expect_error(capsys, *train, "--expert-parallel=2")
     message = expect_error(capsys, *train, "--shard", "--expert-parallel=2")
