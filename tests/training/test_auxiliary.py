@@ -125,7 +125,8 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     torch.manual_seed(1)
     batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
     batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
-    given = {"precision": "fp32", "ema_decay": (0.9,), "auxiliary": {name: part.option_values()},
+    given = {"precision": "fp32", "ema_decay": (0.9,),
+             "auxiliary": {name: {"weight": 0.3, **CASES[case]}},
              "objective": "rectified_flow"}  # fmt: skip
     config = resolve(given, DDPFlags)
     config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
@@ -133,7 +134,8 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     engine = DDPEngine(ALONE, config, None)
     for weight in engine.parameters.values():  # gates initialised to zero would hide errors
         weight.data += 0.1 * torch.randn_like(weight)
-    engine.emas[0].averages[0] += 0.1 * torch.randn_like(engine.emas[0].averages[0])
+    for average in engine.emas[0].averages:
+        average += 0.1 * torch.randn_like(average)
 
     torch.manual_seed(3)
     terms = losses(engine, objective, batch, [part])

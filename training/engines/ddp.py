@@ -1,7 +1,7 @@
 """Engine of train.py: every process holds the complete model (distributed data parallelism)."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -43,8 +43,6 @@ from training.muon import rows_of
 from training.optimizers import planned_state
 from training.spikes import SpikeDetector
 
-ALIGNMENT = 64  # elements; grouped products on a GPU need weights aligned to 16 bytes
-
 
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
@@ -63,7 +61,6 @@ class DDPEngine:
             self.model.initialize_weights()
         freeze(self.model, step)
         self.model.to(dist.device).train()
-        self.weights = flatten_parameters(self.model)
         add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
         self.num_shards = 1  # processes that share a copy of the model
         self.prepare()
@@ -91,13 +88,17 @@ class DDPEngine:
         if step.selective_checkpointing:
             self.model.kept_operators = KEPT_OPERATORS
         if step.compile:
-            # Otherwise PyTorch splits the graph of a block wherever a gradient bucket of DDP is
-            # full, and takes each weight to be as large as the flat tensor that all weights share.
+            # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.averaged = {n: w for n, w in self.parameters.items() if is_of_model(n)}  # by EMAs
-        self.local = {name: self.local_of(weight) for name, weight in self.parameters.items()}
+        # This process's shards, which share the memory of the parameters.
+        self.local: dict[str, nn.Parameter] = {
+            n: nn.Parameter(w.detach().to_local(), w.requires_grad) if isinstance(w, DTensor) else w
+            for n, w in self.parameters.items()
+        }
+        self.shards = [self.local[name].detach() for name in self.averaged]  # as EMAs need them
         self.emas, self.grad_clip = self.config.emas, step.grad_clip
         for ema in self.emas:
             ema.start(self.shards)
@@ -113,15 +114,6 @@ class DDPEngine:
             self.dist.device.type, enabled=self.precision == torch.float16
         )
         self.accumulates, self.replica = False, self.model
-
-    @property
-    def shards(self) -> list[Tensor]:
-        """Returns the weights that this process holds, in the form that the EMAs average."""
-        return [self.weights]
-
-    def local_of(self, weight: nn.Parameter) -> nn.Parameter:
-        """Returns this process's shard of a parameter, which shares the parameter's memory."""
-        return weight
 
     @property
     def places(self) -> dict[str, Place]:
@@ -239,8 +231,7 @@ class DDPEngine:
 
     def averages(self, number: int) -> dict[str, Tensor]:
         """Returns this process's part of an EMA, by the name of the parameter."""
-        (flat,) = self.emas[number].averages
-        return dict(zip(self.averaged, views_of(flat, self.averaged.values()), strict=True))
+        return dict(zip(self.averaged, self.emas[number].averages, strict=True))
 
     def average(self, number: int) -> dict[str, Box]:
         averages = self.averages(number)
@@ -338,30 +329,3 @@ def distributed_as(weight: Tensor, shard: Any) -> Any:
     return DTensor.from_local(
         shard, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
     )
-
-
-@torch.no_grad()
-def flatten_parameters(model: nn.Module) -> Tensor:
-    """Makes the parameters of a model views of one flat tensor, and returns the tensor.
-
-    They must have one dtype and one device. An operation on all parameters, such as an EMA, is then
-    one operation on the flat tensor.
-    """
-    parameters = list(model.parameters())
-    flat = parameters[0].new_zeros(sum(padded(p.numel()) for p in parameters))
-    for parameter, view in zip(parameters, views_of(flat, parameters), strict=True):
-        parameter.data = view.copy_(parameter)
-    return flat
-
-
-def views_of(flat: Tensor, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the views of a flat tensor that correspond to parameters, in their shapes."""
-    views, start = [], 0
-    for parameter in parameters:
-        views.append(flat[start : start + parameter.numel()].view_as(parameter))
-        start += padded(parameter.numel())
-    return views
-
-
-def padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -87,13 +87,6 @@ class FSDPEngine(DDPEngine):
                 self.set_weight(name, value)
         self.prepare()
 
-    def local_of(self, weight: DTensor) -> nn.Parameter:
-        return nn.Parameter(weight.detach().to_local(), weight.requires_grad)
-
-    @cached_property
-    def shards(self) -> list[Tensor]:
-        return [self.local[name].detach() for name in self.averaged]
-
     @cached_property
     def places(self) -> dict[str, Place]:
         return {name: self.place(name) for name in self.shapes}
@@ -104,9 +97,6 @@ class FSDPEngine(DDPEngine):
     def box(self, name: str, values: Tensor) -> Box:
         offset = tuple(limits.start for limits in self.places[name])
         return Box(tuple(self.shapes[name]), offset, values)
-
-    def averages(self, number: int) -> dict[str, Tensor]:
-        return dict(zip(self.averaged, self.emas[number].averages, strict=True))
 
     @torch.no_grad()
     def set_weight(self, name: str, whole: Tensor) -> None:
