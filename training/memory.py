@@ -6,9 +6,11 @@ print_plan(said, DDPFlags, choose_engine)                # --dry-run
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +40,7 @@ from training.ema import start_notes
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
 from training.setup import batch_notes, open_dataset
-from training.start import ChooseEngine, plan_run
+from training.start import ChooseEngine, plan_run, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -52,16 +54,18 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     if not (dist := read_environment()).is_main:
         return
     run = plan_run(said, engine_flags, open_planned)
-    begin, config, num_images = run.begin, run.config, IMAGENET[0]
+    begin, config = run.begin, run.config
     if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
         may = run.said if begin.resumes or begin.own is None else set()
         check_changes(begin.own or begin.record, config, {}, may, step, begin.folder)
     engine = choose_engine(config)
+    trained = np.arange(IMAGENET[0])
     if run.dataset is not None:
-        num_images = len(split(run.dataset, config.data.val_share)[0])
+        trained, _ = split(run.dataset, config.data.val_share)
     world_size, model = config.run.gpus or dist.world_size, config.model
+    stream = remaining_steps(config, engine, trained, None, replace(dist, world_size=world_size))
+    micro_batch, batch, steps = stream.micro_batch, stream.global_batch, stream.end_step
     parameters, active = count_parameters(model)
-    micro_batch = engine.micro_batch(config, world_size)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     is_cut = getattr(config.engine, "shard", True)
@@ -73,8 +77,6 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     }
     others = ", ".join(tip for tip, helps in tips.items() if helps)
     advice = "" if needed <= usable else f"; try {others}"
-    batch = micro_batch * config.step.accum_iter * world_size
-    steps = config.total_steps(num_images, batch)
     lines = {
         "model": f"{config.name}: {model.depth} blocks of "
         f"width {model.hidden_size}, latents of {' x '.join(map(str, model.latent_shape))}, "
@@ -94,9 +96,9 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
         "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {batch} images ({pluralize(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
-        f"{steps * batch / num_images:.1f} epochs of {num_images:,} images",
+        f"{steps * batch / len(trained):.1f} epochs of {len(trained):,} images",
     }
-    notes = run.notes + batch_notes(batch, num_images)
+    notes = run.notes + batch_notes(batch, len(trained))
     notes += start_notes(config.emas, steps, is_pretrained=begin.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")

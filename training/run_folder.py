@@ -18,8 +18,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
 from typing import Any, BinaryIO
@@ -158,13 +157,20 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
     return read_values(known, flags), [note] if unknown else []
 
 
-def enter_run_folder(
-    run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool
-) -> BinaryIO:
-    """Creates and locks a run folder and writes config.yaml: settings and, after ---, the facts.
+def enter_run_folder(run: Path) -> BinaryIO:
+    """Creates and locks a run folder; returns the lock, see `lock_folder`."""
+    with reported_as(f"--results-dir: cannot write to {run}", OSError):
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run)
+        for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+    return lock
 
-    Returns the lock, see `lock_folder`. If writing fails, a new folder is removed again.
-    """
+
+def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool) -> None:
+    """Writes config.yaml: settings and, after ---, the facts. That of a finished run stays."""
+    if is_finished and os.path.isfile(run / CONFIG_FILE):
+        return
     script = facts["script"]
     text = (
         f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
@@ -182,27 +188,7 @@ def enter_run_folder(
     facts = {"version": __version__, **facts}
     text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
-        is_new = not os.path.lexists(run)
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run)
-        # If the run is finished, this command trains no steps and keeps the config.yaml.
-        if not (is_finished and os.path.isfile(run / CONFIG_FILE)):
-            with removed_if_failed(run, is_new):
-                write_durably(run / CONFIG_FILE, text)
-        for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
-            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
-    return lock
-
-
-@contextmanager
-def removed_if_failed(run: Path, is_new: bool) -> Iterator[None]:
-    """Removes a run folder that this start created and locked, if the block fails."""
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
+        write_durably(run / CONFIG_FILE, text)
 
 
 def lock_folder(run: Path) -> BinaryIO:

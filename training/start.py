@@ -10,6 +10,7 @@ run = open_run(said, DDPFlags, choose_engine, dist)
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -61,8 +62,8 @@ from training.run_folder import (
     named_run,
     newest_record,
     not_resumable,
-    removed_if_failed,
     stored_settings,
+    write_config,
 )
 from training.setup import batch_notes, open_dataset, open_held_out
 
@@ -147,8 +148,7 @@ def open_run(
     folder = begin.folder or default_folder(config, facts)
     if begin.folder is None:
         dist.on_main(partial(check_earlier_names, folder, config, facts))
-    if config.step.freezes:  # checks the patterns before the run folder is created
-        frozen_names(fake_model(config.model), config.step)
+    frozen_names(fake_model(config.model), config.step)  # checks the patterns of --freeze
     found = dist.broadcast(step_folders(folder))
     state_folder, before, changed = starting_point(plan, facts, folder, found, dist)
     weights = None
@@ -256,20 +256,25 @@ def open_folder(
             f"than that of its checkpoint, {stream.start_step}"
         )
     is_new = dist.is_main and not os.path.lexists(folder)
-    lock = dist.on_main(partial(enter_run_folder, folder, config, facts, is_finished))
+    lock = dist.on_main(partial(enter_run_folder, folder))
     if dist.broadcast(step_folders(folder)) != found:
         raise UserError(SAVED_MEANWHILE.format(folder))
-    if not os.path.isfile(folder / CONFIG_FILE):
-        raise UserError(
-            f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
-            "all nodes share"
-        )
-    values = flat(*config.parts.values())
-    failed = reported_as(f"{folder}: cannot write the log", OSError)
-    with removed_if_failed(folder, is_new), failed:
-        log = dist.run_on_all(
-            lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
-        )
+    try:
+        dist.on_main(partial(write_config, folder, config, facts, is_finished))
+        if not os.path.isfile(folder / CONFIG_FILE):
+            raise UserError(
+                f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder "
+                "that all nodes share"
+            )
+        values = flat(*config.parts.values())
+        with reported_as(f"{folder}: cannot write the log", OSError):
+            log = dist.run_on_all(
+                lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
+            )
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return lock, log
 
 

@@ -5,7 +5,7 @@ import shutil
 from dataclasses import replace
 
 import torch
-from conftest import ROOT, call_main
+from conftest import ROOT, call_main, expect_error
 
 from checkpoints import config_of
 from training.config import resolve
@@ -79,3 +79,9 @@ def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than
     call_main(*plan, "--ema-warmup", True, "--global-batch-size", 2 * 1_281_167)
     output = capsys.readouterr().out
     assert "initial weights" not in output and "each step uses every image 2 times" in output
+
+
+def test_the_plan_refuses_micro_batches_of_one_image_as_the_run_does(capsys):
+    contrastive = ("--rf", "--auxiliary", "contrastive", "--global-batch-size", 1)
+    line = expect_error(capsys, "train.py", "--dry-run", "--model", "DiT-Ti/2", *contrastive)
+    assert "expected at least two images" in line

@@ -463,9 +463,9 @@ def test_the_checkpoints_folder_of_a_run_may_be_a_link(copied, flags, tmp_path, 
 def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
     copied, flags, monkeypatch, capsys
 ):
-    def enter(folder: Path, *more):
+    def enter(folder: Path):
         shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
-        return enter_run_folder(folder, *more)
+        return enter_run_folder(folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(start, "enter_run_folder", enter)
