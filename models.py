@@ -41,10 +41,6 @@ from options.settings import build, flags_of, flattened, read
 from routers import ROUTERS, Router, Routing
 
 
-def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
-    return nn.LayerNorm(width, elementwise_affine=False, eps=eps)
-
-
 class RMSNorm(nn.RMSNorm):
     """RMSNorm with weights, in fp32 under autocast, as autocast does for LayerNorm."""
 
@@ -55,7 +51,9 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-NORMS = {"layer": layer_norm, "rms": RMSNorm}  # in the blocks and before the output
+NORMS = {  # in the blocks and before the output
+    "layer": partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False), "rms": RMSNorm,
+}  # fmt: skip
 QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts, has_tangent
 from moe_kernels.quantized import QuantizedWeight, quantize
-from options.parts import make_component
 from routers import ROUTERS, Routing
 
 
@@ -285,10 +284,10 @@ class SparseMoEBlock(nn.Module):
         router_options: dict | None = None,
     ):
         super().__init__()
-        self.gate = make_component(
-            ROUTERS, "router", router, router_options or {}, hidden_size=hidden_size,
-            num_experts=num_experts, num_experts_per_tok=num_experts_per_tok,
-        )
+        self.gate = ROUTERS[router](
+            hidden_size=hidden_size, num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok, **(router_options or {}),
+        )  # fmt: skip
         self.experts = Experts(
             hidden_size,
             width_of(hidden_size, mlp_ratio),

@@ -98,12 +98,6 @@ class CacheSettings:
             with reported_as(name, ValueError):
                 convert(self.features[name], tuple[int, ...])
 
-    def shapes(self, moments: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each tensor of an image, for a posterior of that many channels."""
-        known = {"labels": (), "moments": (moments, *self.latent_shape[1:]), "size": (4,)}
-        known |= {name: tuple(self.features.get(name, ())) for name in FEATURES}
-        return {name: known[name] for name in self.tensors}
-
     @property
     def num_images(self) -> int:
         return self.listing["count"]
@@ -163,11 +157,14 @@ def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
 
 def check_shard(tensors: Batch, settings: CacheSettings, shard: int) -> None:
     """Requires that the tensors of a shard are what the index says."""
-    channels, views = settings.latent_shape[0], (1 + settings.flip,)
-    moments = tensors["moments"].shape[2:3] == (2 * channels,)
-    for name, shape in settings.shapes(channels * (1 + moments)).items():
+    (channels, *grid), views = settings.latent_shape, (1 + settings.flip,)
+    has_variance = tensors["moments"].shape[2:3] == (2 * channels,)
+    shapes = {"labels": (), "moments": (channels * (1 + has_variance), *grid), "size": (4,)}
+    shapes |= {name: settings.features.get(name, ()) for name in FEATURES}  # of one image
+    for name in settings.tensors:
         is_label = name == "labels"
-        expected = (len(settings.images_of(shard)), *(() if is_label else views), *shape)
+        count = len(settings.images_of(shard))
+        expected = (count, *(() if is_label else views), *shapes[name])
         if (got := tuple(tensors[name].shape)) != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
         if tensors[name].is_floating_point() == is_label:

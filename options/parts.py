@@ -4,7 +4,7 @@
         temperature: float = option(1.0, help="temperature of the softmax", gt=0)
 
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
-    router = make_component(ROUTERS, "router", "mine", {"temperature": 0.5}, hidden_size=64, ...)
+    router = ROUTERS["mine"](temperature=0.5, hidden_size=64, ...)
 
 An option is declared once, as a typed field with default, help and range. Flag, config.yaml,
 metadata of checkpoints and error messages follow from the field.
@@ -169,9 +169,6 @@ class Component:
         for name, one in options_of(type(self)).items():
             setattr(self, name, one.read(getattr(self, name)))
 
-    def option_values(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in options_of(type(self))}
-
 
 def sides(size: Size) -> tuple[int, int]:
     """Returns the height and width of a size."""
@@ -217,13 +214,6 @@ def read_options(
             f"{prefix}{unknown}: unknown option; {kind} {name} has {', '.join(has) or 'none'}"
         )
     return {k: has[k].read(v, k if has[k].is_bare else prefix + k) for k, v in given.items()}
-
-
-def make_component(
-    table: Registry, kind: str, name: str, options: Mapping[str, Any], **facts: Any
-) -> Any:
-    """Creates a component from options, see `read_options`, and further fields."""
-    return table[name](**facts, **read_options(table, kind, name, options))
 
 
 def words_for(hint: Any) -> str:

@@ -16,7 +16,6 @@ configs of them.
 """
 
 import argparse
-import difflib
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from options.parts import Option, option
 from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -153,9 +152,9 @@ def suggestion(name: str, flags: Flags) -> str:
     if name == "device":
         return "; the device is a GPU if there is one, and CUDA_VISIBLE_DEVICES= chooses the CPU"
     words = set(name.split("_"))
-    close = [known for known in flags if words <= set(known.split("_"))][:3]
-    close = close or difflib.get_close_matches(name, flags, 1)
-    return f"; did you mean {' or '.join(map(spelling, close))}?" if close else ""
+    if close := [known for known in flags if words <= set(known.split("_"))][:3]:
+        return f"; did you mean {' or '.join(map(spelling, close))}?"
+    return did_you_mean(name, {known: spelling(known) for known in flags})
 
 
 @contextmanager

@@ -78,26 +78,23 @@ class Requests:
         """Restarts the clock of `save_seconds` after a save."""
         self.last_save = time.monotonic()
 
-    def local_request(self) -> int:
-        """Returns the request of this process, as an index into ANSWERS."""
-        is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
-        return 2 if self.is_signalled else int(is_due)
-
     def poll(self) -> str | None:
         """Returns what all processes do before this step: None, "save", or "stop" (save and stop).
 
         A single process answers its own current request; several processes answer the most urgent
         request of the previous step.
         """
+        is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
+        own = 2 if self.is_signalled else int(is_due)  # index into ANSWERS
         if self.group is None:
-            return ANSWERS[self.local_request()]
+            return ANSWERS[own]
         if self.reduction is not None:
             number, work = self.reduction
             work.wait()
             self.reduction = None
             if number > 0:
                 return ANSWERS[number]
-        number, largest = torch.tensor(self.local_request()), torch.distributed.ReduceOp.MAX
+        number, largest = torch.tensor(own), torch.distributed.ReduceOp.MAX
         work = torch.distributed.all_reduce(number, largest, self.group, async_op=True)
         self.reduction = number, work
         return None

@@ -16,7 +16,6 @@ from diffusion import (
 )
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
-from options.parts import make_component
 from runtime.errors import UserError, did_you_mean
 
 
@@ -81,7 +80,7 @@ def resolve_settings(
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
-    return make_component(OBJECTIVES, "objective", settings.objective, settings.objective_options)
+    return OBJECTIVES[settings.objective](**settings.objective_options)
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:

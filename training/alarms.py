@@ -1,6 +1,7 @@
 """Warnings about a run that trains, but not as it should: one line, once, for each cause."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 LINES = 10  # consecutive log lines for which a cause must last
@@ -8,15 +9,12 @@ LOAD = 3.0  # of the busiest expert, in units of the mean load
 DATA_WAIT = 0.2  # fraction of the time
 
 
+@dataclass
 class Alarms:
-    """Watches the metrics of the log lines of a run.
+    """Watches the metrics of the log lines of a run."""
 
-    layers: indices of the sparse blocks
-    """
-
-    def __init__(self, layers: Sequence[int]):
-        self.layers = layers
-        self.lasted: dict[str, int] = {}  # consecutive log lines, by cause
+    layers: Sequence[int]  # indices of the sparse blocks
+    lasted: dict[str, int] = field(default_factory=dict)  # consecutive log lines, by cause
 
     def check(self, values: Mapping[str, Any]) -> list[str]:
         """Returns the lines to log after a log line with these metrics."""

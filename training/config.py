@@ -33,7 +33,6 @@ from options.settings import (
     flags_of,
     merge,
     nested,
-    no_effect,
     read,
     spelling,
 )
@@ -105,6 +104,17 @@ class TrainConfig:
                 parts = as_parts(getattr(self.step, name))
                 made = [one.table[part.name](**part.options) for part in parts]
                 object.__setattr__(self, renamed.get(name, name), made if one.is_list else made[0])
+        if self.objective.guides_in_training and not self.model.class_dropout_prob:
+            raise ValueError(
+                "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
+                "needs images without a class"
+            )
+        for one in self.auxiliary:
+            if expected := one.check(self.objective, self.shapes or None):
+                raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
+        names = [ema.name for ema in self.emas]
+        if len(set(names)) < len(names):
+            raise ValueError(f"ema: got {', '.join(names)}, expected different averages")
 
     @property
     def name(self) -> str:
@@ -311,10 +321,6 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         is_of_experts = flags[name].field.name == "router" or name in SPARSE and not is_default
         if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
-    for choice in [name for name, one in flags.items() if one.option.table]:
-        parts, rest = chosen(choice, known, flags)
-        for name in rest:
-            raise ValueError(no_effect(name, parts, flags))
 
 
 def resolve(
@@ -355,9 +361,7 @@ def resolve(
         if data:
             known |= data_settings(known, said, data)
         known = with_defaults(known, said, weights)
-        config = configure(known, engine_flags, data and data.shapes or {})
-        check_components(config, data)
-    return config
+        return configure(known, engine_flags, data and data.shapes or {})
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
@@ -396,21 +400,6 @@ def configure(known: Layer, engine_flags: type, shapes: Shapes) -> TrainConfig:
     kinds = (DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
     sections = {name: build(kind, known, flags) for name, kind in zip(SECTIONS, kinds, strict=True)}
     return TrainConfig(preset=known["model"], shapes=shapes, **sections)
-
-
-def check_components(config: TrainConfig, data: DataFacts | None) -> None:
-    """Checks that components fit each other, the model and the data."""
-    if config.objective.guides_in_training and not config.model.class_dropout_prob:
-        raise ValueError(
-            "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
-            "needs images without a class"
-        )
-    for one in config.auxiliary:
-        if expected := one.check(config.objective, data and data.shapes):
-            raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
-    names = [ema.name for ema in config.emas]
-    if len(set(names)) < len(names):
-        raise ValueError(f"ema: got {', '.join(names)}, expected different averages")
 
 
 def default_dropout(conditions: Sequence[str], num_classes: int) -> float:

@@ -73,12 +73,11 @@ def start_weights(
     """Adapts the weights of --finetune to the config, and adds notes on what is new."""
     adapted, more = adapt(weights, config.model, dataset.classes, config.run.global_seed)
     notes += more
-    if config.step.freezes:
-        notes += [
-            f"{name} is new and frozen, so it does not learn"
-            for name in frozen_names(fake_model(config.model), config.step)
-            if adapted.state_dict[name] is not weights.state_dict.get(name)
-        ]
+    notes += [
+        f"{name} is new and frozen, so it does not learn"
+        for name in frozen_names(fake_model(config.model), config.step)
+        if adapted.state_dict[name] is not weights.state_dict.get(name)
+    ]
     return adapted
 
 

@@ -93,10 +93,6 @@ class StepConfig:
         selective = "selective" if self.selective_checkpointing else "nothing"
         return "all" if self.gradient_checkpointing and selective == "nothing" else selective
 
-    @property
-    def freezes(self) -> bool:
-        return bool(self.freeze) or self.train_router_only
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ImagesConfig):

@@ -34,7 +34,7 @@ from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
 from training.ema import start_notes
-from training.engine import Engine
+from training.engine import Engine, frozen_names
 from training.log import RunLog
 from training.memory import disk_notes
 from training.metrics import (
@@ -92,9 +92,8 @@ def train_run(run: Run, dist: Distributed) -> int:
     start = time.monotonic()
     try:
         profile, first = run.config.run.profile if dist.is_main else None, run.stream.start_step
-        with profiling(profile, run.folder / "profile", first) as advance_profiler:
-            loop.after_step = advance_profiler
-            finished = loop.take_steps()
+        with profiling(profile, run.folder / "profile", first) as after_step:
+            finished = loop.take_steps(after_step)
         if finished:
             elapsed = timedelta(seconds=round(time.monotonic() - start))
             command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
@@ -110,7 +109,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     config, stream = run.config, run.stream
     total, active = count_parameters(config.model)
     counts = f"{active / 1e6:.1f}M active"
-    if config.step.freezes:
+    if frozen_names(engine.model, config.step):
         trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
         counts += f", {trained / 1e6:.2f}M trained"
     run.log.text(
@@ -122,26 +121,26 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     notes = start_notes(config.emas, stream.end_step, bool(run.origin))
     if dist.is_main:
         notes += disk_notes(config, stream.end_step, run.folder / "checkpoints")
-    for note in notes:
-        run.log.text(f"note: {note}")
     if flash_attention_fault:
         reason = printable(flash_attention_fault)[:300]
-        run.log.text(
-            f"note: flash-attn is installed but does not load ({reason}); PyTorch's "
-            "attention is used instead"
+        notes.append(
+            f"flash-attn is installed but does not load ({reason}); PyTorch's attention is used "
+            "instead"
         )
     precisions = {"--precision": config.step.precision}
-    precisions["--optimizer-precision"] = config.optimizer.option_values().get("precision")
+    precisions["--optimizer-precision"] = config.step.optimizer.options.get("precision")
     slow = [
         f"{flag} {name}"
         for flag, name in precisions.items()
         if name and lacks_instructions(dist.device, DTYPES[name])
     ]
     if slow:
-        run.log.text(
-            f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
-            "training is several times faster"
+        notes.append(
+            f"this processor has no instructions for {' and '.join(slow)}; with fp32, training is "
+            "several times faster"
         )
+    for note in notes:
+        run.log.text(f"note: {note}")
 
 
 class TrainingLoop:
@@ -161,9 +160,8 @@ class TrainingLoop:
         self.alarms = Alarms(run.config.model.sparse_layers)
         self.tracker = MetricTracker(dist)
         self.log_every: int = run.config.run.log_every or 1
-        self.after_step: Callable[[], None] = lambda: None
 
-    def take_steps(self) -> bool:
+    def take_steps(self, after_step: Callable[[], None]) -> bool:
         """Takes the remaining steps. If a signal stops the run, saves and returns False."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
@@ -181,10 +179,11 @@ class TrainingLoop:
             elif step and step % config.sample_every == 0:
                 self.draw_samples(step)
             accumulation = self.config.step.accum_iter
-            with self.tracker.waiting():
-                loaded = [next(batches) for _ in range(accumulation)]
+            began = time.perf_counter()
+            loaded = [next(batches) for _ in range(accumulation)]
+            self.tracker.waited += time.perf_counter() - began
             self.add(self.step(step, [self.to_device(batch) for batch in loaded]))
-            self.after_step()
+            after_step()
 
             done, is_last = step + 1, step + 1 == stream.end_step
             evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
@@ -203,10 +202,11 @@ class TrainingLoop:
 
     def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
         """Takes optimizer step number `step` + 1; returns the metrics of this optimizer step."""
+        config, end = self.config, self.run.stream.end_step
+        self.rate = rate_factor(config.schedule, config.step.warmup_steps, step + 1, end)
         return take_step(
             self.engine, self.objective, self.encoded(step, micro_batches), len(micro_batches),
-            step=step + 1, rate=self.rate(step + 1), dist=self.dist,
-            auxiliary=self.config.auxiliary,
+            step=step + 1, rate=self.rate, dist=self.dist, auxiliary=config.auxiliary,
         )  # fmt: skip
 
     def encoded(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
@@ -218,12 +218,6 @@ class TrainingLoop:
             position = number * self.dist.world_size + self.dist.rank
             reseed(self.config.run.global_seed, step, position)
             yield self.run.dataset.to_latents(self.run.vae, batch)
-
-    def rate(self, done: int) -> float:
-        """Returns the factor of the learning rates in step `done`; the first step is step 1."""
-        return rate_factor(
-            self.config.schedule, self.config.step.warmup_steps, done, self.run.stream.end_step
-        )
 
     def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
         """Moves a batch to the device without waiting.
@@ -257,7 +251,7 @@ class TrainingLoop:
         seconds = self.tracker.seconds()
         steps_per_second = self.tracker.steps / seconds
         values["epoch"] = done * stream.global_batch / stream.num_images
-        values["lr"] = self.config.step.lr * self.rate(done)
+        values["lr"] = self.config.step.lr * self.rate
         values["images_per_sec"] = steps_per_second * stream.global_batch
         macs = count_macs(self.config.model, model.experts_per_token)
         values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)

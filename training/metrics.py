@@ -49,13 +49,6 @@ class MetricTracker:
         finally:
             self.pauses += time.perf_counter() - start
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time within this context as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
     def means(self) -> dict[str, float | list[float]]:
         """Returns the means over the steps and all processes; waits for the steps to finish."""
         values = torch.cat([total.flatten() for total in (*self.sums.values(), self.good)])

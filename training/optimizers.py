@@ -11,7 +11,6 @@ must have the shape of their parameter.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import suppress
 
 import torch
 from torch import nn
@@ -118,27 +117,24 @@ def planned_state(
 ) -> State:
     """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
-    They come from a step on the device "meta" or, if the optimizer needs data, on the CPU, with one
-    parameter of each shape.
+    They come from a step on the device "meta", with one parameter of each shape, or, if the
+    optimizer needs data, from one step per shape on the CPU.
     """
     # The rows of a shard may not be divisible into chunks.
     matrices = {name: min(count, 1) for name, count in matrices.items()}
     kinds = {name: (tuple(shape), matrices.get(name)) for name, shape in shapes.items()}
     one_each = {kind: name for name, kind in kinds.items()}
-    state = state_of_each(optimizer, {name: shapes[name] for name in one_each.values()}, matrices)
+    some = {name: shapes[name] for name in one_each.values()}
+    try:
+        state = state_after_step(optimizer, some, matrices, "meta")
+    except (RuntimeError, NotImplementedError):  # raised by meta tensors without data
+        state = {}
+        for name, shape in some.items():
+            real = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name]
+            state[name] = {
+                k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in real.items()
+            }
     return {name: state[one_each[kind]] for name, kind in kinds.items()}
-
-
-def state_of_each(
-    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
-) -> State:
-    with suppress(RuntimeError, NotImplementedError):  # raised by meta tensors without data
-        return state_after_step(optimizer, shapes, matrices, "meta")
-    state: State = {}
-    for name, shape in shapes.items():
-        real = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name].items()
-        state[name] = {k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in real}
-    return state
 
 
 def state_after_step(

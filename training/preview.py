@@ -35,7 +35,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         sampler=config.objective.preview_sampler,
         num_steps=config.objective.preview_steps,
         cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,
-        objective_options=config.objective.option_values(),
+        objective_options=config.step.objective.options,
     )
     with engine.ema_weights():
         latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)

@@ -65,7 +65,7 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
                 f"--auxiliary: got {one.name} under DeepSpeed, which does not train its weights "
                 "(train.py does, with --shard for a large model)"
             )
-    if config.step.freezes:
+    if config.step.freeze or config.step.train_router_only:
         flags = "--freeze or --train-router-only"
         raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")
     path = Path(config.engine.deepspeed_config)
