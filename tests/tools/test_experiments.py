@@ -222,7 +222,7 @@ def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
     """Numbers that no table prints are computed here."""
     rows = {
         kind: read_lines(ROOT / "docs" / f"experiments_{kind}.jsonl")
-        for kind in ("routers", "few_steps", "solvers")
+        for kind in ("routers", "few_steps", "solvers", "passes", "reuse")
     }
     against_choice = replace(QUESTIONS[2], reference="expert_choice")
     violation = DataFrame(rows["routers"]).pivot(index="seed", columns="arm")["max_violation"]
@@ -235,6 +235,11 @@ def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
     others = ("unipc", 4, 2), ("unipc", 8, 2), ("euler", 8, 4)
     gaps = [groups[other] - groups["euler", 8, 2] for other in others]
     gaps.append(groups["unipc", 8, 4] - groups["unipc", 8, 2])
+    flow = DataFrame([{"reuse": 0} | row for row in rows["passes"] + rows["reuse"]])
+    flow = flow[flow["run"] == "flow-900-0"].set_index(["sampler", "steps", "reuse"])["groups"]
+    flow = flow.map(Series)
+    gaps += [flow[key] - flow["unipc", 6, 0] for key in flow.index]
+    gaps += [flow[name, n, 2] - flow[name, n, 0] for name, n, reuse in flow.index if reuse]
     means = DataFrame(row for row in rows["few_steps"] if row["run"].startswith("mean-flow"))
     chosen = means[(means["steps"] == 4) & (means["scale"] == 1)]["choosing"].str[0]
     known = numbers_of("\n".join(made_tables)) | numbers_of(
