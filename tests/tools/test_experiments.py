@@ -30,6 +30,7 @@ from tools.experiments.arms import QUESTIONS
 from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
 from tools.experiments.copies import compare, mean_cosine
 from tools.experiments.interventions import DropSmall, Reuse
+from tools.experiments.noisy_copies import with_noise
 from tools.experiments.persistence import shares
 from tools.experiments.report import (
     at_equal_time,
@@ -418,6 +419,14 @@ def test_copies_are_compared_by_weights_and_by_changes():
     assert found["change"] == pytest.approx([(1 + 2) / 2 / 2])
     assert found["cosine"] == pytest.approx([7 / math.sqrt(7 * 12)])
     assert compare(before, before)["cosine"] == pytest.approx([1])
+
+
+def test_noise_changes_only_the_routed_experts():
+    names = "blocks.0.moe.experts.up_proj", "blocks.0.moe.gate.weight"
+    weights = {name: 3 + torch.randn(4, 50, 50) for name in names}
+    (experts, gate), before = with_noise(weights, 0.1, seed=0).values(), weights[names[0]]
+    assert torch.equal(gate, weights[names[1]])
+    assert (experts - before).std().item() == pytest.approx(0.1, rel=0.05)
 
 
 def test_small_updates_of_bf16_weights_are_lost(plugins):

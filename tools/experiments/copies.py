@@ -3,7 +3,7 @@ r"""Measures how alike the routed experts of upcycled models are, in each layer 
     python train.py --finetune results/upcycled --ema-decay 0 --ckpt-every 25 --max-steps 200 ...
     python -m tools.experiments.copies --runs results/RUN-0 --output results/copies.jsonl
 
-A saved step adds a row to OUTPUT with a number for each layer:
+Each run adds a row per saved step to OUTPUT, with a number for each layer:
     cosine           between the weights of two experts, mean over the pairs
     change_cosine    the same of the changes since the start of the run
     change           norm of the change of an expert, relative to that of its weights, mean
@@ -14,6 +14,7 @@ themselves. A dense run has only the held-out loss.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,36 +71,34 @@ def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]
     return {name: [round(value, 6) for value in values] for name, values in found.items()}
 
 
+def rows_of(run: Path, steps: tuple[int, ...]) -> Iterator[dict]:
+    """Yields a row for the start of a run (step 0) and for each saved step."""
+    folders = {int(path.name): path for path in reversed(step_folders(run))}
+    if not folders:
+        raise UserError(f"--runs: got {run}, expected a folder of a run with checkpoints")
+    origin = read_checkpoint(next(iter(folders.values()))).record.initialized_from
+    if origin is None:
+        raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
+    losses = {line["step"]: line.get("val_loss") for line in read_lines(run / "log.jsonl")}
+    start = read_checkpoint(origin["path"])
+    for step, folder in {0: None, **folders}.items():
+        if step in (steps or [step]):
+            found = compare(read_checkpoint(folder) if folder else start, start)
+            yield {"run": run.name, "step": step, **found, "val_loss": losses.get(step)}
+
+
 def parse_args() -> CopiesConfig:
     return parse_config(CopiesConfig, __doc__)
 
 
 def main(config: CopiesConfig) -> None:
     prepare_output("--output", config.output)
-    done = {(row["run"], row["step"]) for row in read_lines(config.output)}
-    for run in config.runs:
-        folders = step_folders(Path(run))[::-1]
-        if not folders:
-            raise UserError(f"--runs: got {run}, expected a folder of a run with checkpoints")
-        losses = {
-            line["step"]: line["val_loss"]
-            for line in read_lines(Path(run, "log.jsonl"))
-            if "val_loss" in line
-        }
-        origin = read_checkpoint(folders[0]).record.initialized_from
-        if origin is None:
-            raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
-        start = read_checkpoint(origin["path"])
-        for step, folder in [(0, None), *((int(path.name), path) for path in folders)]:
-            name = Path(run).name
-            if (name, step) in done or step not in (config.steps or [step]):
-                continue
-            row = {"run": name, "step": step}
-            row |= compare(read_checkpoint(folder) if folder else start, start)
-            row["val_loss"] = losses.get(step)
-            print(json.dumps(row), flush=True)
-            with config.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    done = {row["run"] for row in read_lines(config.output)}
+    for run in map(Path, config.runs):
+        lines = [] if run.name in done else [json.dumps(x) for x in rows_of(run, config.steps)]
+        with config.output.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoints import MODEL_FILE, read_checkpoint, save_model
 from runtime.errors import run_main
@@ -23,17 +24,23 @@ class NoisyCopiesConfig:
     output: Path = flag(help="folder of the new model")
 
 
-def main(config: NoisyCopiesConfig) -> None:
-    source, generator = read_checkpoint(config.ckpt), torch.Generator().manual_seed(config.seed)
-    check_new_folder("--output", config.output)
-    weights = dict(source.state_dict)
+def with_noise(weights: dict[str, Tensor], noise: float, seed: int) -> dict[str, Tensor]:
+    """Adds normal noise to routed experts; its deviation is `noise` times that of each tensor."""
+    generator, result = torch.Generator().manual_seed(seed), dict(weights)
     for name, weight in weights.items():
-        if ".moe.experts." in name and weight.std() > 0:
-            noise = torch.randn(weight.shape, generator=generator)  # (E, ...)
-            weights[name] = weight + config.noise * weight.std() * noise
+        if ".moe.experts." in name:
+            drawn = torch.randn(weight.shape, generator=generator)  # (E, ...)
+            result[name] = weight + noise * weight.std() * drawn
+    return result
+
+
+def main(config: NoisyCopiesConfig) -> None:
+    source = read_checkpoint(config.ckpt)
+    check_new_folder("--output", config.output)
     config.output.mkdir(parents=True)
     record = replace(source.record, initialized_from=source.origin)
-    save_model(config.output / MODEL_FILE, weights, record)
+    noised = with_noise(source.state_dict, config.noise, config.seed)
+    save_model(config.output / MODEL_FILE, noised, record)
 
 
 def parse_args() -> NoisyCopiesConfig:

@@ -76,6 +76,19 @@ def shares(chosen: Tensor) -> Iterator[tuple[str, list[float]]]:
     yield "chance", (has.square().sum(1) / has.sum(1)).tolist()
 
 
+def rows_of(run: str, images: CachedLatents, config: PersistenceConfig) -> Iterator[dict]:
+    """Yields the rows of the trained and of the random router."""
+    settings = {"sampler": "euler", "num_sampling_steps": config.steps, "cfg_scale": 1.0}
+    pipeline = open_pipeline(SamplingConfig(ckpt=run, precision="fp32", **settings))
+    facts = {"run": Path(run).name, "steps": config.steps, "images": config.num_images}
+    yield facts | {"router": "trained", **dict(shares(choices(pipeline, config.num_images)))}
+    names = pipeline.class_names
+    (batch,) = latent_batches(images, None, names, num_images=200, batch_size=200)
+    with torch.no_grad():
+        randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
+    yield facts | {"router": "random", **dict(shares(choices(pipeline, config.num_images)))}
+
+
 def parse_args() -> PersistenceConfig:
     return parse_config(PersistenceConfig, __doc__)
 
@@ -85,26 +98,11 @@ def main(config: PersistenceConfig) -> None:
     images = CachedLatents(config.val_path, "--val-path")
     done = {row["run"] for row in read_lines(config.output)}
     for run in config.runs:
-        if Path(run).name in done:
-            continue
-        settings = {"sampler": "euler", "num_sampling_steps": config.steps, "cfg_scale": 1.0}
-        pipeline = open_pipeline(SamplingConfig(ckpt=run, precision="fp32", **settings))
-        for router in ("trained", "random"):
-            if router == "random":
-                batches = latent_batches(
-                    images, None, pipeline.class_names, num_images=200, batch_size=200
-                )
-                batch = next(iter(batches))
-                with torch.no_grad():
-                    randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
-            row = {"run": Path(run).name, "router": router, "steps": config.steps}
-            row |= {
-                "images": config.num_images,
-                **dict(shares(choices(pipeline, config.num_images))),
-            }
-            print(json.dumps(row), flush=True)
-            with config.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        new = [] if Path(run).name in done else [*rows_of(run, images, config)]
+        lines = [json.dumps(row) for row in new]
+        with config.output.open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":
