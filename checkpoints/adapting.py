@@ -108,7 +108,9 @@ def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkp
     if config.router is None or config.router.name not in LINEAR_ROUTERS:
         got = config.router and config.router.name
         raise ValueError(f"router: got {got}, expected {', '.join(LINEAR_ROUTERS)}")
-    smaller = replace(config, num_experts=config.num_experts - len(dropped[0]))
+    if (number := len(dropped[0])) > (most := config.num_experts - config.num_experts_per_tok):
+        raise ValueError(f"got {number} experts, expected at most {most}")
+    smaller = replace(config, num_experts=config.num_experts - number)
     for layer, gone in zip(config.sparse_layers, dropped, strict=True):
         kept = torch.tensor([i for i in range(config.num_experts) if i not in gone])
         for name, weight in state_dict.items():

@@ -168,7 +168,9 @@ def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
         for part in as_parts(top[choice]):
             same = tuple(p for p in below if p.name == part.name) or Part(part.name)
             kept, _ = chosen(choice, {choice: same, **waiting}, flags)
-            parts += [replace(part, options=p.options | part.options) for p in kept]
+            for below_it in kept:
+                made = replace(part, options=below_it.options | part.options)
+                parts += [made] if made not in parts else []
         loose = {name: value for name, value in waiting.items()
                  if not any(part.name in flags[name].options for part in parts)}  # fmt: skip
         base = {name: value for name, value in base.items() if flags[name].field is not one} | loose

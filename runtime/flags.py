@@ -100,7 +100,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
             if bool in parts or one.by_component:  # True, or no component
                 rules["nargs"] = "*"
-            if one.default == ():  # --plugin A --plugin B: both; other flags: the last one counts
+            if flag_name in ("config", "plugin"):  # files add up; of other flags, the last counts
                 rules["action"] = "extend"
         elif str not in parts and tuple in map(typing.get_origin, parts):  # a number or a pair
             rules["nargs"] = 2 if isinstance(one.metavar, tuple) else "+"

@@ -402,6 +402,12 @@ def test_several_files_override_each_other_in_order(tmp_path):
             config.model.router_options
         )
         assert (config.run.max_steps, config.run.epochs) == (None, 3)
+    names = ("jit_b16", "jit_l16", "pixels")
+    recipes = [RECIPES / f"{name}.yaml" for name in names]
+    for files, decays in ((recipes[:2], (0.9999, 0.9996)), (recipes[::2], (0.998,))):
+        with command_line("train.py", ("--config", *files)) as module:
+            emas = resolve(module.parse_args(), DDPFlags).emas
+        assert [ema.decay for ema in emas] == [*decays]
 
 
 def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():
@@ -511,6 +517,9 @@ def test_several_values_of_an_option_go_to_one_component_each():
     assert emas("--ema-decay", "0.5", "0.6", recipe=stored) == [
         ("0.5", False), ("0.6", True), ("power-0.1", None)
     ]  # fmt: skip
+    over = {"ema": (Part("exponential", {"decay": 0.5}), Part("exponential", {"decay": 0.6}))}
+    base = {"ema": (Part("exponential", {"decay": 0.9}), Part("exponential", {"decay": 0.99}))}
+    assert override(base, over, training_flags(DDPFlags)) == over
     with pytest.raises(UserError, match="^--ema-warmup: got 3 values, expected one or 2$"):
         emas(*two, "--ema-warmup", "True", "False", "True")
     with pytest.raises(UserError, match="^--ema: got 0.9, 0.9, expected different averages$"):

@@ -14,6 +14,7 @@ from latents.loading import BatchStream
 from latents.sources import images_name, same_images
 from options.settings import differences, spelling
 from runtime.errors import UserError, pluralize
+from runtime.flags import naming_flags
 from training.config import TrainConfig, configure, training_flags
 from training.run_folder import newest_record, stored_settings
 from training.schedule import rate_factor
@@ -47,8 +48,10 @@ class Changes(NamedTuple):
 
 def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
     """Returns the config of a checkpoint, and notes on settings that this version lacks."""
-    stored, notes = stored_settings(before, training_flags(engine_flags))
-    return configure({"model": before.model_name, **stored}, engine_flags, {}), notes
+    flags = training_flags(engine_flags)
+    stored, notes = stored_settings(before, flags)
+    with naming_flags(flags):
+        return configure({"model": before.model_name, **stored}, engine_flags, {}), notes
 
 
 def compare(

@@ -11,7 +11,7 @@ determine settings such as num_classes. flags.py declares the settings.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +33,7 @@ from options.settings import (
     flags_of,
     merge,
     nested,
+    no_effect,
     read,
     spelling,
 )
@@ -307,7 +308,7 @@ def override(base: Layer, top: Layer, flags: Flags) -> Layer:
 
 
 def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
-    """Refuses flags without effect; `options.settings.build` does so for options of components.
+    """Refuses flags without effect, before the data are opened.
 
     said: the recipe and the command
     known: with the other settings of the run
@@ -321,6 +322,10 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         is_of_experts = flags[name].field.name == "router" or name in SPARSE and not is_default
         if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
+    for choice in [name for name, one in flags.items() if one.option.table]:
+        parts, rest = chosen(choice, known, flags)
+        for name in rest:
+            raise ValueError(no_effect(name, parts, flags))
 
 
 def resolve(
@@ -329,14 +334,14 @@ def resolve(
     *,
     stored: Layer | None = None,
     weights: Record | None = None,
-    data: DataFacts | None = None,
+    data: DataFacts | Callable[[Layer], DataFacts] | None = None,
 ) -> TrainConfig:
     """Builds the config from the flags of recipe and command, and what they override.
 
     said: flags of the recipe and the command
     stored: settings of the run or checkpoint that --resume names, or None
     weights: record of that checkpoint, or of the weights that the run starts from, or None
-    data: facts of the opened data, or None
+    data: facts of the opened data, or a function that opens the data of these settings, or None
     """
     flags = training_flags(engine_flags)
     said = read_values(said, flags)
@@ -352,6 +357,7 @@ def resolve(
         check_effect(said, known, flags)
         if stored is None:  # the sizes of weights were compared with --model
             known["model"] = preset if weights is None else weights.model_name
+        data = data(known) if callable(data) else data
         channels = known.get("in_channels")
         if weights is None and data and channels not in (None, data.in_channels):
             raise ValueError(

@@ -45,7 +45,6 @@ from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    override,
     resolve,
     training_flags,
 )
@@ -289,14 +288,21 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
         stored = {name: value for name, value in stored.items() if name not in dropped}
     if begin.resumes:
         said = {name: value for name, value in said.items() if name != "resume"}
-    dataset, data = open_data(override(stored or {}, said, flags))
-    if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
-        has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
-        data = replace(data, **has)
-    config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=data)
+    dataset: Source | None = None
+    notes: list[str] = []
+
+    def open_facts(known: Layer) -> DataFacts:
+        nonlocal dataset
+        dataset, data = open_data(known)
+        notes.extend(data.notes)
+        if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
+            has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
+            data = replace(data, **has)
+        return data
+
+    config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=open_facts)
     with reported_as(f"{config.name} cannot be built", ValueError):
         fake_model(config.model)
-    notes = [*data.notes]
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
     return Plan(config=config, begin=begin, dataset=dataset, notes=notes,

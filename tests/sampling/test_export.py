@@ -211,6 +211,8 @@ def test_a_model_of_pixels_is_exported_without_an_autoencoder(
 def test_a_model_without_some_experts_routes_as_if_their_gate_never_chose_them(router):
     model = randomised(router=router, num_experts_per_tok=1)
     source = Checkpoint(Path("model"), model.state_dict(), Record(config=model.config))
+    with pytest.raises(ValueError, match="got 4 experts, expected at most 3"):
+        drop_experts(source, 2 * [[0, 1, 2, 3]])
     smaller = build_model(drop_experts(source, [[1, 3], [0, 2]]))
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
     with torch.no_grad():

@@ -120,7 +120,7 @@ def test_a_learning_rate_schedule_ends_at_lr_floor(schedule, capsys):
     )
     assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.1)
     assert rates == pytest.approx([0.1 + 0.9 * rate for rate in free])
-    constant = "train.py", "--lr-floor=0.1", "--dry-run"
+    constant = "train.py", "--lr-floor=0.1", "--data-path=/nowhere"
     assert "--lr-floor: has no effect without --lr-schedule" in expect_error(capsys, *constant)
 
 

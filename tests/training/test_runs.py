@@ -463,6 +463,8 @@ def test_the_checkpoints_folder_of_a_run_may_be_a_link(copied, flags, tmp_path, 
 def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
     copied, flags, monkeypatch, capsys
 ):
+    config = (copied / "run" / CONFIG_FILE).read_bytes()
+
     def enter(folder: Path):
         shutil.copytree(step_folder(copied, 3), folder / "checkpoints" / "0000009")
         return enter_run_folder(folder)
@@ -471,6 +473,7 @@ def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
         patch.setattr(start, "enter_run_folder", enter)
         line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 12}))
         assert "another process saved a checkpoint" in line
+    assert (copied / "run" / CONFIG_FILE).read_bytes() == config
     assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
 
 
