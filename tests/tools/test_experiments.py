@@ -391,6 +391,8 @@ def test_experts_are_reused_within_a_batch_and_never_across_batches(config):
     with torch.no_grad():
         for image, time in zip(x, (1.0, 0.5, 0.5, 1.0, 0.5, 0.5), strict=True):
             model(image, torch.full((2,), time), torch.tensor([0, 1]))
+        model(x[0, :1], torch.full((1,), 0.5), torch.tensor([0]))  # guidance ended: half the batch
+        assert len(outputs[6][1]) == len(outputs[0][1]) // 2
         reuse.remove()
         fresh = [torch.equal(output, experts(*inputs)) for inputs, output in outputs[:6]]
     assert fresh == [True, False, True, True, False, True]

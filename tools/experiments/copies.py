@@ -71,18 +71,19 @@ def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]
     return {name: [round(value, 6) for value in values] for name, values in found.items()}
 
 
-def rows_of(run: Path, steps: tuple[int, ...]) -> Iterator[dict]:
-    """Yields a row for the start of a run (step 0) and for each saved step."""
+def rows_of(run: Path, steps: tuple[int, ...], done: set[tuple[str, int]]) -> Iterator[dict]:
+    """Yields a row for the start of a run (step 0) and for each saved step that is not done."""
     folders = {int(path.name): path for path in reversed(step_folders(run))}
     if not folders:
         raise UserError(f"--runs: got {run}, expected a folder of a run with checkpoints")
     origin = read_checkpoint(next(iter(folders.values()))).record.initialized_from
     if origin is None:
         raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
-    losses = {line["step"]: line.get("val_loss") for line in read_lines(run / "log.jsonl")}
+    lines = read_lines(run / "log.jsonl")
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     start = read_checkpoint(origin["path"])
     for step, folder in {0: None, **folders}.items():
-        if step in (steps or [step]):
+        if step in (steps or [step]) and (run.name, step) not in done:
             found = compare(read_checkpoint(folder) if folder else start, start)
             yield {"run": run.name, "step": step, **found, "val_loss": losses.get(step)}
 
@@ -93,12 +94,11 @@ def parse_args() -> CopiesConfig:
 
 def main(config: CopiesConfig) -> None:
     prepare_output("--output", config.output)
-    done = {row["run"] for row in read_lines(config.output)}
-    for run in map(Path, config.runs):
-        lines = [] if run.name in done else [json.dumps(x) for x in rows_of(run, config.steps)]
+    done = {(row["run"], row["step"]) for row in read_lines(config.output)}
+    for row in (row for run in config.runs for row in rows_of(Path(run), config.steps, done)):
+        print(json.dumps(row), flush=True)
         with config.output.open("a") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        print(*lines, sep="\n", flush=True)
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
+from tools.experiments.report import read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +92,17 @@ def main(config: DroppingConfig) -> None:
     load = mean_load(pipeline.model, lambda: held_out_losses(pipeline.model, objective, chosen_by))
     whole = np.array(held_out_losses(pipeline.model, objective, batches)[0])
     source = open_checkpoint(config)
+    named = ("run", "quantize", "choice", "draw", "dropped")
+    done = {tuple(row.get(name) for name in named) for row in read_lines(config.output)}
+    run = Path(config.ckpt).name, config.quantize or "none"
     for number in config.dropped:
         for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
+            if (*run, choice, draw, number) in done:
+                continue
             model = build_model(drop_experts(source, dropped))
             change = np.array(held_out_losses(model, objective, batches)[0]) - whole
             row = {
-                "run": Path(config.ckpt).name, "quantize": config.quantize or "none",
-                "choice": choice, "draw": draw, "dropped": number, "of_layers": dropped,
+                **dict(zip(named, (*run, choice, draw, number), strict=True)), "of_layers": dropped,
                 "experts": source.config.num_experts, "loss": whole.mean(),
                 "change": change.mean(), "error": change.std(ddof=1) / len(change) ** 0.5,
                 "images": len(change), "chosen_on": settings.get("images"),

@@ -75,20 +75,22 @@ def dropping_table(rows: list[dict], *_) -> str:
     have the least damage in full precision.
     """
     frame = DataFrame([{"quantize": "none"} | row for row in rows])
-    kinds, least = frame["choice"].unique(), frame[frame["choice"] == "damage"]
+    kinds = frame["choice"].unique()
+    least = {  # the experts that are left out; older rows do not list them
+        (row["run"], row.get("quantize", "none"), row["dropped"]): row["of_layers"]
+        for row in rows if row["choice"] == "damage" and "of_layers" in row
+    }  # fmt: skip
     is_quantized = frame["quantize"].nunique() > 1
     lines = [["run", "experts dropped per layer", *kinds, *["same as in fp32"] * is_quantized]]
-    names = ["run", "quantize", "dropped"]
-    for (run, quantize, number), group in frame.groupby(names, sort=False):
+    for (run, quantize, number), group in frame.groupby(["run", "quantize", "dropped"], sort=False):
         cells = []
         for kind in kinds:
             of_kind = group[group["choice"] == kind]
             error = of_kind["change"].sem() if len(of_kind) > 1 else of_kind["error"].iloc[0]
             cells.append(f"{of_kind['change'].mean():+.4f} ± {error:.4f}")
         if is_quantized:
-            chosen = least.set_index(names)["of_layers"]
-            same = common(chosen[run, quantize, number], chosen[run, "none", number])
-            cells.append(same if quantize != "none" else "")
+            ours, theirs = (least.get((run, name, number)) for name in (quantize, "none"))
+            cells.append(common(ours, theirs) if ours and theirs and quantize != "none" else "")
         name = run if quantize == "none" else f"{run} {quantize}"
         lines.append([name, f"{number} of {group['experts'].iloc[0]}", *cells])
     return markdown(lines)

@@ -246,6 +246,8 @@ def main(config: SamplesConfig) -> None:
             f"--num-images: got {config.num_images}, expected at least --kid-subset-size "
             f"({config.kid_subset_size})"
         )
+    if max(config.reuse) > 1 and min(config.steps) == 1:
+        raise UserError("--steps: got 1, expected at least 2 steps, so that --reuse has an effect")
     prepare_output("--output", config.output)
     extractor = load_extractor(config.backbone, None, open_processes().device)
     real = {
