@@ -58,6 +58,8 @@ def test_output_that_nobody_reads_gives_no_traceback(tmp_path, unbuffered):
 INTERRUPTED = """
 import signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
+
 class Interrupt:
     def find_spec(name, *rest):
         if name in ("torch", "matplotlib", "numpy"):
