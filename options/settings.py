@@ -168,9 +168,9 @@ def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
         for part in as_parts(top[choice]):
             same = tuple(p for p in below if p.name == part.name) or Part(part.name)
             kept, _ = chosen(choice, {choice: same, **waiting}, flags)
-            for below_it in kept:
-                made = replace(part, options=below_it.options | part.options)
-                parts += [made] if made not in parts else []
+            for old in kept:
+                merged = replace(part, options=old.options | part.options)
+                parts += [merged] if merged not in parts else []
         loose = {name: value for name, value in waiting.items()
                  if not any(part.name in flags[name].options for part in parts)}  # fmt: skip
         base = {name: value for name, value in base.items() if flags[name].field is not one} | loose

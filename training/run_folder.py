@@ -104,9 +104,10 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
 
 
 def is_step_folder(path: Path) -> bool:
-    """Whether a run saved this folder; exported weights have no manifest."""
-    is_damaged = path.name.isdecimal() and os.path.isfile(path / MODEL_FILE)
-    return os.path.isfile(path / MANIFEST_FILE) or is_damaged
+    """Returns whether a run saved this folder. Exported weights have no manifest, nor has a damaged
+    step folder, which has a number as its name."""
+    has_weights = os.path.isfile(path / MODEL_FILE)
+    return os.path.isfile(path / MANIFEST_FILE) or has_weights and path.name.isdecimal()
 
 
 def not_resumable(source: Path) -> UserError:

@@ -25,7 +25,7 @@ from checkpoints import Checkpoint, read_checkpoint, step_folders
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
-from tools.experiments.report import read_lines
+from tools.experiments.report import add_row, read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,8 @@ def main(config: CopiesConfig) -> None:
     prepare_output("--output", config.output)
     done = {(row["run"], row["step"]) for row in read_lines(config.output)}
     for row in (row for run in config.runs for row in rows_of(Path(run), config.steps, done)):
+        add_row(config.output, row)
         print(json.dumps(row), flush=True)
-        with config.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
-from tools.experiments.report import read_lines
+from tools.experiments.report import add_row, read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +108,8 @@ def main(config: DroppingConfig) -> None:
                 "images": len(change), "chosen_on": settings.get("images"),
                 "reported_on": config.latents_path,
             }  # fmt: skip
+            add_row(config.output, row)
             print(json.dumps(row), flush=True)
-            with config.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

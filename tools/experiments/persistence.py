@@ -29,7 +29,7 @@ from runtime.files import prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
-from tools.experiments.report import read_lines
+from tools.experiments.report import add_row, read_lines
 from tools.experiments.specialisation import randomise_gates
 
 
@@ -98,11 +98,10 @@ def main(config: PersistenceConfig) -> None:
     images = CachedLatents(config.val_path, "--val-path")
     done = {row["run"] for row in read_lines(config.output)}
     for run in config.runs:
-        new = [] if Path(run).name in done else [*rows_of(run, images, config)]
-        lines = [json.dumps(row) for row in new]
-        with config.output.open("a") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        print(*lines, sep="\n", flush=True)
+        new = [] if Path(run).name in done else [*rows_of(run, images, config)]  # both or none
+        for row in new:
+            add_row(config.output, row)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ This command reproduces the tables of docs/experiments.md from rows in the repos
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +52,14 @@ class ReportConfig:
 def read_lines(path: Path) -> list[dict]:
     """Reads the objects of a .jsonl; returns [] if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_row(path: Path, row: dict) -> None:
+    """Appends a row durably; other commands may append to the same file."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def losses_of(rows: list[dict]) -> DataFrame:

@@ -39,7 +39,7 @@ from runtime.files import read_json, write_durably
 from runtime.flags import flag, parse_config, spelling
 from tools.benchmarks.common import best_times, make_engine, open_processes, train_step
 from tools.experiments.arms import QUESTIONS, arm_flags
-from tools.experiments.report import read_lines, write_report
+from tools.experiments.report import add_row, read_lines, write_report
 from training.config import TrainConfig, parse_training, resolve
 from training.engines.flags import DDPFlags
 from training.setup import open_dataset
@@ -154,14 +154,6 @@ def report(output: Path) -> None:
     """Writes the tables and figures of a folder, with the measured times if there are any."""
     path = output / "times.json"
     write_report(output, read_rows(output), read_json(path) if path.exists() else {})
-
-
-def add_row(path: Path, row: dict) -> None:
-    """Appends a row durably; other commands may append to the same file."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:

@@ -38,7 +38,7 @@ from sampling.grid import captioned_rows, enlarge, write_png
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from tools.benchmarks.common import open_processes
 from tools.experiments.interventions import DropSmall, Reuse
-from tools.experiments.report import read_lines
+from tools.experiments.report import add_row, read_lines
 
 PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.
@@ -280,9 +280,8 @@ def main(config: SamplesConfig) -> None:
             used = hook.rows_per_token or [shared["experts_per_token"]]
             row["mean_experts_per_token"] = sum(used) / len(used)
             row |= facts
-            print(json.dumps(row))
-            with config.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(config.output, row)
+            print(json.dumps(row), flush=True)
             rows.append(row)
         name = "-".join(map(str, filter(None, shared.values())))  # without a minimum weight of 0
         of_setting = [row for row in rows if shared.items() <= row.items()]
