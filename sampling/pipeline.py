@@ -208,7 +208,10 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     )
     guide = None
     if config.guide_ckpt:
-        guide = read_checkpoint(config.guide_ckpt)
+        try:
+            guide = read_checkpoint(config.guide_ckpt)
+        except UserError as error:
+            raise UserError(f"--guide-ckpt {error}") from None
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize)
             guide.model = assemble(guide.config, guide.state_dict)

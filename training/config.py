@@ -357,6 +357,8 @@ def resolve(
         check_effect(said, known, flags)
         if stored is None:  # the sizes of weights were compared with --model
             known["model"] = preset if weights is None else weights.model_name
+            if weights and weights.vae_path and not known.get("latents_path"):
+                known.setdefault("vae_path", weights.vae_path)
         data = data(known) if callable(data) else data
         channels = known.get("in_channels")
         if weights is None and data and channels not in (None, data.in_channels):

@@ -1,6 +1,5 @@
 """The data of a run: the images or latents, and the held-out ones."""
 
-import os
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
-from latents.sources import Batch, Source, open_images
+from latents.sources import Batch, Source, open_images, same_images
 from options.settings import Layer
 from runtime.errors import UserError
 from runtime.processes import Distributed
@@ -56,17 +55,16 @@ def open_held_out(
 ) -> list[Batch]:  # fmt: skip
     """Returns the batches of --val-path or --val-share, which are the same in every run.
 
-    facts: digests of the autoencoder and the features
+    facts: fingerprint of the training images, digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
-    notes: receives a note if --val-path names the training images
+    notes: receives a note if --val-path has the training images
     """
     data, images, flag = config.data, dataset, "--val-share"
     if data.val_path:
-        given = data.latents_path or data.data_path
-        if os.path.realpath(data.val_path) == os.path.realpath(given):
-            notes.append(f"{given} has the training images, so val_loss is not held out")
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
+        if same_images(images.fingerprint, facts["images"]):
+            notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         images.requested = dataset.requested

@@ -200,6 +200,10 @@ def test_scripts_report_a_bad_weight_file_in_one_line_with_exit_code_2(script, t
         capsys, f"{script}.py", "--ckpt", tmp_path / "gadget.pt", "--output", output
     )
     assert "gadget.pt" in line and not (tmp_path / executed).exists() and not output.exists()
+    if script == "sample":
+        guide = ("--guide-ckpt", tmp_path / "gadget.pt", "--cfg-scale", 2)
+        line = expect_error(capsys, "sample.py", "--ckpt", REFERENCE, "--num_heads", 2, *guide)
+        assert line.startswith(f"error: --guide-ckpt {tmp_path / 'gadget.pt'}")
 
 
 def test_published_weights_load_whatever_types_their_stored_arguments_have(tmp_path):

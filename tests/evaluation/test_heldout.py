@@ -186,7 +186,8 @@ def test_a_run_never_trains_on_its_held_out_images(
     assert "the 20 images" in capsys.readouterr().out
     got = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
-    changes = {"val-share": None, "val-path": f"{image_tree}/", "max-steps": 1}
+    copied = shutil.copytree(image_tree, tmp_path / "copied")
+    changes = {"val-share": None, "val-path": copied, "max-steps": 1}
     call_main("train.py", *train_flags(tmp_path / "same", **{**flags, **changes}))
     assert "the training images, so val_loss is not held out" in capsys.readouterr().out
     other = shutil.copytree(latent_cache, tmp_path / "other")

@@ -102,6 +102,16 @@ def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
     assert after.record.initialized_from == origin
 
 
+def test_images_are_encoded_by_the_autoencoder_that_the_weights_record(flags, source, tiny_vae):
+    model, info = load_model(source), {"objective": "gaussian", "step": 9}
+    own = shutil.copytree(tiny_vae, source.parent / "own")
+    save_checkpoint(model, source, vae_path=str(own), **info)
+    values = {"finetune": source, "vae-path": None, "run-name": "tuned"}
+    for steps in (1, 2):  # begins and resumes
+        record = read_checkpoint(flags(**values, **{"max-steps": steps})).record
+        assert (record.vae_path, record.step) == (str(own), steps)
+
+
 @pytest.mark.parametrize("has_preset", [True, False])
 def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(
     flags, source, tmp_path, has_preset
