@@ -8,10 +8,12 @@ r"""Measures how the held-out loss changes without some experts of each layer.
 
 The experts to drop are those with the least damage (`expert_ablation.py`), those with the smallest
 load on the choosing images, or random ones. The smaller models are those of export.py
---drop-experts. Each adds a row to OUTPUT, and `report.py` makes the table.
+--drop-experts; --silence takes the routers that this does not know. Each adds a row to OUTPUT, and
+`report.py` makes the table.
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +21,17 @@ import numpy as np
 import torch
 
 from analysis.ablation import least_damage, load_ablation
-from checkpoints import build_model
+from analysis.sparse_layers import sparse_layers
+from checkpoints import Checkpoint, build_model
 from checkpoints.adapting import drop_experts
 from evaluation.heldout import held_out_losses, latent_batches, open_held_out
 from latents.sources import Batch
 from models import DiT
-from runtime.errors import run_main
-from runtime.files import prepare_output
+from runtime.errors import UserError, run_main
+from runtime.files import atomic_folder, prepare_output
 from runtime.flags import flag, parse_config
 from sampling.config import SamplingConfig
+from sampling.export import FORMATS, public_checkpoint
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
 from tools.experiments.report import add_row, read_lines
@@ -39,6 +43,10 @@ class DroppingConfig(SamplingConfig):
     ablation: Path = flag(group="experts", help="file of expert_ablation.py on choosing images")
     dropped: tuple[int, ...] = flag((1, 2, 3), ge=1, help="numbers of experts per layer to drop")
     draws: int = flag(3, ge=1, help="number of random choices")
+    silence: bool = flag(
+        False, help="the router still chooses these experts, but their rows add nothing"
+    )
+    save: Path | None = flag(None, help="folder for the smaller models, RUN-CHOICE-DROPPED")
     choosing_latents: str = flag(group="images", help="cached latents that determine the load")
     latents_path: str = flag(help="other cached latents, on which the losses are reported")
     num_images: int = flag(500, ge=20, help="number of images of each")
@@ -76,11 +84,32 @@ def choices_of(
     return found | {kind: one.argsort(1)[:, :number].tolist() for kind, one in ranked.items()}
 
 
+def losses_without(
+    dropped: list[list[int]], pipeline: SamplingPipeline, source: Checkpoint | None,
+    batches: list[Batch],
+) -> np.ndarray:  # fmt: skip
+    """Returns the loss of each image without these experts of each layer.
+
+    source: checkpoint of the model; None: the experts' rows add nothing
+    """
+    objective = objective_of(pipeline.settings)
+    if source is not None:
+        smaller = build_model(drop_experts(source, dropped))
+        return np.array(held_out_losses(smaller, objective, batches)[0])
+    with ExitStack() as silenced:
+        for layer, experts in zip(sparse_layers(pipeline.model), dropped, strict=True):
+            for expert in experts:
+                silenced.enter_context(layer.without(expert))
+        return np.array(held_out_losses(pipeline.model, objective, batches)[0])
+
+
 def parse_args() -> DroppingConfig:
     return parse_config(DroppingConfig, __doc__)
 
 
 def main(config: DroppingConfig) -> None:
+    if config.save and config.silence:
+        raise UserError("--save: has no effect with --silence, which leaves the model as it is")
     prepare_output("--output", config.output)
     settings, ablation = load_ablation(config.ablation)
     pipeline = open_pipeline(config)
@@ -91,25 +120,29 @@ def main(config: DroppingConfig) -> None:
     )
     load = mean_load(pipeline.model, lambda: held_out_losses(pipeline.model, objective, chosen_by))
     whole = np.array(held_out_losses(pipeline.model, objective, batches)[0])
-    source = open_checkpoint(config)
-    named = ("run", "quantize", "choice", "draw", "dropped")
-    done = {tuple(row.get(name) for name in named) for row in read_lines(config.output)}
-    run = Path(config.ckpt).name, config.quantize or "none"
+    source = None if config.silence else open_checkpoint(config)
+    named = ("run", "quantize", "silenced", "choice", "draw", "dropped")
+    known = [{"silenced": False} | row for row in read_lines(config.output)]
+    done = {tuple(row.get(name) for name in named) for row in known}
+    run = Path(config.ckpt).name, config.quantize or "none", config.silence
     for number in config.dropped:
         for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
             if (*run, choice, draw, number) in done:
                 continue
-            model = build_model(drop_experts(source, dropped))
-            change = np.array(held_out_losses(model, objective, batches)[0]) - whole
+            change = losses_without(dropped, pipeline, source, batches) - whole
             row = {
                 **dict(zip(named, (*run, choice, draw, number), strict=True)), "of_layers": dropped,
-                "experts": source.config.num_experts, "loss": whole.mean(),
+                "experts": pipeline.model.config.num_experts, "loss": whole.mean(),
                 "change": change.mean(), "error": change.std(ddof=1) / len(change) ** 0.5,
                 "images": len(change), "chosen_on": settings.get("images"),
                 "reported_on": config.latents_path,
             }  # fmt: skip
             add_row(config.output, row)
             print(json.dumps(row), flush=True)
+            if config.save and not draw:
+                smaller = public_checkpoint(drop_experts(source, dropped))
+                with atomic_folder(config.save / f"{run[0]}-{choice}-{number}") as folder:
+                    FORMATS["safetensors"](smaller, folder)
 
 
 if __name__ == "__main__":

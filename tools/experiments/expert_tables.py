@@ -49,51 +49,81 @@ def losses_table(frame: DataFrame, reference: str) -> str:
     if reference not in losses:
         raise UserError(f"--reference: got {reference}, expected some of {', '.join(losses)}")
     found = losses.drop(columns=reference).sub(losses[reference], axis=0)
-    tests, lines = paired_tests(found), [["arm", "pairs", "difference", "p (Holm)", "detectable"]]
-    for arm in found:
-        pairs = found[arm].dropna()
-        cells = test_cells(tests, arm, digits=4)
-        lines.append([arm, str(len(pairs)), with_error(pairs, "+"), *cells])
-    return "\n" + markdown(lines)
+    return differences_table(["arm"], {(arm,): found[arm].dropna() for arm in found}, digits=4)
+
+
+def percent(shares: Series) -> str:
+    """Formats the mean share over the layers and runs in percent, ± its standard error."""
+    return with_error(100 * mean_of(shares), digits=1)
 
 
 def persistence_table(rows: list[dict], *_) -> str:
-    """Returns a Markdown table of the shares of kept experts, by run and router, in percent."""
+    """Returns a Markdown table of the shares of kept experts, by arm and router, in percent.
+
+    A second table compares the trained with the random router, for arms with several runs.
+    """
     kinds = {"next": "next step", "ends": "first to last step", "other": "other image",
              "chance": "by chance"}  # fmt: skip
-    lines = [["run", "router", *kinds.values()]]
-    for row in rows:
-        shares = [100 * sum(row[kind]) / len(row[kind]) for kind in kinds]
-        lines.append([row["run"], row["router"], *(f"{share:.1f}" for share in shares)])
-    return markdown(lines)
+    frame, found = arms_of(DataFrame(rows)), {}
+    lines = [["arm", "router", "runs", *kinds.values()]]
+    for (arm, router), group in frame.groupby(["arm", "router"], sort=False):
+        lines.append([arm, router, str(len(group)), *(percent(group[kind]) for kind in kinds)])
+    for kind, name in kinds.items():
+        shares = frame.assign(share=100 * mean_of(frame[kind])).fillna({"seed": ""})
+        shares = shares.set_index(["arm", "seed", "router"])["share"].unstack()
+        for arm, pairs in (shares["trained"] - shares["random"]).groupby("arm", sort=False):
+            if kind in ("next", "ends") and len(pairs) > 1:
+                found[arm, name] = pairs.droplevel("arm")
+    return markdown(lines) + differences_table(["arm", "share"], found, digits=1)
+
+
+def differences_table(head: list[str], found: dict[tuple, Series], digits: int) -> str:
+    """Returns a Markdown table of paired differences, by the names in `head`, and their tests."""
+    tests = paired_tests(DataFrame(found))
+    lines = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
+    for names, pairs in found.items():
+        cells = test_cells(tests, names, digits)
+        lines.append([*names, str(len(pairs)), with_error(pairs, "+", digits), *cells])
+    return "\n" + markdown(lines) if found else ""
 
 
 def dropping_table(rows: list[dict], *_) -> str:
     """Returns a Markdown table of the loss without some experts, by number and kind of choice.
 
-    The last column is, for quantised experts, the share of those with the least damage that also
-    have the least damage in full precision.
+    A number is the mean over runs and, at random, draws. With several runs of an arm, the errors
+    are over runs, and a second table compares the choices. The last column is, for quantised
+    experts, the share of those with the least damage that also have the least damage in full
+    precision.
     """
-    frame = DataFrame([{"quantize": "none"} | row for row in rows])
-    kinds = frame["choice"].unique()
+    frame = arms_of(DataFrame([{"quantize": "none", "silenced": False} | row for row in rows]))
+    kinds, found = frame["choice"].unique(), {}
     least = {  # the experts that are left out; older rows do not list them
         (row["run"], row.get("quantize", "none"), row["dropped"]): row["of_layers"]
         for row in rows if row["choice"] == "damage" and "of_layers" in row
     }  # fmt: skip
     is_quantized = frame["quantize"].nunique() > 1
     lines = [["run", "experts dropped per layer", *kinds, *["same as in fp32"] * is_quantized]]
-    for (run, quantize, number), group in frame.groupby(["run", "quantize", "dropped"], sort=False):
+    settings = ["arm", "quantize", "silenced", "dropped"]
+    for (arm, quantize, silenced, number), group in frame.groupby(settings, sort=False):
+        changes = group.groupby(["run", "choice"])["change"].mean().unstack()
         cells = []
         for kind in kinds:
             of_kind = group[group["choice"] == kind]
-            error = of_kind["change"].sem() if len(of_kind) > 1 else of_kind["error"].iloc[0]
-            cells.append(f"{of_kind['change'].mean():+.4f} ± {error:.4f}")
+            several = changes[kind] if len(changes) > 1 else of_kind["change"]
+            error = several.sem() if len(several) > 1 else of_kind["error"].iloc[0]
+            cells.append(f"{several.mean():+.4f} ± {error:.4f}")
         if is_quantized:
-            ours, theirs = (least.get((run, name, number)) for name in (quantize, "none"))
+            ours, theirs = (
+                least.get((group["run"].iloc[0], name, number)) for name in (quantize, "none")
+            )
             cells.append(common(ours, theirs) if ours and theirs and quantize != "none" else "")
-        name = run if quantize == "none" else f"{run} {quantize}"
+        name = arm + ("" if quantize == "none" else f" {quantize}") + ", silenced" * silenced
         lines.append([name, f"{number} of {group['experts'].iloc[0]}", *cells])
-    return markdown(lines)
+        for kind in kinds[1:] if len(changes) > 1 else ():
+            pairs = changes[kinds[0]] - changes[kind]
+            found[name, lines[-1][1], f"{kinds[0]} minus {kind}"] = pairs.reset_index(drop=True)
+    head = ["run", "experts dropped per layer", "choice"]
+    return markdown(lines) + differences_table(head, found, digits=4)
 
 
 def common(ours: list[list[int]], theirs: list[list[int]]) -> str:
