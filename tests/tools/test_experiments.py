@@ -29,6 +29,8 @@ from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
 from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
 from tools.experiments.copies import compare, mean_cosine
+from tools.experiments.dropping import losses_without
+from tools.experiments.expert_tables import dropping_table, persistence_table
 from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.noisy_copies import with_noise
 from tools.experiments.persistence import shares
@@ -447,3 +449,52 @@ def test_the_weights_of_nucleus_sum_to_its_scale(plugins):
     total = torch.zeros(32).index_add(0, routing.token, routing.weight.detach())
     chosen = routing.token.bincount(minlength=32) > 0
     assert chosen.sum() > 0 and total[chosen].tolist() == pytest.approx([3.0] * int(chosen.sum()))
+
+
+def test_silenced_experts_are_experts_with_outputs_of_zero(config):
+    fields = routers.train_config(config, "race").model
+    torch.manual_seed(0)
+    model = DiT(**vars(replace(fields, depth=2, sparse_layers=(0, 1))))
+    for parameter in model.parameters():  # no layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    latents = torch.randn(20, fields.in_channels, fields.input_size, fields.input_size)
+    batch = {"latents": latents, "label": torch.arange(20) % fields.num_classes}
+    settings = SimpleNamespace(objective="rectified_flow", objective_options={})
+    pipeline, gone = SimpleNamespace(model=model, settings=settings), [[0, 3], [5, 6]]
+    silenced = losses_without(gone, pipeline, None, [batch])
+    whole = losses_without([[], []], pipeline, None, [batch])
+    with torch.no_grad():
+        for block, experts in zip(model.blocks, gone, strict=True):
+            block.moe.experts.down_proj[experts] = 0
+    np.testing.assert_allclose(
+        silenced, losses_without([[], []], pipeline, None, [batch]), rtol=1e-6
+    )
+    assert abs(silenced - whole).max() > 1e-3
+
+
+def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
+    changes = {"damage": [(1, 2, 4)], "random": [(2, 4, 8), (4, 4, 12)]}  # by draw, for each run
+    rows = [
+        {"run": f"topk-{seed}", "choice": choice, "draw": draw, "dropped": 1, "experts": 8,
+         "change": change, "error": 0.1}
+        for choice, draws in changes.items() for draw, values in enumerate(draws)
+        for seed, change in enumerate(values)
+    ]  # fmt: skip
+    lines = dropping_table(rows).splitlines()
+    assert lines[2] == "| topk | 1 of 8 | +2.3333 ± 0.8819 | +5.6667 ± 2.1858 |"
+    pairs = Series([1 - 3, 2 - 4, 4 - 10])
+    p = stats.ttest_1samp(pairs, 0).pvalue
+    want = f"| topk | 1 of 8 | damage minus random | 3 | {with_error(pairs)} | {p:.2g} ({p:.2g}) |"
+    assert lines[-1].startswith(want)
+
+
+def test_trained_and_random_routers_are_compared_over_runs():
+    ends = {"trained": (0.5, 0.6, 0.7), "random": (0.3, 0.2, 0.4)}
+    same = dict.fromkeys(("next", "other", "chance"), [0.2, 0.4])
+    rows = [
+        {"run": f"topk-{seed}", "router": router, "ends": [value - 0.1, value + 0.1], **same}
+        for router, values in ends.items() for seed, value in enumerate(values)
+    ]  # fmt: skip
+    lines = persistence_table(rows).splitlines()
+    assert lines[2] == "| topk | trained | 3 | 30.0 ± 0.0 | 60.0 ± 5.8 | 30.0 ± 0.0 | 30.0 ± 0.0 |"
+    assert "| topk | first to last step | 3 | +30.0 ± 5.8 | 0.035 (0.07) |" in lines[-1]
