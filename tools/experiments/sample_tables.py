@@ -39,10 +39,14 @@ def strongest(frame: DataFrame, *by: str) -> DataFrame:
     return frame.loc[frame.groupby(["arm", "seed", *by], sort=False)["chosen"].idxmin()]
 
 
+def kids_of(rows: DataFrame) -> Series:
+    """Returns the KIDs of runs; for one run, of its groups of samples."""
+    return rows["kid"] if len(rows) > 1 else Series(rows["groups"].iloc[0])
+
+
 def with_noise(rows: DataFrame) -> str:
-    """Formats the mean KID over runs ± its standard error; for one run, over groups of samples."""
-    kids = rows["kid"] if len(rows) > 1 else Series(rows["groups"].iloc[0])
-    return with_error(kids, digits=3)
+    """Formats the mean KID ± its standard error over runs or, for one run, over groups."""
+    return with_error(kids_of(rows), digits=3)
 
 
 def sample_tables(rows: list[dict]) -> str:
@@ -158,9 +162,9 @@ def draw_samples(rows: list[dict], path: Path) -> None:
     axes = figure.subplots()
     best = strongest(frame, "sampler", cost)
     for names, group in best.groupby(["arm", "sampler"], sort=False):
-        kids = group["kid"].groupby(group[cost])
-        label, errors = ", ".join(names), kids.sem().fillna(0)
-        axes.errorbar(kids.mean().index, kids.mean(), errors, fmt="o-", label=label, capsize=3)
+        kids = {passes: kids_of(rows) for passes, rows in group.groupby(cost)}
+        means, errors = ([f(each) for each in kids.values()] for f in (Series.mean, Series.sem))
+        axes.errorbar([*kids], means, errors, fmt="o-", label=", ".join(names), capsize=3)
     label = "forward passes per image" if cost == "passes" else "sampling steps"
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KID, reporting images")
     axes.set_xticks(sorted(best[cost].unique()), sorted(best[cost].unique()))
