@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoints.tensor_file import Box, TensorFile
 from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
-from runtime.files import atomic_file, flush_to_disk, open_untrusted
+from runtime.files import atomic_file, flush_to_disk, open_regular
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -35,7 +35,7 @@ def as_user_error(path: Path, what: str) -> AbstractContextManager:
 def open_safetensors(path: Path):
     """Opens a safetensors file by safe_open, which also detects a truncated file."""
     with as_user_error(path, "damaged or not a safetensors file"):
-        open_untrusted(path).close()  # rejects a pipe, on which safetensors would block
+        open_regular(path).close()  # rejects a pipe, on which safetensors would block
         return safe_open(path, framework="pt")
 
 
@@ -51,14 +51,14 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
     With mmap the tensors are pages of the file, which must not change while they are used.
     """
     try:
-        open_untrusted(path).close()
+        open_regular(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol
             mmap = mmap and zipfile.is_zipfile(path)  # False in torch's format before 1.6
             stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # of any kind; torch's message recommends weights_only=False
         if not isinstance(error, OSError):
-            with open_untrusted(path) as file:
+            with open_regular(path) as file:
                 start = file.read(2)
             if start and start[:1] != b"\x80" and start != b"PK":  # no pickle, no zip file
                 expected = "a .safetensors file, a .pt file, a run or a hub id"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from options.parts import Size, sides
 from runtime.errors import pluralize
-from runtime.files import open_untrusted
+from runtime.files import open_regular
 
 # Formats that Pillow may decode, whatever the file's name, and suffixes of the files that count as
 # images. The list excludes EPS, which Pillow would pass to Ghostscript.
@@ -87,7 +87,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 def check_is_foreign(folder: Path) -> None:
     """Refuses a folder that a script of ours wrote, whose images are figures."""
     for name, (mark, kind) in FOLDERS_OF_OURS.items():
-        with suppress(OSError), open_untrusted(folder / name) as file:
+        with suppress(OSError), open_regular(folder / name) as file:
             if mark in file.read(4096):
                 raise ValueError(f"{folder} is {kind}")
 
@@ -142,7 +142,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     cannot be read or is too large, and OSError if the storage failed.
     """
     try:
-        file = source if isinstance(source, io.BytesIO) else open_untrusted(source)
+        file = source if isinstance(source, io.BytesIO) else open_regular(source)
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             with Image.open(file, formats=tuple(FORMATS)) as image:

@@ -45,7 +45,7 @@ from latents.images import (
 )
 from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
-from runtime.files import open_untrusted
+from runtime.files import open_regular
 
 SIZES_READ = 1000  # images whose sizes are part of the fingerprint
 MAX_LABEL_BYTES = 1000  # largest .cls file
@@ -394,7 +394,7 @@ class ShardImages(ImageSource):
         places, labels = {}, {}
         try:
             with (
-                open_untrusted(self.shards[shard]) as file,
+                open_regular(self.shards[shard]) as file,
                 tarfile.open(fileobj=file, mode="r:") as tar,
             ):
                 for member in tar:
@@ -428,7 +428,7 @@ class ShardImages(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]
-        with open_untrusted(self.shards[shard]) as file:
+        with open_regular(self.shards[shard]) as file:
             file.seek(offset)
             return read_rgb(io.BytesIO(file.read(num_bytes)))
 

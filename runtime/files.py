@@ -47,8 +47,7 @@ def hub_folder(
 
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object of up to MAX_JSON_BYTES; OSError, or ValueError for other content."""
-    with open_untrusted(path) as file:
-        return parse_json(read_bounded(file, MAX_JSON_BYTES))
+    return parse_json(read_bounded(path, MAX_JSON_BYTES))
 
 
 def parse_json(text: str | bytes) -> dict:
@@ -62,12 +61,12 @@ def parse_json(text: str | bytes) -> dict:
     return values
 
 
-def read_yaml(file: BinaryIO) -> list[Any]:
+def read_yaml(path: Path | str) -> list[Any]:
     """Reads the documents of a YAML file of up to MAX_YAML_BYTES as text, lists and dicts.
 
     Raises ValueError for other content, deep nesting, and aliases, which could expand to gigabytes.
     """
-    content, depth = read_bounded(file, MAX_YAML_BYTES), 0
+    content, depth = read_bounded(path, MAX_YAML_BYTES), 0
     for event in yaml.parse(content):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -88,8 +87,9 @@ class UniqueKeyLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_bounded(file: BinaryIO, most: int) -> bytes:
-    content = file.read(most + 1)
+def read_bounded(path: Path | str, most: int) -> bytes:
+    with open_regular(path) as file:
+        content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"got more than {most:,} bytes")
     return content
@@ -99,7 +99,7 @@ def read_bounded(file: BinaryIO, most: int) -> bytes:
 def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
     """Opens an .npz file without unpickling anything."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
-    with reported_as(f"{path}: not {what}", Exception), open_untrusted(path) as file:
+    with reported_as(f"{path}: not {what}", Exception), open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an .npz file, or it is incomplete")
         file.seek(0)
@@ -138,12 +138,11 @@ def open_run_file(path: Path) -> BinaryIO:
     return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
 
 
-def open_untrusted(path: Path | str) -> BinaryIO:
-    """Opens a file of unknown origin for reading; OSError at once for a pipe or a device."""
-    return open_regular(path, "rb")
+def open_regular(
+    path: Path | str, mode: str = "rb", more_flags: int = 0, buffering: int = -1
+) -> BinaryIO:
+    """Opens a file of unknown origin; OSError at once for a pipe or a device."""
 
-
-def open_regular(path: Path | str, mode: str, more_flags: int = 0, buffering: int = -1) -> BinaryIO:
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | more_flags | os.O_NONBLOCK, 0o666)
 

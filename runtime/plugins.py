@@ -6,24 +6,9 @@ Only files that the user names are imported, never files that a checkpoint or a 
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable
 
 from runtime.errors import UserError
-
-
-def named_plugins(arguments: Sequence[str] | None = None) -> list[str]:
-    """Returns the files of --plugin in a command, by default sys.argv, without parsing the rest.
-
-    The options of a component are flags only after the component was imported.
-    """
-    words, found = sys.argv[1:] if arguments is None else arguments, []
-    for place, word in enumerate(words):
-        if word == "--plugin":
-            found += takewhile(lambda word: not word.startswith("--"), words[place + 1 :])
-        elif word.startswith("--plugin="):
-            found.append(word.removeprefix("--plugin="))
-    return found
 
 
 def import_plugins(paths: Iterable[str | os.PathLike]) -> None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -38,9 +38,9 @@ from options.settings import (
     spelling,
 )
 from runtime.errors import UserError, did_you_mean, reported_as
-from runtime.files import open_untrusted, read_yaml
-from runtime.flags import naming_flags, parse_flags, read_values
-from runtime.plugins import import_plugins, named_plugins
+from runtime.files import read_yaml
+from runtime.flags import Parser, naming_flags, parse_flags, read_values
+from runtime.plugins import import_plugins
 from training.auxiliary import AuxiliaryLoss, Shapes
 from training.ema import EMA
 from training.flags import EPOCHS, DataConfig, PresetConfig, RunConfig, StepConfig
@@ -141,28 +141,22 @@ class TrainConfig:
 
 
 def training_flags(engine_flags: type) -> Flags:
-    """Returns the flags of a training script, and the fields that the data determine."""
-    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    flags = flags_of(kinds)
-    for name in SECTIONS:
-        if name in flags and flags[name].option.table:
-            raise TypeError(f"{name}: a mapping is either a section of a file or a component")
-    return flags
-
-
-def help_flags(engine_flags: type) -> Flags:
-    """Returns the flags of a command.
+    """Returns the flags of a training script, and the fields that the data determine.
 
     The help text of a flag that the preset sets, such as --depth, shows the value in the default
     preset.
     """
-    flags, preset = dict(training_flags(engine_flags)), PresetConfig.model
+    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
+    flags, preset = dict(flags_of(kinds)), PresetConfig.model
     for name, size in DiT_models[preset].keywords.items():
         one = flags[name].field
         text = one.help.partition(" (default")[0]
         help = f"{text} (default: the preset's, {size} for {preset})"
         flags[name] = replace(flags[name], field=replace(one, help=help))
-    return {name: flag for name, flag in flags.items() if name not in DATA_FACTS[1:]}
+    for name in SECTIONS:
+        if name in flags and flags[name].option.table:
+            raise TypeError(f"{name}: a mapping is either a section of a file or a component")
+    return flags
 
 
 def parse_training(
@@ -175,9 +169,15 @@ def parse_training(
     arguments: the words of a command, by default sys.argv, or values by name
     """
     is_mapping = isinstance(arguments, Mapping)
-    plugins = arguments.get("plugin", ()) if is_mapping else named_plugins(arguments)
+    if is_mapping:
+        plugins = arguments.get("plugin", ())
+    else:  # the options of a component are flags only after the component was imported
+        early = Parser(add_help=False, allow_abbrev=False)
+        early.add_argument("--plugin", nargs="+", action="extend", default=[])
+        plugins = early.parse_known_args(arguments)[0].plugin
     import_plugins([plugins] if isinstance(plugins, str | os.PathLike) else plugins)
-    flags = help_flags(engine_flags)
+    every = training_flags(engine_flags)
+    flags = {name: flag for name, flag in every.items() if name not in DATA_FACTS[1:]}
     if is_mapping:
         command = read_values(arguments, flags)
     else:
@@ -187,14 +187,14 @@ def parse_training(
         files, said = [], {}
         for path in command.get("config", ()):
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
-                files.append(read_recipe(Path(path), engine_flags))
+                files.append(read_recipe(Path(path), flags, engine_flags))
         for layer in (*files, command):
-            said = override(without_preset(said, layer, training_flags(engine_flags)), layer, flags)
+            said = override(without_preset(said, layer, every), layer, flags)
         return said
 
 
-def read_recipe(path: Path, engine_flags: type) -> Layer:
-    """Reads a recipe or the config.yaml of a run.
+def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
+    """Reads a recipe of these flags, or the config.yaml of a run.
 
     Of a config.yaml, the following are ignored: the facts after the line ---, the run's name, its
     start weights, and what followed from its data (DATA_FACTS) or its other settings (`DERIVED`).
@@ -202,9 +202,8 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
     if not path.exists():
         recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
         raise ValueError(f"no such file{did_you_mean(path.stem, recipes)}")
-    with open_untrusted(path) as file:
-        values, is_of_run = parse_yaml(file)
-    flags = training_flags(engine_flags) if is_of_run else help_flags(engine_flags)
+    values, is_of_run = parse_yaml(path)
+    flags = training_flags(engine_flags) if is_of_run else flags
     for key, value in values.items():
         flag = flags.get(str(key).replace("-", "_"))
         if isinstance(value, Mapping) and key not in SECTIONS and not (flag and flag.option.table):
@@ -231,7 +230,7 @@ def read_recipe(path: Path, engine_flags: type) -> Layer:
     return {name: value for name, value in recipe.items() if name not in ignored}
 
 
-def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
+def parse_yaml(path: Path) -> tuple[dict[str, Any], bool]:
     """Reads a recipe or a config.yaml.
 
     Returns the values, as text, and whether the file is the config.yaml of a run: such a file has a
@@ -239,7 +238,7 @@ def parse_yaml(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     """
     expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
     try:
-        found, *facts = read_yaml(file) or [{}]  # words, as in a command
+        found, *facts = read_yaml(path) or [{}]  # words, as in a command
     except yaml.YAMLError as error:
         raise ValueError(f"expected {expected}: {error}") from None
     found = found or {}

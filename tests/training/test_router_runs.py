@@ -247,8 +247,7 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
     run_script(copy / "several.py", COMMANDS=json.dumps(commands, default=str))
     assert_same_state(step_folder(tmp_path / "two", 4), step_folder(tmp_path / "whole", 4))
     assert (tmp_path / "grid.png").stat().st_size > 100
-    with (tmp_path / "two" / "run" / CONFIG_FILE).open("rb") as file:
-        settings, _ = parse_yaml(file)
+    settings, _ = parse_yaml(tmp_path / "two" / "run" / CONFIG_FILE)
     log = rows(tmp_path / "two")
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 2
     assert log[-1]["val_loss"] > 0
