@@ -13,7 +13,7 @@ from checkpoints.checkpoint import averages_of
 from latents.loading import BatchStream
 from latents.sources import images_name, same_images
 from options.settings import differences, spelling
-from runtime.errors import UserError, pluralize
+from runtime.errors import UserError
 from runtime.flags import naming_flags
 from training.config import TrainConfig, configure, training_flags
 from training.run_folder import newest_record, stored_settings
@@ -166,19 +166,11 @@ def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
     return notes
 
 
-def rate_notes(config: TrainConfig, before: Record | None, stream: BatchStream) -> list[str]:
-    """Returns notes on a long warm-up and, for a resumed run, on changed noise and on a jump of the
-    learning rate, which had decayed towards the end of a shorter run.
+def rate_notes(config: TrainConfig, before: Record, stream: BatchStream) -> list[str]:
+    """Returns notes on what differs from an uninterrupted run: the noise, or a jump of the learning
+    rate, which had decayed towards the end of a shorter run.
     """
-    notes, (warmup, last) = [], (config.step.warmup_steps, stream.end_step)
-    if warmup > last:
-        notes.append(
-            f"--warmup-steps {warmup} is more than the {pluralize(last, 'step')} of the run: "
-            f"the learning rate reaches {config.step.lr * last / warmup:.2g}, not "
-            f"{config.step.lr:.2g}"
-        )
-    if before is None:
-        return notes
+    notes = []
     if before.micro_batch not in (None, stream.micro_batch):
         notes.append(
             f"micro-batches have {stream.micro_batch} images instead of {before.micro_batch}: the "
@@ -189,7 +181,7 @@ def rate_notes(config: TrainConfig, before: Record | None, stream: BatchStream) 
     shorter = replace(config, run=replace(config.run, **length))
     end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
     fallen, now = (
-        config.step.lr * rate_factor(config.schedule, warmup, done, total)
+        config.step.lr * rate_factor(config.schedule, config.step.warmup_steps, done, total)
         for total in (end, stream.end_step)
     )
     if now > 1.01 * fallen:

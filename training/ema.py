@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.record import NOTED_SHARE, start_of_average
 from options.parts import Component, option
-from runtime.errors import pluralize
 
 PIECE = 2**26  # elements that are swapped at a time
 
@@ -119,13 +117,3 @@ def gamma_of(length: float) -> float:
 
 
 EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA, "power": PowerEMA}
-
-
-def start_notes(emas: Sequence[EMA], steps: int, is_pretrained: bool) -> list[str]:
-    """Returns notes on the EMAs that the initial weights still dominate after `steps` steps."""
-    return [
-        f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be "
-        f"{start_of_average(is_pretrained)} (use a smaller --ema-decay, or --ema-warmup True)"
-        for ema in emas
-        if (share := ema.initial_fraction(steps)) >= NOTED_SHARE
-    ]

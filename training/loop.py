@@ -33,7 +33,6 @@ from runtime.errors import (
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
-from training.ema import start_notes
 from training.engine import Engine, frozen_names
 from training.log import RunLog
 from training.memory import disk_notes
@@ -118,7 +117,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
-    notes = start_notes(config.emas, stream.end_step, bool(run.origin))
+    notes: list[str] = []
     if dist.is_main:
         notes += disk_notes(config, stream.end_step, run.folder / "checkpoints")
     if flash_attention_fault:

@@ -36,10 +36,9 @@ from runtime.processes import read_environment
 from training.auxiliary import PROJECTORS, projectors_of
 from training.changes import check_changes
 from training.config import DataFacts, TrainConfig
-from training.ema import start_notes
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
-from training.setup import batch_notes, open_dataset
+from training.setup import length_notes, open_dataset
 from training.start import ChooseEngine, plan_run, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -98,8 +97,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / len(trained):.1f} epochs of {len(trained):,} images",
     }
-    notes = run.notes + batch_notes(batch, len(trained))
-    notes += start_notes(config.emas, steps, is_pretrained=begin.weights is not None)
+    notes = run.notes + length_notes(config, stream, is_pretrained=begin.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 

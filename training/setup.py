@@ -1,16 +1,18 @@
-"""The data of a run: the images or latents, and the held-out ones."""
+"""The data of a run: the images or latents, the held-out ones, and notes on their number."""
 
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from checkpoints.record import NOTED_SHARE, start_of_average
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
+from latents.loading import BatchStream
 from latents.sources import Batch, Source, open_images, same_images
 from options.settings import Layer
-from runtime.errors import UserError
+from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
 from training.config import DataFacts, TrainConfig
 from training.flags import DataConfig
@@ -83,11 +85,27 @@ def open_held_out(
     return list(batches)
 
 
-def batch_notes(global_batch: int, num_images: int) -> list[str]:
-    """Returns a note if one step takes more images than the data set has."""
-    if global_batch <= num_images:
-        return []
-    return [
-        f"a step takes {global_batch} images, but there are only {num_images}: each step uses "
-        f"every image {global_batch / num_images:.3g} times"
-    ]
+def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) -> list[str]:
+    """Returns notes on a run with few images for its batches, or few steps for its warm-up or EMAs.
+
+    is_pretrained: whether training begins from weights
+    """
+    notes, batch, steps = [], stream.global_batch, stream.end_step
+    if batch > stream.num_images:
+        notes.append(
+            f"a step takes {batch} images, but there are only {stream.num_images}: each step uses "
+            f"every image {batch / stream.num_images:.3g} times"
+        )
+    if (warmup := config.step.warmup_steps) > steps:
+        notes.append(
+            f"--warmup-steps {warmup} is more than the {pluralize(steps, 'step')} of the run: the "
+            f"learning rate reaches {config.step.lr * steps / warmup:.2g}, not {config.step.lr:.2g}"
+        )
+    for ema in config.emas:
+        if (share := ema.initial_fraction(steps)) >= NOTED_SHARE:
+            notes.append(
+                f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be "
+                f"{start_of_average(is_pretrained)} (use a smaller --ema-decay, or --ema-warmup "
+                "True)"
+            )
+    return notes

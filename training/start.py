@@ -64,7 +64,7 @@ from training.run_folder import (
     stored_settings,
     write_config,
 )
-from training.setup import batch_notes, open_dataset, open_held_out
+from training.setup import length_notes, open_dataset, open_held_out
 
 ChooseEngine = Callable[[TrainConfig], type[Engine]]
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
@@ -149,11 +149,14 @@ def open_run(
         dist.on_main(partial(check_earlier_names, folder, config, facts))
     frozen_names(fake_model(config.model), config.step)  # checks the patterns of --freeze
     found = dist.broadcast(step_folders(folder))
-    state_folder, before, changed = starting_point(plan, facts, folder, found, dist)
-    weights = None
-    if before is None and begin.weights is not None:
+    state_folder, before, changed, weights, origin = None, None, [], None, None
+    if found or begin.branch:
+        state_folder, before, changed = starting_point(plan, facts, folder, found, dist)
+        origin = before.initialized_from
+    elif begin.weights is not None:
         notes += data_notes(begin.weights.record, begin.weights.path, config, facts)
         weights = start_weights(begin.weights, config, dataset, notes)
+        origin = begin.weights.origin
 
     if config.run.deterministic:
         be_deterministic()
@@ -166,15 +169,19 @@ def open_run(
     if config.data.val_path or config.data.val_share:
         held_out = open_held_out(config, dataset, vae, facts, held_out_indices, notes)
     dataset.requested += [name for one in config.auxiliary for name in one.needs]
-    notes += batch_notes(stream.global_batch, len(trained)) + rate_notes(config, before, stream)
+    if os.path.isdir(folder) and not found:
+        start = f"training starts at step {stream.start_step}"
+        notes.append(f"{folder} has no checkpoint yet: {start}")
+    notes += length_notes(config, stream, is_pretrained=origin is not None)
+    notes += rate_notes(config, before, stream) if before else []
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         notes += size_notes(dataset)
 
     lock, log = open_folder(folder, config, facts, stream, found, dist)
     for note in notes:
         log.text(printable(f"note: {note}"))
-    log.changes(stream.start_step, changed)
-    origin = before.initialized_from if before else begin.weights and begin.weights.origin
+    if changed:
+        log.changes(stream.start_step, changed)
     return Run(
         config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
         held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
@@ -184,37 +191,29 @@ def open_run(
 
 def starting_point(
     plan: Plan, facts: dict[str, Any], folder: Path, found: list[Path], dist: Distributed
-) -> tuple[Path | None, Record | None, list[str]]:
-    """Returns the checkpoint that training goes on from, of this run or of a branch's source, with
-    its record; and what the flags change.
+) -> tuple[Path, Record, list[str]]:
+    """Returns the checkpoint that training goes on from, of this run or, if it has none, of a
+    branch's source; its record; and what the flags change.
 
     found: checkpoints of the run
     Adds notes to the plan, and to facts how the run began.
     """
     begin, config, notes = plan.begin, plan.config, plan.notes
-    before, changed = None, []
-    state_folder = newest_intact(folder, found, notes, dist)
-    is_own = state_folder is not None
-    if not is_own and begin.branch:
-        state_folder = begin.branch
-        if fault := find_fault(state_folder, dist):
-            raise UserError(f"--resume {state_folder}: {fault}")
-    if state_folder:
-        before = read_record(state_folder)
-        facts["start"] = facts["start"] or before.facts.get("start")
-        was, unknown = stored_config(before, type(config.engine))
-        newest = newest_record(folder) if is_own else before
-        if is_own and begin.own is not None and begin.own.step != newest.step:
-            raise UserError(SAVED_MEANWHILE.format(folder))
-        may = plan.said if begin.resumes or not is_own else set()
-        changed = check_changes(newest, config, facts, may, state_folder, folder)
-        if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
-            every = training_flags(type(config.engine))
-            changed = compare(before, was, config, facts, {*every}).said
-        notes += unknown + state_notes(config, was, state_folder)
-    if os.path.isdir(folder) and not is_own:
-        step = before.step if before else 0
-        notes.append(f"{folder} has no checkpoint yet: training starts at step {step}")
+    state_folder = newest_intact(folder, found, notes, dist) if found else begin.branch
+    if not found and (fault := find_fault(state_folder, dist)):
+        raise UserError(f"--resume {state_folder}: {fault}")
+    before = read_record(state_folder)
+    newest = newest_record(folder) if found else before
+    if found and begin.own is not None and begin.own.step != newest.step:
+        raise UserError(SAVED_MEANWHILE.format(folder))
+    facts["start"] = facts["start"] or before.facts.get("start")
+    was, unknown = stored_config(before, type(config.engine))
+    may = plan.said if begin.resumes or not found else set()
+    changed = check_changes(newest, config, facts, may, state_folder, folder)
+    if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
+        every = training_flags(type(config.engine))
+        changed = compare(before, was, config, facts, {*every}).said
+    notes += unknown + state_notes(config, was, state_folder)
     return state_folder, before, changed
 
 
@@ -373,20 +372,15 @@ def inputs_of(
     return facts, vae
 
 
-def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distributed) -> Path | None:
-    """Returns the newest intact checkpoint of a run, None if the run has none; notes the damaged.
-
-    Raises UserError if all are damaged.
-    """
+def newest_intact(run: Path, found: list[Path], notes: list[str], dist: Distributed) -> Path:
+    """Returns the newest intact checkpoint of a run; notes the damaged ones."""
     faults = []
     for folder in found:
         if (fault := find_fault(folder, dist)) is None:
             notes += faults
             return folder
         faults.append(f"skipped the checkpoint {folder}: {fault}")
-    if faults:
-        raise UserError(
-            f"{run}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore the "
-            "damaged files from a copy, or start a new run with a different --run-name"
-        )
-    return None
+    raise UserError(
+        f"{run}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore the damaged "
+        "files from a copy, or start a new run with a different --run-name"
+    )

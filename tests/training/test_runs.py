@@ -33,7 +33,6 @@ from training.run_folder import (
     CONFIG_FILE,
     default_folder,
     enter_run_folder,
-    lock_folder,
     named_run,
     newest_record,
     stored_settings,
@@ -401,7 +400,7 @@ def test_resuming_with_a_different_micro_batch_is_noted(copied, flags, monkeypat
 
 
 def hold(run: Path, pipe) -> None:
-    lock = lock_folder(run)
+    lock = enter_run_folder(run)
     pipe.send(lock.name)
     pipe.recv()
 
