@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from checkpoints.costs import fake_mode
 from options.parts import Component, option
 from runtime.devices import DTYPES
 
@@ -34,7 +35,7 @@ class Optimizer(Component, ABC):
     ) -> torch.optim.Optimizer:
         """Makes the torch optimizer of these parameters.
 
-        named: parameters by name; on the device "meta" for the memory plan
+        named: parameters by name; fake tensors for the memory plan
         matrices: number of hidden matrices in each parameter that is no vector, see `DiT.matrices`
         """
 
@@ -66,7 +67,7 @@ class AdamW(Optimizer):
             groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas, eps=self.eps,
-            weight_decay=self.weight_decay, fused=is_real(named),
+            weight_decay=self.weight_decay, fused=True,
         )  # fmt: skip
 
 
@@ -100,16 +101,11 @@ class Muon(Optimizer):
         groups += [{"params": weights} for weights in others.values()]
         return MuonAdamW(
             [group for group in groups if group["params"]], lr=lr, betas=self.betas,
-            weight_decay=self.weight_decay, fused=is_real(named), dtype=DTYPES[self.precision],
+            weight_decay=self.weight_decay, fused=True, dtype=DTYPES[self.precision],
         )  # fmt: skip
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
-
-
-def is_real(named: Mapping[str, nn.Parameter]) -> bool:
-    """Returns whether the parameters have data, as a fused optimizer requires."""
-    return all(weight.device.type != "meta" for weight in named.values())
 
 
 def planned_state(
@@ -117,8 +113,8 @@ def planned_state(
 ) -> State:
     """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
-    They come from a step on the device "meta", with one parameter of each shape, or, if the
-    optimizer needs data, from one step per shape on the CPU.
+    They come from a step with fake tensors, with one parameter of each shape, or, if the optimizer
+    needs data, from one step per shape.
     """
     # The rows of a shard may not be divisible into chunks.
     matrices = {name: min(count, 1) for name, count in matrices.items()}
@@ -126,11 +122,12 @@ def planned_state(
     one_each = {kind: name for name, kind in kinds.items()}
     some = {name: shapes[name] for name in one_each.values()}
     try:
-        state = state_after_step(optimizer, some, matrices, "meta")
-    except (RuntimeError, NotImplementedError):  # raised by meta tensors without data
+        with fake_mode:
+            state = state_after_step(optimizer, some, matrices)
+    except (RuntimeError, NotImplementedError):  # raised by fake tensors without data
         state = {}
         for name, shape in some.items():
-            real = state_after_step(optimizer, {name: shape}, matrices, "cpu")[name]
+            real = state_after_step(optimizer, {name: shape}, matrices)[name]
             state[name] = {
                 k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in real.items()
             }
@@ -138,9 +135,9 @@ def planned_state(
 
 
 def state_after_step(
-    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int], device: str
+    optimizer: Optimizer, shapes: Mapping[str, torch.Size], matrices: Mapping[str, int]
 ) -> State:
-    named = {name: nn.Parameter(torch.zeros(s, device=device)) for name, s in shapes.items()}
+    named = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     for weight in named.values():
         weight.grad = torch.zeros_like(weight)
     made = optimizer.make(named, 1.0, matrices)

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
 from checkpoints.checkpoint import averages_of
-from checkpoints.initial import allocate, build_empty
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -24,11 +23,12 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
+from models import DiT
 from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed, reseed
-from training.auxiliary import add_projectors, is_of_model
+from training.auxiliary import PROJECTORS, is_of_model, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
 from training.engines.state import (
@@ -52,16 +52,20 @@ class DDPEngine:
         *, resumes: bool = False,
     ):  # fmt: skip
         self.dist, self.config, step = dist, config, config.step
-        self.model = build_empty(config.model)
-        allocate(self.model.parameters())
-        if weights is not None:
-            self.model.load_state_dict(weights.state_dict)
-        elif not resumes:
+        with torch.device("meta"):
+            self.model = DiT(config.model)
+        self.model.to_empty(device="cpu")
+        if not resumes:
             reseed(config.run.global_seed)
             self.model.initialize_weights()
+        if weights is not None:
+            self.model.load_state_dict(weights.state_dict)
         freeze(self.model, step)
+        projectors = projectors_of(
+            config.model, config.auxiliary, config.shapes, config.run.global_seed
+        )
+        self.model.add_module(PROJECTORS, projectors)
         self.model.to(dist.device).train()
-        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
         self.num_shards = 1  # processes that share a copy of the model
         self.prepare()
         if dist.world_size == 1:
