@@ -30,7 +30,7 @@ from latents.autoencoder import (
 from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
 from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
-from latents.loading import batches_of, check_unreadable, make_loader
+from latents.loading import check_unreadable, read_batches
 from latents.sources import Batch, ImageSource, open_images, size_notes
 from options.parts import Size, sides
 from runtime.devices import DTYPES
@@ -108,10 +108,10 @@ def write_shards(
     for shard in shards:
         keys = [(index, False) for index in settings.images_of(shard)]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
-        loader = make_loader(images, batches, config.num_workers, pin=device.type == "cuda")
         tensors: Batch = {}
         unreadable, start = [], 0
-        for batch, names in batches_of(loader):
+        pin = device.type == "cuda"
+        for batch, names in read_batches(images, batches, config.num_workers, pin):
             pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
             seen = [encode_view(vae, network, view) for view in views]

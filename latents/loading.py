@@ -46,15 +46,13 @@ class BatchStream:
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         first, end = self.start_step * self.accumulation, self.end_step * self.accumulation
         for micro_step in range(first, end):
-            start = (micro_step * self.world_size + self.rank) * self.micro_batch
-            yield [self.image_at(position) for position in range(start, start + self.micro_batch)]
-
-    def image_at(self, position: int) -> tuple[int, bool]:
-        """Returns the image at a position of the endless sequence, and whether it is mirrored."""
-        epoch, offset = divmod(position, self.num_images)
-        order, flips = shuffle(self.num_images, self.seed, epoch)
-        index = order[offset] if self.indices is None else self.indices[order[offset]]
-        return int(index), bool(flips[offset]) and self.flip
+            start, keys = (micro_step * self.world_size + self.rank) * self.micro_batch, []
+            for position in range(start, start + self.micro_batch):  # in the endless sequence
+                epoch, offset = divmod(position, self.num_images)
+                order, flips = shuffle(self.num_images, self.seed, epoch)
+                index = order[offset] if self.indices is None else self.indices[order[offset]]
+                keys.append((int(index), bool(flips[offset]) and self.flip))
+            yield keys
 
 
 @lru_cache(maxsize=2)
@@ -101,11 +99,11 @@ def loader_workers(requested: int | None) -> int:
     return min(requested, share)
 
 
-def make_loader(
+def read_batches(
     dataset: Dataset, batches: Iterable, num_workers: int | None, pin: bool
-) -> DataLoader:
-    """Makes a loader that prefetches batches, given as lists of the dataset's keys."""
-    return DataLoader(
+) -> Iterator[tuple[Batch, list[str]]]:
+    """Reads batches, given as lists of the dataset's keys, ahead of time in worker processes."""
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=loader_workers(num_workers),
@@ -114,6 +112,11 @@ def make_loader(
         generator=torch.Generator(),  # otherwise the loader draws from the global generator
         worker_init_fn=leave_signals_to_parent,
     )
+    try:
+        yield from loader
+    except UserError as error:  # of a worker, with a traceback
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
 
 
 def collate(items: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:
@@ -145,12 +148,3 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # of the training process, see `runtime.signals`
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def batches_of(loader: DataLoader) -> Iterator:
-    """Yields the loader's batches; re-raises a worker's UserError without its traceback."""
-    try:
-        yield from loader
-    except UserError as error:
-        line = str(error).strip().splitlines()[-1]
-        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latents.loading import BatchStream, batches_of, make_loader
+from latents.loading import BatchStream, loader_workers, read_batches
 from latents.sources import open_images
 from moe_kernels.experts import kernels_for, triton_runs
 from tools.benchmarks import bench_moe, bench_sample, bench_train
@@ -195,11 +195,11 @@ def test_cluster_images_are_read(record_property, tmp_path):
     for name in range(1, number):
         (tmp_path / f"{name:04d}.jpg").hardlink_to(tmp_path / "0000.jpg")
     stream = BatchStream(number, micro_batch, end_step=number // micro_batch)
-    loader = make_loader(open_images(str(tmp_path), 256), stream, None, pin=is_gpu)
+    images = open_images(str(tmp_path), 256)
     start, count = time.perf_counter(), 0
-    for batch, _ in batches_of(loader):
+    for batch, _ in read_batches(images, stream, None, pin=is_gpu):
         count += len(batch["label"])
     assert count == number
     if is_gpu:
         record_property("images_per_sec", (count / (time.perf_counter() - start), ""))
-        record_property("workers", (loader.num_workers, ""))
+        record_property("workers", (loader_workers(None), ""))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.costs import count_macs, count_parameters
-from latents.loading import batches_of, check_unreadable, make_loader
+from latents.loading import check_unreadable, read_batches
 from latents.sources import Batch
 from moe_kernels.attention import flash_attention_fault
 from moe_kernels.cpu import keep_freed_memory, lacks_instructions
@@ -164,7 +164,7 @@ class TrainingLoop:
         """Takes the remaining steps. If a signal stops the run, saves and returns False."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
-        batches = batches_of(make_loader(self.run.dataset, stream, data.num_workers, pin))
+        batches = read_batches(self.run.dataset, stream, data.num_workers, pin)
         for step in range(stream.start_step, stream.end_step):
             request = self.requests.poll()
             if request == "stop":
@@ -181,7 +181,7 @@ class TrainingLoop:
             began = time.perf_counter()
             loaded = [next(batches) for _ in range(accumulation)]
             self.tracker.waited += time.perf_counter() - began
-            self.add(self.step(step, [self.to_device(batch) for batch in loaded]))
+            self.add(self.step(step, loaded))
             after_step()
 
             done, is_last = step + 1, step + 1 == stream.end_step
@@ -199,38 +199,34 @@ class TrainingLoop:
         self.draw_samples(stream.end_step)
         return True
 
-    def step(self, step: int, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Takes optimizer step number `step` + 1; returns the metrics of this optimizer step."""
+    def step(self, step: int, loaded: list[tuple[Batch, list[str]]]) -> dict[str, Tensor]:
+        """Takes optimizer step number `step` + 1; returns the metrics of this optimizer step.
+
+        loaded: micro-batches, each with the images that cannot be read
+        """
         config, end = self.config, self.run.stream.end_step
         self.rate = rate_factor(config.schedule, config.step.warmup_steps, step + 1, end)
         return take_step(
-            self.engine, self.objective, self.encoded(step, micro_batches), len(micro_batches),
+            self.engine, self.objective, self.prepared(step, loaded), len(loaded),
             step=step + 1, rate=self.rate, dist=self.dist, auxiliary=config.auxiliary,
         )  # fmt: skip
 
-    def encoded(self, step: int, micro_batches: list[Batch]) -> Iterator[Batch]:
-        """Yields the micro-batches of a step with their "latents" (N, C, h, w).
+    def prepared(self, step: int, loaded: list[tuple[Batch, list[str]]]) -> Iterator[Batch]:
+        """Yields the micro-batches of a step on the device, with their "latents" (N, C, h, w).
 
         The seed is (seed, step, number of the micro-batch over all processes), whatever the rank.
-        """
-        for number, batch in enumerate(micro_batches):
-            position = number * self.dist.world_size + self.dist.rank
-            reseed(self.config.run.global_seed, step, position)
-            yield self.run.dataset.to_latents(self.run.vae, batch)
-
-    def to_device(self, loaded: tuple[Batch, list[str]]) -> Batch:
-        """Moves a batch to the device without waiting.
-
         Each process reports an unreadable image once.
         """
-        batch, unreadable = loaded
-        self.num_read += len(batch["label"])
-        for name in set(unreadable) - self.unreadable:
-            self.unreadable.add(name)
-            report = self.log.text if self.dist.is_main else print_safely
-            report(printable(f"skipped an image that cannot be read: {name}"))
-        device = self.dist.device
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        dist = self.dist
+        for number, (batch, unreadable) in enumerate(loaded):
+            self.num_read += len(batch["label"])
+            for name in set(unreadable) - self.unreadable:
+                self.unreadable.add(name)
+                report = self.log.text if dist.is_main else print_safely
+                report(printable(f"skipped an image that cannot be read: {name}"))
+            batch = {n: tensor.to(dist.device, non_blocking=True) for n, tensor in batch.items()}
+            reseed(self.config.run.global_seed, step, number * dist.world_size + dist.rank)
+            yield self.run.dataset.to_latents(self.run.vae, batch)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Records the metrics of a step for the next log line, and advances the progress bar."""

@@ -25,7 +25,7 @@ from test_models import randomised
 from checkpoints import read_checkpoint, read_record
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
 from latents.cache import CachedLatents, check_networks, open_data, shard_path
-from latents.loading import BatchStream, collate, loader_workers, make_loader
+from latents.loading import BatchStream, collate, loader_workers, read_batches
 from latents.sources import open_images
 from runtime.errors import UserError
 
@@ -98,7 +98,7 @@ def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tre
     latents, images = CachedLatents(tmp_path / "latents"), open_images(str(image_tree), 16)
     assert not latents.can_flip and images.can_flip
     stream = BatchStream(40, micro_batch=8, end_step=5, flip=latents.can_flip)
-    assert len(list(make_loader(latents, stream, 0, pin=False))) == 5
+    assert len(list(read_batches(latents, stream, 0, pin=False))) == 5
     assert_holds(latents, images, vae, 39, False)
     with pytest.raises(IndexError):
         latents[39, True]
@@ -340,7 +340,8 @@ def test_the_number_of_loader_workers_is_limited_to_the_cores(monkeypatch, image
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns of more processes than cores
-        make_loader(open_images(str(image_tree), 16), [], num_workers=1000, pin=False)
+        images = open_images(str(image_tree), 16)
+        assert list(read_batches(images, [], num_workers=1000, pin=False)) == []
 
 
 @pytest.fixture(scope="module")

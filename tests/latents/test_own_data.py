@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 import latents.images as images_module
 import train
 from latents.images import FORMATS, center_crop_arr, read_rgb
-from latents.loading import batches_of, check_unreadable, make_loader
+from latents.loading import check_unreadable, read_batches
 from latents.sources import GivenImages, open_images, size_notes
 from runtime.errors import UserError
 
@@ -266,7 +266,7 @@ def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, trai
     assert message in line and len(line) < 500
     images = open_images(str(tmp_path / "data"), 16)
     with pytest.raises(UserError, match=f"^{message}"):
-        list(batches_of(make_loader(images, [[(0, False)]], num_workers=1, pin=False)))
+        list(read_batches(images, [[(0, False)]], num_workers=1, pin=False))
 
 
 def test_figures_in_a_folder_of_ours_are_not_taken_for_photos(tiny_vae, train_flags, tmp_path):
