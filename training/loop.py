@@ -117,9 +117,7 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
-    notes: list[str] = []
-    if dist.is_main:
-        notes += disk_notes(config, stream.end_step, run.folder / "checkpoints")
+    notes = []
     if flash_attention_fault:
         reason = printable(flash_attention_fault)[:300]
         notes.append(
@@ -188,6 +186,8 @@ class TrainingLoop:
             evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
             if done % self.log_every == 0 or is_last or evaluates or step == stream.start_step:
                 self.log_metrics(done, with_held_out=evaluates)
+            if step == stream.start_step:
+                self.check_disk()
             if done % config.ckpt_every == 0 or is_last:
                 self.save(done)
         self.finish_save()
@@ -274,6 +274,17 @@ class TrainingLoop:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
         if in_a_row >= MAX_SKIPPED:
             self.stop_skipping(done, in_a_row)
+
+    def check_disk(self) -> None:
+        """Logs a note if the disk is too small for the checkpoints; the first step has created the
+        state of the optimizer."""
+        _, tensors, _ = self.engine.state()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = self.dist.sum(torch.tensor(size, dtype=torch.float64, device=self.dist.device))
+        if self.dist.is_main:
+            folder, steps = self.run.folder / "checkpoints", self.run.stream.end_step
+            for note in disk_notes(self.config, steps, size.item(), folder):
+                self.log.text(f"note: {note}")
 
     def stop_skipping(self, done: int, in_a_row: int) -> None:
         """Saves the state before the skipped steps that end with step `done`; raises UserError."""

@@ -66,6 +66,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     micro_batch, batch, steps = stream.micro_batch, stream.global_batch, stream.end_step
     parameters, active = count_parameters(model)
     gpu, host, layout = engine.memory(config, world_size, micro_batch)
+    state = state_bytes(config)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     is_cut = getattr(config.engine, "shard", True)
     spreads = getattr(config.engine, "expert_parallel", 1) > 1 and model.sparse_layers
@@ -92,7 +93,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
             if spreads
             else {}
         ),
-        "disk": disk_use(config, steps)[1],
+        "disk": disk_use(config, steps, state["weights"] + state["optimizer"])[1],
         "steps": f"{steps:,} of {batch} images ({pluralize(world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {micro_batch}), "
         f"{steps * batch / len(trained):.1f} epochs of {len(trained):,} images",
@@ -148,13 +149,14 @@ def open_planned(settings: Layer) -> tuple[Source | None, DataFacts]:
     return None, facts
 
 
-def disk_use(config: TrainConfig, steps: int) -> tuple[int, str]:
+def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
     those that it replaces still exist, and of the snapshots that --keep-last leaves.
+
+    state: bytes of a checkpoint without the EMAs
     """
-    state = state_bytes(config)
-    average = state["weights"]
-    checkpoint = average + state["optimizer"] + state["EMA"]
+    average = 4 * count_parameters(config.model)[0]
+    checkpoint = state + len(config.emas) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
@@ -168,9 +170,10 @@ def disk_use(config: TrainConfig, steps: int) -> tuple[int, str]:
     return sum(count * size for _, count, size in parts), text
 
 
-def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:
-    """Returns a note if the checkpoints of a run do not fit on the disk of their folder."""
-    needed, text = disk_use(config, steps)
+def disk_notes(config: TrainConfig, steps: int, state: float, folder: Path) -> list[str]:
+    """Returns a note if the checkpoints of a run do not fit on the disk of their folder; see
+    `disk_use`."""
+    needed, text = disk_use(config, steps, state)
     present = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     if needed <= (free := shutil.disk_usage(folder).free + present):
         return []

@@ -64,17 +64,6 @@ def named_run(said: Layer) -> tuple[Path | None, Path | None]:
     return source, source
 
 
-def beside_source(said: Layer) -> Layer:
-    """Puts a branch beside the run that it starts from, unless the flags say another folder."""
-    source = said.get("resume")
-    if not source or "results_dir" in said:
-        return said
-    parent = os.path.basename(os.path.dirname(os.path.abspath(source)))
-    if parent != "checkpoints":
-        return said
-    return {**said, "results_dir": os.path.normpath(os.path.join(source, *3 * [os.pardir]))}
-
-
 def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """Returns the folder of a run without a name: model, objective if not Gaussian, digest.
 

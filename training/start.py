@@ -54,7 +54,6 @@ from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
     CONFIG_FILE,
-    beside_source,
     default_folder,
     enter_run_folder,
     is_step_folder,
@@ -278,7 +277,10 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    said = beside_source(said)
+    source = said.get("resume") or ""
+    if source and os.path.basename(os.path.dirname(os.path.abspath(source))) == "checkpoints":
+        # A branch is put beside the run that it starts from.
+        said = {"results_dir": os.path.normpath(os.path.join(source, *3 * [os.pardir])), **said}
     begin, flags, stored = beginning_of(said), training_flags(engine_flags), None
     follows = FOLLOWS if "latents_path" in said else ()
     if said.get("resume"):
