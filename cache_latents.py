@@ -96,7 +96,7 @@ def write_shards(
     config: CacheConfig,
     images: ImageSource,
     settings: CacheSettings,
-    shards: list[int],
+    shards: dict[Path, range],
     device: torch.device,
     bar: tqdm,
 ) -> None:
@@ -105,8 +105,8 @@ def write_shards(
     vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
     network = load_features(config.features, device) if config.features else None
     num_unreadable = num_read = 0
-    for shard in shards:
-        keys = [(index, False) for index in settings.images_of(shard)]
+    for path, indices in shards.items():
+        keys = [(index, False) for index in indices]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
         tensors: Batch = {}
         unreadable, start = [], 0
@@ -129,7 +129,7 @@ def write_shards(
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
         num_unreadable, num_read = num_unreadable + len(unreadable), num_read + len(keys)
         check_unreadable("--data-path", num_unreadable, num_read)
-        write_shard(config.output, shard, tensors, vae.channels)
+        write_shard(path, tensors, vae.channels)
 
 
 def main(config: CacheConfig) -> None:
@@ -155,13 +155,13 @@ def main(config: CacheConfig) -> None:
         print_safely(
             f"{folder}: {pluralize(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
             f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
-            f"{pluralize(settings.num_shards, 'shard')} to write"
+            f"{pluralize(len(settings.shards(folder)), 'shard')} to write"
         )
         plan = settings, missing
     settings, missing = dist.broadcast(plan)
     close_distributed()  # processes are independent from here on, and a barrier could time out
-    shards = missing[dist.rank :: dist.world_size]
-    total = sum(len(settings.images_of(shard)) for shard in shards)
+    shards = dict([*missing.items()][dist.rank :: dist.world_size])
+    total = sum(map(len, shards.values()))
     with progress(total=total, unit="image", disable=not (dist.is_main and total)) as bar:
         write_shards(config, images, settings, shards, dist.device, bar)
 

@@ -85,8 +85,8 @@ class CacheSettings:
             convert(self.listing.get("names", self.listing.get("sha256")), str)
         if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
             raise ValueError("got a size or a number below 1")
-        if self.num_shards > MAX_SHARDS:
-            raise ValueError(f"got {self.num_shards:,} shards, expected at most {MAX_SHARDS:,}")
+        if (shards := -(-self.num_images // self.shard_images)) > MAX_SHARDS:
+            raise ValueError(f"got {shards:,} shards, expected at most {MAX_SHARDS:,}")
         with reported_as("norm", ValueError, TypeError):
             if len(self.norm) < 2:
                 raise ValueError(f"got {self.norm!s:.80}, expected shift and scale")
@@ -102,14 +102,13 @@ class CacheSettings:
     def num_images(self) -> int:
         return self.listing["count"]
 
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_images // self.shard_images)
-
-    def images_of(self, shard: int) -> range:
-        """Returns the indices, in the source, of a shard's images."""
-        start = shard * self.shard_images
-        return range(start, min(start + self.shard_images, self.num_images))
+    def shards(self, folder: Path) -> dict[Path, range]:
+        """Returns the files of the shards, each with the indices of its images in the source."""
+        files = {}
+        for number, start in enumerate(range(0, self.num_images, self.shard_images)):
+            images = range(start, min(start + self.shard_images, self.num_images))
+            files[folder / f"shard-{number:05d}.safetensors"] = images
+        return files
 
 
 def settings_of(
@@ -146,24 +145,14 @@ def read_settings(flag: str, folder: Path) -> CacheSettings:
         return CacheSettings(**read_json(folder / INDEX_FILE))
 
 
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-def missing_shards(folder: Path, settings: CacheSettings) -> list[int]:
-    shards = range(settings.num_shards)
-    return [shard for shard in shards if not shard_path(folder, shard).is_file()]
-
-
-def check_shard(tensors: Batch, settings: CacheSettings, shard: int) -> None:
-    """Requires that the tensors of a shard are what the index says."""
+def check_shard(tensors: Batch, settings: CacheSettings, count: int) -> None:
+    """Requires that the tensors of a shard of `count` images are what the index says."""
     (channels, *grid), views = settings.latent_shape, (1 + settings.flip,)
     has_variance = tensors["moments"].shape[2:3] == (2 * channels,)
     shapes = {"labels": (), "moments": (channels * (1 + has_variance), *grid), "size": (4,)}
     shapes |= {name: settings.features.get(name, ()) for name in FEATURES}  # of one image
     for name in settings.tensors:
         is_label = name == "labels"
-        count = len(settings.images_of(shard))
         expected = (count, *(() if is_label else views), *shapes[name])
         if (got := tuple(tensors[name].shape)) != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
@@ -194,12 +183,13 @@ class CachedLatents(Dataset):
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")
-        if missing := missing_shards(self.folder, settings):
+        files = settings.shards(self.folder)
+        if missing := [path for path in files if not path.is_file()]:
             raise UserError(
-                f"{flag}: {folder} lacks {len(missing)} of {settings.num_shards} shards; run the "
-                "command of cache_latents.py again"
+                f"{flag}: {folder} lacks {len(missing)} of {len(files)} shards; run the command of "
+                "cache_latents.py again"
             )
-        self.shards = [self.open_shard(shard) for shard in range(settings.num_shards)]
+        self.shards = [self.open_shard(path, len(images)) for path, images in files.items()]
         self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
         first = {name: tuple(values.shape[2:]) for name, values in self.shards[0].items()}
         self.shapes = {**first, "label": ()}
@@ -221,15 +211,14 @@ class CachedLatents(Dataset):
         label = views.pop("labels").long()
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
 
-    def open_shard(self, shard: int) -> Batch:
-        """Maps the tensors of a shard into memory, and reads the labels."""
-        path, settings = shard_path(self.folder, shard), self.settings
+    def open_shard(self, path: Path, count: int) -> Batch:
+        """Maps the tensors of a shard of `count` images into memory, and reads the labels."""
         expected = "a complete shard; delete it and run the command of cache_latents.py again"
         message = f"{self.flag}: got {path}, expected {expected}"
         with reported_as(message, SafetensorError, OSError, ValueError):
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in settings.tensors}
-            check_shard(tensors, settings, shard)
+                tensors = {name: file.get_tensor(name) for name in self.settings.tensors}
+            check_shard(tensors, self.settings, count)
         return tensors
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
@@ -274,8 +263,8 @@ def data_norm(latents: CachedLatents) -> LatentNorm:
     """Returns the norm that gives each channel mean 0 and standard deviation 1 over a cache."""
     settings, sums = latents.settings, torch.zeros(())
     channels, *grid = settings.latent_shape
-    for shard in range(settings.num_shards):
-        with safe_open(shard_path(latents.folder, shard), "pt") as file:
+    for path in settings.shards(latents.folder):
+        with safe_open(path, "pt") as file:
             sums = sums + file.get_tensor("channel_sums")
     mean, square = sums / (len(latents) * (1 + settings.flip) * math.prod(grid))  # (C,) each
     std = (square - mean.square()).clamp_min(1e-10).sqrt()  # a channel may be constant
@@ -312,8 +301,9 @@ def check_networks(
             raise UserError(f"{flag}: got {got}, expected the one that the model was trained with")
 
 
-def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
-    """Creates a cache, or resumes one of the same settings; returns the missing shards."""
+def begin_cache(folder: Path, settings: CacheSettings) -> dict[Path, range]:
+    """Creates a cache, or resumes one of the same settings; returns the missing shards, see
+    `CacheSettings.shards`."""
     if not os.path.isfile(folder / INDEX_FILE):
         check_new_folder("--output", folder)
         with reported_as(f"--output: cannot write {folder}", OSError):
@@ -326,12 +316,12 @@ def begin_cache(folder: Path, settings: CacheSettings) -> list[int]:
     message = f"--output: {folder} was created with other settings"
     named = [asdict(s) | {"listing": images_name(s.listing)} for s in (settings, moved)]
     check_same(message, *named)
-    return missing_shards(folder, settings)
+    files = settings.shards(folder).items()
+    return {path: images for path, images in files if not path.is_file()}
 
 
-def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None:
+def write_shard(path: Path, tensors: Batch, channels: int) -> None:
     """Writes a shard atomically: labels (n,), other tensors (n, V, ...), all moments finite."""
-    path = shard_path(folder, shard)
     if not tensors["moments"].isfinite().all():
         raise UserError(
             f"--precision: got inf or nan in {path.name}, expected finite numbers; try fp32"
@@ -340,4 +330,5 @@ def write_shard(folder: Path, shard: int, tensors: Batch, channels: int) -> None
     failures = OSError, SafetensorError  # the latter for a full disk, for example
     with reported_as(f"--output: cannot write {path}", *failures), atomic_file(path) as temporary:
         safetensors.torch.save_file({**tensors, "channel_sums": sums}, temporary)
-        shutil.copymode(folder / INDEX_FILE, temporary)  # only the owner may read save_file's files
+        # Only the owner may read the files of save_file.
+        shutil.copymode(path.with_name(INDEX_FILE), temporary)

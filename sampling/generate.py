@@ -146,8 +146,9 @@ def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
 
 def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Moves conditions to the model's device; repeats a condition of one image for all images."""
-    device, known = next(model.parameters()).device, model.conditions
-    known.pop("label", None)  # labels are a separate argument
+    device = next(model.parameters()).device
+    # Labels are a separate argument.
+    known = {name: one for name, one in model.conditions.items() if name != "label"}
     if not isinstance(given, Mapping):
         raise UserError(f"conditions: got {given!r:.80}, expected tensors by name")
     checked = {}

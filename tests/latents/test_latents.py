@@ -24,7 +24,7 @@ from test_models import randomised
 
 from checkpoints import read_checkpoint, read_record
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
-from latents.cache import CachedLatents, check_networks, open_data, shard_path
+from latents.cache import CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, collate, loader_workers, read_batches
 from latents.sources import open_images
 from runtime.errors import UserError
@@ -87,6 +87,10 @@ def test_a_latent_cache_and_an_image_folder_give_the_same_latents(cache, image_t
         for data in (latents, images)
     ]
     torch.testing.assert_close(*draws, atol=1e-3, rtol=1e-3)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
 
 
 def test_who_may_read_the_index_of_a_latent_cache_may_read_the_shards(cache):
