@@ -55,9 +55,8 @@ class DDPEngine:
         with torch.device("meta"):
             self.model = DiT(config.model)
         self.model.to_empty(device="cpu")
-        if not resumes:
-            reseed(config.run.global_seed)
-            self.model.initialize_weights()
+        reseed(config.run.global_seed)
+        self.model.initialize_weights()  # a resumed run too: also what no checkpoint stores
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
         freeze(self.model, step)
