@@ -29,6 +29,7 @@ GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are 
     "time": "epoch|_per_sec|memory|tflops|^mfu|data_wait",
     "optimizer": "lr$|grad_|skipped",
 }
+STEP = "global_step"  # the axis of the curves in Weights & Biases
 
 
 class RunLog:
@@ -110,15 +111,11 @@ class RunLog:
         row = {"step": step, "time": round(time.time())}  # Unix time
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
+        curves = curves_of(values)
         with warns_if_lost(self.board.log_dir):
-            for name, value in values.items():
-                groups = (group for group, part in GROUPS.items() if re.search(part, name))
-                tag = f"{next(groups, 'loss')}/{name}"
-                if isinstance(value, list):
-                    for layer, number in enumerate(value):
-                        self.board.add_scalar(f"{tag}/{layer:02d}", number, step)
-                    value = max(value)
+            for tag, value in curves.items():
                 self.board.add_scalar(tag, value, step)
+        self.mirror(curves, step)
         parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
@@ -135,6 +132,16 @@ class RunLog:
         with warns_if_lost(path):
             write_png(grid, path)
             self.text(f"sample grid: {path}")
+        if self.wandb is not None:
+            from wandb import Image
+
+            self.mirror({"samples": Image(grid.permute(1, 2, 0).numpy())}, step)
+
+    def mirror(self, values: dict, step: int) -> None:
+        """Sends values to Weights & Biases. If its process has died, they are lost."""
+        if self.wandb is not None:
+            with warns_if_lost("the run of Weights & Biases"):
+                self.wandb.log(values | {STEP: step})
 
     def flush(self) -> None:
         """Writes all buffered log lines to the disk."""
@@ -151,9 +158,23 @@ class RunLog:
             with warns_if_lost(self.board.log_dir):
                 self.board.close()
             if self.wandb is not None:
-                self.wandb.finish(exit_code)
+                with warns_if_lost("the run of Weights & Biases"):
+                    self.wandb.finish(exit_code)
             self.rows_file.close()
             self.text_file.close()
+
+
+def curves_of(values: dict) -> dict[str, Any]:
+    """Numbers by tag, "group/name"; a list gives a number per layer, and its maximum."""
+    curves = {}
+    for name, value in values.items():
+        groups = (group for group, part in GROUPS.items() if re.search(part, name))
+        tag = f"{next(groups, 'loss')}/{name}"
+        if isinstance(value, list):
+            curves |= {f"{tag}/{layer:02d}": number for layer, number in enumerate(value)}
+            value = max(value)
+        curves[tag] = value
+    return curves
 
 
 def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
@@ -172,10 +193,14 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
         file.truncate(0)
         file.write(number.encode())
     with reported_as("--wandb: cannot start a run", wandb.Error):
-        return wandb.init(
+        run = wandb.init(
             project=project, id=number, name=folder.name, resume="allow", dir=folder,
-            config=settings, sync_tensorboard=True,
+            config=settings,
         )  # fmt: skip
+    # W&B's own step cannot go back when a run resumes. `sync_tensorboard` would wait ten seconds
+    # at the end of a run.
+    run.define_metric("*", step_metric=STEP)
+    return run
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from conftest import (
     only_run,
     relative_error,
     rows,
-    run_script,
     state_of,
     step_folder,
     train_on,
@@ -476,13 +475,17 @@ def test_tensorboard_contains_grouped_metrics_and_the_settings(finished):
     assert "_hparams_/experiment" in board.summary_metadata
 
 
-def test_weights_and_biases_receives_the_metrics_of_tensorboard(flags, tmp_path):
-    pytest.importorskip("wandb")
-    pixels = {"vae-path": "pixels", "image-size": 8}  # opens no autoencoder, which takes seconds
-    run_script("train.py", *flags(tmp_path, wandb="demo", **pixels), WANDB_MODE="offline")
+def test_weights_and_biases_receives_the_metrics_of_tensorboard(flags, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("CONSOLE", "off"), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    call_main("train.py", *flags(tmp_path, wandb="demo", **{"num-sample": 4}))
+    wandb.teardown()  # waits for the process that writes the file
     (stored,) = only_run(tmp_path).glob("wandb/offline-run-*/run-*.wandb")
     content = stored.read_bytes()
-    assert all(word in content for word in (b"loss/loss", b"router/expert_load", b"global_seed"))
+    words = b"loss/loss", b"router/expert_load/01", b"global_step", b"global_seed"
+    assert all(word in content for word in words)
+    assert list(stored.parent.glob("files/media/images/samples_*.png"))
 
 
 def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypatch, capsys):
