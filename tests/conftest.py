@@ -1,6 +1,7 @@
 """Fixtures and helpers shared by the tests: tiny images, a tiny autoencoder, processes."""
 
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -64,6 +65,8 @@ def pytest_configure(config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch finds no GPU")
+    gc.disable()  # until all tests are collected
+    gc.set_threshold(20_000)
     path = config.getoption("--report")
     if path and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the first
         config.pluginmanager.register(Reporter(path))
@@ -127,6 +130,15 @@ def pytest_collection_modifyitems(config, items) -> None:
         items[:] = chosen
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         items.sort(key=place_of)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # as in process_pool
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def place_of(item) -> int:
@@ -390,7 +402,8 @@ def resident(kind: str = "VmRSS") -> int:
 def process_pool(processes: int) -> ProcessPoolExecutor:
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW_IMPORTS)
-    return ProcessPoolExecutor(processes, mp_context=context)
+    # Frozen modules are not visited by the thousands of collections of garbage.
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=gc.freeze)
 
 
 def in_process(function, *arguments):
