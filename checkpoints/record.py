@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from options.parts import Size, convert, read_options
+from options.parts import Option, Size, convert
 from options.settings import nested
 from runtime.files import parse_json
 
@@ -24,6 +24,7 @@ MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes p
 TYPED = {  # the settings that are fields of a Record, and their sections
     "model": "model", "objective": "step", "image_size": "data", "vae_path": "data",
 }  # fmt: skip
+OBJECTIVE = Option(help="", name="objective", table=OBJECTIVES)
 NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this fraction of an EMA
 
 
@@ -129,7 +130,7 @@ class Record:
                 raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected {expected}") from None
         if (objective := facts.get("objective")) is not None:
             options = facts.get("objective_options", {})
-            read_options(OBJECTIVES, "objective", objective, options)  # ValueError if wrong
+            OBJECTIVE.read({objective: options})  # ValueError if wrong
         if (norm := facts.get("latents_norm")) is not None:
             LatentNorm(**norm).check_channels(config.in_channels)  # ValueError or TypeError
         if (names := facts.get("class_names")) and len(names) != config.num_classes:

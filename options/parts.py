@@ -111,7 +111,7 @@ class Option:
     def expected(self) -> str:
         """Describes the allowed values, such as "a number above 0 and below 1"."""
         if self.table:
-            return component_names(self.table)
+            return f"one of {', '.join(self.table)}, or one of your own with --plugin FILE.py"
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         if self.suffixes:
@@ -131,8 +131,21 @@ class Option:
                 pairs.append((item.name, item.options))
             else:
                 pairs += item.items() if isinstance(item, Mapping) else [(item, {})]
-        found = [Part(kind, read_options(self.table, name, kind, given or {}))
-                 for kind, given in pairs]  # fmt: skip
+        found = []
+        for kind, given in pairs:
+            if not isinstance(kind, str) or kind not in self.table:
+                raise ValueError(f"{name}: got {kind!r:.200}, expected {self.expected()}")
+            if not isinstance(given or {}, Mapping):
+                raise ValueError(f"{name}: got {given!r:.80} for {kind}, expected its options")
+            has, options = options_of(self.table[kind]), {}
+            prefix = f"{name}_{kind}".replace("-", "_") if self.by_component else name
+            for key, one in (given or {}).items():
+                key = str(key).replace("-", "_")
+                if key not in has:
+                    known = ", ".join(has) or "none"
+                    raise ValueError(f"{prefix}_{key}: unknown option; {name} {kind} has {known}")
+                options[key] = has[key].read(one, key if has[key].is_bare else f"{prefix}_{key}")
+            found.append(Part(kind, options))
         kinds = [one.name if self.by_component else one for one in found]
         if any(one in kinds[:number] for number, one in enumerate(kinds)):
             raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
@@ -144,11 +157,8 @@ class Option:
 
     def complete(self, part: Part) -> Part:
         """Returns a component with all options, with defaults for missing ones."""
-        kind, has = self.name, options_of(self.table[part.name])
-        if self.by_component:
-            kind = f"{kind}_{part.name}".replace("-", "_")
-        given = read_options(self.table, kind, part.name, part.options)
-        return Part(part.name, {name: given.get(name, one.default) for name, one in has.items()})
+        has = options_of(self.table[part.name])
+        return replace(part, options={k: part.options.get(k, has[k].default) for k in has})
 
 
 class Component:
@@ -193,27 +203,6 @@ def options_of(kind: type) -> dict[str, Option]:
                 is_list=rules.table is not None and typing.get_origin(hint) is tuple,
             )  # fmt: skip
     return found
-
-
-def component_names(table: Registry) -> str:
-    return f"one of {', '.join(table)}, or one of your own with --plugin FILE.py"
-
-
-def read_options(
-    table: Registry, kind: str, name: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Reads some options of the component `name` in a registry; kind: such as "router"."""
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{kind}: got {name!r:.200}, expected {component_names(table)}")
-    has, prefix = options_of(table[name]), f"{kind}_" if kind else ""
-    if not isinstance(options, Mapping):
-        raise ValueError(f"{kind}: got {options!r:.80} for {name}, expected its options")
-    given = {str(key).replace("-", "_"): value for key, value in options.items()}
-    for unknown in given.keys() - has.keys():
-        raise ValueError(
-            f"{prefix}{unknown}: unknown option; {kind} {name} has {', '.join(has) or 'none'}"
-        )
-    return {k: has[k].read(v, k if has[k].is_bare else prefix + k) for k, v in given.items()}
 
 
 def words_for(hint: Any) -> str:

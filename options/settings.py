@@ -153,8 +153,10 @@ def spread(parts: list[Part], name: str, flag: Flag, values: Sequence[Any]) -> l
     if {len(own), len(values)} - {1, count}:
         raise ValueError(f"{name}: got {len(values)} values, expected one or {len(own)}")
     pairs = zip(own * (count // len(own)), [*values] * (count // len(values)), strict=True)
-    made = [replace(part, options=part.options | {flag.options[part.name].name: value})
-            for part, value in pairs]  # fmt: skip
+    made = []
+    for part, value in pairs:
+        option = flag.options[part.name]
+        made.append(replace(part, options=part.options | {option.name: option.read(value, name)}))
     others = [part for part in parts if part.name not in flag.options]
     return others[:place] + made + others[place:]
 
