@@ -33,7 +33,7 @@ from runtime.errors import (
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
-from training.engine import Engine, frozen_names
+from training.engine import Engine
 from training.log import RunLog
 from training.memory import disk_notes
 from training.metrics import (
@@ -108,8 +108,9 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
     config, stream = run.config, run.stream
     total, active = count_parameters(config.model)
     counts = f"{active / 1e6:.1f}M active"
-    if frozen_names(engine.model, config.step):
-        trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    parameters = [*engine.model.parameters()]
+    if not all(parameter.requires_grad for parameter in parameters):
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         counts += f", {trained / 1e6:.2f}M trained"
     run.log.text(
         f"{run.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
@@ -117,12 +118,11 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
         f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
     )
-    notes = []
     if flash_attention_fault:
         reason = printable(flash_attention_fault)[:300]
-        notes.append(
-            f"flash-attn is installed but does not load ({reason}); PyTorch's attention is used "
-            "instead"
+        run.log.text(
+            f"note: flash-attn is installed but does not load ({reason}); PyTorch's attention is "
+            "used instead"
         )
     precisions = {"--precision": config.step.precision}
     precisions["--optimizer-precision"] = config.step.optimizer.options.get("precision")
@@ -132,12 +132,10 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
         if name and lacks_instructions(dist.device, DTYPES[name])
     ]
     if slow:
-        notes.append(
-            f"this processor has no instructions for {' and '.join(slow)}; with fp32, training is "
-            "several times faster"
+        run.log.text(
+            f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
+            "training is several times faster"
         )
-    for note in notes:
-        run.log.text(f"note: {note}")
 
 
 class TrainingLoop:
@@ -179,7 +177,7 @@ class TrainingLoop:
             began = time.perf_counter()
             loaded = [next(batches) for _ in range(accumulation)]
             self.tracker.waited += time.perf_counter() - began
-            self.add(self.step(step, loaded))
+            self.step(step, loaded)
             after_step()
 
             done, is_last = step + 1, step + 1 == stream.end_step
@@ -199,17 +197,21 @@ class TrainingLoop:
         self.draw_samples(stream.end_step)
         return True
 
-    def step(self, step: int, loaded: list[tuple[Batch, list[str]]]) -> dict[str, Tensor]:
-        """Takes optimizer step number `step` + 1; returns the metrics of this optimizer step.
+    def step(self, step: int, loaded: list[tuple[Batch, list[str]]]) -> None:
+        """Takes optimizer step number `step` + 1 and records its metrics.
 
         loaded: micro-batches, each with the images that cannot be read
         """
         config, end = self.config, self.run.stream.end_step
         self.rate = rate_factor(config.schedule, config.step.warmup_steps, step + 1, end)
-        return take_step(
+        metrics = take_step(
             self.engine, self.objective, self.prepared(step, loaded), len(loaded),
             step=step + 1, rate=self.rate, dist=self.dist, auxiliary=config.auxiliary,
         )  # fmt: skip
+        self.tracker.add(metrics)
+        self.skipped += metrics["skipped"]
+        self.skipped[1] *= metrics["skipped"]  # in a row
+        self.log.advance()
 
     def prepared(self, step: int, loaded: list[tuple[Batch, list[str]]]) -> Iterator[Batch]:
         """Yields the micro-batches of a step on the device, with their "latents" (N, C, h, w).
@@ -227,13 +229,6 @@ class TrainingLoop:
             batch = {n: tensor.to(dist.device, non_blocking=True) for n, tensor in batch.items()}
             reseed(self.config.run.global_seed, step, number * dist.world_size + dist.rank)
             yield self.run.dataset.to_latents(self.run.vae, batch)
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Records the metrics of a step for the next log line, and advances the progress bar."""
-        self.tracker.add(metrics)
-        self.skipped += metrics["skipped"]
-        self.skipped[1] *= metrics["skipped"]  # in a row
-        self.log.advance()
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:
         """Logs the metrics, averaged over all processes and over the steps since the last log line.
