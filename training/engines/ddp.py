@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import Checkpoint, ema_file
 from checkpoints.checkpoint import averages_of
+from checkpoints.initial import allocate, build_empty
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -23,7 +24,6 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
-from models import DiT
 from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
@@ -52,9 +52,8 @@ class DDPEngine:
         *, resumes: bool = False,
     ):  # fmt: skip
         self.dist, self.config, step = dist, config, config.step
-        with torch.device("meta"):
-            self.model = DiT(config.model)
-        self.model.to_empty(device="cpu")
+        self.model = build_empty(config.model)
+        allocate(self.model.parameters())
         reseed(config.run.global_seed)
         self.model.initialize_weights()  # a resumed run too: also what no checkpoint stores
         if weights is not None:
