@@ -291,6 +291,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         ({"lr": 10**400}, "--lr: got 1000"),
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
         ({"optimizer_betas": [0.9]}, "--optimizer-betas: got '0.9', expected 2 numbers"),
+        ({"auxiliary": {"repa": {"weight": -1}}}, "--auxiliary-repa-weight: got -1.0, expected"),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size?"),
         ({"config": "no.yaml"}, "--config no.yaml (no such file)"),
         ({"config": "stable"}, f"did you mean {os.path.relpath(RECIPES / 'stable.yaml')}?"),
