@@ -36,6 +36,7 @@ from training.config import parse_yaml
 from training.run_folder import CONFIG_FILE
 
 STEPS, BROKEN = 4, 3
+MORE = {"expert_choice": ["--auxiliary", "sra", "dispersive"]}  # sra has weights of its own
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,11 @@ def flags(train_flags):
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
         "ckpt-every": 1, "max-steps": STEPS,
     }  # fmt: skip
-    return lambda root, name, **changes: train_flags(root / name, router=name, **values | changes)
+
+    def make(root: Path, name: str, **changes) -> list[str]:
+        return [*train_flags(root / name, router=name, **values | changes), *MORE.get(name, [])]
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,7 @@ def test_a_run_with_any_router_resumes_exactly_with_gradient_checkpointing(train
     assert "resumed from" in (only_run(root / "two" / name) / "log.txt").read_text()
     whole, two = (step_folder(root / part / name, STEPS) for part in ("whole", "two"))
     assert_same_state(two, whole)
+    assert any("/projectors.sra" in title for title in state_of(two)) == (name in MORE)
     load = rows(root / "whole" / name)[-1]
     assert len(load["expert_load"]) == 2 and min(load["expert_load"]) >= 1
     assert 1 < load["experts_per_token"][0] <= 3
