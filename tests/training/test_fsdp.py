@@ -342,6 +342,24 @@ def exchanges(dist, *arguments: str) -> tuple[int, float]:
     return counted.calls["exchange"], norm
 
 
+def gradient_norms(dist, router: str) -> list[float]:
+    """Gradient norm of a step, without and with expert parallelism.
+
+    Initial weights would give the experts no gradient: the gates of the blocks and the output layer
+    are zero.
+    """
+    norms, size = [], ("--depth=2", "--global-batch-size=4")
+    for more in ([], ["--expert-parallel=2"]):
+        engine, config = engine_of(dist, *size, f"--router={router}", *more)
+        torch.manual_seed(0)
+        for name, shape in engine.shapes.items():
+            if name.startswith("final_layer.linear") or "adaLN_modulation.1.bias" in name:
+                engine.set_weight(name, torch.randn(shape))
+        torch.manual_seed(dist.rank)
+        norms.append(take_steps(dist, engine, config)["grad_norm"].item())
+    return norms
+
+
 def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float]:
     """Number of graphs of compiled blocks, number of graph breaks, and relative difference of the
     gradient norm from an uncompiled step."""
@@ -484,6 +502,7 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         },
     }
     facts["spread layer"] = spread_layer(dist)
+    facts["norms"] = {router: gradient_norms(dist, router) for router in ROUTERS}
     facts["recomputed"] = [exchanges(dist, *more) for more in RECOMPUTED]
     facts["drawn"] = draw_before_a_step(dist)
     facts["compiled"] = {
@@ -529,6 +548,13 @@ def test_ddp_accumulates_micro_batches_in_its_gradient_buckets(measured):
 
 def test_a_layer_with_expert_parallelism_equals_the_layer_on_one_process(measured):
     assert max(error for result in measured for error in result["spread layer"].values()) < 1e-5
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gradients_of_experts_in_parallel_have_the_norm_of_sharding(measured, router):
+    for result in measured:
+        whole, spread = result["norms"][router]
+        assert spread == pytest.approx(whole, rel=1e-5)
 
 
 def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):
