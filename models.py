@@ -518,14 +518,11 @@ class DiT(nn.Module):
             config.patch_size, config.in_channels, config.hidden_size, config.patch_bottleneck
         )
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
-        # Conditions by name, in the order in which the model adds their vectors.
-        self.conditions: dict[str, Condition] = {}
         for spec in config.conditions:
             name, shape = split_condition(spec)
             facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
                           config.time_scale, shape)
-            self.conditions[name] = CONDITIONS[name](facts)
-            self.add_module(embedder_of(name), self.conditions[name])
+            self.add_module(embedder_of(name), CONDITIONS[name](facts))
         positions = config.num_patches if config.absolute_positions else 1
         self.register_buffer("pos_embed", torch.empty(1, positions, config.hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
@@ -536,6 +533,12 @@ class DiT(nn.Module):
             config.hidden_size, config.patch_size, self.out_channels, config.norm
         )
         self.initialize_weights()
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Conditions by name, in the order in which the model adds their vectors."""
+        names = [split_condition(spec)[0] for spec in self.config.conditions]
+        return {name: getattr(self, embedder_of(name)) for name in names}
 
     def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replaces the conditions of all images by null values, such as the label "no class".

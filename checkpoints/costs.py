@@ -11,7 +11,7 @@ Shape legend: D width, H expert width, E experts, R chosen rows, U rows of up_pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ from moe import Experts, width_of
 from moe_kernels.attention import fused_attention
 from options.parts import Part
 
-fake_mode = FakeTensorMode()  # in which the tensors of `fake_model` can be used
+
+@cache
+def fake_mode() -> FakeTensorMode:
+    """Returns the mode in which the tensors of `fake_model` can be used."""
+    return FakeTensorMode()
 
 
 @lru_cache(maxsize=16)
 def fake_model(config: DiTConfig) -> DiT:
-    with fake_mode:
+    with fake_mode():
         return DiT(replace(config, expert_backend="grouped")).train()
 
 
@@ -55,7 +59,7 @@ def fake_forward(config: DiTConfig, batch: int) -> None:
     Raises DynamicOutputShapeException if the data decide the number of rows, and
     DataDependentOutputException if the router reads a value, as in `if mask.any()`.
     """
-    with fake_mode, fused_attention():
+    with fake_mode(), fused_attention():
         x, t = torch.zeros(batch, *config.latent_shape), torch.zeros(batch)
         fake_model(config)(x, t, torch.zeros(batch, dtype=torch.long))
 
@@ -100,7 +104,7 @@ def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
             sdpa_flop_count(q, k, v)
         ),
     }
-    with fake_mode, FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    with fake_mode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         fake_forward(config, 1)
     return counter.get_total_flops() // 2, fake_model(config).experts_per_token
 

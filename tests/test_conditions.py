@@ -1,5 +1,6 @@
 """Conditions of an image: embeddings, dropout, guidance, and their way from data to the model."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -61,6 +62,10 @@ def test_the_embeddings_of_all_conditions_are_added_to_the_time_embedding():
             model.span_embedder.mlp(torch.tensor(waves(y["span"][image].item()))),
         ]
         torch.testing.assert_close(inputs[0][image], sum(parts), atol=2e-4, rtol=1e-4)
+    before = model(torch.ones(5, 4, 8, 8), t, y)[0]
+    model.y_embedder = copy.deepcopy(model.y_embedder)
+    model.y_embedder.embedding_table.weight.neg_()  # an embedder that was assigned is used
+    assert not torch.equal(model(torch.ones(5, 4, 8, 8), t, y)[0], before)
 
 
 @torch.no_grad()

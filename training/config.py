@@ -170,12 +170,14 @@ def parse_training(
     """
     is_mapping = isinstance(arguments, Mapping)
     if is_mapping:
-        plugins = arguments.get("plugin", ())
+        if plugins := arguments.get("plugin", ()):
+            plugins = [plugins] if isinstance(plugins, str | os.PathLike) else plugins
+            arguments = {**arguments, "plugin": [*map(os.fspath, plugins)]}
     else:  # the options of a component are flags only after the component was imported
         early = Parser(add_help=False, allow_abbrev=False)
         early.add_argument("--plugin", nargs="+", action="extend", default=[])
         plugins = early.parse_known_args(arguments)[0].plugin
-    import_plugins([plugins] if isinstance(plugins, str | os.PathLike) else plugins)
+    import_plugins(plugins)
     every = training_flags(engine_flags)
     flags = {name: flag for name, flag in every.items() if name not in DATA_FACTS[1:]}
     if is_mapping:
@@ -356,8 +358,11 @@ def resolve(
         check_effect(said, known, flags)
         if stored is None:  # the sizes of weights were compared with --model
             known["model"] = preset if weights is None else weights.model_name
-            if weights and weights.vae_path and not known.get("latents_path"):
-                known.setdefault("vae_path", weights.vae_path)
+            if weights and weights.vae_path and not {"latents_path", "vae_path"} & known.keys():
+                known["vae_path"] = path = weights.vae_path
+                if os.path.isabs(path) and not os.path.isdir(path):
+                    was = f"the weights were trained with the autoencoder {path}"
+                    raise ValueError(f"finetune: {was}, which does not exist; pass --vae-path")
         data = data(known) if callable(data) else data
         channels = known.get("in_channels")
         if weights is None and data and channels not in (None, data.in_channels):

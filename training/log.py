@@ -115,7 +115,9 @@ class RunLog:
         with warns_if_lost(self.board.log_dir):
             for tag, value in curves.items():
                 self.board.add_scalar(tag, value, step)
-        self.mirror(curves, step)
+        if self.wandb is not None:
+            with warns_if_lost("the run of Weights & Biases"):
+                self.wandb.log(curves | {STEP: step})
         parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
@@ -135,13 +137,9 @@ class RunLog:
         if self.wandb is not None:
             from wandb import Image
 
-            self.mirror({"samples": Image(grid.permute(1, 2, 0).numpy())}, step)
-
-    def mirror(self, values: dict, step: int) -> None:
-        """Sends values to Weights & Biases. If its process has died, they are lost."""
-        if self.wandb is not None:
-            with warns_if_lost("the run of Weights & Biases"):
-                self.wandb.log(values | {STEP: step})
+            with warns_if_lost("the run of Weights & Biases"):  # an image is first written to disk
+                image = Image(grid.permute(1, 2, 0).numpy())
+                self.wandb.log({"samples": image, STEP: step})
 
     def flush(self) -> None:
         """Writes all buffered log lines to the disk."""
@@ -178,7 +176,7 @@ def curves_of(values: dict) -> dict[str, Any]:
 
 
 def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
-    """Starts or resumes a Weights & Biases run that mirrors TensorBoard.
+    """Starts or resumes a Weights & Biases run that receives the values of TensorBoard.
 
     The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
     """

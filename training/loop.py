@@ -185,7 +185,8 @@ class TrainingLoop:
             if done % self.log_every == 0 or is_last or evaluates or step == stream.start_step:
                 self.log_metrics(done, with_held_out=evaluates)
             if step == stream.start_step:
-                self.check_disk()
+                with self.tracker.paused():
+                    self.check_disk()
             if done % config.ckpt_every == 0 or is_last:
                 self.save(done)
         self.finish_save()

@@ -35,7 +35,7 @@ class Optimizer(Component, ABC):
     ) -> torch.optim.Optimizer:
         """Makes the torch optimizer of these parameters.
 
-        named: parameters by name; fake tensors for the memory plan
+        named: parameters by name; fake tensors to plan the state
         matrices: number of hidden matrices in each parameter that is no vector, see `DiT.matrices`
         """
 
@@ -122,9 +122,9 @@ def planned_state(
     one_each = {kind: name for name, kind in kinds.items()}
     some = {name: shapes[name] for name in one_each.values()}
     try:
-        with fake_mode:
+        with fake_mode():
             state = state_after_step(optimizer, some, matrices)
-    except (RuntimeError, NotImplementedError):  # raised by fake tensors without data
+    except Exception:  # fake tensors have no data, and do not mix with real ones
         state = {}
         for name, shape in some.items():
             real = state_after_step(optimizer, {name: shape}, matrices)[name]

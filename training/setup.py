@@ -65,7 +65,10 @@ def open_held_out(
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
-        if same_images(images.fingerprint, facts["images"]):
+        # The fingerprint reads sizes of files, so equal numbers come first.
+        if len(images) == facts["images"].get("count") and same_images(
+            images.fingerprint, facts["images"]
+        ):
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path

@@ -171,7 +171,8 @@ def open_run(
     if os.path.isdir(folder) and not found:
         start = f"training starts at step {stream.start_step}"
         notes.append(f"{folder} has no checkpoint yet: {start}")
-    notes += length_notes(config, stream, is_pretrained=origin is not None)
+    if stream.start_step < stream.end_step:
+        notes += length_notes(config, stream, is_pretrained=origin is not None)
     notes += rate_notes(config, before, stream) if before else []
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         notes += size_notes(dataset)
@@ -303,7 +304,10 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
 
     config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=open_facts)
     with reported_as(f"{config.name} cannot be built", ValueError):
-        fake_model(config.model)
+        model = fake_model(config.model)
+        if lost := dict(model.named_buffers()).keys() - model.state_dict().keys():
+            expected = "expected True, so that a run can resume"
+            raise ValueError(f"{min(lost)}: got a buffer with persistent=False, {expected}")
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
     return Plan(config=config, begin=begin, dataset=dataset, notes=notes,

@@ -110,6 +110,9 @@ def test_images_are_encoded_by_the_autoencoder_that_the_weights_record(flags, so
     for steps in (1, 2):  # begins and resumes
         record = read_checkpoint(flags(**values, **{"max-steps": steps})).record
         assert (record.vae_path, record.step) == (str(own), steps)
+    shutil.rmtree(own)
+    with pytest.raises(UserError, match=f"--finetune: .* autoencoder {own}, which does not exist"):
+        flags(**values | {"run-name": "other"})
 
 
 @pytest.mark.parametrize("has_preset", [True, False])

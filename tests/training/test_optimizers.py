@@ -11,7 +11,7 @@ from models import DiT
 from runtime.errors import UserError
 from tools.rebuilding import snapshots_of
 from training.ema import ExponentialEMA, PowerEMA
-from training.optimizers import AdamW, Muon
+from training.optimizers import AdamW, Muon, planned_state
 from training.schedule import SCHEDULES, rate_factor
 
 
@@ -42,6 +42,23 @@ def reference_step(matrix, grad, momentum, lr, decay):
         x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
     x = x.T if tall else x
     return matrix - lr * decay * matrix - lr * 0.2 * max(x.shape) ** 0.5 * x, momentum
+
+
+def test_the_state_of_an_optimizer_with_tensors_of_its_own_is_planned_by_real_steps():
+    factor = torch.tensor(0.5)
+
+    class Half(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for weight in self.param_groups[0]["params"]:
+                self.state[weight]["half"] = weight.grad * factor
+
+    class Mine(AdamW):
+        def make(self, named, lr, matrices):
+            return Half(list(named.values()), lr=lr)
+
+    found = planned_state(Mine(), {"a": torch.Size([3, 2]), "b": torch.Size([4])}, {"a": 1})
+    assert {name: state["half"].shape for name, state in found.items()} == {"a": (3, 2), "b": (4,)}
 
 
 def test_muon_equals_a_reference_loop_over_matrices():

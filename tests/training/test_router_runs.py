@@ -32,7 +32,8 @@ from checkpoints.costs import count_macs
 from models import DiT
 from options.parts import Part
 from routers import ROUTERS
-from training.config import parse_yaml
+from training.config import parse_training, parse_yaml
+from training.engines.flags import DDPFlags
 from training.run_folder import CONFIG_FILE
 
 STEPS, BROKEN = 4, 3
@@ -164,6 +165,8 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     call_main("train.py", *flags, "--plugin", path)
     forget()
     assert "--plugin FILE.py" in expect_error(capsys, *sample)
+    assert parse_training(DDPFlags, arguments={"plugin": path})["plugin"] == (str(path),)
+    forget()
     call_main(*sample, "--plugin", path)
     assert load_model(tmp_path / "run").blocks[0].moe.gate.temperature == 0.2
     assert str(path) not in (tmp_path / "run" / CONFIG_FILE).read_text()
@@ -191,6 +194,16 @@ def test_a_router_that_asks_for_an_unknown_fact_is_rejected_before_the_run_begin
     for more in ((), ("--dry-run",)):
         line = expect_error(capsys, "train.py", *flags, *more)
         assert "LabelRouter.asks_for: got label, expected time or no_class" in line
+    path.with_name("cosine_of_mask.py").write_text(
+        "import torch\n\nfrom routers import ROUTERS, TopKRouter\n\n\nclass Masked(TopKRouter):\n"
+        "    def __post_init__(self):\n        super().__post_init__()\n"
+        '        self.register_buffer("mask", torch.ones(1), persistent=False)\n\n\n'
+        'ROUTERS["masked"] = Masked\n'
+    )
+    flags = train_flags(tmp_path / "results", router="masked")
+    plugins = (path, path.with_name("cosine_of_mask.py"))
+    line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
+    assert "blocks.0.moe.gate.mask: got a buffer with persistent=False" in line
     assert not (tmp_path / "results").exists()
 
 

@@ -616,12 +616,19 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     monkeypatch.setattr(loop.TrainingLoop, "step", start_step)
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    planned, disk_notes = [], loop.disk_notes
+    noted = lambda config, steps, size, folder: (  # noqa: E731
+        planned.append(size) or disk_notes(config, steps, size, folder)
+    )
+    monkeypatch.setattr(loop, "disk_notes", noted)
     changes = {"num-sample": 1, "sample-every": 1}
     call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 4}))
     assert steps_of(tmp_path) == [1, 3, 4]
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]  # every row is valid JSON
     output = capsys.readouterr()
     assert output.out.count("run/checkpoints is too small: ") == 1
+    state = [path.stat().st_size for path in tmp_path.rglob("0000004/state/*.safetensors")]
+    assert 0 < sum(state) - planned[0] < 100_000  # headers
     assert "WARNING: the checkpoint of step 2" in output.out
     assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
     with full, pytest.raises(UserError, match="step 5 .*resumes from step 4"):

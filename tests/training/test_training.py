@@ -1,5 +1,6 @@
 """Training steps and runs on tiny models and generated images."""
 
+import errno
 import gzip
 import json
 import math
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import parameters_to_vector
+from torch.utils.tensorboard import SummaryWriter
 
 import training.step
 from checkpoints import load_model, read_record
@@ -49,6 +52,7 @@ from runtime.signals import Requests
 from training.config import resolve
 from training.engines.ddp import DDPEngine
 from training.engines.flags import DDPFlags
+from training.log import RunLog
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
 
@@ -486,6 +490,20 @@ def test_weights_and_biases_receives_the_metrics_of_tensorboard(flags, tmp_path,
     words = b"loss/loss", b"router/expert_load/01", b"global_step", b"global_seed"
     assert all(word in content for word in words)
     assert list(stored.parent.glob("files/media/images/samples_*.png"))
+
+
+def test_an_image_that_cannot_be_written_for_wandb_is_a_warning(tmp_path, monkeypatch, capsys):
+    wandb, logged = pytest.importorskip("wandb"), []
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(wandb, "Image", fail)
+    log = SimpleNamespace(
+        board=SummaryWriter(tmp_path), text=logged.append, wandb=SimpleNamespace(log=logged.append)
+    )
+    RunLog.samples(log, 1, torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "grid.png")
+    assert len(logged) == 1 and "Weights & Biases cannot be written" in capsys.readouterr().err
 
 
 def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypatch, capsys):

@@ -54,10 +54,11 @@ class DDPEngine:
         self.dist, self.config, step = dist, config, config.step
         self.model = build_empty(config.model)
         allocate(self.model.parameters())
-        reseed(config.run.global_seed)
-        self.model.initialize_weights()  # a resumed run too: also what no checkpoint stores
         if weights is not None:
             self.model.load_state_dict(weights.state_dict)
+        elif not resumes:
+            reseed(config.run.global_seed)
+            self.model.initialize_weights()
         freeze(self.model, step)
         projectors = projectors_of(
             config.model, config.auxiliary, config.shapes, config.run.global_seed
