@@ -101,6 +101,9 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
 
 # Matches an import: (indentation, module, first imported name).
 IMPORT = re.compile(r"^( *)from (\w[\w.]*) import (\w*)", re.MULTILINE)
+# Of the custom operators of an exported module: PyTorch destroys an operator when another one gets
+# its name, and a process may import several exports and this repository.
+NAMESPACE = '"".join(c if c.isalnum() else "_" for c in __name__)'
 
 
 def copy_code(entry: str, folder: Path) -> None:
@@ -130,8 +133,7 @@ def copy_code(entry: str, folder: Path) -> None:
             file = path.with_suffix(".py")
             source = file if file.is_file() else path / "__init__.py"
             text = IMPORT.sub(rewrite, source.read_text())
-            # Custom operators need other names, so that a process can also import this repository.
-            texts[module] = text.replace('"dit_moe::', '"dit_moe_exported::')
+            texts[module] = text.replace('"dit_moe::', f'{NAMESPACE} + "::')
     for module, text in texts.items():
         (folder / f"{flat_name(module)}.py").write_text(text)
 

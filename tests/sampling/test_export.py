@@ -29,6 +29,7 @@ from test_layouts import DENSE
 from test_models import randomised
 from test_sampling import randomised_preset
 
+import moe_kernels.experts
 from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
 from checkpoints.adapting import drop_experts, upcycled_config
@@ -267,7 +268,15 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     assert "results/expert_ablation.jsonl does not exist" in line and "--ckpt" in line
 
 
-def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, monkeypatch):
+def forget_code() -> None:
+    """Lets diffusers import the code of pipelines again: its operators exist once."""
+    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:
+        del sys.modules[module]
+
+
+def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(
+    trained, tmp_path, monkeypatch, request
+):
     """diffusers downloads pipeline.py, the files that it imports, and the file that
     model_index.json names for each component."""
     out = export(trained["gaussian"], tmp_path / "out", "--format", "pipeline")
@@ -284,9 +293,9 @@ def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, 
     }.items():
         monkeypatch.setattr(dynamic_modules_utils, name, value)
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    for module in [name for name in sys.modules if name.startswith("diffusers_modules")]:
-        monkeypatch.delitem(sys.modules, module)
-    dynamic_modules_utils.get_class_from_dynamic_module(
+    forget_code()
+    request.addfinalizer(forget_code)
+    hub = dynamic_modules_utils.get_class_from_dynamic_module(
         "lab/model", module_file="pipeline.py", class_name="DiTMoEPipeline", trust_remote_code=True
     )
     assert {path.name for path in out.glob("*.py")} == {path.name for path in snapshot.glob("*.py")}
@@ -295,6 +304,10 @@ def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, 
         copy(out / name, snapshot / name)
     pipeline = DiffusionPipeline.from_pretrained(snapshot, trust_remote_code=True)
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
+    packages = (one.__module__.rpartition(".")[0] for one in (hub, type(pipeline)))
+    copies = [sys.modules[f"{package}.dit_moe_moe_kernels_experts"] for package in packages]
+    names = {str(module.experts_forward) for module in (moe_kernels.experts, *copies)}
+    assert len(names) == 3  # one operator of each copy
 
 
 @pytest.fixture
