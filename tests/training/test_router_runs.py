@@ -204,6 +204,13 @@ def test_a_router_that_asks_for_an_unknown_fact_is_rejected_before_the_run_begin
     plugins = (path, path.with_name("cosine_of_mask.py"))
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
     assert "blocks.0.moe.gate.mask: got a buffer with persistent=False" in line
+    for name in ("label", "masked"):
+        del ROUTERS[name]
+    for plugin_file in plugins:
+        del sys.modules[f"plugin:{plugin_file.resolve()}"]
+    words = ["--plugin", str(path), "--lr", "1", f"--plugin={plugins[1]}", "--rf"]
+    assert parse_training(DDPFlags, arguments=words)["plugin"] == tuple(map(str, plugins))
+    assert {"label", "masked"} <= ROUTERS.keys()
     assert not (tmp_path / "results").exists()
 
 
