@@ -69,8 +69,6 @@ def split(images: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     their latents, hold out the same images. `Source.hold_out` may hold out more than the fraction.
     """
     count = len(images)
-    if not fraction:
-        return np.arange(count), np.arange(0)
     is_chosen = np.zeros(count, dtype=bool)
     drawn = np.random.default_rng(0).permutation(count)
     is_chosen[drawn[: min(round(fraction * count), count - 1)]] = True

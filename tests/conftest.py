@@ -65,8 +65,6 @@ def pytest_configure(config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch finds no GPU")
-    gc.disable()  # until all tests are collected
-    gc.set_threshold(20_000)
     path = config.getoption("--report")
     if path and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the first
         config.pluginmanager.register(Reporter(path))
@@ -130,15 +128,6 @@ def pytest_collection_modifyitems(config, items) -> None:
         items[:] = chosen
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         items.sort(key=place_of)
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # as in process_pool
-    gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
 
 
 def place_of(item) -> int:

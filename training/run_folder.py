@@ -148,37 +148,13 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
 
 
 def enter_run_folder(run: Path) -> BinaryIO:
-    """Creates a run folder, and excludes other runs from it until the returned file is closed or
-    this process ends.
-
-    A POSIX record lock (fcntl): it ends with the process, data-loading processes do not inherit it,
-    and NFS enforces it on all nodes. Do not open the file a second time: closing the second
-    descriptor releases the lock. Without locks in the file system, prints a warning.
-    """
+    """Creates and locks a run folder; returns the lock, see `lock_folder`."""
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        file = open_run_file(run / LOCK_FILE)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read(300).decode(errors="replace").strip() or "another process"
-            raise UserError(
-                f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
-            ) from None
-        except OSError as error:
-            print_safely(
-                f"WARNING: {run} cannot be locked ({error.strerror}): do not start a second run in "
-                "this folder"
-            )
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
-        with suppress(OSError):  # on a full disk the lock works without the text
-            file.truncate(0)
-            file.write(holder.encode())
+        lock = lock_folder(run)
         for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
-    return file
+    return lock
 
 
 def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool) -> None:
@@ -203,3 +179,32 @@ def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finis
     text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)
+
+
+def lock_folder(run: Path) -> BinaryIO:
+    """Excludes other runs from a run folder until the returned file is closed or this process ends.
+
+    A POSIX record lock (fcntl): it ends with the process, data-loading processes do not inherit it,
+    and NFS enforces it on all nodes. Do not open the file a second time: closing the second
+    descriptor releases the lock. Without locks in the file system, prints a warning.
+    """
+    file = open_run_file(run / LOCK_FILE)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(300).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"{run} is in use by {holder}; wait for it, stop it, or use --run-name"
+        ) from None
+    except OSError as error:
+        print_safely(
+            f"WARNING: {run} cannot be locked ({error.strerror}): do not start a second run in "
+            "this folder"
+        )
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
+    with suppress(OSError):  # on a full disk the lock works without the text
+        file.truncate(0)
+        file.write(holder.encode())
+    return file

@@ -28,7 +28,7 @@ from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed, reseed
-from training.auxiliary import PROJECTORS, is_of_model, projectors_of
+from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
 from training.engines.state import (
@@ -60,11 +60,8 @@ class DDPEngine:
             reseed(config.run.global_seed)
             self.model.initialize_weights()
         freeze(self.model, step)
-        projectors = projectors_of(
-            config.model, config.auxiliary, config.shapes, config.run.global_seed
-        )
-        self.model.add_module(PROJECTORS, projectors)
         self.model.to(dist.device).train()
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
         self.num_shards = 1  # processes that share a copy of the model
         self.prepare()
         if dist.world_size == 1:

@@ -34,7 +34,7 @@ from moe import Experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed, reseed
-from training.auxiliary import PROJECTORS, projectors_of
+from training.auxiliary import add_projectors
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, frozen_names, node_size
 from training.engines.ddp import DDPEngine
@@ -70,10 +70,7 @@ class FSDPEngine(DDPEngine):
         self.num_shards = self.layout.shards * self.layout.spread
         self.model = build_empty(config.model, device=dist.device)
         freeze(self.model, step)
-        projectors = projectors_of(
-            config.model, config.auxiliary, config.shapes, config.run.global_seed
-        )
-        self.model.add_module(PROJECTORS, projectors.to(dist.device))
+        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
         self.shapes = shapes_of(dict(self.model.named_parameters()))
         shard(self.model, self.meshes, config)
         for module in groups_of(self.model):
