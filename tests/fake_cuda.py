@@ -65,6 +65,7 @@ from training.engines.flags import DDPFlags  # noqa: E402
 from models import DiTConfig  # noqa: E402
 from runtime.processes import ALONE, Distributed  # noqa: E402
 from training.config import resolve  # noqa: E402
+from training.engine import new_weights  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -205,7 +206,7 @@ def traffic_of(
     objective, passes = objective_of(), config.step.accum_iter
     try:
         with fake_mode():
-            engine = fsdp.FSDPEngine(dist, config, None)
+            engine = fsdp.FSDPEngine(dist, config, new_weights(config))
             train_step(engine, objective, images, passes)
             with Traffic() as traffic:
                 train_step(engine, objective, images, passes)
@@ -219,13 +220,13 @@ def traffic_of(
     total = sum(shape.numel() for shape in engine.shapes.values())
     blocks = sum(s.numel() for n, s in engine.shapes.items() if n.startswith("blocks.")
                  and ".moe.gate." not in n)  # fmt: skip
-    copies = ranks // engine.num_shards
+    copies = ranks // engine.layout.size
     plan, _, layout = engine.memory(config, ranks, images)
     even = {
         "gathered": passes * (4 * (total - blocks) + 2 * 2 * blocks),
         "scattered": passes * 4 * total,
-        "reduced": 4 * total / engine.num_shards if copies > 1 else 0,
-        "weights": 4 * total / engine.num_shards,
+        "reduced": 4 * total / engine.layout.size if copies > 1 else 0,
+        "weights": 4 * total / engine.layout.size,
     }  # fmt: skip
     return {
         **dict.fromkeys(even, 0), **sent, "weights": sum(map(size_of, engine.shards)),

@@ -7,7 +7,7 @@ and --train-router-only.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from checkpoints import Checkpoint
+from checkpoints.initial import initial_weights
 from checkpoints.tensor_file import Box
 from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError
-from runtime.processes import Distributed
+from runtime.processes import Distributed, reseed
 from training.config import TrainConfig
 from training.ema import EMA
 from training.flags import StepConfig
@@ -39,13 +39,12 @@ class Engine(Protocol):
     emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
 
     def __init__(
-        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
-        *, resumes: bool = False,
-    ):  # fmt: skip
+        self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
+    ):
         """Creates model, optimizer and EMAs.
 
-        weights: initial weights; None: random weights
-        resumes: whether `load_state` follows, so that no random weights need to be drawn
+        weights: initial weights by name in `DiT.state_dict`, see `new_weights`; none if
+            `load_state` follows
         """
 
     @classmethod
@@ -111,6 +110,12 @@ class Engine(Protocol):
 
     def load_state(self, folder: Path) -> None:
         """Loads the state and EMAs of a step folder."""
+
+
+def new_weights(config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+    """Draws the weights of a new run, one module at a time."""
+    reseed(config.run.global_seed)
+    yield from initial_weights(config.model)
 
 
 def node_size(config: TrainConfig, world_size: int) -> int:

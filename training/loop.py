@@ -9,7 +9,7 @@ step: only the fp16 loss scale changes.
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -33,7 +33,7 @@ from runtime.errors import (
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
-from training.engine import Engine
+from training.engine import Engine, new_weights
 from training.log import RunLog
 from training.memory import disk_notes
 from training.metrics import (
@@ -80,7 +80,7 @@ def train_run(run: Run, dist: Distributed) -> int:
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
-    engine = run.engine(dist, run.config, run.weights, resumes=bool(run.state_folder))
+    engine = run.engine(dist, run.config, first_weights(run))
     run.weights = None  # the engine holds the weights; free this copy
     if folder := run.state_folder:
         engine.load_state(folder)
@@ -101,6 +101,13 @@ def train_run(run: Run, dist: Distributed) -> int:
         loop.close()
     dist.barrier()
     return 0 if finished else STOPPED
+
+
+def first_weights(run: Run) -> Iterable[tuple[str, Tensor]]:
+    """Returns the weights that training begins from, by name; none if it goes on from a state."""
+    if run.state_folder:
+        return ()
+    return run.weights.state_dict.items() if run.weights else new_weights(run.config)
 
 
 def describe(run: Run, dist: Distributed, engine: Engine) -> None:

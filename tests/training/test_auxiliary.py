@@ -25,6 +25,7 @@ from runtime.processes import ALONE
 from tools.benchmarks.common import make_engine, train_step
 from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
 from training.config import DataFacts, parse_training, resolve
+from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.flags import DDPFlags
 from training.step import losses
@@ -130,7 +131,7 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     config = resolve(given, DDPFlags)
     config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
                      shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
-    engine = DDPEngine(ALONE, config, None)
+    engine = DDPEngine(ALONE, config, new_weights(config))
     for weight in engine.parameters.values():  # gates initialised to zero would hide errors
         weight.data += 0.1 * torch.randn_like(weight)
     for average in engine.emas[0].averages:

@@ -36,8 +36,10 @@ from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
 from training.config import DataFacts, parse_training, resolve
+from training.engine import new_weights
 from training.engines.flags import DDPFlags
-from training.engines.state import StoredShard, read_box, shard_place
+from training.engines.layout import shard_place
+from training.engines.state import StoredShard, read_box
 from training.optimizers import OPTIMIZERS, Optimizer
 
 STEPS = 2
@@ -292,7 +294,7 @@ def engine_of(dist, *arguments: str):
     small = "--model=DiT-Ti/2", "--hidden-size=32", "--num-heads=2", "--precision=fp32"
     arguments = [*small, "--num_experts=8", "--shard", *arguments]
     config = resolve(parse_training(DDPFlags, None, arguments), DDPFlags, data=facts)
-    return FSDPEngine(dist, config, None), config
+    return FSDPEngine(dist, config, new_weights(config)), config
 
 
 def take_steps(dist, engine, config, steps: int = 1) -> dict[str, torch.Tensor]:
@@ -379,7 +381,7 @@ def compiled_step(dist, *arguments: str, sharded: bool) -> tuple[int, int, float
     for more in ([], ["--compile"]):
         size = "--depth=2", "--global-batch-size=4"
         engine, config = engine_of(dist, *size, *arguments, *more)
-        engine = engine if sharded else DDPEngine(dist, config, None)
+        engine = engine if sharded else DDPEngine(dist, config, new_weights(config))
         torch.manual_seed(0)
         norms.append(take_steps(dist, engine, config, steps=2)["grad_norm"].item())
     torch.compile = compile
@@ -395,12 +397,8 @@ def spread_layer(dist) -> dict[str, float]:
     "unequal", every process has another number of images.
     """
     from moe import SparseMoEBlock
-    from training.engines.expert_parallel import (
-        experts_of_each,
-        keep_experts,
-        spread,
-        stored_of_each,
-    )
+    from training.engines.expert_parallel import keep_experts, spread
+    from training.engines.layout import experts_of_each, stored_of_each
 
     errors = {}
     for name, router in (("even", "expert_choice"), ("uneven", "topk"), ("one", "topk"),
@@ -463,7 +461,7 @@ def storages_of_gradients(dist) -> int:
     from training.engines.ddp import DDPEngine
 
     _, config = engine_of(dist, "--depth=1", "--accum-iter=2", "--global-batch-size=4")
-    engine = DDPEngine(dist, config, None)
+    engine = DDPEngine(dist, config, new_weights(config))
     with engine.micro_step(is_last=False):
         prediction, _ = engine.network(torch.randn(1, 4, 8, 8), torch.zeros(1), torch.tensor([0]))
         engine.backward(prediction.square().mean())

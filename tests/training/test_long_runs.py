@@ -13,6 +13,7 @@ from runtime.processes import ALONE
 from training import spikes
 from training.alarms import LINES, Alarms
 from training.config import resolve
+from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.flags import DDPFlags
 from training.engines.fsdp import FSDPEngine
@@ -46,7 +47,7 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     monkeypatch.setattr(spikes, "STEPS", 2)
     flags = resolve({"grad_skip": 3.0, "shard": kind is FSDPEngine}, DDPFlags)
     config = replace(flags, model=config_of("DiT-Ti/2", depth=1))
-    engine = kind(ALONE, config, None)
+    engine = kind(ALONE, config, new_weights(config))
     assert optimizer_steps(engine, [1.0, 1.0]) == [False, False]
     before = [tensor.clone() for tensor in (*engine.shards, *engine.emas[0].averages)]
     assert optimizer_steps(engine, [4.0]) == [True]
@@ -55,7 +56,7 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     saver = Saver(tmp_path, config, ALONE)
     saver.start(3, engine, Record(config=config.model))
     saver.wait()
-    resumed = kind(ALONE, config, None, resumes=True)
+    resumed = kind(ALONE, config, ())
     assert not resumed.is_finite()
     resumed.load_state(saver.folder)
     assert resumed.find_spikes.state_dict() == engine.find_spikes.state_dict()

@@ -50,6 +50,7 @@ from runtime.devices import peak_of
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
 from training.config import resolve
+from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.flags import DDPFlags
 from training.log import RunLog
@@ -89,7 +90,7 @@ def engine_of(
     OPTIMIZERS["plain"] = Plain  # processes started by in_processes need this too
     user_flags = {"precision": precision, "ema_decay": (0.9,), "lr": 1e-3, **settings}
     config = replace(resolve(user_flags, DDPFlags), model=DiTConfig.of({**TINY_MODEL, **model}))
-    return DDPEngine(dist, config, None)
+    return DDPEngine(dist, config, new_weights(config))
 
 
 class ToOnes:

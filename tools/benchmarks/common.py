@@ -24,6 +24,7 @@ from runtime.devices import DTYPES
 from runtime.flags import flag
 from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
+from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.fsdp import FSDPEngine
 from training.step import take_step
@@ -75,7 +76,7 @@ def open_processes() -> Distributed:
 
 def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
     """Makes the engine of train.py for a config, with new weights."""
-    return (FSDPEngine if config.engine.shard else DDPEngine)(dist, config, None)
+    return (FSDPEngine if config.engine.shard else DDPEngine)(dist, config, new_weights(config))
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:

@@ -1,7 +1,7 @@
 """Engine of train.py: every process holds the complete model (distributed data parallelism)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import Checkpoint, ema_file
+from checkpoints import ema_file
 from checkpoints.checkpoint import averages_of
 from checkpoints.initial import allocate, build_empty
 from checkpoints.tensor_file import Box
@@ -27,13 +27,13 @@ from conditions import Conditions
 from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
-from runtime.processes import Distributed, reseed
+from runtime.processes import Distributed
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
+from training.engines.layout import Layout, Place
 from training.engines.state import (
     STATE_FILES,
-    Place,
     check_stored_shapes,
     read_state,
     stored_boxes,
@@ -48,41 +48,48 @@ class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
     def __init__(
-        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
-        *, resumes: bool = False,
-    ):  # fmt: skip
-        self.dist, self.config, step = dist, config, config.step
-        self.model = build_empty(config.model)
-        allocate(self.model.parameters())
-        if weights is not None:
-            self.model.load_state_dict(weights.state_dict)
-        elif not resumes:
-            reseed(config.run.global_seed)
-            self.model.initialize_weights()
-        freeze(self.model, step)
-        self.model.to(dist.device).train()
+        self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
+    ):
+        self.dist, self.config = dist, config
+        self.model = build_empty(config.model, device=dist.device)
+        freeze(self.model, config.step)
         add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
-        self.num_shards = 1  # processes that share a copy of the model
+        self.shapes = shapes_of(dict(self.model.named_parameters()))  # of the whole weights
+        self.layout = self.distribute()
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        for name, value in weights:
+            self.set_weight(name, value)
         self.prepare()
-        if dist.world_size == 1:
+        self.accumulates, self.replica = False, self.model
+        self.replicate()
+
+    def distribute(self) -> Layout:
+        """Allocates the weights of this process, which may be shards; returns their layout."""
+        allocate(self.model.parameters())
+        return Layout(1)
+
+    def replicate(self) -> None:
+        """Makes `replica` sum the gradients of all processes."""
+        if self.dist.world_size == 1:
             return
-        self.accumulates = step.accum_iter > 1
+        self.accumulates = self.config.step.accum_iter > 1
         if self.accumulates:
             # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
+        device = self.dist.device
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             self.replica = DistributedDataParallel(
                 self.model,
-                device_ids=[dist.device] if dist.device.type == "cuda" else None,
+                device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
     def prepare(self) -> None:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
-        EMAs, optimizer and loss scaler. This process may hold only a shard of the weights."""
+        EMAs, optimizer and loss scaler."""
         step = self.config.step
         self.model.gradient_checkpointing = step.recomputed != "nothing"
         if step.selective_checkpointing:
@@ -91,7 +98,6 @@ class DDPEngine:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.averaged = {n: w for n, w in self.parameters.items() if is_of_model(n)}  # by EMAs
         # This process's shards, which share the memory of the parameters.
         self.local: dict[str, nn.Parameter] = {
@@ -113,17 +119,25 @@ class DDPEngine:
         self.scaler = torch.amp.GradScaler(
             self.dist.device.type, enabled=self.precision == torch.float16
         )
-        self.accumulates, self.replica = False, self.model
 
-    @property
+    @cached_property
     def places(self) -> dict[str, Place]:
         """Position of this process's shard within each parameter."""
-        shapes = shapes_of(self.parameters)
-        return {n: tuple(slice(0, size) for size in shape) for n, shape in shapes.items()}
+        index = self.dist.rank % self.layout.size
+        return {name: self.layout.place(name, shape, index) for name, shape in self.shapes.items()}
 
     def box(self, name: str, values: Tensor) -> Box:
         """Returns the values of this process's shard of a parameter or EMA, with their position."""
-        return Box.of_all(values)
+        offset = tuple(limits.start for limits in self.places[name])
+        return Box(tuple(self.shapes[name]), offset, values)
+
+    @torch.no_grad()
+    def set_weight(self, name: str, whole: Tensor) -> None:
+        """Stores this process's shard of a parameter, or a complete buffer."""
+        if name in self.parameters:
+            rows_of(self.parameters[name]).copy_(whole[self.places[name]])
+        else:
+            self.model.get_buffer(name).copy_(whole)
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
@@ -265,7 +279,7 @@ class DDPEngine:
         """
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
         dist = self.dist
-        copy, copies = dist.rank // self.num_shards, dist.world_size // self.num_shards
+        copy, copies = dist.rank // self.layout.size, dist.world_size // self.layout.size
         return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
 
     def written_buffers(self) -> dict[str, Box]:

@@ -1,7 +1,7 @@
 """Engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints import MODEL_FILE, Checkpoint
+from checkpoints import MODEL_FILE
 from checkpoints.checkpoint import averages_of
-from checkpoints.initial import initial_weights
 from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
@@ -23,7 +22,7 @@ from checkpoints.weights import (
 )
 from conditions import Conditions
 from runtime.errors import UserError
-from runtime.processes import Distributed, reseed
+from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engines import zero
 from training.engines.state import FACTS_KEY
@@ -41,9 +40,8 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
-        *, resumes: bool = False,
-    ):  # fmt: skip
+        self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
+    ):
         self.dist, step = dist, config.step
         self.engine = zero.start_engine(
             config, complete_config(config, dist.world_size), dist.device
@@ -58,13 +56,8 @@ class DeepSpeedEngine:
         if "raise_error_at_min_scale" in scaler:
             scaler["raise_error_at_min_scale"] = False
         self.shards = zero.Shards(self.engine, config.model, dist.device)
-        if weights is None and not resumes:
-            reseed(config.run.global_seed)
-            for name, value in initial_weights(config.model):
-                self.set_weight(name, value)
-        elif weights is not None:
-            for name, value in weights.state_dict.items():
-                self.set_weight(name, value)
+        for name, value in weights:
+            self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)
         self.emas = config.emas
         self.ema = self.emas[0]

@@ -1,6 +1,6 @@
 """Expert parallelism: each process holds some experts of a layer and receives their rows.
 
-    counts = experts_of_each(num_experts=8, size=4)    # [2, 2, 2, 2]
+    counts = [2, 2, 2, 2]                              # routed experts of each process
     keep_experts(experts, counts, rank)                # experts: a `moe.Experts`
     spread(experts, group, counts)                     # experts.forward exchanges rows
 
@@ -27,20 +27,6 @@ from torch.distributed import ProcessGroup
 from moe import EXPERT_BACKENDS, ExpertWeights
 from moe_kernels.experts import combine_rows, gather_rows, sort_rows
 from routers import Routing
-
-
-def experts_of_each(num_experts: int, size: int) -> list[int]:
-    """Returns the number of routed experts of each of `size` processes.
-
-    If `size` does not divide the number of experts, the first processes have one more expert.
-    """
-    return [len(range(rank, num_experts, size)) for rank in range(size)]
-
-
-def stored_of_each(num_experts: int, size: int, extra: int) -> list[int]:
-    """Returns the number of stored experts by process; the last process has `extra` more."""
-    counts = experts_of_each(num_experts, size)
-    return [*counts[:-1], counts[-1] + extra]
 
 
 def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:

@@ -11,8 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,28 +22,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoints import Checkpoint
 from checkpoints.costs import fake_model
-from checkpoints.initial import allocate, build_empty, initial_weights
-from checkpoints.tensor_file import Box, cut_dim
-from checkpoints.weights import shapes_of
+from checkpoints.initial import allocate
+from checkpoints.tensor_file import cut_dim
 from diffusion import Objective
 from models import DiT
 from moe import Experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.processes import Distributed, reseed
-from training.auxiliary import add_projectors
+from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.engine import Bytes, freeze, frozen_names, node_size
+from training.engine import Bytes, frozen_names, node_size
 from training.engines.ddp import DDPEngine
-from training.engines.expert_parallel import (
+from training.engines.expert_parallel import keep_experts, spread
+from training.engines.layout import (
+    Layout,
     experts_of_each,
-    keep_experts,
-    spread,
+    is_expert,
+    shard_dim,
     stored_of_each,
 )
-from training.engines.state import Place, shard_dim, shard_place
 from training.memory import (
     activation_bytes,
     copied_bytes,
@@ -60,56 +57,22 @@ MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.sa
 class FSDPEngine(DDPEngine):
     """fp32 shards and EMAs, autocast steps on gathered weights; see `training.engine.Engine`."""
 
-    def __init__(
-        self, dist: Distributed, config: TrainConfig, weights: Checkpoint | None,
-        *, resumes: bool = False,
-    ):  # fmt: skip
-        self.dist, self.config, step = dist, config, config.step
-        self.meshes = make_meshes(dist, config)
-        self.layout = layout_of(config, dist.world_size)
-        self.num_shards = self.layout.shards * self.layout.spread
-        self.model = build_empty(config.model, device=dist.device)
-        freeze(self.model, step)
-        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
-        self.shapes = shapes_of(dict(self.model.named_parameters()))
-        shard(self.model, self.meshes, config)
+    def distribute(self) -> Layout:
+        meshes = make_meshes(self.dist, self.config)
+        shard(self.model, meshes, self.config)
         for module in groups_of(self.model):
-            mesh = self.meshes.experts if isinstance(module, Experts) else self.meshes.model
-            if sums_rounded(config, mesh):
+            mesh = meshes.experts if isinstance(module, Experts) else meshes.model
+            if sums_rounded(self.config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
-        self.parameters: dict[str, DTensor] = dict(self.model.named_parameters())
-        if weights is None and not resumes:
-            reseed(config.run.global_seed)
-            for name, value in initial_weights(config.model):
-                self.set_weight(name, value)
-        elif weights is not None:
-            for name, value in weights.state_dict.items():
-                self.set_weight(name, value)
-        self.prepare()
+        return layout_of(self.config, self.dist.world_size)
 
-    @cached_property
-    def places(self) -> dict[str, Place]:
-        return {name: self.place(name) for name in self.shapes}
-
-    def place(self, name: str) -> Place:
-        return self.layout.place(name, self.shapes[name], self.dist.rank % self.num_shards)
-
-    def box(self, name: str, values: Tensor) -> Box:
-        offset = tuple(limits.start for limits in self.places[name])
-        return Box(tuple(self.shapes[name]), offset, values)
-
-    @torch.no_grad()
-    def set_weight(self, name: str, whole: Tensor) -> None:
-        """Stores this process's shard of a parameter, or a complete buffer."""
-        if name in self.parameters:
-            self.parameters[name].to_local().copy_(whole[self.place(name)])
-        else:
-            self.model.get_buffer(name).copy_(whole)
+    def replicate(self) -> None:
+        """Does nothing: FSDP2 sums the gradients."""
 
     @classmethod
     def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
         layout = layout_of(config, dist.world_size)
-        if layout.shards * layout.spread > 1:
+        if layout.size > 1:
             check_state(config)
         check_runs(layout, planned_weights(config))
         return super().check(config, dist)
@@ -154,13 +117,12 @@ class FSDPEngine(DDPEngine):
             copies = 3 if config.step.selective_checkpointing else 1
             gpu["exchanged rows"] = copies * item * rows * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
-        num_shards = layout.shards * layout.spread
-        text = f"{pluralize(world_size, 'process')}, each with 1/{num_shards} of the model"
+        text = f"{pluralize(world_size, 'process')}, each with 1/{layout.size} of the model"
         if layout.spread > 1:
             text += f", experts in parallel on {layout.spread}"
-        if (padding := num_shards * sum(s.numel() for s in shapes.values()) / total - 1) >= 0.005:
+        if (padding := layout.size * sum(s.numel() for s in shapes.values()) / total - 1) >= 0.005:
             text += f", {padding:.0%} more on the fullest"
-        return gpu, copied_bytes(config, world_size // num_shards, shapes), text
+        return gpu, copied_bytes(config, world_size // layout.size, shapes), text
 
     def micro_step(self, is_last: bool) -> AbstractContextManager:
         # Each micro-batch reduces gradients within a copy of the model. The last micro-batch then
@@ -196,40 +158,13 @@ class FSDPEngine(DDPEngine):
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         # Over all processes, so that every copy of the model gets the same bits.
-        copies = self.dist.world_size // self.num_shards
+        copies = self.dist.world_size // self.layout.size
         return (self.dist.sum(super().total_norm(gradients).square()) / copies).sqrt()
 
     def exchange(self, number: int) -> None:
         for module in groups_of(self.model):
             module.reshard()  # free the gathered weights, which are not exchanged
         super().exchange(number)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Distribution of the weights over the processes that hold one copy of the model.
-
-    Process p of a copy belongs to group p % spread, whose processes share the experts of the group.
-    Every other weight is split into `shards * spread` shards, one per process.
-    """
-
-    shards: int
-    spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
-    extra: int = 0  # experts of a layer in addition to the routed ones
-
-    def gathered(self, name: str) -> int:
-        """Returns the number of processes that a parameter is sharded over."""
-        return self.shards if is_expert(name) else self.shards * self.spread
-
-    def place(self, name: str, shape: torch.Size, shard_index: int) -> Place:
-        """Returns the position, in a parameter of this shape, of shard number `shard_index`."""
-        if not is_expert(name):
-            return shard_place(shape, shard_index, self.gathered(name))
-        counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
-        rank = shard_index % self.spread
-        first, shape_here = sum(counts[:rank]), torch.Size((counts[rank], *shape[1:]))
-        rows, *others = shard_place(shape_here, shard_index // self.spread, self.shards)
-        return (slice(first + rows.start, first + rows.stop), *others)
 
 
 def layout_of(config: TrainConfig, world_size: int) -> Layout:
@@ -326,10 +261,6 @@ def make_meshes(dist: Distributed, config: TrainConfig) -> Meshes:
 def groups_of(model: DiT) -> list[FSDPModule]:
     """Returns the modules whose weights are gathered together: root, blocks and spread experts."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def is_expert(name: str) -> bool:
-    return ".moe.experts." in name
 
 
 def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:

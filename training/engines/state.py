@@ -22,10 +22,10 @@ from torch import Tensor
 from checkpoints.tensor_file import Box
 from checkpoints.weights import as_user_error, open_safetensors
 from runtime.errors import UserError
+from training.engines.layout import Place
 
 STATE_FILES = "state/rank_{:05d}.safetensors"
 FACTS_KEY = "state"  # key in the metadata of a file
-Place = tuple[slice, ...]  # position of a box in a tensor
 
 
 def stored_boxes(
@@ -137,28 +137,3 @@ def stored_shards(
         raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
     numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
     return shards, numbers, facts[0]
-
-
-def shard_dim(shape: torch.Size, num_shards: int) -> int:
-    """Returns the sharded dimension: the first one, except the last, whose size `num_shards`
-    divides; else 0, with padding.
-
-    The last one, whose shards are scattered over the rows of a file, is sharded only if dimension 0
-    has fewer rows than shards and `num_shards` divides the last.
-    """
-    *outer, last = range(len(shape))
-    even = [dim for dim in outer if shape[dim] % num_shards == 0]
-    is_last = shape[0] < num_shards and shape[last] % num_shards == 0
-    return even[0] if even else last * is_last
-
-
-def shard_place(shape: torch.Size, shard_index: int, num_shards: int) -> Place:
-    """Returns the position of shard number `shard_index` under FSDP2.
-
-    The shards are equal, except that the last ones are shorter or empty if no dimension divides.
-    """
-    place, dim = [slice(0, size) for size in shape], shard_dim(shape, num_shards)
-    size = -(-shape[dim] // num_shards)
-    start = shard_index * size
-    place[dim] = slice(min(shape[dim], start), min(shape[dim], start + size))
-    return tuple(place)
