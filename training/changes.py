@@ -156,7 +156,7 @@ def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
         )
     notes += [
         f"EMA {ema.name} starts from the weights: {step} does not have it"
-        for ema in config.emas if names and ema.name not in names
+        for ema in config.emas if ema.name not in names
     ]  # fmt: skip
     trained = {one.name for one in was.step.auxiliary}
     notes += [

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import ema_file
 from checkpoints.checkpoint import averages_of
 from checkpoints.initial import allocate, build_empty
 from checkpoints.tensor_file import Box
@@ -323,10 +322,10 @@ class DDPEngine:
         self.find_spikes.load_state_dict(state["spikes"])
         stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
         for number, ema in enumerate(self.emas):
-            if stored and ema.name not in stored:
+            if ema.name not in stored:
                 ema.start(self.shards)
                 continue
-            path = stored.get(ema.name, folder / ema_file(ema.name, is_first=not number))
+            path = stored[ema.name]
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),

@@ -225,19 +225,19 @@ class DeepSpeedEngine:
         return result
 
     def load_ema(self, folder: Path) -> None:
-        """Reads the EMA and the buffers, one tensor at a time."""
+        """Reads the buffers and the EMA, one tensor at a time."""
         shards, stored = self.shards, averages_of(folder)
-        path, is_new = stored.get(self.ema.name, folder / MODEL_FILE), False
-        if stored and self.ema.name not in stored:
-            self.ema.start(shards.masters)
-            is_new = True
+        path = stored.get(self.ema.name, folder / MODEL_FILE)
         with (
             open_safetensors(path) as file,
             as_user_error(path, "damaged, or of a different model"),
         ):
             for name, buffer in shards.buffers.items():
                 buffer.copy_(file.get_tensor(name))
-            for name in () if is_new else shards.shapes:
+            if self.ema.name not in stored:
+                self.ema.start(shards.masters)
+                return
+            for name in shards.shapes:
                 shards.scatter(name, file.get_tensor(name), self.ema.averages)
 
 
