@@ -221,7 +221,7 @@ def traffic_of(
     blocks = sum(s.numel() for n, s in engine.shapes.items() if n.startswith("blocks.")
                  and ".moe.gate." not in n)  # fmt: skip
     copies = ranks // engine.layout.size
-    plan, _, layout = engine.memory(config, ranks, images)
+    plan, _, layout = engine.memory(config, ranks)
     even = {
         "gathered": passes * (4 * (total - blocks) + 2 * 2 * blocks),
         "scattered": passes * 4 * total,

@@ -58,9 +58,7 @@ class Engine(Protocol):
         cannot be divided equally."""
 
     @classmethod
-    def memory(
-        cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Bytes, Bytes, str]:
+    def memory(cls, config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str]:
         """Estimates the memory of one process.
 
         Returns the bytes on the GPU, the bytes on the host, and a description of how the model is
@@ -122,9 +120,8 @@ def node_size(config: TrainConfig, world_size: int) -> int:
     """Returns the number of processes per node: --gpus-per-node, else the launcher's number, else
     the number of all processes, at most 8.
     """
-    # torchrun sets LOCAL_WORLD_SIZE. DeepSpeed's launcher sets LOCAL_SIZE.
-    launched = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    return config.run.gpus_per_node or int(launched or min(8, world_size))
+    launched = os.environ.get("LOCAL_WORLD_SIZE", min(8, world_size))
+    return config.run.gpus_per_node or int(launched)
 
 
 def share_out(sizes: Mapping[str, int], copies: int) -> dict[str, int]:

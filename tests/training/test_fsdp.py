@@ -478,8 +478,7 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     take_steps(dist, engine, config)
     measured = resident("VmHWM") - before
-    micro_batch = engine.micro_batch(config, dist.world_size)
-    planned, *_ = engine.memory(config, dist.world_size, micro_batch)
+    planned, *_ = engine.memory(config, dist.world_size)
     return sum(planned.values()), measured
 
 

@@ -153,11 +153,9 @@ class DDPEngine:
         return batch // count
 
     @classmethod
-    def memory(
-        cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Bytes, Bytes, str]:
+    def memory(cls, config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str]:
         gpu, host = state_bytes(config), copied_bytes(config, world_size)
-        gpu["activations"] = activation_bytes(config, micro_batch)
+        gpu["activations"] = activation_bytes(config, cls.micro_batch(config, world_size))
         layout = f"{pluralize(world_size, 'process')}, each with the complete model"
         return gpu, host, layout
 

@@ -78,9 +78,7 @@ class FSDPEngine(DDPEngine):
         return super().check(config, dist)
 
     @classmethod
-    def memory(
-        cls, config: TrainConfig, world_size: int, micro_batch: int
-    ) -> tuple[Bytes, Bytes, str]:
+    def memory(cls, config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str]:
         """Returns the memory at the peak, see `training.engine.Engine`.
 
             gathered    weights of the root group (with the routers), the current block and the next
@@ -90,7 +88,7 @@ class FSDPEngine(DDPEngine):
                         process sends
         A block is one group, or two with --expert-parallel: the experts, and all other weights.
         """
-        layout = layout_of(config, world_size)
+        layout, micro_batch = layout_of(config, world_size), cls.micro_batch(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model, weights = fake_model(config.model), planned_weights(config)
         check_runs(layout, weights)

@@ -133,7 +133,7 @@ def fill_in(config: dict, owned: dict, prefix: str = "") -> None:
             )
 
 
-def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple[Bytes, Bytes, str]:
+def zero_memory(config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str]:
     """Plans the memory of DeepSpeed.
 
     Master weights, AdamW's state and the EMA are sharded over the processes, and gradients too from
@@ -154,7 +154,7 @@ def zero_memory(config: TrainConfig, world_size: int, micro_batch: int) -> tuple
         "gradients": item * total if stage == 1 else share,
     }
     gpu: Bytes = {
-        "activations": activation_bytes(config, micro_batch),
+        "activations": activation_bytes(config, config.engine.train_batch_size),
         "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), total),
         "gathered at a save": 2 * 4 * max(sizes),
     }
