@@ -12,7 +12,6 @@ from torch import Tensor
 from conditions import Conditions
 from diffusion import Objective
 from latents.sources import Batch
-from runtime.errors import UserError, printable
 from runtime.processes import Distributed
 from training.auxiliary import AuxiliaryLoss, Pass, block_at, listening
 from training.engine import Engine
@@ -98,13 +97,7 @@ def losses(
 
     with listening(engine.model, blocks, forward_pass.tokens, project=True):
         network = recorded_network if auxiliary else engine.network
-        try:
-            terms = objective.losses(network, batch["latents"], y, **drawn)
-        except NotImplementedError as error:
-            if "forward AD" not in str(error):
-                raise
-            message = "--objective: the installed PyTorch cannot compute the loss of this objective"
-            raise UserError(f"{message} ({printable(str(error))[:300]})") from None
+        terms = objective.losses(network, batch["latents"], y, **drawn)
     for auxiliary_loss, target in zip(auxiliary, targets, strict=True):
         term = auxiliary_loss.loss(forward_pass, target)
         terms[auxiliary_loss.name] = term

@@ -44,7 +44,7 @@ from diffusion import OBJECTIVES, RectifiedFlow
 from models import DiTConfig
 from moe_kernels.cpu import lacks_instructions
 from options.parts import option
-from routers import ROUTERS, Router
+from routers import ROUTERS
 from runtime import signals
 from runtime.devices import peak_of
 from runtime.processes import ALONE, Distributed
@@ -185,12 +185,6 @@ def test_steps_equal_a_plain_training_loop_that_skips_infinite_losses(optimizer,
         torch.testing.assert_close(engine.averages(0)[name], average, rtol=1e-5, atol=1e-7)
     counts = {int(entry["step"]) for entry in engine.optimizer.state.values() if "step" in entry}
     assert counts == ({3} if optimizer != SGD else set())
-
-
-def test_a_router_without_a_method_is_not_blamed_on_pytorch(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "mine", type("Mine", (Router,), {}))
-    with pytest.raises(NotImplementedError):
-        training.step.losses(engine_of(router="mine"), OBJECTIVES["gaussian"](), BATCH)
 
 
 def test_gradient_accumulation_does_not_scale_the_balance_loss():
