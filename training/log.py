@@ -111,13 +111,7 @@ class RunLog:
         row = {"step": step, "time": round(time.time())}  # Unix time
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
-        curves = curves_of(values)
-        with warns_if_lost(self.board.log_dir):
-            for tag, value in curves.items():
-                self.board.add_scalar(tag, value, step)
-        if self.wandb is not None:
-            with warns_if_lost("the run of Weights & Biases"):
-                self.wandb.log(curves | {STEP: step})
+        self.show(step, curves_of(values), {})
         parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
@@ -126,20 +120,27 @@ class RunLog:
         self.text("  ".join(parts))
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:
-        """Writes an image (3, H, W) uint8 to a PNG file and shows it in TensorBoard."""
+        """Writes an image (3, H, W) uint8 to a PNG file, and shows it."""
         from sampling.grid import write_png
 
-        with warns_if_lost(self.board.log_dir):
-            self.board.add_image("samples", grid, step)
         with warns_if_lost(path):
             write_png(grid, path)
             self.text(f"sample grid: {path}")
+        self.show(step, {}, {"samples": grid})
+
+    def show(self, step: int, curves: dict[str, float], images: dict[str, Tensor]) -> None:
+        """Shows numbers and images (3, H, W) uint8 in TensorBoard and Weights & Biases, by tag."""
+        with warns_if_lost(self.board.log_dir):
+            for tag, value in curves.items():
+                self.board.add_scalar(tag, value, step)
+            for tag, image in images.items():
+                self.board.add_image(tag, image, step)
         if self.wandb is not None:
             from wandb import Image
 
             with warns_if_lost("the run of Weights & Biases"):  # an image is first written to disk
-                image = Image(grid.permute(1, 2, 0).numpy())
-                self.wandb.log({"samples": image, STEP: step})
+                shown = {tag: Image(i.permute(1, 2, 0).numpy()) for tag, i in images.items()}
+                self.wandb.log(curves | shown | {STEP: step})
 
     def flush(self) -> None:
         """Writes all buffered log lines to the disk."""
@@ -162,7 +163,7 @@ class RunLog:
             self.text_file.close()
 
 
-def curves_of(values: dict) -> dict[str, Any]:
+def curves_of(values: dict) -> dict[str, float]:
     """Numbers by tag, "group/name"; a list gives a number per layer, and its maximum."""
     curves = {}
     for name, value in values.items():

@@ -497,6 +497,7 @@ def test_an_image_that_cannot_be_written_for_wandb_is_a_warning(tmp_path, monkey
     log = SimpleNamespace(
         board=SummaryWriter(tmp_path), text=logged.append, wandb=SimpleNamespace(log=logged.append)
     )
+    log.show = partial(RunLog.show, log)
     RunLog.samples(log, 1, torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "grid.png")
     assert len(logged) == 1 and "Weights & Biases cannot be written" in capsys.readouterr().err
 
