@@ -48,7 +48,7 @@ class Engine(Protocol):
         """
 
     @classmethod
-    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+    def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
         """Refuses a config that the engine cannot run; returns the engine's settings that affect
         the result, by name."""
 

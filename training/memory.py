@@ -65,6 +65,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     stream = remaining_steps(config, engine, trained, None, replace(dist, world_size=world_size))
     micro_batch, batch, steps = stream.micro_batch, stream.global_batch, stream.end_step
     parameters, active = count_parameters(model)
+    engine.check(config, world_size)
     gpu, host, layout = engine.memory(config, world_size)
     state = state_bytes(config)
     needed, usable, source = in_gib(gpu), *usable_memory(config)

@@ -142,7 +142,7 @@ def open_run(
     begin, config, dataset, notes = plan.begin, plan.config, plan.dataset, plan.notes
     engine = choose_engine(config)
     facts, vae = inputs_of(config, dataset, dist)
-    facts = {**engine.check(config, dist), **facts, "start": begin.start}
+    facts = {**engine.check(config, dist.world_size), **facts, "start": begin.start}
     folder = begin.folder or default_folder(config, facts)
     if begin.folder is None:
         dist.on_main(partial(check_earlier_names, folder, config, facts))

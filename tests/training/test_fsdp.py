@@ -34,7 +34,6 @@ from checkpoints import MODEL_FILE, config_of
 from options.parts import Part
 from routers import ROUTERS
 from runtime.errors import UserError
-from runtime.processes import ALONE
 from training.config import DataFacts, parse_training, resolve
 from training.engine import new_weights
 from training.engines.flags import DDPFlags
@@ -597,11 +596,11 @@ def test_shard_rejects_an_optimizer_whose_state_has_a_different_shape(monkeypatc
 
     monkeypatch.setitem(OPTIMIZERS, "adafactor", Adafactor)
     config = replace(resolve({"shard": True}, DDPFlags), model=config_of("DiT-Ti/2", depth=1))
-    FSDPEngine.check(config, replace(ALONE, world_size=2))
+    FSDPEngine.check(config, 2)
     other = replace(config, step=replace(config.step, optimizer=Part("adafactor")))
-    FSDPEngine.check(other, ALONE)  # one process has whole weights
+    FSDPEngine.check(other, 1)  # one process has whole weights
     with pytest.raises(UserError, match="adafactor keeps row_var .* requires tensors of the same"):
-        FSDPEngine.check(other, replace(ALONE, world_size=2))
+        FSDPEngine.check(other, 2)
 
 
 def test_the_memory_plan_of_a_large_model_suggests_shard(capsys):

@@ -139,7 +139,7 @@ class DDPEngine:
             self.model.get_buffer(name).copy_(whole)
 
     @classmethod
-    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+    def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
         return {"script": "train.py"}
 
     @classmethod

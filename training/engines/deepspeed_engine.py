@@ -64,13 +64,13 @@ class DeepSpeedEngine:
         self.ema.start(self.shards.masters)
 
     @classmethod
-    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
+    def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
         if config.objective.uses_jvp:
             raise UserError(
                 f"--objective: got {config.step.objective}, which needs torch.func.jvp; DeepSpeed "
                 "does not support it, use train.py, with --shard for a large model"
             )
-        ds_config = complete_config(config, dist.world_size)
+        ds_config = complete_config(config, world_size)
         batch = ds_config["train_batch_size"]
         return {"script": "train_deepspeed.py", "global_batch_size": batch}
 

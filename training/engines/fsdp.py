@@ -70,12 +70,12 @@ class FSDPEngine(DDPEngine):
         """Does nothing: FSDP2 sums the gradients."""
 
     @classmethod
-    def check(cls, config: TrainConfig, dist: Distributed) -> dict[str, Any]:
-        layout = layout_of(config, dist.world_size)
+    def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
+        layout = layout_of(config, world_size)
         if layout.size > 1:
             check_state(config)
         check_runs(layout, planned_weights(config))
-        return super().check(config, dist)
+        return super().check(config, world_size)
 
     @classmethod
     def memory(cls, config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str]:
@@ -91,7 +91,6 @@ class FSDPEngine(DDPEngine):
         layout, micro_batch = layout_of(config, world_size), cls.micro_batch(config, world_size)
         item = DTYPES[config.step.precision].itemsize
         model, weights = fake_model(config.model), planned_weights(config)
-        check_runs(layout, weights)
         shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
         experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
