@@ -25,7 +25,7 @@ from options.settings import Layer
 from runtime.errors import UserError
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.signals import SIGNALS
-from training.config import TrainConfig, parse_training
+from training.config import parse_training
 from training.engines.flags import DDPFlags
 
 
@@ -65,29 +65,15 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
             signal.signal(number, handler)
 
 
-def choose_engine(config: TrainConfig) -> type:
-    """Returns the engine class for a config."""
-    if config.engine.shard:
-        if config.step.precision == "fp16":
-            expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"
-            raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
-        from training.engines.fsdp import FSDPEngine
-
-        return FSDPEngine
-    from training.engines.ddp import DDPEngine
-
-    return DDPEngine
-
-
 def main(said: Layer) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.loop import train  # imported here: takes seconds
     from training.memory import print_plan
 
     if said.get("dry_run"):
-        print_plan(said, DDPFlags, choose_engine)
+        print_plan(said, DDPFlags)
         return 0
-    code = train(said, DDPFlags, choose_engine, setup_distributed())
+    code = train(said, DDPFlags, setup_distributed())
     close_distributed()
     return code
 

@@ -30,17 +30,16 @@ def main(said: Layer) -> int:
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
-    from training.engines.deepspeed_engine import DeepSpeedEngine
     from training.engines.zero_config import asks_for_fp16
 
     has_precision = "precision" in said or "config" in said
     if not has_precision and asks_for_fp16(said.get("deepspeed_config", "")):
         said = {**said, "precision": "fp16"}
     if said.get("dry_run"):
-        print_plan(said, DeepSpeedFlags, lambda config: DeepSpeedEngine)
+        print_plan(said, DeepSpeedFlags)
         return 0
     dist = setup_distributed(always_group=True)
-    code = train(said, DeepSpeedFlags, lambda config: DeepSpeedEngine, dist)
+    code = train(said, DeepSpeedFlags, dist)
     close_distributed()
     return code
 

@@ -440,14 +440,13 @@ def main_of_rank(dist: Distributed, script: str, arguments: tuple) -> None:
 
 def train_on(dist: Distributed, *commands: list[str]) -> None:
     """Runs train.py's commands one after another in an existing process group."""
-    from train import choose_engine
     from training.config import parse_training
     from training.engines.flags import DDPFlags
     from training.loop import train
 
     for arguments in commands:
         user_flags = parse_training(DDPFlags, None, arguments)
-        assert train(user_flags, DDPFlags, choose_engine, dist) == 0
+        assert train(user_flags, DDPFlags, dist) == 0
 
 
 # Checkpoints, and files that a run leaves behind.

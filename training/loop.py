@@ -1,6 +1,6 @@
 """The training loop, which train.py and train_deepspeed.py run with their engines.
 
-    code = train(said, DDPFlags, lambda config: DDPEngine, dist)
+    code = train(said, DDPFlags, dist)
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
 step: only the fp16 loss scale changes.
@@ -48,7 +48,7 @@ from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
 from training.schedule import rate_factor
-from training.start import ChooseEngine, Run, open_run
+from training.start import Run, open_run
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
@@ -56,16 +56,15 @@ LOG_SECONDS = 10  # between log lines, unless --log-every is set
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
-def train(said: Layer, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed) -> int:
+def train(said: Layer, engine_flags: type, dist: Distributed) -> int:
     """Trains to the last step, starting from the newest checkpoint of the run if there is one.
 
     said: flags of the recipe and the command, see `training.config.parse_training`
-    engine_flags: class that declares the flags of the engine
-    choose_engine: maps a config to the engine class
+    engine_flags: class that declares the flags of the engine, such as `DDPFlags`
 
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
     """
-    run = open_run(said, engine_flags, choose_engine, dist)
+    run = open_run(said, engine_flags, dist)
     try:
         code = train_run(run, dist)
     except BaseException:

@@ -1,6 +1,6 @@
 """--dry-run: prints what a command would train and the memory required, without allocating it.
 
-print_plan(said, DDPFlags, choose_engine)                # --dry-run
+print_plan(said, DDPFlags)                               # --dry-run
 """
 
 import shutil
@@ -39,7 +39,7 @@ from training.config import DataFacts, TrainConfig
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
 from training.setup import length_notes, open_dataset
-from training.start import ChooseEngine, plan_run, remaining_steps
+from training.start import plan_run, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -48,7 +48,7 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> None:
+def print_plan(said: Layer, engine_flags: type) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
@@ -57,7 +57,7 @@ def print_plan(said: Layer, engine_flags: type, choose_engine: ChooseEngine) -> 
     if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
         may = run.said if begin.resumes or begin.own is None else set()
         check_changes(begin.own or begin.record, config, {}, may, step, begin.folder)
-    engine = choose_engine(config)
+    engine = config.engine.engine_class()
     trained = np.arange(IMAGENET[0])
     if run.dataset is not None:
         trained, _ = split(run.dataset, config.data.val_share)

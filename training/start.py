@@ -1,6 +1,6 @@
 """The start of a run: one function opens it, from the flags to the first step.
 
-run = open_run(said, DDPFlags, choose_engine, dist)
+run = open_run(said, DDPFlags, dist)
 
     a new run         its flags over the preset
     --finetune        its flags over the model of the weights
@@ -65,7 +65,6 @@ from training.run_folder import (
 )
 from training.setup import length_notes, open_dataset, open_held_out
 
-ChooseEngine = Callable[[TrainConfig], type[Engine]]
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
 FOLLOWS = ("image_size", "flip")  # settings that follow from --latents-path
 SAVED_MEANWHILE = "{}: another process saved a checkpoint meanwhile; run the same command again"
@@ -129,9 +128,7 @@ class Plan(NamedTuple):
     notes: list[str]
 
 
-def open_run(
-    said: Layer, engine_flags: type, choose_engine: ChooseEngine, dist: Distributed
-) -> Run:
+def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     """Opens the run that the flags name; all processes call it together.
 
     said: flags of the recipe and the command
@@ -140,7 +137,7 @@ def open_run(
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
     begin, config, dataset, notes = plan.begin, plan.config, plan.dataset, plan.notes
-    engine = choose_engine(config)
+    engine = config.engine.engine_class()
     facts, vae = inputs_of(config, dataset, dist)
     facts = {**engine.check(config, dist.world_size), **facts, "start": begin.start}
     folder = begin.folder or default_folder(config, facts)

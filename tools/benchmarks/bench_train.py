@@ -70,7 +70,8 @@ def build_engine(
     user_flags = {
         "precision": precision, "optimizer": optimizer, "compile": config.compile, "grad_clip": 1.0,
         "gradient_checkpointing": config.gradient_checkpointing, "shard": config.shard,
-        "expert_parallel": config.expert_parallel,
+        "expert_parallel": config.expert_parallel, "accum_iter": config.micro_batches,
+        "global_batch_size": config.batch_size * config.micro_batches * dist.world_size,
     }  # fmt: skip
     engine = make_engine(
         replace(resolve(user_flags, DDPFlags), model=config.dit_config(backend)), dist
@@ -82,7 +83,7 @@ def build_engine(
 def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dict:
     """Returns one row of the table; all processes call it together."""
     dist, objective, trained = engine.dist, Gaussian(), engine.config
-    planned, _, _ = engine.memory(trained, dist.world_size, config.batch_size)
+    planned, _, _ = engine.memory(trained, dist.world_size)
     images = config.batch_size * config.micro_batches
     flops = 6 * count_macs(trained.model) * images
 

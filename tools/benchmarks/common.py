@@ -26,7 +26,6 @@ from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
-from training.engines.fsdp import FSDPEngine
 from training.step import take_step
 
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
@@ -76,7 +75,7 @@ def open_processes() -> Distributed:
 
 def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
     """Makes the engine of train.py for a config, with new weights."""
-    return (FSDPEngine if config.engine.shard else DDPEngine)(dist, config, new_weights(config))
+    return config.engine.engine_class()(dist, config, new_weights(config))
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:

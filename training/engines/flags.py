@@ -1,4 +1,8 @@
-"""Flags that only one of the two training scripts has: the distribution of the work."""
+"""Flags that only one of the two training scripts has: the distribution of the work.
+
+Each class of flags names the engine that they choose; its module is imported only then, which takes
+seconds.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +44,15 @@ class DDPFlags:
         "within a copy is fp32",
     )  # fmt: skip
 
+    def engine_class(self) -> type:
+        if self.shard:
+            from training.engines.fsdp import FSDPEngine
+
+            return FSDPEngine
+        from training.engines.ddp import DDPEngine
+
+        return DDPEngine
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedFlags:
@@ -61,3 +74,8 @@ class DeepSpeedFlags:
         None, change="command",
         help="set by launchers, without effect: the environment variable is used",
     )  # fmt: skip
+
+    def engine_class(self) -> type:
+        from training.engines.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine

@@ -71,6 +71,9 @@ class FSDPEngine(DDPEngine):
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
+        if config.step.precision == "fp16":
+            expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"
+            raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
         layout = layout_of(config, world_size)
         if layout.size > 1:
             check_state(config)
