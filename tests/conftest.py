@@ -101,7 +101,7 @@ SLOWEST = (
     "test_fsdp.py", "test_deepspeed.py", "test_kernels.py", "test_two_processes_recover",
     "test_app.py", "test_training.py", "test_fake_cuda.py", "test_docs.py", "test_experiments.py",
     "test_router_runs.py", "test_analysis.py", "test_runs.py", "test_evaluation",
-    "test_demo_assets.py", "test_check_gpu_reports", "test_a_run_killed", "test_pressing_ctrl_c",
+    "test_demo_assets.py", "test_check_gpu_reports", "test_a_run_killed",
     "test_a_run_stopped", "test_quantized.py", "test_export.py", "test_sampling.py",
     "test_recipes.py", "test_finetune.py", "test_offload.py", "test_prompts.py",
     "test_autoencoders.py", "test_published_moe.py", "test_own_data.py", "test_benchmarks.py",

@@ -27,7 +27,7 @@ from runtime.processes import ALONE, Distributed
 from tools.prepare_fashion_mnist import read_idx
 
 CPU = torch.device("cpu")
-IMAGES = 8  # per folder
+IMAGES = 6  # per folder
 LITE = ("--backbone", "efficientnet-lite0", "--kid-subset-size", IMAGES)
 
 
@@ -162,7 +162,7 @@ def test_a_sample_npz_has_adms_format_and_is_read_back_unchanged(folders, tmp_pa
     with np.load(path) as file:
         assert file.files == ["arr_0"]
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (IMAGES, 32, 32, 3)
-    for stored, read in zip(open_images(path).batches(7), images.batches(7), strict=True):
+    for stored, read in zip(open_images(path).batches(4), images.batches(4), strict=True):
         assert torch.equal(stored, read)
 
 

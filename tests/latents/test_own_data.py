@@ -488,8 +488,7 @@ def test_a_hugging_face_dataset_gives_the_same_images_as_a_folder(image_tree, tm
     images = open_images(f"datasets:{image_tree}", 16)
     assert images.classes == tree.classes and len(images) == len(tree)
     moved = shutil.copytree(image_tree, tmp_path / "moved" / image_tree.name)
-    for path in (moved, f"{moved}/"):
-        assert open_images(f"datasets:{path}", 16).fingerprint == images.fingerprint
+    assert open_images(f"datasets:{moved}/", 16).fingerprint == images.fingerprint
     for index in range(0, 40, 7):
         got, want = images[index, False][0], tree[index, False][0]
         assert torch.equal(got["image"], want["image"]) and got["label"] == want["label"]

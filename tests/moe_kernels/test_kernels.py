@@ -33,13 +33,17 @@ CAPABILITIES = (80, 90, 100, 120)  # compute capabilities with different instruc
 TRITON_OF_TORCH = ROOT / "data" / "triton-3.7"
 
 
-@pytest.fixture
-def rows():
+def rows_of(tokens: int) -> tuple[torch.Tensor, ...]:
     """Rows as returned by `sort_rows`. Expert 3 has no rows."""
     torch.manual_seed(0)
-    expert = torch.randint(0, E, (TOKENS * K,), device=DEVICE)
+    expert = torch.randint(0, E, (tokens * K,), device=DEVICE)
     expert[expert == 3] = 2
-    return sort_rows(torch.arange(TOKENS * K, device=DEVICE) // K, expert, TOKENS, E)
+    return sort_rows(torch.arange(tokens * K, device=DEVICE) // K, expert, tokens, E)
+
+
+@pytest.fixture
+def rows():
+    return rows_of(TOKENS)
 
 
 def randn(*shape, dtype):
@@ -64,13 +68,14 @@ def assert_agree(at_most):
 @pytest.mark.gpu
 @needs_triton
 @dtypes
-def test_triton_gather_and_combine_agree_with_pytorch(rows, dtype, assert_agree):
-    _, place, start, _ = rows
-    x, weight = randn(TOKENS, 300, dtype=dtype), torch.rand(TOKENS * K, device=DEVICE).to(dtype)
+def test_triton_gather_and_combine_agree_with_pytorch(dtype, assert_agree):
+    tokens = 42  # no multiple of the rows of a block, which are 8
+    _, place, start, _ = rows_of(tokens)
+    x, weight = randn(tokens, 300, dtype=dtype), torch.rand(tokens * K, device=DEVICE).to(dtype)
     assert torch.equal(triton_kernels.gather(x, place // K), x[place // K])
-    many = randn(TOKENS * K, 300, dtype=dtype)
-    some = torch.randint(TOKENS * K, (TOKENS - 1,), device=DEVICE).sort().values
-    any_number = torch.tensor([0, *some.tolist(), TOKENS * K], device=DEVICE)
+    many = randn(tokens * K, 300, dtype=dtype)
+    some = torch.randint(tokens * K, (tokens - 1,), device=DEVICE).sort().values
+    any_number = torch.tensor([0, *some.tolist(), tokens * K], device=DEVICE)
     for first, each in itertools.product((start, any_number), (weight, None)):
         assert_agree("combine", many, place, first, each, dtype=dtype)
 
@@ -80,9 +85,9 @@ def test_triton_gather_and_combine_agree_with_pytorch(rows, dtype, assert_agree)
 @dtypes
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_triton_activations_and_their_backward_pass_agree_with_pytorch(dtype, gated, assert_agree):
-    hidden, width = randn(140, 2 * 300, dtype=dtype), 300
+    hidden, width = randn(28, 2 * 300, dtype=dtype), 300
     gate, up = hidden[:, :width], hidden[:, width:] if gated else None
-    grad, weight = randn(140, width, dtype=dtype), torch.rand(140, device=DEVICE).to(dtype)
+    grad, weight = randn(28, width, dtype=dtype), torch.rand(28, device=DEVICE).to(dtype)
     assert_agree("activate", gate, up, dtype=dtype)
     assert_agree("activate_backward", gate, up, grad, weight, dtype=dtype)
 
@@ -165,7 +170,8 @@ ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 def launches(capability: int) -> list[tuple]:
     """Launches of every kernel: arithmetic, kernel, constants and number of warps.
 
-    To save time, fp32 products are compiled only for the first capability.
+    To save time, fp32 products are compiled only for the first capability, and kernels without
+    products only for the first and the last: they have no instructions of one GPU alone.
     """
     block = dict(zip(("ROWS", "COLUMNS"), triton_kernels.block_of(1152), strict=True))
     tokens = {"TOKENS": block["ROWS"], "COLUMNS": block["COLUMNS"], "WEIGHTED": True}
@@ -176,6 +182,7 @@ def launches(capability: int) -> list[tuple]:
         ("half", triton_kernels.activate_kernel, {**block, "GATED": True}, 4),
         ("half", triton_kernels.activate_backward_kernel, backward, 4),
     ]
+    found *= capability in (CAPABILITIES[0], CAPABILITIES[-1])
     linear, outer = triton_kernels.grouped_linear_kernel, triton_kernels.grouped_outer_kernel
     for arithmetic, (first, second, third, warps) in triton_kernels.TILES.items():
         if arithmetic != "half" and capability != CAPABILITIES[0]:

@@ -9,7 +9,6 @@ bit for bit.
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from functools import partial
@@ -92,25 +91,6 @@ def test_nohup_protects_a_run_from_a_closed_terminal(launcher, answer, monkeypat
         requests.is_signalled = False
         requests.close()
         signal.signal(signal.SIGHUP, before)
-
-
-def test_pressing_ctrl_c_twice_stops_a_run_at_once(flags, image_tree, tmp_path):
-    """Within a step that takes minutes. Signals in quick succession count once, as launchers
-    repeat signals."""
-    data = shutil.copytree(image_tree, tmp_path / "data")
-    (data / "class-0" / "00.png").write_bytes(b"")
-    changes = {"data-path": data, "global-batch-size": 4000, "accum_iter": 2000}
-    with running("train.py", flags(tmp_path / "results", **changes)) as process:
-        wait_for(process, "00.png")  # printed before the first micro-batch
-        start = time.monotonic()
-        while process.poll() is None:
-            assert time.monotonic() - start < 60
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.1)  # the pace of a user; no event is awaited
-        assert process.wait() == 128 + signal.SIGINT
-        assert time.monotonic() - start > 1.5
-        assert "SIGINT" in process.stdout.read()
-    assert not step_folders(tmp_path / "results" / "run")
 
 
 def workers(launcher: int) -> list[int]:
