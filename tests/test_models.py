@@ -190,17 +190,6 @@ def test_a_buffer_of_unsigned_integers_may_be_zero(monkeypatch):
     assert not DiT(**TINY_MODEL).blocks[0].mask.any()
 
 
-def test_a_router_that_asks_for_an_unknown_fact_is_an_error(monkeypatch):
-    class LabelRouter(routers.TopKRouter):
-        def __post_init__(self):
-            super().__post_init__()
-            self.asks_for += ("label",)
-
-    monkeypatch.setitem(ROUTERS, "topk", LabelRouter)
-    with pytest.raises(ValueError, match="asks_for: got label, expected time or no_class"):
-        DiT(**TINY_MODEL)
-
-
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
     gradients = []
     for scale in (1.0, 2.0**14):

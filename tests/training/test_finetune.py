@@ -206,6 +206,7 @@ def test_fine_tuning_flags_that_change_no_weights_are_applied_and_logged(flags, 
     others = {"max-steps": 1, "warmup-steps": 4, "objective": "rectified_flow"}
     run = flags(finetune=source, **changed, **others)
     stored, before = (read_checkpoint(path) for path in (run, source))
+    assert (before.record.objective, stored.record.objective) == ("gaussian", "rectified_flow")
     for flag, value in changed.items():
         name = flag.replace("-", "_")
         assert flat(stored.config)[name] == value != flat(before.config)[name]

@@ -610,13 +610,6 @@ def test_wrong_train_py_flags_are_errors_that_create_no_run(flags, tmp_path, cha
     assert not (tmp_path / "r").exists()
 
 
-def test_fine_tuning_keeps_the_objective_unless_a_flag_changes_it(finished, flags, tmp_path):
-    changes = {"finetune": only_run(finished), "model": None, "max-steps": 1}
-    for name, rf, want in (("same", None, "rectified_flow"), ("other", False, "gaussian")):
-        call_main("train.py", *flags(tmp_path / name, rf=rf, **changes))
-        assert read_record(step_folder(tmp_path / name, 1)).objective == want
-
-
 def test_an_epoch_uses_every_image_once(flags, tmp_path):
     call_main("train.py", *flags(tmp_path, epochs=2, **{"max-steps": None}))
     assert rows(tmp_path)[-1]["step"] == 2 * 40 // 8
