@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -374,6 +375,26 @@ SLOW_IMPORTS = [
     "training.loop",
     "training.engines.fsdp",
 ]
+
+
+@contextmanager
+def open_browser(**capabilities):
+    """A headless Chromium. Skips the test if there is none."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    programs = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in programs:
+        pytest.skip("needs the programs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    for name, value in capabilities.items():
+        options.set_capability(name, value)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 def free_port() -> int:

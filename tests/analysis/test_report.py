@@ -4,14 +4,13 @@ import base64
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error
+from conftest import call_main, expect_error, open_browser
 from PIL import Image
 from test_analysis import random_counts
 
@@ -109,17 +108,7 @@ def test_large_grids_are_joined_in_blocks():
 
 
 def test_the_page_works_in_a_browser_and_fits_a_telephone(page):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in programs:
-        pytest.skip("needs the programs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    try:
+    with open_browser(**{"goog:loggingPrefs": {"browser": "ALL"}}) as driver:
         size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         driver.get(f"{page[0].as_uri()}#layer-1-expert-5")
@@ -133,5 +122,3 @@ def test_the_page_works_in_a_browser_and_fits_a_telephone(page):
         assert driver.execute_script(f"return [{sizes}]") == [390, 16]
         assert driver.execute_script("return document.images[0].naturalWidth") == 64
         assert not driver.get_log("browser")
-    finally:
-        driver.quit()

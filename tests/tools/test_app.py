@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import socket
 import sys
 import time
@@ -13,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from conftest import ROOT, expect_error, free_port, save_checkpoint
+from conftest import ROOT, expect_error, free_port, open_browser, save_checkpoint
 from PIL import Image
 from test_models import randomised
 
@@ -50,18 +49,9 @@ def config(checkpoints) -> AppConfig:
 @pytest.fixture(scope="module")
 def browser(config):
     """Browser on an empty page, while the demo page is served."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in programs:
-        pytest.skip("needs the programs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    server = launch(config)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
+    with open_browser() as driver:
+        server = launch(config)
+        yield driver
     server.close()
 
 

@@ -17,6 +17,7 @@ from latents.sources import open_images
 from runtime.errors import UserError
 from runtime.signals import SIGNALS
 from tools import train_autoencoder
+from tools.prepare_fashion_mnist import PrepareConfig
 
 DATA = ROOT / "assets" / "fashion-mnist"
 VAE = str(ROOT / "assets" / "vae-fashion-mnist")
@@ -36,11 +37,24 @@ def write_idx(path: Path, array: np.ndarray) -> Path:
     return path
 
 
+def shipped() -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, 28, 28) and labels (N,) that are prepared by default."""
+    config = PrepareConfig()
+    pixels, labels = (gzip.decompress(path.read_bytes()) for path in (config.images, config.labels))
+    images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
+    return images, np.frombuffer(labels, np.uint8, offset=8)
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("data") / "fashion-mnist"
-    prepare("--output", output)
-    return output
+    """The first 1,000 of the images that are prepared by default, which are 10,000."""
+    folder, (images, labels) = tmp_path_factory.mktemp("data"), shipped()
+    files = (
+        "--images", write_idx(folder / "images.gz", images[:1000]),
+        "--labels", write_idx(folder / "labels.gz", labels[:1000]),
+    )  # fmt: skip
+    prepare(*files, "--output", folder / "fashion-mnist")
+    return folder / "fashion-mnist"
 
 
 @pytest.fixture
@@ -60,14 +74,12 @@ def test_fashion_mnist_files_have_the_documented_checksums():
         assert f"| {path.name} | {hashlib.sha256(path.read_bytes()).hexdigest()} |" in readme
 
 
-def test_prepared_fashion_mnist_images_are_the_padded_originals_1000_per_class(tree):
-    pixels = gzip.decompress((DATA / "t10k-images-idx3-ubyte.gz").read_bytes())
-    pixels = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = gzip.decompress((DATA / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+def test_prepared_fashion_mnist_images_are_the_padded_originals_of_1000_per_class(tree):
+    pixels, labels = shipped()
+    assert np.bincount(labels).tolist() == [1000] * 10
     images = open_images(str(tree), 32)
-    assert images.classes == sorted(LABELS)
-    assert np.bincount(images.labels).tolist() == [1000] * 10
-    for place in range(0, len(images), 100):
+    assert images.classes == sorted(LABELS) and len(images) == 1000
+    for place in range(0, len(images), 10):
         index = int(Path(images.name(place)).stem)
         item, _ = images[place, False]
         assert LABELS[labels[index]] == images.classes[item["label"]]
@@ -206,9 +218,9 @@ def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, mo
 
 
 def test_the_shipped_autoencoder_reconstructs_test_images_at_28_db(tree):
-    """Uses every 20th test image: 50 per class."""
+    """Uses 500 test images, about 50 per class."""
     vae, images = load_autoencoder(VAE, "cpu", torch.float32), open_images(str(tree), 32)
-    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 20)])
+    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 2)])
     got = vae.reconstruct(pixels)  # (500, 3, 32, 32)
     error = ((got.float() - pixels) / 255).square()
     assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 28  # dB
