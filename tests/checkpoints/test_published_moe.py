@@ -95,11 +95,10 @@ def predict(name: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Ten
     return their_output(name, output), aux_loss
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_published_moe_weights_give_the_official_outputs(name, backend):
-    io, model = numbers(name), load(name, expert_backend=backend)
+def test_published_moe_weights_give_the_official_outputs(name):
+    io, model = numbers(name), load(name)
     output, _ = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output"]) < 1e-5
     x, t, y = io["x"], our_time(name, io["t"]), io["cfg.y"]
@@ -194,10 +193,9 @@ def official_weights(name: str) -> dict[str, Tensor]:
     return dict(stored.get("ema", stored.get("ema_model_state_dict")))
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
 @pytest.mark.parametrize("name", NAMES)
-def test_published_moe_weights_give_the_official_training_outputs_and_gradients(name, backend):
-    io, model = numbers(name), load(name, training=True, expert_backend=backend)
+def test_published_moe_weights_give_the_official_training_outputs_and_gradients(name):
+    io, model = numbers(name), load(name, training=True)
     output, aux_loss = predict(name, model, io["x"], io["t"], io["y"])
     assert relative_error(output, io["output_train"]) < 1e-5
     layers = [v for k, v in io.items() if k.startswith("train.") and k.endswith(".aux_loss")]
