@@ -333,6 +333,8 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
         ({"model": "JiTMoE-H/16", "num_experts": 0}, {"depth": 12}, "num_experts", 0),
         ({"depth": 1}, {"depth": 2}, "sparse_layers", (0, 1)),
         ({"num_classes": 1}, {"num_classes": 2}, "class_dropout_prob", 0.1),
+        ({"num_experts": 16, "num_experts_per_tok": 12}, {"depth": 4}, "num_experts_per_tok", 12),
+        ({"hidden_size": 64, "num_heads": 4}, {"model": "DiT-L/2"}, "num_heads", 4),
     ):
         config = resolve(said, DDPFlags)
         run.write_text(json.dumps(config.sections()) + "\n---\n{}\n")
@@ -353,7 +355,7 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
         ({"model": "JiTMoE-B/16", "router": "sigmoid", "router-bias-step": 0.001}, "DiT-S/2",
          {"num_experts": 8, "router": "sigmoid", "scale": 1}),
         ({"model": "JiTMoE-B/16", "num-experts": 16, "router": {"sigmoid": {"scale": 2.5}}},
-         "DiT-S/2", {"num_experts": 8, "router": "topk"}),
+         "DiT-S/2", {"num_experts": 16, "router": "sigmoid", "scale": 2.5, "hidden_size": 384}),
         ({"model": "DiT-S/2", "run": 1}, "JiT-B/16", {"num_experts": 0, "depth": 12}),
         ({"model": "JiTMoE-B/16", "run": 1}, "DiT-S/2",
          {"num_experts": 8, "router": "topk", "norm": "layer", "sparse_layers": (*range(12),)}),

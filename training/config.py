@@ -1,9 +1,10 @@
-"""The config of a run: nested frozen dataclasses, and the one function that builds it.
+"""The config of a run: nested frozen dataclasses, and the functions that build it.
 
     said = parse_training(DDPFlags, __doc__)          # recipe and command
-    # weights: record of the opened weights; data: properties of the opened data
-    config = resolve(said, DDPFlags, weights=record, data=facts)
+    known = combine(said, DDPFlags, stored=None, weights=record)    # weights of --finetune
+    config = complete(known, said, DDPFlags, weights=record, data=facts)
     config.sections()                                 # the content of config.yaml
+    resolve({"lr": 1e-3}, DDPFlags)                   # the config of flags alone
 
 A later source of settings overrides an earlier one: defaults; model and objective of the weights of
 --finetune, or all stored settings of --resume; recipe (--config); command. The opened data then
@@ -11,7 +12,8 @@ determine settings such as num_classes. flags.py declares the settings.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,6 @@ ALTERNATIVES = (  # pairs of flags of which a command gives one
 )  # fmt: skip
 SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 PLANNING = ("gpus", "gpu_memory")
-# Fields of the model whose defaults depend on other settings.
-DERIVED = ("sparse_layers", "mlp_type", "dense_mlp_ratio", "class_dropout_prob")
 SPARSE = ("num_experts_per_tok", "n_shared_experts", "sparse_layers")
 DENSE = "given with a dense model, expected a model with experts"
 SECTIONS = ("model", "data", "step", "engine", "run")  # of a file
@@ -191,7 +191,8 @@ def parse_training(
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
                 files.append(read_recipe(Path(path), flags, engine_flags))
         for layer in (*files, command):
-            said = override(without_preset(said, layer, every), layer, flags)
+            check_preset(said, layer, every)
+            said = override(said, layer, flags)
         return said
 
 
@@ -199,7 +200,7 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     """Reads a recipe of these flags, or the config.yaml of a run.
 
     Of a config.yaml, the following are ignored: the facts after the line ---, the run's name, its
-    start weights, and what followed from its data (DATA_FACTS) or its other settings (`DERIVED`).
+    start weights, and what follows from its data (DATA_FACTS), its preset or other settings.
     """
     if not path.exists():
         recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
@@ -224,10 +225,10 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     if "sparse_layers" in recipe and "depth" in recipe:
         recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
     model = resolve(recipe, engine_flags).model
-    for name in DERIVED:
+    for name in options_of(DiTConfig):
         others = {key: value for key, value in recipe.items() if key != name}
-        if getattr(resolve(others, engine_flags).model, name) == getattr(model, name):
-            recipe = others
+        with suppress(UserError):  # for example fewer experts than a token activates
+            recipe = others if resolve(others, engine_flags).model == model else recipe
     ignored = ("run_name", "resume", "finetune", *DATA_FACTS)
     return {name: value for name, value in recipe.items() if name not in ignored}
 
@@ -266,31 +267,16 @@ def check_once(said: Layer, flags: Flags) -> None:
                 raise ValueError(f"{name}: is given twice, alone and as an option of {choice}")
 
 
-def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
-    """Returns a recipe without what its preset sets, if the command names another preset.
-
-    Raises ValueError if the recipe sets everything that the other preset would change.
-    """
-    preset, before = command.get("model"), recipe.get("model", PresetConfig.model)
-    if not recipe or preset in (None, before):
-        return recipe
+def check_preset(recipe: Layer, command: Layer, flags: Flags) -> None:
+    """Raises ValueError if the recipe sets all that the command's preset would change."""
+    before, preset = recipe.get("model", PresetConfig.model), command.get("model")
+    if preset in (None, before):
+        return
     old, own = (read(DiT_models[name].keywords, flags) for name in (before, preset))
-    names = {flags[name].field.name for name in (*old, *own, "router")}  # that of a default, too
-
-    def values(layer: Layer) -> dict[str, Any]:
-        found = {name: layer.get(name, flags[name].field.default) for name in names}
-        parts, rest = chosen("router", layer, flags)
-        return found | {"router": ([*map(flags["router"].field.complete, parts)], rest)}
-
-    sizes, kept = values(merge(old, recipe, flags)), recipe
-    if "model" in recipe:
-        gone = {name for name, value in values(old).items() if value == sizes[name]}
-        kept = {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
-    others = [name for name, value in values(own).items() if value != sizes[name]]
-    if others and values(merge(own, kept, flags)) == sizes:
-        what = ", ".join(map(spelling, sorted(others)))
+    others = [spelling(name) for name, value in own.items() if recipe.get(name, value) != value]
+    if others and old | recipe == own | recipe:
+        what = ", ".join(others)
         raise ValueError(f"model: {preset} has no effect, because the recipe sets {what}")
-    return kept
 
 
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:
@@ -330,61 +316,77 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
 
 
 def resolve(
-    said: Mapping[str, Any],
+    values: Mapping[str, Any],
     engine_flags: type,
     *,
     stored: Layer | None = None,
     weights: Record | None = None,
-    data: DataFacts | Callable[[Layer], DataFacts] | None = None,
+    data: DataFacts | None = None,
 ) -> TrainConfig:
-    """Builds the config from the flags of recipe and command, and what they override.
+    """Builds the config of flags by name, see `combine` and `complete`."""
+    said = read_values(values, training_flags(engine_flags))
+    known = combine(said, engine_flags, stored=stored, weights=weights)
+    return complete(known, said, engine_flags, weights=weights, data=data)
 
-    said: flags of the recipe and the command
+
+def combine(
+    said: Layer, engine_flags: type, *, stored: Layer | None, weights: Record | None
+) -> Layer:
+    """Returns the settings that are known before the data are opened; refuses flags without effect.
+
+    said: flags of the recipe and the command, which override the others
     stored: settings of the run or checkpoint that --resume names, or None
     weights: record of that checkpoint, or of the weights that the run starts from, or None
-    data: facts of the opened data, or a function that opens the data of these settings, or None
     """
     flags = training_flags(engine_flags)
-    said = read_values(said, flags)
     preset = said.get("model", PresetConfig.model)
     with naming_flags(flags):
         if stored is not None:
             base = {"model": weights.model_name, **stored}
         elif weights is not None:
             base = settings_of_weights(weights, flags)
+            if said.get("latents_path"):  # the latents name the autoencoder that made them
+                base.pop("vae_path", None)
         else:
             base = read(DiT_models[preset].keywords, flags)
         known = override(base, said, flags)
         check_effect(said, known, flags)
-        if stored is None:  # the sizes of weights were compared with --model
-            known["model"] = preset if weights is None else weights.model_name
-            if weights and weights.vae_path and not {"latents_path", "vae_path"} & known.keys():
-                known["vae_path"] = path = weights.vae_path
-                if os.path.isabs(path) and not os.path.isdir(path):
-                    was = f"the weights were trained with the autoencoder {path}"
-                    raise ValueError(f"finetune: {was}, which does not exist; pass --vae-path")
-        data = data(known) if callable(data) else data
+    if stored is None:  # the sizes of weights were compared with --model
+        known["model"] = preset if weights is None else weights.model_name
+    return known
+
+
+def complete(
+    known: Layer, said: Layer, engine_flags: type, *, weights: Record | None,
+    data: DataFacts | None,
+) -> TrainConfig:  # fmt: skip
+    """Builds the config of the known settings and what the data determine, see `combine`.
+
+    data: facts of the opened data, or None
+    """
+    with naming_flags(training_flags(engine_flags)):
         channels = known.get("in_channels")
         if weights is None and data and channels not in (None, data.in_channels):
             raise ValueError(
-                f"model: got {preset}, which is made for {channels} channels, but the latents "
-                f"have {data.in_channels}; JiT models take pixels (--vae-path pixels)"
+                f"model: got {known['model']}, which is made for {channels} channels, but the "
+                f"latents have {data.in_channels}; JiT models take pixels (--vae-path pixels)"
             )
         if data:
-            known |= data_settings(known, said, data)
+            known = known | data_settings(known, said, data)
         known = with_defaults(known, said, weights)
         return configure(known, engine_flags, data and data.shapes or {})
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
-    """Returns the model and the objective of weights, except what the data determine."""
+    """Returns the model, the objective and the autoencoder of weights, except what the data
+    determine."""
     before = weights.config
     values = {name: value for name, value in nested(before).items() if name not in DATA_FACTS}
     if before.class_dropout_prob == default_dropout(before.conditions, before.num_classes):
         del values["class_dropout_prob"]
     if weights.objective is not None:
         values["objective"] = {weights.objective: weights.objective_options}
-    return read(values, flags)
+    return read(values | {"vae_path": weights.vae_path or None}, flags)
 
 
 def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:

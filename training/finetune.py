@@ -1,5 +1,6 @@
 """--finetune: the weights that a run starts from."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def open_weights(said: Layer) -> Checkpoint:
         source = read_checkpoint(path, hints).in_full_precision()
     except UserError as error:
         raise UserError(f"--finetune {error}") from None
+    vae_path = source.record.vae_path or ""
+    is_needed = not {"latents_path", "vae_path"} & said.keys()
+    if is_needed and os.path.isabs(vae_path) and not os.path.isdir(vae_path):
+        was = f"the weights were trained with the autoencoder {vae_path}"
+        raise UserError(f"--finetune: {was}, which does not exist; pass --vae-path")
     if named is not None:
         sizes, preset = ("hidden_size", "depth", "patch_size"), flat(config_of(named)) | said
         got, has = ({spelling(n): of[n] for n in sizes} for of in (preset, flat(source.config)))

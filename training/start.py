@@ -45,7 +45,8 @@ from training.config import (
     DATA_FACTS,
     DataFacts,
     TrainConfig,
-    resolve,
+    combine,
+    complete,
     training_flags,
 )
 from training.engine import Engine, frozen_names
@@ -287,19 +288,13 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
         stored = {name: value for name, value in stored.items() if name not in dropped}
     if begin.resumes:
         said = {name: value for name, value in said.items() if name != "resume"}
-    dataset: Source | None = None
-    notes: list[str] = []
-
-    def open_facts(known: Layer) -> DataFacts:
-        nonlocal dataset
-        dataset, data = open_data(known)
-        notes.extend(data.notes)
-        if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
-            has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
-            data = replace(data, **has)
-        return data
-
-    config = resolve(said, engine_flags, stored=stored, weights=begin.record, data=open_facts)
+    known = combine(said, engine_flags, stored=stored, weights=begin.record)
+    dataset, data = open_data(known)
+    notes = [*data.notes]
+    if dataset is None and (record := begin.record or begin.own):  # --dry-run without data
+        has = {name: getattr(record.config, name) for name in DATA_FACTS if name not in said}
+        data = replace(data, **has)
+    config = complete(known, said, engine_flags, weights=begin.record, data=data)
     with reported_as(f"{config.name} cannot be built", ValueError):
         model = fake_model(config.model)
         if lost := dict(model.named_buffers()).keys() - model.state_dict().keys():
