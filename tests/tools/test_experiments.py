@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import re
@@ -403,6 +404,19 @@ def test_experts_are_reused_within_a_batch_and_never_across_batches(config):
         fresh = [torch.equal(output, experts(*inputs)) for inputs, output in outputs[:6]]
     assert fresh == [True, False, True, True, False, True]
     assert torch.equal(outputs[1][1], outputs[0][1])
+
+
+def test_the_seconds_of_sampling_are_measured_with_and_without_reuse(tmp_path, capsys):
+    output = tmp_path / "rows.json"
+    words = ["--run", ROOT / "assets" / "demo", "--batch-size", 2, "--seconds", 0.01]
+    words += ["--output", output, "--settings"]
+    call_main("tools.experiments.seconds", *words, "euler:2", "heun:2:2")
+    first, second = json.loads(output.read_text())["rows"]
+    assert (first["sampler"], first["steps"], first["reuse"], first["ratio"]) == ("euler", 2, 0, 1)
+    assert (second["sampler"], second["steps"], second["reuse"]) == ("heun", 2, 2)
+    assert second["ratio"] == second["ms_per_image"] / first["ms_per_image"] > 0
+    error = expect_error(capsys, "tools.experiments.seconds", *words, "euler")
+    assert "--settings: got euler, expected SAMPLER:STEPS or SAMPLER:STEPS:REUSE" in error
 
 
 def test_shares_of_kept_experts():
