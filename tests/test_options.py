@@ -385,6 +385,11 @@ def test_a_preset_beside_a_file_that_sets_all_sizes_is_rejected(tmp_path, capsys
         line = expect_error(capsys, "train.py", "--config", path, "--model", "DiT-B/2")
         assert "--model: DiT-B/2 has no effect, because the recipe sets --depth, " in line
         assert parse_training(DDPFlags, arguments={"config": str(path), "model": "DiT-S/2"})
+    sections = resolve({"depth": 7}, DDPFlags).sections()
+    del sections["model"]["model"]  # as in a run from weights that have sizes of no preset
+    path.write_text(json.dumps(sections) + "\n---\n{}\n")
+    line = expect_error(capsys, "train.py", "--config", path, "--model", "DiT-B/2")
+    assert "--model: DiT-B/2 has no effect" in line
     path.write_text(json.dumps(dict(DiT_models["DiT-B/2"].keywords)))
     assert parse_training(DDPFlags, arguments={"config": str(path), "model": "DiT-B/2"})
 

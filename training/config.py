@@ -225,7 +225,9 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     if "sparse_layers" in recipe and "depth" in recipe:
         recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
     model = resolve(recipe, engine_flags).model
-    for name in options_of(DiTConfig):
+    # Weights may have sizes of no preset. Then none of the sizes follows from one.
+    kept = () if "model" in recipe else DiT_models[PresetConfig.model].keywords
+    for name in [name for name in options_of(DiTConfig) if name not in kept]:
         others = {key: value for key, value in recipe.items() if key != name}
         with suppress(UserError):  # for example fewer experts than a token activates
             recipe = others if resolve(others, engine_flags).model == model else recipe
