@@ -78,8 +78,6 @@ class Option:
     hint: Any = None  # the annotation
     default: Any = None
     is_list: bool = False  # whether the field names several components
-    # The last valid value, which avoids checking the same value for every layer of a model.
-    checked: Any = field(default_factory=object, init=False)
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
@@ -88,8 +86,6 @@ class Option:
         """
         if self.table is not None:
             return self.read_parts(value, name or self.name)
-        if value is self.checked:
-            return value
         allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
         with suppress(ValueError, OverflowError):
@@ -101,7 +97,6 @@ class Option:
                 for one in (found if isinstance(found, tuple) else [found])
                 if one is not None
             ):
-                self.checked = found
                 return found
         is_list = isinstance(found, list | tuple)
         got = " ".join(map(str, found)) if is_list else found
