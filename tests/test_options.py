@@ -8,15 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, call_main, command_line, expect_error
+from conftest import ROOT, command_line, expect_error
 
 from checkpoints import Record
 from models import DiT_models, DiTConfig
-from options.parts import Component, Option, Part, option
+from options.parts import Component, Part, option
 from options.settings import flags_of
 from runtime.errors import UserError, run_main
 from runtime.flags import flag, parse_config, parse_flags, read_values
@@ -538,18 +537,3 @@ def test_importing_train_imports_no_slow_packages():
     code += "import training.log\nassert 'torch.utils.tensorboard' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
-
-
-def test_an_option_is_checked_at_most_twice_for_any_number_of_layers(monkeypatch):
-    """An option is checked when it is parsed and when its config is created."""
-    counts, read = Counter(), Option.read
-
-    def counted(one: Option, value, name=None) -> object:
-        before = one.checked
-        found = read(one, value, name)
-        counts[one.name] += one.checked is not before
-        return found
-
-    monkeypatch.setattr(Option, "read", counted)
-    call_main("train.py", "--dry-run", "--rf", "--router", "sigmoid", "--router-scale", 2.5)
-    assert counts["scale"] and max(counts.values()) <= 2, counts.most_common(5)
