@@ -99,7 +99,7 @@ def without_experts(config: ExportConfig, checkpoint):
         )
     settings, rows = load_ablation(path)
     dtype = DTYPES.get(settings.get("precision"), torch.float32)  # of the weights that it measured
-    model = build_model(replace(checkpoint, model=None), dtype=dtype)
+    model = build_model(checkpoint, dtype=dtype)
     if settings.get("checkpoint_sha256") != weights_digest(model):
         raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
     shape = len(checkpoint.config.sparse_layers), checkpoint.config.num_experts

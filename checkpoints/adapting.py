@@ -117,7 +117,7 @@ def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkp
             if name.startswith((f"blocks.{layer}.moe.gate.", f"blocks.{layer}.moe.experts.")):
                 state_dict[name] = weight[kept]  # (E, ...)
     record = replace(source.record, config=smaller)
-    return replace(source, state_dict=state_dict, record=record, model=None)
+    return replace(source, state_dict=state_dict, record=record)
 
 
 def upcycled_config(

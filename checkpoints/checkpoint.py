@@ -60,7 +60,6 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     record: Record
     source: dict | None = None  # {"hub", "revision"} for weights from the hub
-    model: DiT | None = None  # a DiT that holds these tensors, until `build_model` takes it
 
     @property
     def config(self) -> DiTConfig:
@@ -102,9 +101,7 @@ def build_model(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> DiT:
     """Builds the DiT of a checkpoint, in eval mode, with weights in dtype (default: fp32)."""
-    model, checkpoint.model = checkpoint.model, None
-    if model is None:
-        model = assemble(checkpoint.config, checkpoint.state_dict)
+    model = assemble(checkpoint.config, checkpoint.state_dict)
     model.to(device=device, dtype=dtype or torch.float32)
     for parameter in model.parameters():
         if parameter.data_ptr() % 16:  # grouped products need an alignment of 16 bytes
@@ -139,9 +136,9 @@ def read_checkpoint(
     with as_user_error(path, "a different model"):
         if quantize:
             quantize_state_dict(state_dict, quantize)
-        model = assemble(record.config, state_dict)
+        assemble(record.config, state_dict)  # raises if they do not fit
     record = replace(record, vae_path=find_vae(record, path))
-    return Checkpoint(path, state_dict, record, source, model)
+    return Checkpoint(path, state_dict, record, source)
 
 
 def fetch(path: str | Path) -> tuple[Path, dict | None]:

@@ -214,7 +214,6 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
             raise UserError(f"--guide-ckpt {error}") from None
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize)
-            guide.model = assemble(guide.config, guide.state_dict)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     for name in ("guided_channels", "guidance_interval"):
@@ -241,8 +240,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:
     """Like `build_model`, with the blocks in host memory."""
-    model, checkpoint.model = checkpoint.model, None
-    model.eval()
+    model = assemble(checkpoint.config, checkpoint.state_dict).eval()
     offload_blocks(model, device, dtype)
     return model
 
