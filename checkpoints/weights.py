@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = True) -> dict:
+def read_pickle(path: Path, mmap: bool = True) -> dict:
     """Reads a .pt file with weights_only, which allows tensors, plain values and Namespaces.
 
     With mmap the tensors are pages of the file, which must not change while they are used.
@@ -55,7 +55,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu", mmap: bool = Tru
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol
             mmap = mmap and zipfile.is_zipfile(path)  # False in torch's format before 1.6
-            stored = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of any kind; torch's message recommends weights_only=False
         if not isinstance(error, OSError):
             with open_regular(path) as file:
