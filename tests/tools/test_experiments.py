@@ -268,7 +268,7 @@ def numbers_of(text: str) -> set[str]:
 @pytest.mark.parametrize("flags", [
     "routers.jsonl --arms no-arm", "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
     "few_steps.jsonl --arms flow-900", "few_steps.jsonl --reference flow",
-    "routers.jsonl --times nothing",
+    "routers.jsonl --times nothing", "upcycling.jsonl --arms no-arm",
 ])  # fmt: skip
 def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
     rows, *flags = flags.split()

@@ -23,6 +23,9 @@ def copies_table(rows: list[dict], arms: tuple[str, ...], reference: str | None)
     With a reference, a second table compares the held-out losses at the last step, paired by seed.
     """
     frame = arms_of(DataFrame(rows))
+    if unknown := set(arms).difference(frame["arm"]):
+        expected = f"some of {', '.join(frame['arm'].unique())}"
+        raise UserError(f"--arms: got {min(unknown)}, expected {expected}")
     frame = frame[frame["arm"].isin(arms or frame["arm"])]
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
               "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
