@@ -60,7 +60,7 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     """Writes samples.png to a folder; returns a description of the sampler settings."""
     import torch
 
-    from sampling.grid import class_caption, image_grid, write_png
+    from sampling.grid import class_captions, image_grid, write_png
     from sampling.pipeline import batches, make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
@@ -69,7 +69,7 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     print(f"sampling {len(labels)} images for the card: {pipeline.describe()}", flush=True)
     parts = batches(labels, 1, config.seed, config.batch_size)
     images = torch.cat([pipeline.images(*part) for part in parts])
-    captions = [class_caption(pipeline.class_names[label], label) for label in labels]
+    captions = class_captions(pipeline.model, pipeline.class_names, labels)
     grid = image_grid(images, captions)
     write_png(grid, folder / "samples.png")
     return f"{pipeline.describe()}, seeds from {config.seed}"

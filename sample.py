@@ -91,7 +91,7 @@ def main(config: SampleConfig) -> None:
     import torch
 
     from runtime.progress import print_progress, progress_bar
-    from sampling.grid import class_caption, file_name, image_grid, write_png
+    from sampling.grid import class_captions, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
 
     pipeline = open_pipeline(config)
@@ -127,7 +127,7 @@ def main(config: SampleConfig) -> None:
     for labels, seeds in progress_bar(requests, len(requests)):
         batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
         images += batch  # each (3, H, W) uint8
-        captions += [class_caption(names[label], label) for label in labels]
+        captions += class_captions(pipeline.model, names, labels)
         if config.output_dir:
             for image, label, seed in zip(batch, labels, seeds, strict=True):
                 write_png(image, config.output_dir / file_name(seed, label, names[label]))

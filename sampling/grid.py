@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from latents.loading import evenly_spaced
 from latents.sources import Source
+from models import DiT
 from runtime.files import write_durably
 from sampling.fonts import drawable, font_file
 
@@ -90,6 +91,13 @@ def class_caption(name: str, label: int) -> str:
     """Returns the name of a class as one short line, or its number if no font has the letters."""
     line = one_line(name)
     return line and drawable(line) or str(label)
+
+
+def class_captions(model: DiT, names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Returns the caption of each label; none for a model without the condition label."""
+    if "label" not in model.conditions:
+        return [""] * len(labels)
+    return [class_caption(names[label], label) for label in labels]
 
 
 def file_name(seed: int, label: int, name: str) -> str:

@@ -20,7 +20,7 @@ from runtime.errors import UserError, run_main
 from sampling.config import SamplingConfig
 from sampling.fonts import FONT
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
-from sampling.grid import image_grid
+from sampling.grid import class_captions, image_grid
 from sampling.pipeline import choose_precision, open_pipeline
 
 NAMES = ("ape", "Bee", "cat", "dog")
@@ -197,13 +197,15 @@ def test_wrong_sample_py_arguments_are_one_line_errors(
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_class_labels_of_a_model_without_labels_are_rejected(tiny_vae, tmp_path, capsys):
+def test_class_labels_are_rejected_and_not_drawn_without_the_condition(tiny_vae, tmp_path, capsys):
     model = randomised_preset(conditions=("size",), class_dropout_prob=0.0)
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="gaussian", class_names=NAMES)
     path = save_checkpoint(model, tmp_path / "model.safetensors", **facts)
     for script in ("sample.py", "expert_data.py"):
         line = expect_error(capsys, script, "--ckpt", path, "--class-labels", "cat")
         assert "--class-labels: has no effect on a model without the condition label" in line
+    assert class_captions(model, NAMES, [0, 1]) == ["", ""]
+    assert class_captions(randomised_preset(), NAMES, [0, 1]) == ["ape", "Bee"]
 
 
 def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, tmp_path, capsys):
