@@ -56,7 +56,6 @@ class MeanFlow(RectifiedFlow):
     )  # fmt: skip
 
     samplers = SAMPLERS["mean_flow"]
-    preview_steps = 4
     conditions = ("span",)
     uses_jvp = True
 

@@ -35,7 +35,6 @@ class Objective(Component, ABC):
 
     samplers: ClassVar[dict[str, Sampler]]  # by name, the default first
     preview_sampler = None  # sampler of the sample grids of training; None: the default
-    preview_steps = 50
     conditions: ClassVar[tuple[str, ...]] = ()  # conditions that the model needs for this objective
     # Whether the network learns guided predictions. `losses` then also takes `null_y`, the
     # conditions of images without a class.

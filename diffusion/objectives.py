@@ -67,7 +67,8 @@ class Gaussian(Objective):
         """
         if shift is not None:
             raise ValueError("time_shift: has no effect on a Gaussian objective, only on a flow")
-        steps, most = sampler.default_steps if steps is None else steps, sampler.most_steps
+        steps = sampler.default_steps if steps is None else steps
+        most = self.diffusion.num_timesteps - sampler.ends_above_zero
         if isinstance(steps, int) and not 1 <= steps <= most:
             raise ValueError(f"num_sampling_steps: got {steps}, expected 1 to {most}")
         if isinstance(steps, int) and sampler.ends_above_zero:

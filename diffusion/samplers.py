@@ -180,7 +180,6 @@ class Sampler:
 
     function: Callable[..., Tensor]
     default_steps: int
-    most_steps: int | None = None  # largest number of steps that the chain allows
     last_step: float = 0.0  # size of a flow's last step; 0: all steps have equal size
     ends_above_zero: bool = False  # whether S even steps of a chain end at 999 / S, not at 0
 
@@ -194,10 +193,10 @@ DPM_SOLVER, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"  # 
 # Samplers by kind of objective. The first one is the default.
 SAMPLERS: dict[str, dict[str, Sampler]] = {
     "gaussian": {
-        "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250, 1000),
-        "ddim": Sampler(partial(chain_sampler, GaussianDiffusion.ddim_sample_loop), 50, 1000),
-        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25, 999, ends_above_zero=True),
-        "unipc": Sampler(partial(multistep, UNIPC), 25, 999, ends_above_zero=True),
+        "ddpm": Sampler(partial(chain_sampler, GaussianDiffusion.p_sample_loop), 250),
+        "ddim": Sampler(partial(chain_sampler, GaussianDiffusion.ddim_sample_loop), 50),
+        "dpm-solver++": Sampler(partial(multistep, DPM_SOLVER), 25, ends_above_zero=True),
+        "unipc": Sampler(partial(multistep, UNIPC), 25, ends_above_zero=True),
     },
     "rectified_flow": {
         "euler": Sampler(partial(integrate, euler), 50),

@@ -33,7 +33,6 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
     settings = SamplerSettings(
         config.step.objective.name,
         sampler=config.objective.preview_sampler,
-        num_steps=config.objective.preview_steps,
         cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,
         objective_options=config.step.objective.options,
     )
@@ -41,8 +40,8 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
         latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)
     if not is_main:
         return None
-    from sampling.grid import class_caption, image_grid  # imports matplotlib, which takes a second
+    from sampling.grid import class_captions, image_grid  # imports matplotlib, which takes a second
 
     images = run.vae.decode_to_host(latents)
-    captions = [class_caption(run.dataset.classes[label], label) for label in labels]
+    captions = class_captions(model, run.dataset.classes, labels)
     return image_grid(images, captions, len(labels) // shown)
