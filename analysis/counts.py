@@ -82,14 +82,12 @@ class RoutingCounts:
         """Mean number of experts per token at each step and position, (S, T, L)."""
         return self.by_step_and_position / self.settings["images"]
 
-    @property
-    def persistence(self) -> np.ndarray:
-        """Share of the experts of a position that it keeps at the next step, (S - 1, T, L).
-
-        NaN where the position has no experts.
+    def persistence(self, *axes: int) -> np.ndarray:
+        """Returns the share of the experts of a position that it keeps at the next step, (S - 1, T,
+        L) without the axes over which the assignments are summed; NaN without assignments.
         """
         with np.errstate(invalid="ignore"):
-            return self.kept[:-1] / self.by_step_and_position[:-1]
+            return self.kept[:-1].sum(axes) / self.by_step_and_position[:-1].sum(axes)
 
     def __str__(self) -> str:
         s = self.settings

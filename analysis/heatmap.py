@@ -255,8 +255,7 @@ def persistence_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """Plots the share of a patch's experts that it keeps at the next step: layers down."""
     if len(counts.times) == 1:
         raise UserError("--only persistence: got counts of a single step, expected a next one")
-    with np.errstate(invalid="ignore"):
-        kept = counts.kept[:-1].sum(1) / counts.by_step_and_position[:-1].sum(1)  # (S - 1, L)
+    kept = counts.persistence(1)  # (S - 1, L)
     return Heatmap(
         title=f"Experts kept at the next step\n{counts}",
         panels=kept.T[None, layers],

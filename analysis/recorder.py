@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from analysis.counts import RoutingCounts
 from analysis.gallery import Gallery
-from analysis.sparse_layers import SparseLayer, sparse_layers, weight_similarity
+from analysis.sparse_layers import sparse_layers, weight_similarity
 from analysis.token_places import OTHER, DiTPlaces, TokenPlaces
 from latents.autoencoder import weights_digest
 from models import DiT
@@ -38,16 +38,26 @@ def listen(model: nn.Module, listener: Callable[[int, Tensor, Routing], None]) -
 
     Closing the returned ExitStack removes the listener.
     """
-    return listen_to(sparse_layers(model), listener)
-
-
-def listen_to(
-    layers: Sequence[SparseLayer], listener: Callable[[int, Tensor, Routing], None]
-) -> ExitStack:
     hooks = ExitStack()
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(sparse_layers(model)):
         hooks.enter_context(layer.listen(partial(listener, number)))
     return hooks
+
+
+# The tables of `RoutingCounts` and their axes. Weights are summed in fp64.
+TABLES = {
+    "by_class": ("class", "layer", "expert"),
+    "by_step": ("step", "layer", "expert"),
+    "by_position": ("place", "layer", "expert"),
+    "weight_by_class": ("class", "layer", "expert"),
+    "weight_by_step": ("step", "layer", "expert"),
+    "weight_by_position": ("place", "layer", "expert"),
+    "by_step_and_position": ("step", "place", "layer"),
+    "kept": ("step", "place", "layer"),
+    "together": ("pair", "expert", "expert"),
+    "other_by_step": ("step", "layer", "expert"),
+    "times": ("step",),
+}
 
 
 class RoutingRecorder:
@@ -63,33 +73,30 @@ class RoutingRecorder:
         places: TokenPlaces | None = None,
     ):  # fmt: skip
         """Only for a DiT, `num_classes` and `places` have defaults."""
-        self.layers, self.num_steps, self.device = sparse_layers(model), num_steps, None
-        if isinstance(model, DiT):
-            num_classes, places = model.config.num_classes, DiTPlaces(model)
-            self.allocate(model.pos_embed.device, num_classes, places.grid)
+        self.model, self.layers = model, sparse_layers(model)
+        self.num_steps, self.device = num_steps, None
         self.num_classes, self.places = num_classes, places
         self.counted: set[int] = set()  # layers that were counted in this step
+        if isinstance(model, DiT):
+            self.num_classes, self.places = model.config.num_classes, DiTPlaces(model)
+            self.allocate(model.pos_embed.device)  # now, so that no step waits for it
 
-    def allocate(self, device: torch.device, classes: int, grid: tuple[int, int]) -> None:
-        """Makes the tables, for a number of classes and a grid of patches."""
-        self.device = device
-        layers, steps, patches = len(self.layers), self.num_steps, math.prod(grid)
-        experts = max(layer.num_experts for layer in self.layers)
-        zeros = partial(torch.zeros, dtype=torch.int64, device=device)
-        sums = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.by_class, self.weight_by_class = (f(classes, layers, experts) for f in (zeros, sums))
-        self.by_step, self.weight_by_step = (f(steps, layers, experts) for f in (zeros, sums))
-        self.by_position, self.weight_by_position = (
-            f(patches, layers, experts) for f in (zeros, sums)
-        )
-        self.other_by_step = zeros(steps, layers, experts)
-        self.by_step_and_position = zeros(steps, patches, layers)
-        self.kept = zeros(steps, patches, layers)
-        self.together = zeros(layers - 1, experts, experts)
-        self.times = sums(steps).fill_(torch.nan)
+    def allocate(self, device: torch.device) -> None:
+        """Makes the tables; only a DiT's grid and device are known before the first call."""
+        self.device, layers = device, len(self.layers)
+        sizes = {
+            "class": self.num_classes, "step": self.num_steps, "place": math.prod(self.places.grid),
+            "layer": layers, "pair": layers - 1,
+            "expert": max(layer.num_experts for layer in self.layers),
+        }  # fmt: skip
+        for name, axes in TABLES.items():
+            dtype = torch.float64 if name.startswith(("weight", "times")) else torch.int64
+            shape = [sizes[axis] for axis in axes]
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
+        self.times.fill_(torch.nan)
 
     def __enter__(self) -> "RoutingRecorder":
-        self.hooks = listen_to(self.layers, self.count)
+        self.hooks = listen(self.model, self.count)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -121,7 +128,7 @@ class RoutingRecorder:
             return
         self.counted.add(layer)
         if self.device is None:
-            self.allocate(x.device, self.num_classes, self.places.grid)
+            self.allocate(x.device)
             self.labels = self.labels.to(x.device)
         images, (batch, tokens) = len(self.labels), x.shape[:2]
         assert batch in (images, 2 * images), "the batch differs from start_batch"
@@ -170,20 +177,12 @@ class RoutingRecorder:
 
         rows: classes to return; experts: number of experts, without extra experts
         """
-        steps, rows = int((~self.times.isnan()).sum()), list(rows)
+        shown = {"class": list(rows), "expert": slice(experts)}
+        shown["step"] = slice(int((~self.times.isnan()).sum()))
         tables = {
-            "by_class": self.by_class[rows],
-            "by_step": self.by_step[:steps],
-            "by_position": self.by_position,
-            "weight_by_class": self.weight_by_class[rows],
-            "weight_by_step": self.weight_by_step[:steps],
-            "weight_by_position": self.weight_by_position,
-            "other_by_step": self.other_by_step[:steps],
+            name: getattr(self, name)[tuple(shown.get(axis, slice(None)) for axis in axes)]
+            for name, axes in TABLES.items()
         }
-        tables = {name: table[..., :experts] for name, table in tables.items()}
-        tables["together"] = self.together[:, :experts, :experts]
-        for name in ("by_step_and_position", "kept", "times"):
-            tables[name] = getattr(self, name)[:steps]
         similarity = torch.stack([weight_similarity(layer) for layer in self.layers])
         tables["similarity"] = similarity[:, :experts, :experts]
         return {name: table.cpu().numpy() for name, table in tables.items()}

@@ -72,9 +72,7 @@ def pack(table: np.ndarray) -> dict:
 
 def tables_of(counts: RoutingCounts, ablation: list[Ablation]) -> dict[str, np.ndarray]:
     images, places = counts.settings["images"], on_small_grid
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kept = counts.kept[:-1].sum(1) / counts.by_step_and_position[:-1].sum(1)
-        where = counts.kept[:-1].sum(0) / counts.by_step_and_position[:-1].sum(0)
+    with np.errstate(invalid="ignore"):
         weight = counts.weight_by_step.sum(0) / counts.by_step.sum(0)
     per_token = counts.experts_per_token
     spent = per_token if np.ptp(per_token) > 0 else per_token[:0]
@@ -83,8 +81,8 @@ def tables_of(counts: RoutingCounts, ablation: list[Ablation]) -> dict[str, np.n
         "byStep": counts.by_step,
         "byPlace": places(counts.by_position, counts.grid, np.sum),
         "weight": weight,
-        "kept": kept,
-        "keptWhere": places(where, counts.grid, np.mean),
+        "kept": counts.persistence(1),
+        "keptWhere": places(counts.persistence(0), counts.grid, np.mean),
         "together": counts.together,
         "similarity": counts.similarity,
         "other": counts.other_by_step,
@@ -120,15 +118,13 @@ def on_small_grid(table: np.ndarray, grid: tuple[int, int], join) -> np.ndarray:
 
 
 def statistics_of(counts: RoutingCounts) -> dict[str, list[float]]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kept = counts.kept[:-1].sum((0, 1)) / counts.by_step_and_position[:-1].sum((0, 1))
     numbers = {
         "load entropy, bits": load_entropy(counts.by_class),
         "busiest / mean": max_over_mean_load(counts.by_class),
         "class, bits": mutual_information(counts.by_class),
         "step, bits": mutual_information(counts.by_step),
         "place, bits": mutual_information(counts.by_position),
-        "kept": kept,
+        "kept": counts.persistence(0, 1),
     }
     return {
         name: [None if np.isnan(x) else round(float(x), 4) for x in values]

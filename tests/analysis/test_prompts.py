@@ -287,7 +287,7 @@ def test_expert_data_counts_the_conditional_tokens_of_a_pipeline(name, pipelines
     assert per_step and list(counts.class_names) == ["cat", "moon"]
     assert ([2 * STEPS * patches * 2, STEPS * patches * 2] == counts.by_class.sum(-1).T).all()
     assert counts.by_position.sum() == counts.by_class.sum()
-    assert counts.kept[:-1].sum() > 0 and (counts.persistence <= 1).all()
+    assert counts.kept[:-1].sum() > 0 and (counts.persistence() <= 1).all()
     if name == "nucleus":  # an expert's places in an image: 2 * 16 / 8
         assert (counts.by_step == 4 * IMAGES).all() and not counts.other_by_step.any()
         weights = counts.weight_by_step.sum(-1)
