@@ -8,7 +8,7 @@
 """
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
-from diffusion.guidance import autoguidance, classifier_free_guidance, guidance_within
+from diffusion.guidance import classifier_free_guidance, guidance_within
 from diffusion.noise import PerImageNoise
 from diffusion.objective import Objective
 from diffusion.objectives import OBJECTIVES

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, guidance by a second model, and functions that read network outputs.
+"""Classifier-free guidance, autoguidance, and functions that read network outputs.
 
 Shape legend: N batch, C channels of x, h x w latent size
 """
@@ -13,12 +13,13 @@ Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or named tensors (N, 
 
 def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
-    scale: float | Callable[[float], float], channels: int | None = None, two_passes: bool = False,
+    scale: float | Callable[[float], float], channels: int | None = None,
+    guide: Callable[..., Tensor | tuple] | None = None,
 ) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, which computes uncond + scale * (cond - uncond) in fp32.
 
-    model: called once per call of `denoise`, as model(x, t, y) on the batch [conditional;
-        unconditional]; returns a prediction, or (prediction, aux_loss)
+    model: called as model(x, t, y) on the batch [conditional; unconditional]; returns a prediction,
+        or (prediction, aux_loss)
     y, null_y: conditions of the two halves: labels (N,), or tensors by name. With scale 1 only the
         conditional half runs, and null_y may be None.
     scale: a number, or a function of t as the network receives it (see `guidance_within`). A
@@ -26,8 +27,9 @@ def classifier_free_guidance(
         the device. Where the scale is 1, only the conditional half runs.
     channels: number of leading channels to guide; None: the C channels of x. The published Gaussian
         sampler guides 3. The other channels, such as the variance, stay conditional.
-    two_passes: call the model twice, once per half, for a model whose predictions depend on the
-        rest of the batch
+    guide: predicts `uncond` in a call of its own: the model itself, if its predictions depend on
+        the rest of the batch; or, with null_y = y, a weaker model (autoguidance, Karras et al.
+        2024, arXiv 2406.02507, equation 3)
 
     denoise takes x (N, C, h, w), t (N,) and, for the mean velocity from t to r, r (N,). It returns
     a prediction (N, C or 2C, h, w).
@@ -42,8 +44,8 @@ def classifier_free_guidance(
         scale_now = scale(t[0].item()) if callable(scale) else scale
         if scale_now == 1:
             return prediction_and_aux_loss(model(x, t, cond_y))[0]
-        if two_passes:
-            halves = (model(x, t, half) for half in (cond_y, uncond_y))
+        if guide is not None:
+            halves = model(x, t, cond_y), guide(x, t, uncond_y)
             cond, uncond = (prediction_and_aux_loss(half)[0] for half in halves)
         else:
             output = model(torch.cat((x, x)), torch.cat((t, t)), joined(cond_y, uncond_y))
@@ -72,32 +74,6 @@ def joined(y: Conditions, null_y: Conditions) -> Conditions:
     if isinstance(y, Mapping):
         return {name: torch.cat((value, null_y[name])) for name, value in y.items()}
     return torch.cat((y, null_y))
-
-
-def autoguidance(
-    model: Callable[..., Tensor | tuple], guide: Callable[..., Tensor | tuple], y: Conditions,
-    scale: float | Callable[[float], float], channels: int | None = None,
-) -> Callable[..., Tensor]:
-    """Returns `denoise(x, t, r=None)`, which computes guide + scale * (model - guide) in fp32.
-
-    guide: a weaker model of the same latents and classes, called like `model`, except where the
-        scale is 1
-
-    For the other arguments see `classifier_free_guidance`.
-
-    Karras et al. 2024, arXiv 2406.02507, equation 3.
-    """
-
-    def denoise(x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
-        conditions = with_span(y, t, r)
-        scale_now = scale(t[0].item()) if callable(scale) else scale
-        prediction = prediction_and_aux_loss(model(x, t, conditions))[0]    # (N, C or 2C, h, w)
-        if scale_now == 1:
-            return prediction
-        base = prediction_and_aux_loss(guide(x, t, conditions))[0]          # (N, C or 2C, h, w)
-        return guided(base, prediction, scale_now, x.shape[1] if channels is None else channels)
-
-    return denoise
 
 
 def guided(base: Tensor, prediction: Tensor, scale: float, channels: int) -> Tensor:

@@ -10,7 +10,6 @@ from diffusion import (
     OBJECTIVES,
     Objective,
     PerImageNoise,
-    autoguidance,
     classifier_free_guidance,
     guidance_within,
 )
@@ -180,7 +179,7 @@ def generate(
     All random numbers of an image come from its seed, so it does not depend on the rest of the
     batch, unless the router does (`DiT.depends_on_batch`). The sampler's state is fp32 for any
     precision of the model. With guidance the model gets the batch [conditional; unconditional];
-    without guidance, or with a `guide` (see `autoguidance`), only the conditional half.
+    without guidance, or with a `guide`, only the conditional half.
 
     conditions: tensors (N, ...), or (...) for all images, of further conditions, by name; missing
         ones get their default
@@ -197,14 +196,12 @@ def generate(
     y |= checked_conditions(model, conditions or {}, len(labels))
     objective = objective_of(settings)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
-    if guide is not None:
-        denoise = autoguidance(model, guide, y, scale, settings.guided_channels)
-    else:
-        null_y = {**y, **model.without_conditions(y)} if settings.cfg_scale != 1 else None
-        denoise = classifier_free_guidance(
-            model, y, null_y, scale, settings.guided_channels,
-            two_passes=model.depends_on_batch and not objective.guides_in_one_batch,
-        )  # fmt: skip
+    null_y = y
+    if guide is None and settings.cfg_scale != 1:
+        null_y = {**y, **model.without_conditions(y)}
+        if model.depends_on_batch and not objective.guides_in_one_batch:
+            guide = model
+    denoise = classifier_free_guidance(model, y, null_y, scale, settings.guided_channels, guide)
     try:
         noise = PerImageNoise(seeds)
     except ValueError as error:
