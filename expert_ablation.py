@@ -18,8 +18,8 @@ from analysis.config import (
     ABLATION_FILE,
     BATCH_SIZE,
     ExpertConfig,
-    ablation_file,
     check_source,
+    default_file,
     open_prompts,
 )
 from runtime.errors import UserError, run_main
@@ -98,7 +98,7 @@ def main(config: ExpertAblationConfig) -> None:
     check_source(config, ("num_pictures", "data_path", "latents_path", "num_images"))
     if config.compile:
         raise UserError("--compile: got True, but a compiled block cannot leave out an expert")
-    output = config.output or ablation_file(config.ckpt)
+    output = config.output or default_file(config.ckpt, ABLATION_FILE)
     prepare_output("--output", output)
     from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.config import BATCH_SIZE, ExpertConfig, check_source, open_prompts
+from analysis.config import BATCH_SIZE, ExpertConfig, check_source, default_file, open_prompts
 from analysis.counts import COUNTS_FILE, RoutingCounts
 from runtime.errors import run_main
 from runtime.files import prepare_output
@@ -67,8 +67,7 @@ def count_pipeline(config: ExpertDataConfig) -> RoutingCounts:
 
 def main(config: ExpertDataConfig) -> None:
     check_source(config, of_checkpoints=("class_labels",))
-    is_run = config.ckpt is not None and Path(config.ckpt, "checkpoints").is_dir()
-    output = config.output or Path(config.ckpt if is_run else "results", COUNTS_FILE)
+    output = config.output or default_file(config.ckpt, COUNTS_FILE)
     prepare_output("--output", output)
     start = time.perf_counter()
     counts = count_checkpoint(config) if config.ckpt else count_pipeline(config)

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from analysis.config import ablation_file
+from analysis.config import ABLATION_FILE, default_file
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import flag, parse_config
@@ -91,7 +91,7 @@ def without_experts(config: ExportConfig, checkpoint):
     if (number := config.drop_experts) > most:
         expected = f"at most {most}, which leaves one token's experts"
         raise UserError(f"--drop-experts: got {number}, expected {expected}")
-    path = config.ablation or ablation_file(config.ckpt)
+    path = config.ablation or default_file(config.ckpt, ABLATION_FILE)
     if not path.exists():
         raise UserError(
             f"--drop-experts: {path} does not exist; measure it with python expert_ablation.py "

@@ -18,10 +18,10 @@ OF_PIPELINES = {
 }  # fmt: skip
 
 
-def ablation_file(ckpt: str | None) -> Path:
-    """Returns the default path of the ablation of a checkpoint, or of a pipeline (None)."""
+def default_file(ckpt: str | None, name: str) -> Path:
+    """Returns the default path of a file about a checkpoint, or about a pipeline (None)."""
     is_run = ckpt is not None and Path(ckpt, "checkpoints").is_dir()
-    return Path(ckpt if is_run else "results", ABLATION_FILE)
+    return Path(ckpt if is_run else "results", name)
 
 
 @dataclass(frozen=True, kw_only=True)
