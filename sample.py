@@ -124,7 +124,7 @@ def main(config: SampleConfig) -> None:
         if earlier:
             found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
             print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
-    for labels, seeds in progress_bar(requests, len(requests)):
+    for labels, seeds in progress_bar(requests):
         batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
         images += batch  # each (3, H, W) uint8
         captions += class_captions(pipeline.model, names, labels)

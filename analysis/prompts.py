@@ -164,7 +164,7 @@ def count_prompts(
             return values
 
         with recorder:
-            for chosen, seeds in progress_bar(requests, len(requests)):
+            for chosen, seeds in progress_bar(requests):
                 places.start_batch()
                 recorder.start_batch([groups.index(prompts[i][0]) for i in chosen])
                 texts = [prompts[i][1] for i in chosen]

@@ -205,7 +205,7 @@ def count_routing(
     recorder = RoutingRecorder(pipeline.model, settings.num_steps)
     gallery = Gallery(len(recorder.layers), config.num_experts)
     with recorder:
-        for batch_labels, seeds in progress_bar(requests, len(requests)):
+        for batch_labels, seeds in progress_bar(requests):
             recorder.start_batch(batch_labels)
             latents = pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
             weights = [x[..., : config.num_experts] for x in recorder.mean_weights()]

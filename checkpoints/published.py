@@ -40,7 +40,7 @@ def facts_of(arguments: dict) -> dict:
 
 
 def infer_config(
-    state_dict: dict[str, Tensor], arguments: dict, overrides: dict, fields: dict | None = None
+    state_dict: dict[str, Tensor], arguments: dict, overrides: dict, fields: dict
 ) -> DiTConfig:
     """Infers a DiTConfig from the shapes of a state dict in our layout.
 
@@ -78,7 +78,7 @@ def infer_config(
         known["num_heads"] = HEADS[hidden_size]
     if (positions := state_dict.get("class_tokens.positions")) is not None:  # (1, tokens, D)
         known["class_tokens"] = positions.shape[1]
-    known |= fields or {}
+    known |= fields
     undetermined = ("num_heads", "num_experts_per_tok", "router_choice", "router_scale")
     known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
     if "num_heads" not in known:

@@ -52,7 +52,7 @@ def generate_images(
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]
     starts = range(dist.rank * batch_size, len(paths), dist.world_size * batch_size)
-    for start in progress_bar(starts, len(starts), is_main=dist.is_main):
+    for start in progress_bar(starts, is_main=dist.is_main):
         batch = paths[start : start + batch_size]
         if all(path.is_file() for path in batch):
             continue

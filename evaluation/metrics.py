@@ -70,7 +70,7 @@ def collect(
     digests, order = {}, []  # pixel digests by image; numbers of the images with kept features
 
     def pass_batches() -> None:
-        for start in progress_bar(starts, len(starts), is_main=dist.is_main):
+        for start in progress_bar(starts, is_main=dist.is_main):
             batch = images.read(start, min(start + batch_size, count))  # (N, 3, H, W) uint8
             for number, pixels in enumerate(batch.contiguous().numpy(), start):
                 digests[number] = hashlib.sha256(pixels).digest()

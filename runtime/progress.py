@@ -1,7 +1,7 @@
 """Progress bars that also suit a log file."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -16,14 +16,14 @@ def progress(*items, **options) -> tqdm:
     return tqdm(*items, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 
-def progress_bar(batches: Iterable[T], number: int, *, is_main: bool = True) -> Iterator[T]:
+def progress_bar(batches: Sequence[T], *, is_main: bool = True) -> Iterator[T]:
     """Yields the batches with a bar on a terminal, or a line at each tenth without a terminal."""
     is_shown = is_main and sys.stderr.isatty()
-    bar = tqdm(batches, total=number, disable=not is_shown, unit="batch")
+    bar = tqdm(batches, disable=not is_shown, unit="batch")
     for done, batch in enumerate(bar, 1):
         yield batch
-        if number > 1 and is_main:
-            print_progress(done, number, "batches")
+        if len(batches) > 1 and is_main:
+            print_progress(done, len(batches), "batches")
 
 
 def print_progress(done: int, number: int, things: str) -> None:
