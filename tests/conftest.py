@@ -507,7 +507,7 @@ def state_of(folder: Path) -> dict[str, object]:
 
     The shards of a tensor are joined, as in a resumed run.
     """
-    state = read_state(folder, {}, torch.device("cpu"))
+    state, _ = read_state(folder, {}, {}, torch.device("cpu"))
     return flat({**state, "ema": load_file(folder / "model.safetensors")})
 
 

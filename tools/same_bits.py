@@ -163,7 +163,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     for path in step.glob("*.safetensors"):
         values |= {f"{path.name}: {name}": value for name, value in load_file(path).items()}
     if (step / "state").exists():
-        values |= flat(read_state(step, {}, torch.device("cpu")), "state")
+        state, _ = read_state(step, {}, {}, torch.device("cpu"))
+        values |= flat(state, "state")
     for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
         values |= {
             f"log {row['step']}: {name}": value

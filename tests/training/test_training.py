@@ -38,7 +38,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 
 import training.step
-from checkpoints import load_model, read_record
+from checkpoints import Record, load_model, read_record
 from checkpoints.costs import count_macs
 from diffusion import OBJECTIVES, RectifiedFlow
 from models import DiTConfig
@@ -56,6 +56,7 @@ from training.engines.flags import DDPFlags
 from training.log import RunLog
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
+from training.saving import Saver
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,18 @@ def test_an_fp16_overflow_changes_only_the_loss_scale(optimizer):
     assert not take_step(engine, 1e-3, 1e-3)
     assert engine.scaler.get_scale() == scale / 4
     assert not any(map(torch.equal, snapshot(engine)[:2], before))
+
+
+def test_a_run_with_an_optimizer_without_state_is_resumed(tmp_path):
+    engine = engine_of(settings={"optimizer": "plain", "optimizer_momentum": 0.0})
+    take_step(engine, 1.0)
+    saver = Saver(tmp_path, engine.config, ALONE)
+    saver.start(1, engine, Record(config=engine.model.config))
+    saver.wait()
+    before = snapshot(engine)
+    resumed = DDPEngine(ALONE, engine.config, ())
+    resumed.load_state(saver.folder)
+    assert all(map(torch.equal, snapshot(resumed), before))
 
 
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:

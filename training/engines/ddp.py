@@ -33,13 +33,11 @@ from training.engine import Bytes, freeze, share_out
 from training.engines.layout import Layout, Place
 from training.engines.state import (
     STATE_FILES,
-    check_stored_shapes,
     read_state,
     stored_boxes,
 )
 from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
-from training.optimizers import planned_state
 from training.spikes import SpikeDetector
 
 
@@ -293,44 +291,43 @@ class DDPEngine:
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        places, local, matrices = self.places, self.local_tensors(), self.model.matrices()
-        state = read_state(folder, places, self.dist.device)
-        # A branch may add or remove auxiliary losses, with their projectors.
-        local = {n: tensor for n, tensor in local.items() if is_of_model(n) or n in state["model"]}
-        model = {n: v for n, v in state["model"].items() if is_of_model(n) or n in local}
-        shapes = shapes_of(local)
-        trained = {name: shapes[name] for name in self.trained if name in local}
-        projectors = shapes_of(self.parameters)
-        projectors = {n: s for n, s in projectors.items() if not is_of_model(n) and n in model}
+        state, stored = read_state(folder, self.shapes, self.places, self.dist.device)
+        # A branch may add or drop auxiliary losses, with their projectors.
+        tensors = self.local_tensors().items()
+        local = {n: tensor for n, tensor in tensors if is_of_model(n) or n in state["model"]}
+        expected = {name: self.shapes.get(name, tensor.shape) for name, tensor in local.items()}
+        stored = {n: shape for n, shape in stored.items() if is_of_model(n) or n in local}
+        projectors = (
+            {n: s for n, s in shapes.items() if not is_of_model(n)} for shapes in (expected, stored)
+        )
         other = f"--latents-path: other features than those that {folder} was trained on"
         with reported_as(other, ValueError):
-            check_stored_shapes(folder, projectors)
+            check_shapes(*projectors)
         with as_user_error(folder, "damaged, or of a different model"):
-            check_shapes(shapes_of(model), shapes)
-            for name, planned in planned_state(self.config.optimizer, trained, matrices).items():
-                check_shapes(shapes_of(state["optimizer"][name]), shapes_of(planned))
+            check_shapes(stored, expected)
             for name, tensor in local.items():
-                tensor.copy_(model[name])
-            for name in trained:
-                weight, kept = self.moved[name], state["optimizer"][name].items()
-                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
+                tensor.copy_(state["model"][name])
+            for name, kept in state["optimizer"].items():
+                if (weight := self.moved.get(name)) is not None:
+                    moments = {k: distributed_as(weight, value) for k, value in kept.items()}
+                    self.optimizer.state[weight] = moments
         # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         self.find_spikes.load_state_dict(state["spikes"])
-        stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
+        averages = averages_of(folder)  # a resumed run may have other EMAs, or another order
         for number, ema in enumerate(self.emas):
-            if ema.name not in stored:
+            if ema.name not in averages:
                 ema.start(self.shards)
                 continue
-            path = stored[ema.name]
+            path = averages[ema.name]
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),
             ):
                 for name, average in self.averages(number).items():
                     if average.numel():
-                        average.copy_(file.get_slice(name)[places[name]])
+                        average.copy_(file.get_slice(name)[self.places[name]])
 
 
 def distributed_as(weight: Tensor, shard: Any) -> Any:

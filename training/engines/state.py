@@ -3,7 +3,7 @@
 A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
 
     tensors, metadata = stored_boxes({"model/pos_embed": Box.of_all(weight)}, facts)
-    state = read_state(folder, places, device)           # boxes of any position, from all files
+    state, stored = read_state(folder, shapes, places, device)  # boxes of any position, all files
 
 A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
 each box, scalars of the optimizer, and the loss scaler. `DDPEngine` and `FSDPEngine` read each
@@ -50,49 +50,44 @@ class StoredShard(NamedTuple):
 
 
 def read_state(
-    folder: Path, places: Mapping[str, Place], device: torch.device
-) -> dict[str, dict[str, Any]]:
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    places: Mapping[str, Place],
+    device: torch.device,
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[int, ...]]]:
     """Reads a box of each parameter, and the optimizer's state of that box.
 
-    Other tensors, such as buffers and AdamW's step, are read completely. Returns {"model": {NAME:
-    Tensor}, "optimizer": {NAME: {KEY: value}}, "scaler": dict, "spikes": dict}.
+    Tensors that do not have the shape of their parameter in `shapes`, such as AdamW's step, and
+    buffers are read completely. Returns {"model": {NAME: Tensor}, "optimizer": {NAME: {KEY:
+    value}}, "scaler": dict, "spikes": dict}, and the stored shape of each parameter and buffer.
     """
     shards, numbers, facts = stored_shards(folder)
     model: dict[str, Tensor] = {}
+    stored_shapes: dict[str, tuple[int, ...]] = {}
     optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
     with as_user_error(folder, "damaged, or of a different model"):
         for title, stored in shards.items():
             kind, name, *key = title.split("/")
-            tensor = read_box(title, stored, places.get(name)).to(device, copy=True)
+            whole = whole_shape(stored)
+            place = places[name] if whole == shapes.get(name) else None
+            tensor = read_box(title, stored, place).to(device, copy=True)
             if kind == "model":
-                model[name] = tensor
+                model[name], stored_shapes[name] = tensor, whole
             else:
                 optimizer.setdefault(name, {})[key[0]] = tensor
     own = {name: facts.get(name, {}) for name in ("scaler", "spikes")}
-    return {"model": model, "optimizer": optimizer, **own}
+    return {"model": model, "optimizer": optimizer, **own}, stored_shapes
 
 
 def whole_shape(shards: Sequence[StoredShard]) -> tuple[int, ...]:
     return tuple(map(max, zip(*(shard.end for shard in shards), strict=True)))
 
 
-def check_stored_shapes(folder: Path, parameters: Mapping[str, torch.Size]) -> None:
-    """Requires that the stored parameters have the shapes `parameters`, as a whole."""
-    shards, _, _ = stored_shards(folder)
-    for name in parameters.keys() & {title.partition("/")[2] for title in shards}:
-        if (got := tuple(parameters[name])) != (expected := whole_shape(shards[f"model/{name}"])):
-            raise ValueError(f"{name}: got {got}, expected {expected}")
-
-
 def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> Tensor:
-    """Assembles a box from the shards of a tensor."""
-    whole = whole_shape(shards)
-    if place is None or len(place) != len(whole):
-        place = tuple(slice(0, size) for size in whole)
-    clipped = zip(place, whole, strict=True)
-    place = tuple(slice(min(cut.start, end), min(cut.stop, end)) for cut, end in clipped)
+    """Assembles a box from the shards of a tensor; None: the complete tensor."""
+    place = place or tuple(slice(0, size) for size in whole_shape(shards))
     size = tuple(cut.stop - cut.start for cut in place)
-    result, count = shards[0].read((slice(0, 1),) * len(whole)).new_empty(size), 0
+    result, count = shards[0].read((slice(0, 1),) * len(place)).new_empty(size), 0
     for shard in shards:
         spans = [
             (max(cut.start, first), min(cut.stop, last))
