@@ -35,6 +35,8 @@ class Engine(Protocol):
     `micro_batch` and `memory`.
     """
 
+    dist: Distributed
+    config: TrainConfig
     model: DiT
     emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
 

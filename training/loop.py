@@ -213,7 +213,7 @@ class TrainingLoop:
         self.rate = rate_factor(config.schedule, config.step.warmup_steps, step + 1, end)
         metrics = take_step(
             self.engine, self.objective, self.prepared(step, loaded), len(loaded),
-            step=step + 1, rate=self.rate, dist=self.dist, auxiliary=config.auxiliary,
+            step=step + 1, rate=self.rate,
         )  # fmt: skip
         self.tracker.add(metrics)
         self.skipped += metrics["skipped"]

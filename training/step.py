@@ -4,7 +4,7 @@ The update changes the weights, the EMAs and the state of the routers.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from conditions import Conditions
 from diffusion import Objective
 from latents.sources import Batch
-from runtime.processes import Distributed
-from training.auxiliary import AuxiliaryLoss, Pass, block_at, listening
+from training.auxiliary import Pass, block_at, listening
 from training.engine import Engine
 
 
@@ -25,8 +24,6 @@ def take_step(
     *,
     step: int,
     rate: float,
-    dist: Distributed,
-    auxiliary: Sequence[AuxiliaryLoss] = (),
 ) -> dict[str, Tensor]:
     """Takes one optimizer step.
 
@@ -42,7 +39,7 @@ def take_step(
     observed: list[Tensor | None] = []
     for number, batch in enumerate(micro_batches):
         with engine.micro_step(is_last=number + 1 == count):
-            terms = losses(engine, objective, batch, auxiliary)
+            terms = losses(engine, objective, batch)
             engine.backward((terms["loss"] + terms["aux_loss"]) / count)
         for name, value in terms.items():
             mean = value.detach() / count
@@ -51,14 +48,12 @@ def take_step(
     updated = engine.optimizer_step(step, rate)
     # Routers with state are updated from the mean over the micro-batches of all processes.
     if observed[0] is not None:
-        total = dist.sum(torch.stack(observed).sum(0))  # (L, ...)
-        engine.model.update_routers(total / (count * dist.world_size), updated["skipped"])
+        total = engine.dist.sum(torch.stack(observed).sum(0))  # (L, ...)
+        engine.model.update_routers(total / (count * engine.dist.world_size), updated["skipped"])
     return {**metrics, **updated}
 
 
-def losses(
-    engine: Engine, objective: Objective, batch: Batch, auxiliary: Sequence[AuxiliaryLoss] = ()
-) -> dict[str, Tensor]:
+def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tensor]:
     """Returns the terms of the loss on a batch, by name.
 
     "loss" and "aux_loss" are scalars whose sum is minimised. "aux_loss" is the routers' loss plus
@@ -72,7 +67,7 @@ def losses(
     If the sum is infinite or nan, both scalars and the gradients become nan, so that all processes
     skip the step.
     """
-    depth = len(engine.model.blocks)
+    depth, auxiliary = len(engine.model.blocks), engine.config.auxiliary
     drawn = objective.draw(batch["latents"])
     y = engine.model.drop_conditions(batch)
     if objective.guides_in_training:

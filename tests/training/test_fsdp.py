@@ -304,7 +304,7 @@ def take_steps(dist, engine, config, steps: int = 1) -> dict[str, torch.Tensor]:
     for step in range(steps):
         torch.manual_seed(step)
         values = take_step(engine, config.objective, [batch] * count, count, step=step + 1,
-                           rate=1.0, dist=dist)  # fmt: skip
+                           rate=1.0)  # fmt: skip
     return values
 
 

@@ -119,7 +119,7 @@ BATCH = {"latents": torch.zeros(4, 4, 8, 8), "label": torch.arange(4)}
 def take_step(engine: DDPEngine, *factors: float) -> bool:
     """Takes a step with one micro-batch per loss factor; returns whether it was skipped."""
     arguments = engine, ToOnes(*factors), [BATCH] * len(factors), len(factors)
-    return bool(training.step.take_step(*arguments, step=1, rate=1.0, dist=engine.dist)["skipped"])
+    return bool(training.step.take_step(*arguments, step=1, rate=1.0)["skipped"])
 
 
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
@@ -138,7 +138,7 @@ def test_a_step_with_a_nan_micro_batch_changes_nothing_and_the_next_step_works(r
         torch.manual_seed(0)
         batches = [{**BATCH, "latents": BATCH["latents"] + value} for value in (first, 1)]
         arguments = engine, objective, batches, len(batches)
-        return bool(training.step.take_step(*arguments, step=1, rate=1.0, dist=ALONE)["skipped"])
+        return bool(training.step.take_step(*arguments, step=1, rate=1.0)["skipped"])
 
     def state() -> list[torch.Tensor]:
         return [*snapshot(engine), *(buffer.clone() for buffer in engine.model.buffers())]

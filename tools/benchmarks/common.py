@@ -96,10 +96,7 @@ def train_step(
     images: images per micro-batch
     """
     drawn = (draw_batch(engine, images) for _ in range(micro_batches))
-    take_step(
-        engine, objective, drawn, micro_batches, step=1, rate=1.0, dist=engine.dist,
-        auxiliary=engine.config.auxiliary,
-    )  # fmt: skip
+    take_step(engine, objective, drawn, micro_batches, step=1, rate=1.0)
 
 
 def best_times(

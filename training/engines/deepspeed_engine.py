@@ -42,7 +42,7 @@ class DeepSpeedEngine:
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
     ):
-        self.dist, step = dist, config.step
+        self.dist, self.config, step = dist, config, config.step
         self.engine = zero.start_engine(
             config, complete_config(config, dist.world_size), dist.device
         )
