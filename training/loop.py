@@ -85,8 +85,8 @@ def train_run(run: Run, dist: Distributed) -> int:
         engine.load_state(folder)
         run.log.text(f"resumed from {folder}")
     keep_freed_memory(dist.device)
-    loop = TrainingLoop(run, dist, engine)
-    describe(run, dist, engine)
+    loop = TrainingLoop(run, engine)
+    describe(run, engine)
     start = time.monotonic()
     try:
         profile, first = run.config.run.profile if dist.is_main else None, run.stream.start_step
@@ -109,9 +109,9 @@ def first_weights(run: Run) -> Iterable[tuple[str, Tensor]]:
     return run.weights.state_dict.items() if run.weights else new_weights(run.config)
 
 
-def describe(run: Run, dist: Distributed, engine: Engine) -> None:
+def describe(run: Run, engine: Engine) -> None:
     """Logs the model, its parameters, the images and the steps of the run."""
-    config, stream = run.config, run.stream
+    config, stream, dist = run.config, run.stream, engine.dist
     total, active = count_parameters(config.model)
     counts = f"{active / 1e6:.1f}M active"
     parameters = [*engine.model.parameters()]
@@ -147,19 +147,19 @@ def describe(run: Run, dist: Distributed, engine: Engine) -> None:
 class TrainingLoop:
     """Takes the steps of a run; writes the log lines, sample grids and checkpoints."""
 
-    def __init__(self, run: Run, dist: Distributed, engine: Engine):
-        self.run, self.dist, self.engine = run, dist, engine
+    def __init__(self, run: Run, engine: Engine):
+        self.run, self.engine, self.dist = run, engine, engine.dist
         self.config, self.objective = run.config, run.config.objective
         self.log: RunLog = run.log
-        self.requests = Requests(dist, 60 * self.config.run.save_minutes)
-        self.saver = Saver(run.folder, run.config, dist)
+        self.requests = Requests(self.dist, 60 * self.config.run.save_minutes)
+        self.saver = Saver(run.folder, engine)
         self.saved_step, self.save_failure = run.stream.start_step, ""
         self.unreadable: set[str] = set()  # "name (reason)" of the skipped images
         self.num_read = 0  # images
         # Numbers of skipped steps: total, consecutive.
-        self.skipped = torch.zeros(2, dtype=torch.int64, device=dist.device)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=self.dist.device)
         self.alarms = Alarms(run.config.model.sparse_layers)
-        self.tracker = MetricTracker(dist)
+        self.tracker = MetricTracker(self.dist)
         self.log_every: int = run.config.run.log_every or 1
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
@@ -265,8 +265,7 @@ class TrainingLoop:
         counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
-            times = self.config.data.val_times
-            values |= held_out_metrics(self.engine, self.objective, self.run.held_out, times)
+            values |= held_out_metrics(self.engine, self.run.held_out)
         self.log.metrics(done, values, steps_per_second)
         for line in self.alarms.check(values):
             self.log.text(line)
@@ -312,7 +311,7 @@ class TrainingLoop:
         def draw() -> Tensor | None:
             try:
                 with reported_as(f"no sample grid of step {step}", Exception):
-                    return draw_preview(self.run, self.engine, self.dist.is_main)
+                    return draw_preview(self.run, self.engine)
             except UserError as error:
                 if self.dist.world_size > 1:  # the others may wait for this process in vain
                     print_safely(f"rank {self.dist.rank}: {error}", file=sys.stderr)
@@ -343,7 +342,7 @@ class TrainingLoop:
         try:
             with self.tracker.paused():
                 self.log.flush()  # a resumed run cuts the log at its checkpoint
-                self.saver.start(step, self.engine, self.run.record(step), replaceable=not is_kept)
+                self.saver.start(step, self.run.record(step), replaceable=not is_kept)
         except OSError as error:
             self.warn_of_save(step, error)
         self.requests.saved()

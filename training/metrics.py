@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffusion import Objective
 from evaluation.heldout import held_out_loss
 from latents.sources import Batch
 from models import DiT
@@ -122,17 +121,18 @@ def process_load(model: DiT) -> dict[str, float]:
     return {"expert_parallel_load": largest}
 
 
-def held_out_metrics(
-    engine: Engine, objective: Objective, batches: list[Batch], times: str
-) -> dict[str, float | list[float]]:
+def held_out_metrics(engine: Engine, batches: list[Batch]) -> dict[str, float | list[float]]:
     """Returns the EMAs' losses on the held-out images: mean, standard error, and by ten time bins.
 
     The names end in _ema_NAME, except for the first EMA.
     """
     values: dict[str, float | list[float]] = {}
+    config = engine.config
     for number, ema in enumerate(engine.emas):
         with engine.ema_weights(number):
-            loss = held_out_loss(engine.model, objective, batches, times=times)
+            loss = held_out_loss(
+                engine.model, config.objective, batches, times=config.data.val_times
+            )
         ending = f"_ema_{ema.name}" if number else ""
         values |= {f"val_loss{ending}": loss.mean, f"val_error{ending}": loss.standard_error}
         if not number:

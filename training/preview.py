@@ -11,7 +11,7 @@ from training.engine import Engine
 from training.start import Run
 
 
-def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
+def draw_preview(run: Run, engine: Engine) -> Tensor | None:
     """Generates images from fixed seeds, with labels spread over the classes.
 
     Several images of a class form a row. A model with feature conditions uses the features of
@@ -38,7 +38,7 @@ def draw_preview(run: Run, engine: Engine, is_main: bool) -> Tensor | None:
     )
     with engine.ema_weights():
         latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)
-    if not is_main:
+    if not engine.dist.is_main:
         return None
     from sampling.grid import class_captions, image_grid  # imports matplotlib, which takes a second
 

@@ -1,7 +1,7 @@
 """Writes the checkpoints of a run, atomically and in the background, and deletes old checkpoints.
 
-    saver = Saver(folder, config, dist)
-    saver.start(step, engine, record)                    # copies the state and returns
+    saver = Saver(folder, engine)
+    saver.start(step, record)                            # copies the state and returns
     saver.wait()                                         # OSError if it could not be written
 
 A folder is filled under a temporary name, with the manifest last, and then renamed. Folders named
@@ -29,8 +29,6 @@ from checkpoints.costs import fake_model
 from checkpoints.tensor_file import Box, Piece, TensorFile, joined
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
-from runtime.processes import Distributed
-from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
 from training.manifest import write_manifest
@@ -62,38 +60,35 @@ def failures_as_oserror() -> Iterator[None]:
 
 
 class Saver:
-    """Writes one checkpoint at a time. All processes call `start` together."""
+    """Writes one checkpoint at a time. All processes call `start` together, after `wait`."""
 
-    def __init__(self, run: Path, config: TrainConfig, dist: Distributed):
-        self.run, self.config, self.dist = run, config, dist
-        tensors = fake_model(config.model).state_dict().items()
+    def __init__(self, run: Path, engine: Engine):
+        self.run, self.engine, self.dist = run, engine, engine.dist
+        tensors = fake_model(engine.config.model).state_dict().items()
         self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
-        if dist.world_size > 1:
+        if self.dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
-            self.dist = replace(dist, hosts=hosts)
+            self.dist = replace(self.dist, hosts=hosts)
         self.thread: threading.Thread | None = None
 
-    def start(
-        self, step: int, engine: Engine, record: Record, *, replaceable: bool = False
-    ) -> None:
+    def start(self, step: int, record: Record, *, replaceable: bool = False) -> None:
         """Copies the state after a step and starts to write the checkpoint.
 
         replaceable: whether the next checkpoint replaces this one
         Raises OSError on all processes if the folder cannot be created or host memory is full.
         """
-        self.wait()
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
         temporary = self.folder.with_name(f"writing-{self.folder.name}.tmp")
         self.dist.on_main(lambda: begin(temporary, replaceable))
-        name, tensors, metadata = engine.state()
+        name, tensors, metadata = self.engine.state()
         kinds = {title: (tensor.dtype, tensor.shape) for title, tensor in tensors.items()}
         boxes = {title: Box.of_all(tensor) for title, tensor in tensors.items()}
         writes = [Write(TensorFile(temporary / name, kinds, metadata), boxes, with_header=True)]
-        for number, ema in enumerate(engine.emas):
+        for number, ema in enumerate(self.engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
             of_ema = replace(record, ema=ema.name, ema_start_share=ema.initial_fraction(step))
             file = TensorFile(path, self.layout, of_ema.to_metadata())
-            writes.append(Write(file, engine.average(number), self.dist.is_main))
+            writes.append(Write(file, self.engine.average(number), self.dist.is_main))
         self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
         self.error: BaseException | None = None
         self.not_deleted: OSError | None = None
@@ -128,7 +123,7 @@ class Saver:
         try:
             if to_delete:
                 shutil.rmtree(to_delete)
-            prune(self.folder, self.config.run.keep_last, self.config.emas)
+            prune(self.folder, self.engine.config.run.keep_last, self.engine.emas)
         except OSError as error:
             self.not_deleted = error
 

@@ -53,8 +53,8 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     assert optimizer_steps(engine, [4.0]) == [True]
     after = (*engine.shards, *engine.emas[0].averages)
     assert all(map(torch.equal, before, after))
-    saver = Saver(tmp_path, config, ALONE)
-    saver.start(3, engine, Record(config=config.model))
+    saver = Saver(tmp_path, engine)
+    saver.start(3, Record(config=config.model))
     saver.wait()
     resumed = kind(ALONE, config, ())
     assert not resumed.is_finite()

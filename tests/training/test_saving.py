@@ -56,16 +56,16 @@ def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_pat
     engine = make_engine(
         replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
     )
-    saver = saving.Saver(tmp_path, engine.config, ALONE)
+    saver = saving.Saver(tmp_path, engine)
     for owner, name in ((TensorFile, "write"), (saving, "write_manifest")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, **named: {}["a missing name"])
-            saver.start(1, engine, Record(config=engine.model.config))
+            saver.start(1, Record(config=engine.model.config))
             with pytest.raises(OSError, match="KeyError: 'a missing name'"):
                 saver.wait()
     with monkeypatch.context() as patch:  # as when no more memory can be pinned
         patch.setattr(saving, "on_host", lambda tensor: {}["a missing name"])
         with pytest.raises(OSError, match="KeyError: 'a missing name'"):
-            saver.start(1, engine, Record(config=engine.model.config))
-    saver.start(1, engine, Record(config=engine.model.config))
+            saver.start(1, Record(config=engine.model.config))
+    saver.start(1, Record(config=engine.model.config))
     assert saver.wait() and saver.folder.exists()

@@ -221,8 +221,8 @@ def test_an_fp16_overflow_changes_only_the_loss_scale(optimizer):
 def test_a_run_with_an_optimizer_without_state_is_resumed(tmp_path):
     engine = engine_of(settings={"optimizer": "plain", "optimizer_momentum": 0.0})
     take_step(engine, 1.0)
-    saver = Saver(tmp_path, engine.config, ALONE)
-    saver.start(1, engine, Record(config=engine.model.config))
+    saver = Saver(tmp_path, engine)
+    saver.start(1, Record(config=engine.model.config))
     saver.wait()
     before = snapshot(engine)
     resumed = DDPEngine(ALONE, engine.config, ())

@@ -52,7 +52,7 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
     case = config.precisions[0], config.backends[-1], config.optimizers[0]
     engine = build_engine(config, *case, dist)
     objective = Gaussian()
-    saver, record = Saver(config.folder, engine.config, dist), Record(config=engine.model.config)
+    saver, record = Saver(config.folder, engine), Record(config=engine.model.config)
 
     def now() -> float:
         if dist.device.type == "cuda":
@@ -71,7 +71,7 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
     for number in range(1, config.saves + 1):
         step = median([timed_step() for _ in range(STEPS + 2)][2:])
         start, steps = now(), 0
-        saver.start(number, engine, record, replaceable=True)
+        saver.start(number, record, replaceable=True)
         copied = now()
         while not dist.broadcast(saver.is_done):
             timed_step()

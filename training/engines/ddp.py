@@ -102,7 +102,7 @@ class DDPEngine:
             for n, w in self.parameters.items()
         }
         self.shards = [self.local[name].detach() for name in self.averaged]  # as EMAs need them
-        self.emas, self.grad_clip = self.config.emas, step.grad_clip
+        self.emas = self.config.emas
         for ema in self.emas:
             ema.start(self.shards)
         self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
@@ -178,8 +178,8 @@ class DDPEngine:
         self.scaler.unscale_(self.optimizer)
         weights = self.local_weights()
         grad_norm = self.total_norm([weight.grad for weight in weights])
-        if self.grad_clip:
-            nn.utils.clip_grads_with_norm_(weights, self.grad_clip, grad_norm)
+        if most := self.config.step.grad_clip:
+            nn.utils.clip_grads_with_norm_(weights, most, grad_norm)
         for group, initial_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = initial_rate * rate
         skipped = ~grad_norm.isfinite() | self.find_spikes(grad_norm)
