@@ -279,8 +279,7 @@ class DDPEngine:
 
     def written_buffers(self) -> dict[str, Box]:
         buffers = self.model.named_buffers() if self.dist.is_main else ()
-        persistent = self.model.state_dict().keys()
-        return {name: Box.of_all(buffer) for name, buffer in buffers if name in persistent}
+        return {name: Box.of_all(buffer) for name, buffer in buffers}
 
     def local_tensors(self) -> dict[str, Tensor]:
         tensors = {name: weight.detach() for name, weight in self.local.items()}
