@@ -79,7 +79,7 @@ def train_run(run: Run, dist: Distributed) -> int:
     if run.stream.start_step >= run.stream.end_step:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
-    engine = run.engine(dist, run.config, first_weights(run))
+    engine = run.config.engine.engine_class()(dist, run.config, first_weights(run))
     run.weights = None  # the engine holds the weights; free this copy
     if folder := run.state_folder:
         engine.load_state(folder)

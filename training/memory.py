@@ -62,7 +62,7 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     if run.dataset is not None:
         trained, _ = split(run.dataset, config.data.val_share)
     world_size, model = config.run.gpus or dist.world_size, config.model
-    stream = remaining_steps(config, engine, trained, None, replace(dist, world_size=world_size))
+    stream = remaining_steps(config, trained, None, replace(dist, world_size=world_size))
     micro_batch, batch, steps = stream.micro_batch, stream.global_batch, stream.end_step
     parameters, active = count_parameters(model)
     engine.check(config, world_size)

@@ -49,7 +49,7 @@ from training.config import (
     complete,
     training_flags,
 )
-from training.engine import Engine, frozen_names
+from training.engine import frozen_names
 from training.finetune import check_weights, data_notes, open_weights, start_weights
 from training.log import RunLog
 from training.manifest import find_fault
@@ -77,7 +77,6 @@ class Run:
     """An opened run: all that training needs."""
 
     config: TrainConfig
-    engine: type[Engine]
     folder: Path
     facts: dict[str, Any]  # inputs besides the settings, see `FACTS`
     dataset: Source
@@ -138,9 +137,9 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
     begin, config, dataset, notes = plan.begin, plan.config, plan.dataset, plan.notes
-    engine = config.engine.engine_class()
     facts, vae = inputs_of(config, dataset, dist)
-    facts = {**engine.check(config, dist.world_size), **facts, "start": begin.start}
+    checked = config.engine.engine_class().check(config, dist.world_size)
+    facts = {**checked, **facts, "start": begin.start}
     folder = begin.folder or default_folder(config, facts)
     if begin.folder is None:
         dist.on_main(partial(check_earlier_names, folder, config, facts))
@@ -160,7 +159,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
     trained, held_out_indices = split(dataset, config.data.val_share)
-    stream = remaining_steps(config, engine, trained, before, dist)
+    stream = remaining_steps(config, trained, before, dist)
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     held_out = None
     if config.data.val_path or config.data.val_share:
@@ -181,7 +180,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     if changed:
         log.changes(stream.start_step, changed)
     return Run(
-        config=config, engine=engine, folder=folder, facts=facts, dataset=dataset, vae=vae,
+        config=config, folder=folder, facts=facts, dataset=dataset, vae=vae,
         held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
         origin=origin, lock=lock, log=log,
     )  # fmt: skip
@@ -216,11 +215,10 @@ def starting_point(
 
 
 def remaining_steps(
-    config: TrainConfig, engine: type[Engine], trained: np.ndarray, before: Record | None,
-    dist: Distributed,
-) -> BatchStream:  # fmt: skip
+    config: TrainConfig, trained: np.ndarray, before: Record | None, dist: Distributed
+) -> BatchStream:
     """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
-    micro_batch = engine.micro_batch(config, dist.world_size)
+    micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
             raise UserError(
