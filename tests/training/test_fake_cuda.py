@@ -18,9 +18,10 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
 )
 SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 2}
-STEPS = {router: {"model": "DiT-S/2", "router": router, **SMALL} for router in ROUTERS} | {
-    "muon": {"model": "DiT-S/2", "flags": {"optimizer": "muon"}, **SMALL},
-    "fp16": {"model": "DiT-S/2", "flags": {"precision": "fp16"}, **SMALL},
+FLAGS = {"race": {"optimizer": "muon"}, "sigmoid": {"precision": "fp16"}}
+STEPS = {
+    router: {"model": "DiT-S/2", "router": router, "flags": FLAGS.get(router), **SMALL}
+    for router in ROUTERS
 }
 # The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
