@@ -332,7 +332,7 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
     ]  # fmt: skip
     lines = sample_tables(rows).splitlines()
     assert lines[0] == "| arm | sampler | runs | 1 step | 4 steps |"
-    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 |"
+    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 (1) |"
 
 
 def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_between_groups():

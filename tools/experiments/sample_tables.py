@@ -53,8 +53,9 @@ def sample_tables(rows: list[dict]) -> str:
     """Returns a Markdown table of KID, at the guidance scale that is best on the choosing images.
 
     With one sampler and number of steps, there is a line per run; else a line per arm and sampler,
-    and a column per number of passes. The last line is the noise of sampling: the standard
-    deviation between groups of samples of a run, pooled over the runs of a column.
+    and a column per number of passes; a cell of fewer runs than its line has their number in
+    brackets. The last line is the noise of sampling: the standard deviation between groups of
+    samples of a run, pooled over the runs of a column.
     """
     frame, cost = read_samples(rows)
     is_varied = len(frame[["sampler", "steps"]].drop_duplicates()) > 1
@@ -69,9 +70,12 @@ def sample_tables(rows: list[dict]) -> str:
     unit = {"steps": "step", "passes": "pass"}[cost]
     lines = [["arm", "sampler", "runs", *(f"{n} {unit if n == 1 else cost}" for n in costs)]]
     for (arm, sampler), group in best.groupby(["arm", "sampler"], sort=False):
-        cells = {n: with_noise(of_cost) for n, of_cost in group.groupby(cost)}
-        runs = str(group["run"].nunique())
-        lines.append([arm, sampler, runs, *(cells.get(n, "") for n in costs)])
+        runs = group["run"].nunique()
+        cells = {
+            n: with_noise(found) + (f" ({len(found)})" if len(found) < runs else "")
+            for n, found in group.groupby(cost)
+        }
+        lines.append([arm, sampler, str(runs), *(cells.get(n, "") for n in costs)])
     grouped = best[best["groups"].str.len() > 1]
     noise = (grouped["reporting"].str[1] ** 2).groupby(grouped[cost]).mean() ** 0.5
     if len(noise):
@@ -129,11 +133,17 @@ def sample_comparisons(rows: list[dict], reference: str) -> str:
 def rivals(
     theirs: DataFrame, ours: DataFrame, cost: str
 ) -> Iterator[tuple[int, DataFrame, DataFrame]]:
-    """Yields each cost of two arms, and the strongest rows of each arm at no more than this."""
+    """Yields each cost of two arms, and the strongest rows of each arm at no more than this.
+
+    A cost at which no stronger row is added would repeat a comparison, and is left out.
+    """
+    before: list[list[int]] = []
     for limit in sorted({*theirs[cost], *ours[cost]}):
         found = [strongest(rows[rows[cost] <= limit]) for rows in (theirs, ours)]
-        if all(map(len, found)):
+        chosen = [sorted(rows.index) for rows in found]
+        if all(chosen) and chosen != before:
             yield limit, *found
+        before = chosen
 
 
 def paired(left: DataFrame, right: DataFrame) -> Series:
