@@ -135,8 +135,8 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.Co
     for layout in LAYOUTS:
         changes = more.get(layout, {})
         commands.append(command(results, layout, **changes))
-        if layout in ("zero2", "zero3"):
-            again = partial(command, results, layout, **{**changes, "run-name": f"again-{layout}"})
+        if layout == "zero3":
+            again = partial(command, results, layout, **{**changes, "run-name": "again-zero3"})
             commands += [again(**{"max-steps": 2, "num-sample": 0}), again(**{"num-sample": 0})]
     for name, steps in (("fp16", 4), ("again-fp16", 2), ("again-fp16", 4)):
         changes = {"run-name": name, "max-steps": steps, "precision": None}
@@ -194,8 +194,9 @@ def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["zero2", "zero3", "fp16"])
+@pytest.mark.parametrize("layout", ["fp16", "zero3"])
 def test_a_resumed_deepspeed_run_is_bit_identical(finished, layout):
+    """fp16 has ZeRO-2 and a loss scale."""
     got, want = finished(f"again-{layout}"), finished(layout)
     assert "resumed from" in (got / "log.txt").read_text()
     for a, b in zip(rows(got), rows(want), strict=True):
@@ -245,6 +246,13 @@ def spoiled(step: Path, folder: Path, spoil: Callable[[Path], None]) -> Path:
     return path
 
 
+def call_several(*commands: list[str]) -> None:
+    """Calls scripts one after another, in one process group, because DeepSpeed keeps the first."""
+    torch.distributed.destroy_process_group = lambda: None
+    for command in commands:
+        call_main(*command)
+
+
 def test_deepspeed_resumes_on_fewer_processes(finished, command, tmp_path):
     """One process takes steps 3 and 4 of a run, and then rejects a checkpoint that hides code."""
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
@@ -254,9 +262,9 @@ def test_deepspeed_resumes_on_fewer_processes(finished, command, tmp_path):
     hostile = spoiled(step, tmp_path / "a", lambda path: torch.save(gadget, path))
     one = {"accum_iter": 2 * PROCESSES}
     branch = {"resume": hostile.parent.parent, "run-name": "branch"}
-    in_process(call_main, *command(tmp_path, "zero3", **one))
+    commands = (command(tmp_path, "zero3", **values) for values in (one, {**one, **branch}))
     with pytest.raises(UserError, match=f"{hostile}: damaged or not a safetensors file"):
-        in_process(call_main, *command(tmp_path, "zero3", **one, **branch))
+        in_process(call_several, *commands)
     assert not (tmp_path / "executed").exists()
     assert len(states(run)) == 1
     assert_close_runs(run, finished("ddp"))
@@ -421,8 +429,9 @@ def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
     assert lines["layout"] == "32 processes under ZeRO-3, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
     assert lines["fits"].startswith("yes")
-    more = "--train_batch_size=32"  # under ZeRO-2, with 31 GiB of weights
-    call_main("train_deepspeed.py", *giant, more)
+    # Under ZeRO-2, with twice the weights in few modules, which are planned in less time.
+    wide = "--model=DiT-XL/2", "--depth=2", "--num_experts=1024", "--train_batch_size=32"
+    call_main("train_deepspeed.py", *giant, *wide)
     assert printed_values(capsys)["fits"].startswith("NO")
 
 
