@@ -125,7 +125,7 @@ def main(config: SampleConfig) -> None:
             found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
             print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
     for labels, seeds in progress_bar(requests):
-        batch = pipeline.decode(pipeline.sample(labels, seeds, None if images else watch))
+        batch = pipeline.images(labels, seeds, None if images else watch)
         images += batch  # each (3, H, W) uint8
         captions += class_captions(pipeline.model, names, labels)
         if config.output_dir:

@@ -207,7 +207,7 @@ def count_routing(
     with recorder:
         for batch_labels, seeds in progress_bar(requests):
             recorder.start_batch(batch_labels)
-            latents = pipeline.sample(batch_labels, seeds, callback=recorder.end_step)
+            latents = pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
             weights = [x[..., : config.num_experts] for x in recorder.mean_weights()]
             decode = lambda chosen, latents=latents: pipeline.decode(latents[chosen])  # noqa: E731
             gallery.add(weights, config.grid, seeds[0] - seed, decode)

@@ -115,23 +115,17 @@ class SamplingPipeline:
 
         Raises UserError if the model's output is not finite.
         """
-        pipeline = self.with_settings(**settings) if settings else self
+        chosen = self.with_settings(**settings).settings if settings else self.settings
         numbers = parse_labels(labels, self.class_names, "labels")
         if not numbers:
             raise UserError("labels: got none, expected at least one")
         if callback is not None and not callable(callback):
             raise UserError(f"callback: got {callback!r:.80}, expected a function of a dict")
-        return pipeline.sample(numbers, seeds_of(seeds, len(numbers)), callback, conditions)
-
-    def sample(
-        self, labels: Sequence[int], seeds: Sequence[int], callback: Callback = None,
-        conditions: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Samples like `latents`, for parsed labels and seeds (integers)."""
+        seeds = seeds_of(seeds, len(numbers))
         if conditions is None:
             conditions = rows_for(self.conditions, seeds, self.first_seed)
         latents = generate(
-            self.model, labels, seeds, self.settings, conditions=conditions, guide=self.guide,
+            self.model, numbers, seeds, chosen, conditions=conditions, guide=self.guide,
             callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():

@@ -334,11 +334,11 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     for weight in pipeline.model.parameters():  # after three steps the output is almost zero
         torch.nn.init.normal_(weight, std=0.1)
     size = torch.tensor([2, 1, 0, 0.5]).repeat(3, 1)
-    got = pipeline.sample([1, 2, 3], [5, 6, 7])
+    got = pipeline.latents([1, 2, 3], [5, 6, 7])
     want = pipeline.latents([1, 2, 3], [5, 6, 7],
                             conditions={"size": size, "vector": rows[[0, 1, 0]]})  # fmt: skip
     assert torch.equal(got, want)
-    assert relative_error(pipeline.sample([3], [7]), want[2:]) < 1e-5
+    assert relative_error(pipeline.latents([3], [7]), want[2:]) < 1e-5
     assert relative_error(pipeline.latents([1], [5], conditions={}), want[:1]) > 1e-3
     (empty := tmp_path / "empty.npy").touch()
     command = ("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--output",

@@ -59,7 +59,7 @@ def choices(pipeline: SamplingPipeline, num_images: int) -> Tensor:
 
     labels = [image % classes for image in range(num_images)]
     with listen(pipeline.model, count):
-        pipeline.sample(labels, range(num_images), callback=lambda _: steps.append([]))
+        pipeline.latents(labels, range(num_images), callback=lambda _: steps.append([]))
     return torch.stack([torch.stack(layers) for layers in steps if layers])
 
 
