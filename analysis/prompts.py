@@ -21,7 +21,6 @@ from analysis.counts import RoutingCounts
 from analysis.gallery import Gallery
 from analysis.recorder import RoutingRecorder
 from analysis.sparse_layers import TRANSFORMERS, sparse_layers
-from analysis.token_places import PLACES
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
@@ -154,7 +153,7 @@ def count_prompts(
     requests = batches(
         range(len(prompts)), settings.images_per_prompt, settings.seed, settings.batch_size
     )
-    with PLACES[kind](pipeline) as places:
+    with TRANSFORMERS[kind].places(pipeline) as places:
         recorder = RoutingRecorder(pipeline.transformer, steps, len(groups), places)
         gallery = Gallery(len(recorder.layers), recorder.layers[0].num_experts)
 

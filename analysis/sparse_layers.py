@@ -3,8 +3,7 @@
     for layer in sparse_layers(pipeline.transformer):
         layer.listen(lambda output, routing: print(layer.name, routing.expert.bincount()))
 
-To add a transformer of diffusers, write a `GatedLayer` and add it to `TRANSFORMERS`. A model whose
-experts also get text or padding needs a `TokenPlaces` too, see analysis/token_places.py.
+To add a transformer of diffusers, write a `GatedLayer` and add it to `TRANSFORMERS`.
 
 Shape legend:
     N images of a batch, T tokens per image, S = N*T tokens, E experts, K experts per token,
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from analysis.token_places import HiDreamPlaces, NucleusPlaces
 from models import DiT
 from moe import quantize_experts
 from moe_kernels.quantized import QuantizedLinear, QuantizedStack, QuantizedWeight
@@ -75,6 +75,9 @@ class DiTLayer:
 class GatedLayer:
     """A layer of diffusers with a module `gate`, whose output determines the routing."""
 
+    module_name: str  # class of the layer in diffusers
+    places: type  # makes the `TokenPlaces` of a pipeline with such layers
+
     def __init__(self, name: str, module: nn.Module):
         self.name, self.module = name, module
 
@@ -98,6 +101,7 @@ class HiDreamLayer(GatedLayer):
     """`MOEFeedForwardSwiGLU`: softmax over the experts, top K, weights not renormalised."""
 
     module_name, names = "MOEFeedForwardSwiGLU", ("w1", "w2", "w3")
+    places = HiDreamPlaces
 
     @property
     def num_experts(self) -> int:
@@ -131,6 +135,7 @@ class NucleusLayer(GatedLayer):
     normalised to the sum `route_scale`."""
 
     module_name, names = "NucleusMoELayer", ("gate_up_proj", "down_proj")
+    places = NucleusPlaces
 
     @property
     def num_experts(self) -> int:

@@ -45,9 +45,6 @@ class DiTPlaces:
 class NucleusPlaces(ExitStack):
     """Every token is a patch. With guidance, the first of two calls is conditional."""
 
-    def start_batch(self) -> None:
-        pass
-
     def __init__(self, pipeline: Any):
         super().__init__()
         self.grid = (0, 0)
@@ -57,6 +54,9 @@ class NucleusPlaces(ExitStack):
     def note(self, model: nn.Module, inputs: tuple, values: dict) -> None:
         self.grid = tuple(values["img_shapes"][0][1:])
         self.device = values["hidden_states"].device
+
+    def start_batch(self) -> None:
+        pass
 
     def first_conditional(self, batch: int, images: int) -> int:
         return 0
@@ -108,9 +108,3 @@ class HiDreamPlaces(ExitStack):
         text = torch.cat([t5, llama, llama], dim=1)  # (N, T - padded)
         text = torch.where(text > 0, OTHER, PADDING)
         return torch.cat([patches.expand(len(text), -1), text], dim=1)
-
-
-PLACES: dict[str, Any] = {
-    "HiDreamImageTransformer2DModel": HiDreamPlaces,
-    "NucleusMoEImageTransformer2DModel": NucleusPlaces,
-}
