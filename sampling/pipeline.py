@@ -213,7 +213,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     for name in ("guided_channels", "guidance_interval"):
         if settings.cfg_scale == 1 and getattr(config, name) is not None:
             raise UserError(f"{spelling(name)}: has no effect without guidance (--cfg-scale is 1)")
-    vae = open_autoencoder(config, checkpoint, device)
+    vae = autoencoder_of(config, checkpoint, device)
     precision = choose_precision(config.precision, checkpoint.config.hidden_size, device)
     build = build_offloaded if config.offload else build_model
     model = build(checkpoint, device, DTYPES[precision])
@@ -271,7 +271,7 @@ def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
     return trained or flag or "gaussian"
 
 
-def open_autoencoder(
+def autoencoder_of(
     config: SamplingConfig, checkpoint: Checkpoint, device: torch.device
 ) -> Autoencoder:
     """Loads the autoencoder, whose latents have to be those of the training."""
