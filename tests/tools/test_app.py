@@ -74,12 +74,15 @@ class Visitor:
 
     def wait(self, selector: str, text: str = ""):
         """Waits for an element that contains the text, and returns the first one."""
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
         def find(_):
             return next((e for e in self.all(selector) if text in e.text), None)
 
-        return WebDriverWait(self.browser, 60).until(find, f"no {text!r} in {selector}")
+        redrawn = [StaleElementReferenceException]  # between finding an element and its text
+        wait = WebDriverWait(self.browser, 60, ignored_exceptions=redrawn)
+        return wait.until(find, f"no {text!r} in {selector}")
 
     def choose(self, class_name: str, control: str = "Class") -> None:
         self.wait(f"input[aria-label='{control}']").click()
