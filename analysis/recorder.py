@@ -44,7 +44,7 @@ def listen(model: nn.Module, listener: Callable[[int, Tensor, Routing], None]) -
     return hooks
 
 
-# The tables of `RoutingCounts` and their axes. Weights are summed in fp64.
+# The tables of `RoutingCounts` and their axes.
 TABLES = {
     "by_class": ("class", "layer", "expert"),
     "by_step": ("step", "layer", "expert"),
@@ -58,6 +58,7 @@ TABLES = {
     "other_by_step": ("step", "layer", "expert"),
     "times": ("step",),
 }
+FLOATS = ("weight_by_class", "weight_by_step", "weight_by_position", "times")  # in fp64
 
 
 class RoutingRecorder:
@@ -90,7 +91,7 @@ class RoutingRecorder:
             "expert": max(layer.num_experts for layer in self.layers),
         }  # fmt: skip
         for name, axes in TABLES.items():
-            dtype = torch.float64 if name.startswith(("weight", "times")) else torch.int64
+            dtype = torch.float64 if name in FLOATS else torch.int64
             shape = [sizes[axis] for axis in axes]
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.times.fill_(torch.nan)

@@ -14,12 +14,12 @@ Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or named tensors (N, 
 def classifier_free_guidance(
     model: Callable[..., Tensor | tuple], y: Conditions, null_y: Conditions | None,
     scale: float | Callable[[float], float], channels: int | None = None,
-    guide: Callable[..., Tensor | tuple] | None = None,
+    *, guide: Callable[..., Tensor | tuple] | None = None,
 ) -> Callable[..., Tensor]:
     """Returns `denoise(x, t, r=None)`, which computes uncond + scale * (cond - uncond) in fp32.
 
-    model: called as model(x, t, y) on the batch [conditional; unconditional]; returns a prediction,
-        or (prediction, aux_loss)
+    model: called as model(x, t, y) on the batch [conditional; unconditional] or, with a `guide`, on
+        the conditional half; returns a prediction, or (prediction, aux_loss)
     y, null_y: conditions of the two halves: labels (N,), or tensors by name. With scale 1 only the
         conditional half runs, and null_y may be None.
     scale: a number, or a function of t as the network receives it (see `guidance_within`). A

@@ -196,12 +196,14 @@ def generate(
     y |= checked_conditions(model, conditions or {}, len(labels))
     objective = objective_of(settings)
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
-    null_y = y
+    null_y, second = y, guide
     if guide is None and settings.cfg_scale != 1:
         null_y = {**y, **model.without_conditions(y)}
         if model.depends_on_batch and not objective.guides_in_one_batch:
-            guide = model
-    denoise = classifier_free_guidance(model, y, null_y, scale, settings.guided_channels, guide)
+            second = model
+    denoise = classifier_free_guidance(
+        model, y, null_y, scale, settings.guided_channels, guide=second
+    )
     try:
         noise = PerImageNoise(seeds)
     except ValueError as error:

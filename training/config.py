@@ -13,7 +13,6 @@ determine settings such as num_classes. flags.py declares the settings.
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -229,10 +228,17 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     kept = () if "model" in recipe else DiT_models[PresetConfig.model].keywords
     for name in [name for name in options_of(DiTConfig) if name not in kept]:
         others = {key: value for key, value in recipe.items() if key != name}
-        with suppress(UserError):  # for example fewer experts than a token activates
-            recipe = others if resolve(others, engine_flags).model == model else recipe
+        if is_model_of(others, engine_flags, model):
+            recipe = others
     ignored = ("run_name", "resume", "finetune", *DATA_FACTS)
     return {name: value for name, value in recipe.items() if name not in ignored}
+
+
+def is_model_of(recipe: Layer, engine_flags: type, model: DiTConfig) -> bool:
+    try:
+        return resolve(recipe, engine_flags).model == model
+    except UserError:  # for example fewer experts than a token activates
+        return False
 
 
 def parse_yaml(path: Path) -> tuple[dict[str, Any], bool]:

@@ -111,7 +111,7 @@ class RunLog:
         row = {"step": step, "time": round(time.time())}  # Unix time
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
-        self.show(step, curves_of(values), {})
+        self.show(step, curves=curves_of(values), images={})
         parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
@@ -126,7 +126,7 @@ class RunLog:
         with warns_if_lost(path):
             write_png(grid, path)
             self.text(f"sample grid: {path}")
-        self.show(step, {}, {"samples": grid})
+        self.show(step, curves={}, images={"samples": grid})
 
     def show(self, step: int, curves: dict[str, float], images: dict[str, Tensor]) -> None:
         """Shows numbers and images (3, H, W) uint8 in TensorBoard and Weights & Biases, by tag."""
@@ -139,8 +139,8 @@ class RunLog:
             from wandb import Image
 
             with warns_if_lost("the run of Weights & Biases"):  # an image is first written to disk
-                shown = {tag: Image(i.permute(1, 2, 0).numpy()) for tag, i in images.items()}
-                self.wandb.log(curves | shown | {STEP: step})
+                pictures = {tag: Image(i.permute(1, 2, 0).numpy()) for tag, i in images.items()}
+                self.wandb.log({**curves, **pictures, STEP: step})
 
     def flush(self) -> None:
         """Writes all buffered log lines to the disk."""

@@ -137,8 +137,8 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     """
     plan = plan_run(said, engine_flags, partial(open_dataset, dist=dist))
     begin, config, dataset, notes = plan.begin, plan.config, plan.dataset, plan.notes
-    facts, vae = inputs_of(config, dataset, dist)
     checked = config.engine.engine_class().check(config, dist.world_size)
+    facts, vae = inputs_of(config, dataset, dist)
     facts = {**checked, **facts, "start": begin.start}
     folder = begin.folder or default_folder(config, facts)
     if begin.folder is None:

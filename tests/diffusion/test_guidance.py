@@ -108,7 +108,7 @@ def test_autoguidance_moves_the_prediction_away_from_the_guide():
     model, guide = network(1.0, 8), network(0.5, 4)
     cond, base = model(x, T, LABELS), guide(x, T, LABELS)
     for channels, scale in ((4, 2.5), (3, 0.0)):
-        got = classifier_free_guidance(model, LABELS, LABELS, scale, channels, guide)(x, T)
+        got = classifier_free_guidance(model, LABELS, LABELS, scale, channels, guide=guide)(x, T)
         mixed = base[:, :channels] + scale * (cond - base.repeat(1, 2, 1, 1))[:, :channels]
         torch.testing.assert_close(got[:, :channels], mixed)
         assert torch.equal(got[:, channels:], cond[:, channels:])

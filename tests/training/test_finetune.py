@@ -24,6 +24,7 @@ from test_sampling import randomised_preset
 from checkpoints import Record, config_of
 from checkpoints.checkpoint import load_model, read_checkpoint
 from checkpoints.published import to_published
+from latents.cache import read_settings
 from options.settings import flat
 from runtime.errors import UserError
 from training.config import DataFacts, resolve
@@ -113,6 +114,14 @@ def test_images_are_encoded_by_the_autoencoder_that_the_weights_record(flags, so
     shutil.rmtree(own)
     with pytest.raises(UserError, match=f"--finetune: .* autoencoder {own}, which does not exist"):
         flags(**values | {"run-name": "other"})
+
+
+def test_cached_latents_name_the_autoencoder_and_not_the_weights(flags, source, latent_cache):
+    info = {"objective": "gaussian", "step": 9, "vae_path": "/an/autoencoder/that/is/gone"}
+    save_checkpoint(load_model(source), source, **info)
+    paths = {"vae-path": None, "data-path": None, "image-size": None, "latents-path": latent_cache}
+    record = read_checkpoint(flags(finetune=source, **paths)).record
+    assert record.vae_path == read_settings("", latent_cache).vae_path
 
 
 @pytest.mark.parametrize("has_preset", [True, False])

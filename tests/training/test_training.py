@@ -47,6 +47,7 @@ from options.parts import option
 from routers import ROUTERS
 from runtime import signals
 from runtime.devices import peak_of
+from runtime.errors import UserError
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
 from training.config import resolve
@@ -228,6 +229,13 @@ def test_a_run_with_an_optimizer_without_state_is_resumed(tmp_path):
     resumed = DDPEngine(ALONE, engine.config, ())
     resumed.load_state(saver.folder)
     assert all(map(torch.equal, snapshot(resumed), before))
+    other = engine_of(settings={"optimizer": "plain", "optimizer_momentum": 0.9})
+    with pytest.raises(UserError, match="different model .momentum_buffer: got none"):
+        other.load_state(saver.folder)
+    with pytest.raises(UserError, match="different model .blocks.2.* got none"):
+        engine_of(settings={"optimizer": "plain"}, depth=3).load_state(saver.folder)
+    with pytest.raises(UserError, match="different model .* expected none"):
+        engine_of(settings={"optimizer": "plain"}, depth=1).load_state(saver.folder)
 
 
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:

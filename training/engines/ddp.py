@@ -38,6 +38,7 @@ from training.engines.state import (
 )
 from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
+from training.optimizers import planned_state
 from training.spikes import SpikeDetector
 
 
@@ -293,23 +294,24 @@ class DDPEngine:
         state, stored = read_state(folder, self.shapes, self.places, self.dist.device)
         # A branch may add or drop auxiliary losses, with their projectors.
         tensors = self.local_tensors().items()
-        local = {n: tensor for n, tensor in tensors if is_of_model(n) or n in state["model"]}
+        local = {n: tensor for n, tensor in tensors if is_of_model(n) or n in stored}
         expected = {name: self.shapes.get(name, tensor.shape) for name, tensor in local.items()}
         stored = {n: shape for n, shape in stored.items() if is_of_model(n) or n in local}
-        projectors = (
-            {n: s for n, s in shapes.items() if not is_of_model(n)} for shapes in (expected, stored)
-        )
+        projectors = [name for name in local if not is_of_model(name)]
+        trained = {name: local[name].shape for name in self.trained if name in local}
+        planned = planned_state(self.config.optimizer, trained, self.model.matrices())
         other = f"--latents-path: other features than those that {folder} was trained on"
         with reported_as(other, ValueError):
-            check_shapes(*projectors)
+            check_shapes({n: stored[n] for n in projectors}, {n: expected[n] for n in projectors})
         with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(stored, expected)
+            for name, moments in planned.items():
+                check_shapes(shapes_of(state["optimizer"].get(name, {})), shapes_of(moments))
             for name, tensor in local.items():
                 tensor.copy_(state["model"][name])
-            for name, kept in state["optimizer"].items():
-                if (weight := self.moved.get(name)) is not None:
-                    moments = {k: distributed_as(weight, value) for k, value in kept.items()}
-                    self.optimizer.state[weight] = moments
+            for name in trained:
+                weight, kept = self.moved[name], state["optimizer"].get(name, {}).items()
+                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
         # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])

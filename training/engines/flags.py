@@ -1,7 +1,7 @@
 """Flags that only one of the two training scripts has: the distribution of the work.
 
-Each class of flags names the engine that they choose; its module is imported only then, which takes
-seconds.
+The method `engine_class` of a class of flags returns the engine that the flags choose. It imports
+the engine's module, which takes seconds.
 """
 
 from dataclasses import dataclass
