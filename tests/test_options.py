@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from conftest import ROOT, command_line, expect_error
@@ -354,7 +354,7 @@ def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of
         ({"model": "JiTMoE-B/16", "router": "sigmoid", "router-bias-step": 0.001}, "DiT-S/2",
          {"num_experts": 8, "router": "sigmoid", "scale": 1}),
         ({"model": "JiTMoE-B/16", "num-experts": 16, "router": {"sigmoid": {"scale": 2.5}}},
-         "DiT-S/2", {"num_experts": 16, "router": "sigmoid", "scale": 2.5, "hidden_size": 384}),
+         "DiT-S/2", {"num_experts": 8, "router": "topk"}),
         ({"model": "DiT-S/2", "run": 1}, "JiT-B/16", {"num_experts": 0, "depth": 12}),
         ({"model": "JiTMoE-B/16", "run": 1}, "DiT-S/2",
          {"num_experts": 8, "router": "topk", "norm": "layer", "sparse_layers": (*range(12),)}),
@@ -412,6 +412,19 @@ def test_several_files_override_each_other_in_order(tmp_path):
         with command_line("train.py", ("--config", *files)) as module:
             emas = resolve(module.parse_args(), DDPFlags).emas
         assert [ema.decay for ema in emas] == [*decays]
+
+
+def test_the_config_of_a_run_overrides_files_and_weights_with_its_defaults_too(tmp_path):
+    run, recipe = tmp_path / "run.yaml", tmp_path / "recipe.yaml"
+    config = resolve({"model": "DiT-Ti/2", "qk_norm": False}, DDPFlags)
+    run.write_text(json.dumps(config.sections()) + "\n---\n{}\n")
+    others = {"qk-norm": True, "num-experts-per-tok": 1, "router": {"sigmoid": {"scale": 3}}}
+    recipe.write_text(json.dumps(others))
+    said = parse_training(DDPFlags, arguments={"config": [str(recipe), str(run)]})
+    assert resolve(said, DDPFlags).model == config.model
+    before = replace(config.model, qk_norm=True, num_experts_per_tok=1)
+    said = parse_training(DDPFlags, arguments={"config": [str(run)], "finetune": "weights"})
+    assert resolve(said, DDPFlags, weights=Record(config=before)).model == config.model
 
 
 def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():

@@ -60,6 +60,8 @@ ALTERNATIVES = (  # pairs of flags of which a command gives one
 )  # fmt: skip
 SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 PLANNING = ("gpus", "gpu_memory")
+# Fields of the model whose defaults depend on other settings.
+DERIVED = ("sparse_layers", "mlp_type", "dense_mlp_ratio", "class_dropout_prob")
 SPARSE = ("num_experts_per_tok", "n_shared_experts", "sparse_layers")
 DENSE = "given with a dense model, expected a model with experts"
 SECTIONS = ("model", "data", "step", "engine", "run")  # of a file
@@ -190,8 +192,7 @@ def parse_training(
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
                 files.append(read_recipe(Path(path), flags, engine_flags))
         for layer in (*files, command):
-            check_preset(said, layer, every)
-            said = override(said, layer, flags)
+            said = override(without_preset(said, layer, every), layer, flags)
         return said
 
 
@@ -199,7 +200,7 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     """Reads a recipe of these flags, or the config.yaml of a run.
 
     Of a config.yaml, the following are ignored: the facts after the line ---, the run's name, its
-    start weights, and what follows from its data (DATA_FACTS), its preset or other settings.
+    start weights, and what followed from its data (DATA_FACTS) or its other settings (`DERIVED`).
     """
     if not path.exists():
         recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
@@ -224,21 +225,12 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     if "sparse_layers" in recipe and "depth" in recipe:
         recipe["sparse_layers"] = name_of_layers(recipe["sparse_layers"], recipe["depth"])
     model = resolve(recipe, engine_flags).model
-    # Weights may have sizes of no preset. Then none of the sizes follows from one.
-    kept = () if "model" in recipe else DiT_models[PresetConfig.model].keywords
-    for name in [name for name in options_of(DiTConfig) if name not in kept]:
+    for name in DERIVED:
         others = {key: value for key, value in recipe.items() if key != name}
-        if is_model_of(others, engine_flags, model):
+        if getattr(resolve(others, engine_flags).model, name) == getattr(model, name):
             recipe = others
     ignored = ("run_name", "resume", "finetune", *DATA_FACTS)
     return {name: value for name, value in recipe.items() if name not in ignored}
-
-
-def is_model_of(recipe: Layer, engine_flags: type, model: DiTConfig) -> bool:
-    try:
-        return resolve(recipe, engine_flags).model == model
-    except UserError:  # for example fewer experts than a token activates
-        return False
 
 
 def parse_yaml(path: Path) -> tuple[dict[str, Any], bool]:
@@ -275,16 +267,31 @@ def check_once(said: Layer, flags: Flags) -> None:
                 raise ValueError(f"{name}: is given twice, alone and as an option of {choice}")
 
 
-def check_preset(recipe: Layer, command: Layer, flags: Flags) -> None:
-    """Raises ValueError if the recipe sets all that the command's preset would change."""
-    before, preset = recipe.get("model", PresetConfig.model), command.get("model")
-    if preset in (None, before):
-        return
+def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
+    """Returns a recipe without what its preset sets, if the command names another preset.
+
+    Raises ValueError if the recipe sets everything that the other preset would change.
+    """
+    preset, before = command.get("model"), recipe.get("model", PresetConfig.model)
+    if not recipe or preset in (None, before):
+        return recipe
     old, own = (read(DiT_models[name].keywords, flags) for name in (before, preset))
-    others = [spelling(name) for name, value in own.items() if recipe.get(name, value) != value]
-    if others and old | recipe == own | recipe:
-        what = ", ".join(others)
+    names = {flags[name].field.name for name in (*old, *own, "router")}  # that of a default, too
+
+    def values(layer: Layer) -> dict[str, Any]:
+        found = {name: layer.get(name, flags[name].field.default) for name in names}
+        parts, rest = chosen("router", layer, flags)
+        return found | {"router": ([*map(flags["router"].field.complete, parts)], rest)}
+
+    sizes, kept = values(merge(old, recipe, flags)), recipe
+    if "model" in recipe:
+        gone = {name for name, value in values(old).items() if value == sizes[name]}
+        kept = {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
+    others = [name for name, value in values(own).items() if value != sizes[name]]
+    if others and values(merge(own, kept, flags)) == sizes:
+        what = ", ".join(map(spelling, sorted(others)))
         raise ValueError(f"model: {preset} has no effect, because the recipe sets {what}")
+    return kept
 
 
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import MODEL_FILE, config_of
 from options.parts import Part
-from routers import ROUTERS
+from routers import ROUTERS, TopKRouter
 from runtime.errors import UserError
 from training.config import DataFacts, parse_training, resolve
 from training.engine import new_weights
@@ -601,6 +601,24 @@ def test_shard_rejects_an_optimizer_whose_state_has_a_different_shape(monkeypatc
     FSDPEngine.check(other, 1)  # one process has whole weights
     with pytest.raises(UserError, match="adafactor keeps row_var .* requires tensors of the same"):
         FSDPEngine.check(other, 2)
+
+
+def test_shard_rejects_a_scalar_parameter_of_a_router(monkeypatch):
+    from training.engines.fsdp import FSDPEngine
+
+    class Tempered(TopKRouter):
+        def __post_init__(self):
+            super().__post_init__()
+            self.temperature = torch.nn.Parameter(torch.empty(()))
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            torch.nn.init.ones_(self.temperature)
+
+    monkeypatch.setitem(ROUTERS, "tempered", Tempered)
+    config = resolve({"shard": True, "router": "tempered", "depth": 1}, DDPFlags)
+    with pytest.raises(UserError, match="^--shard: got the scalar parameter .*temperature, expec"):
+        FSDPEngine.check(config, 2)
 
 
 def test_the_memory_plan_of_a_large_model_suggests_shard(capsys):

@@ -77,7 +77,11 @@ class FSDPEngine(DDPEngine):
         layout = layout_of(config, world_size)
         if layout.size > 1:
             check_state(config)
-        check_runs(layout, planned_weights(config))
+        weights = planned_weights(config)
+        if scalars := [name for name, weight in weights.items() if not weight.dim()]:
+            expected = "a dimension, such as torch.empty(1)"
+            raise UserError(f"--shard: got the scalar parameter {scalars[0]}, expected {expected}")
+        check_runs(layout, weights)
         return super().check(config, world_size)
 
     @classmethod
