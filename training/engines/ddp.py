@@ -302,7 +302,7 @@ class DDPEngine:
         planned = planned_state(self.config.optimizer, trained, self.model.matrices())
         other = f"--latents-path: other features than those that {folder} was trained on"
         with reported_as(other, ValueError):
-            check_shapes({n: stored[n] for n in projectors}, {n: expected[n] for n in projectors})
+            check_shapes({n: expected[n] for n in projectors}, {n: stored[n] for n in projectors})
         with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(stored, expected)
             for name, moments in planned.items():
