@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import (  # private
     FakeTensorMode,
 )
 
+from conditions import CONDITIONS, split_condition
 from models import DiT, DiTConfig
 from moe import Experts, width_of
 from moe_kernels.attention import fused_attention
 from options.parts import Part
+from routers import ROUTERS
 
 
 @cache
@@ -33,8 +35,15 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-@lru_cache(maxsize=16)
 def fake_model(config: DiTConfig) -> DiT:
+    """Returns the model of a config, the same one until a component gets another class."""
+    names = [split_condition(word)[0] for word in config.conditions]
+    kinds = (config.router and ROUTERS[config.router.name], *(CONDITIONS[name] for name in names))
+    return build_fake(config, kinds)
+
+
+@lru_cache(maxsize=16)
+def build_fake(config: DiTConfig, kinds: tuple[type | None, ...]) -> DiT:
     with fake_mode():
         return DiT(replace(config, expert_backend="grouped")).train()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from checkpoints.costs import fake_model
 from models import DiT, DiTConfig, initialize, unset
 
 
@@ -39,10 +40,16 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
 
     They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
-    for module, own in build_empty(config).owners():
-        for tensor in own:
-            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
-        initialize(module, own)
-        for tensor, name in own.items():
-            yield name, tensor.data
-            tensor.data = tensor.new_empty(0)
+    for module, own in fake_model(config).owners():
+        fakes = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        drawn = {}
+        for attribute, fake in fakes.items():
+            tensor = torch.empty(fake.shape, dtype=fake.dtype)
+            drawn[own[fake]] = nn.Parameter(tensor) if isinstance(fake, nn.Parameter) else tensor
+            setattr(module, attribute, drawn[own[fake]])
+        try:
+            initialize(module, {tensor: name for name, tensor in drawn.items()})
+        finally:
+            for attribute, fake in fakes.items():
+                setattr(module, attribute, fake)
+        yield from ((name, tensor.data) for name, tensor in drawn.items())

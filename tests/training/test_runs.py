@@ -19,7 +19,9 @@ import yaml
 from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
 
 from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints.costs import build_fake
 from latents.loading import BatchStream
+from models import DiT
 from options.settings import differences
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
@@ -127,6 +129,20 @@ def test_epochs_of_the_command_replace_the_steps_of_a_run_or_recipe(finished):
     recipe = parse_training(DDPFlags, None, ["--config", recipe, "--epochs", "9"])
     for values in (override(stored, {"epochs": 9}, flags), recipe):
         assert values["epochs"] == 9 and "max_steps" not in values
+
+
+def test_a_start_builds_the_model_at_most_twice(flags, tmp_path, monkeypatch):
+    """Once without data, for what the model costs, and once to train it."""
+    built = []
+
+    def count(self, *arguments, build=DiT.__init__, **fields) -> None:
+        built.append(type(torch.empty(0)).__name__)
+        build(self, *arguments, **fields)
+
+    monkeypatch.setattr(DiT, "__init__", count)
+    build_fake.cache_clear()
+    call_main("train.py", *flags(tmp_path, **{"max-steps": 1}))
+    assert sorted(built) == ["FakeTensor", "Tensor"]
 
 
 def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, tmp_path):
