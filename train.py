@@ -68,7 +68,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
 def main(said: Layer) -> int:
     """Returns the exit code, see `training.loop.train`."""
     from training.loop import train  # imported here: takes seconds
-    from training.memory import print_plan
+    from training.plan import print_plan
 
     if said.get("dry_run"):
         print_plan(said, DDPFlags)

@@ -26,7 +26,7 @@ def main(said: Layer) -> int:
     import torch  # imported here: takes seconds
 
     from training.loop import train
-    from training.memory import print_plan
+    from training.plan import print_plan
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU

@@ -41,7 +41,8 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
     They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
     for module, own in fake_model(config).owners():
-        fakes = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        fakes = dict(module.named_parameters(recurse=False))
+        fakes |= dict(module.named_buffers(recurse=False))
         drawn = {}
         for attribute, fake in fakes.items():
             tensor = torch.empty(fake.shape, dtype=fake.dtype)

@@ -35,7 +35,6 @@ from runtime.signals import Requests
 from training.alarms import Alarms
 from training.engine import Engine, new_weights
 from training.log import RunLog
-from training.memory import disk_notes
 from training.metrics import (
     MetricTracker,
     expert_metrics,
@@ -44,6 +43,7 @@ from training.metrics import (
     round_number,
     speed_metrics,
 )
+from training.plan import disk_notes
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver

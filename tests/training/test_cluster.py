@@ -22,7 +22,7 @@ from training.config import resolve
 from training.engines import fsdp
 from training.engines.flags import DDPFlags
 from training.log import RunLog
-from training.memory import load_that_fits
+from training.plan import load_that_fits
 
 
 @pytest.mark.parametrize("status, saves, requeued, code", [

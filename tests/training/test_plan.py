@@ -10,7 +10,8 @@ from conftest import ROOT, call_main, expect_error
 from checkpoints import config_of
 from training.config import resolve
 from training.engines.flags import DDPFlags
-from training.memory import copied_bytes, disk_notes, disk_use, model_activations, planned_weights
+from training.memory import copied_bytes, model_activations, planned_weights
+from training.plan import disk_notes, disk_use
 
 
 def test_the_memory_plan_for_gpus_includes_no_attention_weights():
