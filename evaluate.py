@@ -224,11 +224,12 @@ def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
     pipeline = open_pipeline(config)
-    images, indices, facts = open_held_out(pipeline, config.data_path, config.latents_path)
+    images, indices, facts = open_held_out(
+        pipeline, config.data_path, config.latents_path, config.num_images
+    )
     batches = latent_batches(
-        images, pipeline.vae, pipeline.class_names, num_images=config.num_images,
-        batch_size=config.batch_size, indices=indices,
-    )  # fmt: skip
+        images, indices, pipeline.vae, pipeline.class_names, batch_size=config.batch_size
+    )
     objective, sampling = objective_of(pipeline.settings), pipeline.settings
     loss = held_out_loss(pipeline.model, objective, batches, config.seed)
     facts |= {"objective": sampling.objective, "objective_options": sampling.objective_options}

@@ -64,11 +64,12 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, d
     batch_size, num_images = config.batch_size or BATCH_SIZE, config.num_images or 500
     share = pipeline.checkpoint.record.settings.get("data", {}).get("val_share")
     if config.data_path or config.latents_path or share:
-        images, indices, facts = open_held_out(pipeline, config.data_path, config.latents_path)
+        images, indices, facts = open_held_out(
+            pipeline, config.data_path, config.latents_path, num_images
+        )
         batches = latent_batches(
-            images, pipeline.vae, pipeline.class_names, num_images=num_images,
-            batch_size=batch_size, indices=indices,
-        )  # fmt: skip
+            images, indices, pipeline.vae, pipeline.class_names, batch_size=batch_size
+        )
         batches, objective = list(batches), objective_of(pipeline.settings)
         losses = lambda: held_out_losses(pipeline.model, objective, batches, config.seed)[0]  # noqa: E731
         facts |= {"num_images": num_images}

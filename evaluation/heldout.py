@@ -6,7 +6,7 @@ their weights.
 Shape legend: N images of a batch, C latent channels, h x w latent size
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +95,10 @@ def held_out_loss(
 
 
 def open_held_out(
-    pipeline: SamplingPipeline, data_path: str | None, latents_path: str | None
-) -> tuple[Source, np.ndarray | None, dict]:
-    """Opens held-out images; returns the images, the indices to use (None: all) and the facts to
-    record.
+    pipeline: SamplingPipeline, data_path: str | None, latents_path: str | None, num_images: int
+) -> tuple[Source, list[int], dict]:
+    """Opens held-out images; returns the images, the indices of up to num_images of them, evenly
+    spaced, and the facts to record.
 
     Without a path, and for the data set of the training run, these are the images that the run held
     out.
@@ -118,26 +118,27 @@ def open_held_out(
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
-    if not same_images(images.fingerprint, record.images):
-        return images, None, facts
-    path = pipeline.checkpoint.path
-    if not share:
-        print(f"note: {path} was trained on {facts['images']}, so the loss is not a held-out one")
-        return images, None, facts
-    _, indices = split(images, share)
-    print(f"{facts['images']}: using the {len(indices):,} images that {path} held out")
-    return images, indices, {**facts, "val_share": share}
+    indices, path = np.arange(len(images)), pipeline.checkpoint.path
+    if same_images(images.fingerprint, record.images):
+        if share:
+            _, indices = split(images, share)
+            facts["val_share"] = share
+            print(f"{facts['images']}: using the {len(indices):,} images that {path} held out")
+        else:
+            print(
+                f"note: {path} was trained on {facts['images']}, so the loss is not a held-out one"
+            )
+    return images, indices[evenly_spaced(len(indices), num_images)].tolist(), facts
 
 
 def latent_batches(
-    images: Source, vae: Autoencoder | None, class_names: list[str],
-    *, num_images: int, batch_size: int, indices: np.ndarray | None = None,
+    images: Source, indices: Sequence[int], vae: Autoencoder | None, class_names: list[str],
+    *, batch_size: int,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Yields batches of evenly spaced images, on the CPU, with "latents" (N, C, h, w) fp32.
+    """Yields batches of the images `indices`, on the CPU, with "latents" (N, C, h, w) fp32.
 
     vae: encodes images; cached latents need none; the index of an image seeds its posterior noise
     class_names: names of the model's classes
-    indices: indices of the images to choose from; None: all
 
     The images have to provide the requested conditions. Their classes have to be classes of the
     model by name, or as many as the model has.
@@ -156,12 +157,10 @@ def latent_batches(
             f"held-out images: got {len(images.classes)} classes ({images.classes[0]}, ...), "
             f"expected the {len(class_names)} classes of the model ({class_names[0]}, ...)"
         )
-    indices = np.arange(len(images)) if indices is None else indices
-    chosen = indices[evenly_spaced(len(indices), num_images)]
-    for start in range(0, len(chosen), batch_size):
-        indices = chosen[start : start + batch_size].tolist()
-        batch, _ = collate([images[index, False] for index in indices])
-        noise = PerImageNoise(POSTERIOR + index for index in indices)
+    for start in range(0, len(indices), batch_size):
+        keys = indices[start : start + batch_size]
+        batch, _ = collate([images[index, False] for index in keys])
+        noise = PerImageNoise(POSTERIOR + index for index in keys)
         batch = images.to_latents(vae, batch, noise.randn_like)
         labels = torch.tensor([label_of[label] for label in batch["label"].tolist()])
         yield {name: value.cpu() for name, value in batch.items()} | {"label": labels}

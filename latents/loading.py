@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,7 +27,7 @@ class BatchStream:
     image once.
     """
 
-    num_images: int
+    indices: Sequence[int] | np.ndarray  # of the images in the source
     micro_batch: int
     accumulation: int = 1
     rank: int = 0
@@ -36,7 +36,10 @@ class BatchStream:
     start_step: int = 0
     end_step: int = 1
     flip: bool = True
-    indices: np.ndarray | None = None  # indices of the images in the source; None: all images
+
+    @property
+    def num_images(self) -> int:
+        return len(self.indices)
 
     @property
     def global_batch(self) -> int:
@@ -50,8 +53,8 @@ class BatchStream:
             for position in range(start, start + self.micro_batch):  # in the endless sequence
                 epoch, offset = divmod(position, self.num_images)
                 order, flips = shuffle(self.num_images, self.seed, epoch)
-                index = order[offset] if self.indices is None else self.indices[order[offset]]
-                keys.append((int(index), bool(flips[offset]) and self.flip))
+                index = int(self.indices[order[offset]])
+                keys.append((index, bool(flips[offset]) and self.flip))
             yield keys
 
 

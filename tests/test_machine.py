@@ -194,7 +194,7 @@ def test_cluster_images_are_read(record_property, tmp_path):
     Image.fromarray(noise).resize((500, 375)).save(tmp_path / "0000.jpg", quality=90)
     for name in range(1, number):
         (tmp_path / f"{name:04d}.jpg").hardlink_to(tmp_path / "0000.jpg")
-    stream = BatchStream(number, micro_batch, end_step=number // micro_batch)
+    stream = BatchStream(range(number), micro_batch, end_step=number // micro_batch)
     images = open_images(str(tmp_path), 256)
     start, count = time.perf_counter(), 0
     for batch, _ in read_batches(images, stream, None, pin=is_gpu):

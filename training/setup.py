@@ -9,7 +9,7 @@ from checkpoints.record import NOTED_SHARE, start_of_average
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
-from latents.loading import BatchStream
+from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_images, same_images
 from options.settings import Layer
 from runtime.errors import UserError, pluralize
@@ -79,13 +79,10 @@ def open_held_out(
             "--val-path: got images, expected cached latents, because no autoencoder is loaded "
             "with --latents-path and --num-sample 0"
         )
-    count = min(data.val_images, len(held_out))
-    if count < 2 * BINS:
-        raise UserError(f"{flag}: got {count} held-out images, expected at least {2 * BINS}")
-    batches = latent_batches(
-        images, vae, dataset.classes, num_images=count, batch_size=32, indices=held_out
-    )
-    return list(batches)
+    chosen = held_out[evenly_spaced(len(held_out), data.val_images)].tolist()
+    if len(chosen) < 2 * BINS:
+        raise UserError(f"{flag}: got {len(chosen)} held-out images, expected at least {2 * BINS}")
+    return list(latent_batches(images, chosen, vae, dataset.classes, batch_size=32))
 
 
 def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) -> list[str]:

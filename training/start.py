@@ -227,11 +227,11 @@ def remaining_steps(
             )
     global_batch = micro_batch * config.step.accum_iter * dist.world_size
     return BatchStream(
-        len(trained), micro_batch=micro_batch, accumulation=config.step.accum_iter,
+        trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
         start_step=before.step if before else 0,
         end_step=config.total_steps(len(trained), global_batch),
-        flip=config.data.flip, indices=trained,
+        flip=config.data.flip,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from checkpoints import Record, save_model
 from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
+from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -299,7 +300,8 @@ def test_experts_are_left_out_one_by_one_and_an_interrupted_command_continues(
     settings, rows = load_ablation(tmp_path / "rows.jsonl")
     assert [(row.layer, row.expert) for row in rows] == [(i, j) for i in (0, 1) for j in range(4)]
     cache = CachedLatents(latent_cache, "--latents-path")
-    batches = list(latent_batches(cache, None, list("abcd"), num_images=20, batch_size=20))
+    chosen = evenly_spaced(len(cache), 20)
+    batches = list(latent_batches(cache, chosen, None, list("abcd"), batch_size=20))
     before = held_out_loss(model, RectifiedFlow(), batches).mean
     model.blocks[1].moe.experts.down_proj[2] = 0
     change = held_out_loss(model, RectifiedFlow(), batches).mean - before

@@ -15,7 +15,7 @@ from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.autoencoder import load_autoencoder
 from latents.cache import CachedLatents
-from latents.loading import split
+from latents.loading import evenly_spaced, split
 from latents.sources import ImageTree, open_images
 from runtime.errors import UserError
 
@@ -88,7 +88,7 @@ def test_posterior_noise_and_held_out_loss_noise_are_independent(image_tree):
     images = open_images(str(image_tree), 16)
     zeros = torch.zeros(30, 4, 4, 4)
     images.to_latents = lambda vae, batch, noise_fn: {**batch, "latents": noise_fn(zeros)}
-    (batch,) = latent_batches(images, None, images.classes, num_images=30, batch_size=30)
+    (batch,) = latent_batches(images, range(30), None, images.classes, batch_size=30)
     noise = diffusion.PerImageNoise(range(30)).randn((4, 4, 4))
     both = torch.stack([batch["latents"].flatten(), noise.flatten()])
     assert torch.corrcoef(both)[0, 1].abs() < 0.1
@@ -98,8 +98,9 @@ def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(imag
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
     names = ["other", *reversed(images.classes)]
+    chosen = evenly_spaced(len(images), 8)
     several, one = (
-        list(latent_batches(images, vae, names, num_images=8, batch_size=size)) for size in (3, 8)
+        list(latent_batches(images, chosen, vae, names, batch_size=size)) for size in (3, 8)
     )
     latents, labels = (
         torch.cat([batch[name] for batch in several]) for name in ("latents", "label")
@@ -108,7 +109,7 @@ def test_held_out_latents_do_not_depend_on_batches_and_labels_match_by_name(imag
     assert latents.shape == (8, 4, 8, 8)
     assert labels.tolist() == one[0]["label"].tolist() == [4, 4, 3, 3, 2, 2, 1, 1]
     with pytest.raises(UserError, match="got 4 classes .* expected the 3 classes of the model"):
-        next(latent_batches(images, vae, ["a", "b", "c"], num_images=8, batch_size=3))
+        next(latent_batches(images, chosen, vae, ["a", "b", "c"], batch_size=3))
 
 
 @pytest.mark.parametrize("objective", ["gaussian", "mean_flow"])
@@ -129,7 +130,8 @@ def test_evaluate_loss_reports_the_held_out_loss(
     assert note not in capsys.readouterr().out
     images = open_images(str(image_tree), 16)
     vae = load_autoencoder(str(tiny_vae), "cpu", torch.float32)
-    latents = latent_batches(images, vae, names, num_images=20, batch_size=20)
+    chosen = evenly_spaced(len(images), 20)
+    latents = latent_batches(images, chosen, vae, names, batch_size=20)
     want = asdict(held_out_loss(model, OBJECTIVES[objective], latents))
     for name in ("mean", "standard_error", "bins"):
         assert got[name] == pytest.approx(want[name], rel=1e-4)

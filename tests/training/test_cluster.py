@@ -62,7 +62,7 @@ def test_a_failed_slurm_job_requeues_itself_if_its_run_saved_a_checkpoint(
 def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
     for rank in (1, 0):
-        stream = BatchStream(8, 1, rank=rank)
+        stream = BatchStream(range(8), 1, rank=rank)
         log = RunLog(tmp_path, stream, {}, None, is_main=not rank)
         log.saved(tmp_path / "checkpoints" / "0000002")
         log.close()

@@ -515,7 +515,7 @@ def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
     terminal = io.TextIOWrapper(file, write_through=True)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, terminal)
-    log = RunLog(tmp_path, BatchStream(8, 1, start_step=0, end_step=4), {}, None, is_main=True)
+    log = RunLog(tmp_path, BatchStream(range(8), 1, end_step=4), {}, None, is_main=True)
     os.close(master)
     log.advance()
     log.text("still training")
@@ -528,7 +528,8 @@ def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
     good = [b'{"step": %d, "loss": 1.0}\n' % step for step in range(1, 5)]
     bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
     path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
-    RunLog(tmp_path, BatchStream(8, 1, start_step=3, end_step=4), {}, None, is_main=True).close()
+    stream = BatchStream(range(8), 1, start_step=3, end_step=4)
+    RunLog(tmp_path, stream, {}, None, is_main=True).close()
     assert path.read_bytes() == b"".join(good[:3])
 
 

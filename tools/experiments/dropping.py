@@ -54,16 +54,9 @@ class DroppingConfig(SamplingConfig):
 
 
 def open_batches(pipeline: SamplingPipeline, path: str, config: DroppingConfig) -> list[Batch]:
-    images, _, _ = open_held_out(pipeline, None, path)
-    return list(
-        latent_batches(
-            images,
-            pipeline.vae,
-            pipeline.class_names,
-            num_images=config.num_images,
-            batch_size=config.batch_size,
-        )  # fmt: skip
-    )
+    images, indices, _ = open_held_out(pipeline, None, path, config.num_images)
+    names = pipeline.class_names
+    return [*latent_batches(images, indices, pipeline.vae, names, batch_size=config.batch_size)]
 
 
 def mean_load(model: DiT, losses) -> np.ndarray:

@@ -23,6 +23,7 @@ from torch import Tensor
 from analysis.recorder import listen
 from evaluation.heldout import latent_batches
 from latents.cache import CachedLatents
+from latents.loading import evenly_spaced
 from routers import Routing
 from runtime.errors import run_main
 from runtime.files import prepare_output
@@ -83,7 +84,8 @@ def rows_of(run: str, images: CachedLatents, config: PersistenceConfig) -> Itera
     facts = {"run": Path(run).name, "steps": config.steps, "images": config.num_images}
     yield facts | {"router": "trained", **dict(shares(choices(pipeline, config.num_images)))}
     names = pipeline.class_names
-    (batch,) = latent_batches(images, None, names, num_images=200, batch_size=200)
+    chosen = evenly_spaced(len(images), 200)
+    (batch,) = latent_batches(images, chosen, None, names, batch_size=200)
     with torch.no_grad():
         randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
     yield facts | {"router": "random", **dict(shares(choices(pipeline, config.num_images)))}

@@ -208,9 +208,8 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
 def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
     """Returns the EMA's loss on all latents of --report-path, at uniform times."""
     latents = CachedLatents(config.report_path)
-    batches = latent_batches(
-        latents, None, latents.classes, num_images=len(latents), batch_size=250
-    )
+    every = range(len(latents))
+    batches = latent_batches(latents, every, None, latents.classes, batch_size=250)
     return held_out_loss(load_model(folder), train_config(config, arm).objective, batches).mean
 
 

@@ -32,6 +32,7 @@ from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
 from latents.cache import CachedLatents
+from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing, ThresholdRouter
 from runtime.errors import UserError, run_main
@@ -148,8 +149,8 @@ def measure(
     if not model.config.sparse_layers:
         print(f"{path}: skipped, because the model is dense")
         return {}
-    batches = latent_batches(images, None, names, num_images=num_images, batch_size=num_images)
-    batch = next(batches)
+    chosen = evenly_spaced(len(images), num_images)
+    (batch,) = latent_batches(images, chosen, None, names, batch_size=num_images)
     latents, labels = (batch[name].to(device) for name in ("latents", "label"))
     trained = count_choices(model, latents, labels, spans=spans)
     shuffled = count_choices(model, latents, labels, shuffled=True, spans=spans)
