@@ -58,6 +58,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         said = {name: value for name, value in flags.items() if value is not None}
         return main(parse_training(DDPFlags, arguments=said))
     finally:
+        GivenImages.datasets.pop("python:data", None)
         close_distributed()
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(is_deterministic)

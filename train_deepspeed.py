@@ -32,8 +32,7 @@ def main(said: Layer) -> int:
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
     from training.engines.zero_config import asks_for_fp16
 
-    has_precision = "precision" in said or "config" in said
-    if not has_precision and asks_for_fp16(said.get("deepspeed_config", "")):
+    if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", "")):
         said = {**said, "precision": "fp16"}
     if said.get("dry_run"):
         print_plan(said, DeepSpeedFlags)

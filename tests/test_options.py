@@ -406,6 +406,10 @@ def test_several_files_override_each_other_in_order(tmp_path):
             config.model.router_options
         )
         assert (config.run.max_steps, config.run.epochs) == (None, 3)
+    first.write_text("val-path: x\n")
+    second.write_text("val-share: 0.0\n")  # as in the config.yaml of any run
+    said = parse_training(DDPFlags, arguments={"config": [str(first), str(second)]})
+    assert said["val_path"] == "x"
     names = ("jit_b16", "jit_l16", "pixels")
     recipes = [RECIPES / f"{name}.yaml" for name in names]
     for files, decays in ((recipes[:2], (0.9999, 0.9996)), (recipes[::2], (0.998,))):

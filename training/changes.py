@@ -161,8 +161,9 @@ def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
     trained = {one.name for one in was.step.auxiliary}
     notes += [
         f"auxiliary loss {one.name} starts with new weights: {step} does not have it"
-        for one in config.auxiliary if one.name not in trained
-    ]  # fmt: skip
+        for one in config.auxiliary
+        if one.name not in trained and one.projector(config.model, config.shapes) is not None
+    ]
     return notes
 
 

@@ -296,7 +296,7 @@ def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
 
 def override(base: Layer, top: Layer, flags: Flags) -> Layer:
     """Merges two layers; `top` also drops what it makes useless in `base`."""
-    gone = {b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if a in top}
+    gone = {b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if top.get(a)}
     if top.get("shard") is False:
         gone |= {*SHARDING}
     if top.get("num_experts") == 0:

@@ -92,6 +92,15 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     return Path(config.run.results_dir, name)
 
 
+def run_of_step(source: str) -> str | None:
+    """Returns RUN of a path RUN/checkpoints/STEP, also if the step was deleted; else None."""
+    folder, name = os.path.split(os.path.abspath(source))
+    is_step = os.path.basename(folder) == "checkpoints" and name.isdecimal()
+    if not is_step or os.path.isfile(os.path.join(source, CONFIG_FILE)):
+        return None
+    return os.path.normpath(os.path.join(source, os.pardir, os.pardir))
+
+
 def is_step_folder(path: Path) -> bool:
     """Returns whether a run saved this folder. Exported weights have no manifest, nor has a damaged
     step folder, which has a number as its name."""

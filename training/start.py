@@ -61,6 +61,7 @@ from training.run_folder import (
     named_run,
     newest_record,
     not_resumable,
+    run_of_step,
     stored_settings,
     write_config,
 )
@@ -274,10 +275,8 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    source = said.get("resume") or ""
-    if source and os.path.basename(os.path.dirname(os.path.abspath(source))) == "checkpoints":
-        # A branch is put beside the run that it starts from.
-        said = {"results_dir": os.path.normpath(os.path.join(source, *3 * [os.pardir])), **said}
+    if run := run_of_step(said.get("resume", "")):  # a branch is put beside its run
+        said = {"results_dir": os.path.normpath(os.path.join(run, os.pardir)), **said}
     begin, flags, stored = beginning_of(said), training_flags(engine_flags), None
     follows = FOLLOWS if "latents_path" in said else ()
     if said.get("resume"):

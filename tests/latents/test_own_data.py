@@ -470,6 +470,8 @@ def test_train_run_accepts_a_dataset_instead_of_a_folder(image_tree, train_flags
     train.run(data=dataset, **{name.replace("-", "_"): value for name, value in flags.items()})
     got, want = ([row["loss"] for row in rows(tmp_path / x)] for x in ("dataset", "folder"))
     assert got == want and len(got) == 2
+    with pytest.raises(UserError, match="python:data, expected a dataset"):  # it is not kept
+        open_images("python:data", 16)
     with pytest.raises(UserError, match="data: cannot be combined with data_path"):
         train.run(data=dataset, data_path="x")
     for wrong, message in (

@@ -201,6 +201,7 @@ def test_a_branch_drops_and_adds_auxiliary_losses(flags, tmp_path, capsys):
     assert "repa" in rows(tmp_path / "with")[-1]
     log = (only_run(tmp_path / "with") / "log.txt").read_text()
     assert "note: auxiliary loss repa starts with new weights" in log
+    assert "dispersive starts" not in log  # it has no weights
     branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
     line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
     assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line

@@ -138,8 +138,10 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.Co
         if layout == "zero3":
             again = partial(command, results, layout, **{**changes, "run-name": "again-zero3"})
             commands += [again(**{"max-steps": 2, "num-sample": 0}), again(**{"num-sample": 0})]
+    recipe = results / "recipe.yaml"  # without a precision
+    recipe.write_text("warmup-steps: 0\n")
     for name, steps in (("fp16", 4), ("again-fp16", 2), ("again-fp16", 4)):
-        changes = {"run-name": name, "max-steps": steps, "precision": None}
+        changes = {"run-name": name, "max-steps": steps, "precision": None, "config": recipe}
         commands.append(command(results, "fp16", **changes))
     commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
     commands.append(command(results, "zero2", **{"run-name": "grown"}))
@@ -187,7 +189,7 @@ def test_deepspeed_gives_the_losses_and_ema_of_ddp(finished, layout):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
-    """The JSON enables fp16, and no flag does. Its loss scale causes no overflow."""
+    """The JSON enables fp16; no flag and no recipe does. Its loss scale causes no overflow."""
     got, want = (rows(finished(name))[-1] for name in (precision, "ddp"))
     assert got["loss"] == pytest.approx(want["loss"], rel=0.01)
     assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)

@@ -254,6 +254,13 @@ def test_the_settings_of_a_damaged_checkpoint_hold(copied):
     assert read_record(newest).settings["step"]["lr"] == 5e-4
 
 
+def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_path, capsys):
+    runs = copied.rename(tmp_path / "checkpoints")
+    (runs / "run").rename(runs / "0000007")
+    call_main("train.py", "--resume", runs / "0000007")
+    assert f"{runs / '0000007'} is finished" in capsys.readouterr().out
+
+
 def test_a_branch_that_would_train_no_steps_is_rejected_and_leaves_no_folder(copied, capsys):
     branch = ["--resume", step_folder(copied, 3), "--run-name=new"]
     line = expect_error(capsys, "train.py", *branch)
