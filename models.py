@@ -76,14 +76,18 @@ class DiTConfig:
         help="inputs of the model other than the time: "
         + "; ".join(f"{name} is {kind.about}" for name, kind in CONDITIONS.items()),
     )
-    patch_size: int = option(2, help="side of a patch, in latent pixels", ge=1, group="model")
+    patch_size: int = option(
+        2, help="side of a patch, in latent pixels (default: the preset's)", ge=1, group="model"
+    )
     patch_bottleneck: int | None = option(
         None, ge=1, le=1_000_000,
         help="width between the two linear layers that embed a patch in JiT (default: one layer)",
     )
-    hidden_size: int = option(1152, help="width of a token", ge=1, le=1_000_000)
-    depth: int = option(28, help="number of blocks", ge=1, le=1000)
-    num_heads: int = option(16, help="attention heads", ge=1)
+    hidden_size: int = option(
+        1152, help="width of a token (default: the preset's)", ge=1, le=1_000_000
+    )
+    depth: int = option(28, help="number of blocks (default: the preset's)", ge=1, le=1000)
+    num_heads: int = option(16, help="attention heads (default: the preset's)", ge=1)
     num_experts: int = option(
         8, help="routed experts per block; 0 for a dense model, as in DiT", ge=0,
         le=65_536,

@@ -79,6 +79,11 @@ class Option:
     default: Any = None
     is_list: bool = False  # whether the field names several components
 
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the field may name one component several times, with other options."""
+        return self.is_list and not self.by_component
+
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
 

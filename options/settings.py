@@ -26,10 +26,17 @@ class Flag:
     """What a flag sets: a field of a config class, or an option of the components that it names."""
 
     field: Option
-    option: Option  # the field, or the option of the first component that has it
     options: dict[str, Option] = field(default_factory=dict)  # by component; {}: the field itself
-    # Whether several values are several components, as in --ema-decay 0.99 0.999.
-    takes_several: bool = False
+
+    @property
+    def option(self) -> Option:
+        """The field, or the option of the first component that has it."""
+        return next(iter(self.options.values()), self.field)
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several values are several components, as in --ema-decay 0.99 0.999."""
+        return bool(self.options) and self.field.is_repeatable
 
     def read(self, value: Any, name: str) -> Any:
         """Reads a value; that of a loose option as the first component does that accepts it."""
@@ -84,12 +91,11 @@ def flags_of(kinds: tuple[type, ...]) -> Flags:
     for one in (one for kind in kinds for one in options_of(kind).values()):
         if one.name in flags:
             raise TypeError(f"{one.name} is a flag of {flags[one.name].field.name} and a field")
-        flags[one.name] = Flag(one, one)
-        several = one.is_list and not one.by_component
+        flags[one.name] = Flag(one)
         for component, part in (one.table or {}).items():
             for option in options_of(part).values():
                 name = flag_name(one, component, option)
-                flag = flags.setdefault(name, Flag(one, option, takes_several=several))
+                flag = flags.setdefault(name, Flag(one))
                 is_taken = component in flag.options or one.by_component and flag.options
                 if flag.field is not one or name == one.name or is_taken:
                     raise TypeError(f"{name} is a flag of {flag.field.name} and of {one.name}")
@@ -241,8 +247,7 @@ def flat(*configs: Any) -> Layer:
             for option in options_of(one.table[part.name]).values():
                 name = flag_name(one, part.name, option)
                 given = part.options.get(option.name, option.default)
-                several = one.is_list and not one.by_component
-                found[name] = [*found.get(name, ()), given] if several else given
+                found[name] = [*found.get(name, ()), given] if one.is_repeatable else given
     return found
 
 

@@ -443,7 +443,8 @@ def test_a_setting_that_the_data_contradict_is_reported_with_its_origin():
 
 
 def test_a_flag_of_the_experts_beside_a_stored_dense_model_is_rejected():
-    record, stored = Record(config=DiTConfig(num_experts=0)), {"num_experts": 0}
+    record = Record(config=DiTConfig(num_experts=0))
+    stored = {"model": record.model_name, "num_experts": 0}
     resolve({"num_experts_per_tok": 2}, DDPFlags, stored=stored, weights=record)  # the default
     with pytest.raises(UserError, match="--sparse-layers: given with a dense model"):
         resolve({"sparse_layers": "0"}, DDPFlags, stored=stored, weights=record)

@@ -74,15 +74,15 @@ class AuxiliaryLoss(Component):
         """Creates the trained module, which maps tokens (N, T, D); None for a loss without one."""
         return None
 
-    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
+    def check(self, objective: Objective, shapes: Shapes) -> str | None:
         """Returns what the loss expects instead of this objective or these data; None if they fit.
 
-        shapes: shapes of the tensors of one image; None if no data are open
+        shapes: shapes of the tensors of one image; empty if no data are open
         """
         # An objective with its own `draw`, such as mean flow, calls the network more than once.
         if type(objective).draw is not Objective.draw:
             return "an objective that calls the network once per image"
-        if shapes is not None and not set(self.needs) <= shapes.keys():
+        if shapes and not set(self.needs) <= shapes.keys():
             return "latents that cache_latents.py --features NETWORK --feature-tokens stored"
         return None
 
@@ -136,7 +136,7 @@ class Repa(AuxiliaryLoss):
             return GridConvolution(model.grid, model.hidden_size, features)
         return perceptron(model.hidden_size, self.width, self.width, features)
 
-    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
+    def check(self, objective: Objective, shapes: Shapes) -> str | None:
         found = super().check(objective, shapes)
         if found is None and shapes and math.isqrt(shapes["tokens"][0]) ** 2 != shapes["tokens"][0]:
             return "features on a square grid of tokens"
@@ -250,7 +250,7 @@ class Contrastive(AuxiliaryLoss):
         ge=0,
     )
 
-    def check(self, objective: Objective, shapes: Shapes | None) -> str | None:
+    def check(self, objective: Objective, shapes: Shapes) -> str | None:
         is_flow = type(objective).losses is RectifiedFlow.losses
         return None if is_flow else "a rectified flow"
 

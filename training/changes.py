@@ -1,6 +1,7 @@
 """What differs between a checkpoint and the command that goes on from it.
 
-found = compare(before, was, config, facts, may)      # found.said: ["--lr: was 0.0001, is 5e-05"]
+found = compare(before, was, config, facts, {"lr"})
+found.named                                           # ["--lr: was 0.0001, is 5e-05"]
 """
 
 import glob
@@ -42,8 +43,8 @@ class Changes(NamedTuple):
     """What differs from a checkpoint, as "--lr: was 0.0001, is 5e-05"; see `Option.change`."""
 
     state: list[str]
-    unsaid: list[str]  # decides the result, and no flag says it
-    said: list[str]
+    unnamed: list[str]  # decides the result, and no flag of the command names it
+    named: list[str]
 
 
 def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
@@ -51,19 +52,19 @@ def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list
     flags = training_flags(engine_flags)
     stored, notes = stored_settings(before, flags)
     with naming_flags(flags):
-        return configure({"model": before.model_name, **stored}, engine_flags, {}), notes
+        return configure(stored, engine_flags, {}), notes
 
 
 def compare(
-    before: Record, was: TrainConfig, config: TrainConfig, facts: dict[str, Any], may: set[str]
+    before: Record, was: TrainConfig, config: TrainConfig, facts: dict[str, Any], named: set[str]
 ) -> Changes:
     """Compares the settings and the facts of a checkpoint with those of a command."""
     found = Changes([], [], [])
     if was.preset != config.preset:
         found.state.append(difference("model", was.preset, config.preset))
-    for section, part in config.parts.items():
-        for name, flag, old, new in differences(was.parts[section], part):
-            result = found.said if flag.field.name in may else found.unsaid
+    for section, part in config.by_section.items():
+        for name, flag, old, new in differences(was.by_section[section], part):
+            result = found.named if flag.field.name in named else found.unnamed
             lines = {"state": found.state, "result": result}.get(flag.option.change, [])
             lines.append(difference(name, old, new))
     known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
@@ -78,7 +79,7 @@ def compare(
                 continue
             note = DIGESTS if old.keys() & new.keys() <= {"count"} else ""
             old, new = images_name(old), images_name(new) + note
-        result = found.said if may & {*fields} else found.unsaid
+        result = found.named if named & {*fields} else found.unnamed
         lines = result if fields else found.state
         lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
     return found
@@ -90,27 +91,27 @@ def difference(name: str, was: Any, now: Any) -> str:
 
 
 def check_changes(
-    before: Record, config: TrainConfig, facts: dict[str, Any], may: set[str], step: Path,
+    before: Record, config: TrainConfig, facts: dict[str, Any], named: set[str], step: Path,
     folder: Path | None,
 ) -> list[str]:  # fmt: skip
     """Returns what the flags change in a run that goes on from a step folder, see `Changes`.
 
     before: record of the newest checkpoint of the run, or of that which a branch starts from
     facts: inputs besides the settings, or {} before they are known
-    may: fields that the command may change
+    named: fields that the command names and may change
     Raises UserError for a difference in the state, or one that no flag says.
     """
     is_own = folder is not None and step.is_relative_to(folder)
     if not is_own:  # a branch begins anew
         before = replace(before, facts={**before.facts, "start": facts.get("start")})
     was, _ = stored_config(before, type(config.engine))
-    found = compare(before, was, config, facts, may)
+    found = compare(before, was, config, facts, named)
     if found.state and not is_own:
         raise UserError(
             f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
             "--finetune starts from the weights only"
         )
-    if refused := found.state + found.unsaid:
+    if refused := found.state + found.unnamed:
         expected = "the same settings, or a new run (--run-name NEW, without --resume)"
         if not found.state:
             expected += f", or --resume {folder} with the flags that are to change, or a branch "
@@ -118,7 +119,7 @@ def check_changes(
         raise UserError(
             f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
         )
-    return found.said
+    return found.named
 
 
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
         if before.images and "sha256" in before.images:  # a digest of an earlier version
             now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
         found = compare(before, was, config, now, set())
-        if found.state or found.unsaid:
+        if found.state or found.unnamed:
             continue
         raise UserError(
             f"{other} has the same settings, under the name of an earlier version; "

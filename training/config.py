@@ -13,7 +13,7 @@ determine settings such as num_classes. flags.py declares the settings.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ PLANNING = ("gpus", "gpu_memory")
 DERIVED = ("sparse_layers", "mlp_type", "dense_mlp_ratio", "class_dropout_prob")
 SPARSE = ("num_experts_per_tok", "n_shared_experts", "sparse_layers")
 DENSE = "given with a dense model, expected a model with experts"
-SECTIONS = ("model", "data", "step", "engine", "run")  # of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class DataFacts:
     image_size: Size
     vae_path: str
     can_flip: bool = True
-    shapes: Shapes | None = None  # shapes of one image's tensors, by name
+    shapes: Shapes = field(default_factory=dict)  # of one image's tensors; empty without data
     notes: tuple[str, ...] = ()  # lines for the user
 
 
@@ -112,7 +111,7 @@ class TrainConfig:
                 "needs images without a class"
             )
         for one in self.auxiliary:
-            if expected := one.check(self.objective, self.shapes or None):
+            if expected := one.check(self.objective, self.shapes):
                 raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
         names = [ema.name for ema in self.emas]
         if len(set(names)) < len(names):
@@ -125,13 +124,13 @@ class TrainConfig:
         return f"{self.preset}-{experts if self.model.num_experts else 'dense'}"
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def by_section(self) -> dict[str, Any]:
         """The config of each section of a file."""
-        return {name: getattr(self, name) for name in SECTIONS}
+        return {name: getattr(self, name) for name in sections_of(type(self.engine))}
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Returns the settings as config.yaml has them, see `options.settings.nested`."""
-        found = {name: nested(part) for name, part in self.parts.items()}
+        found = {name: nested(section) for name, section in self.by_section.items()}
         if self.preset in DiT_models:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
         return found
@@ -141,20 +140,19 @@ class TrainConfig:
         return self.run.max_steps or max(1, epochs * num_images // global_batch)
 
 
-def training_flags(engine_flags: type) -> Flags:
-    """Returns the flags of a training script, and the fields that the data determine.
+def sections_of(engine_flags: type) -> dict[str, type]:
+    """Returns the config classes of the sections of a file."""
+    return {
+        "model": DiTConfig, "data": DataConfig, "step": StepConfig, "engine": engine_flags,
+        "run": RunConfig,
+    }  # fmt: skip
 
-    The help text of a flag that the preset sets, such as --depth, shows the value in the default
-    preset.
-    """
-    kinds = (PresetConfig, DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    flags, preset = dict(flags_of(kinds)), PresetConfig.model
-    for name, size in DiT_models[preset].keywords.items():
-        one = flags[name].field
-        text = one.help.partition(" (default")[0]
-        help = f"{text} (default: the preset's, {size} for {preset})"
-        flags[name] = replace(flags[name], field=replace(one, help=help))
-    for name in SECTIONS:
+
+def training_flags(engine_flags: type) -> Flags:
+    """Returns the flags of a training script, and the fields that the data determine."""
+    sections = sections_of(engine_flags)
+    flags = flags_of((PresetConfig, *sections.values()))
+    for name in sections:
         if name in flags and flags[name].option.table:
             raise TypeError(f"{name}: a mapping is either a section of a file or a component")
     return flags
@@ -207,10 +205,11 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
         raise ValueError(f"no such file{did_you_mean(path.stem, recipes)}")
     values, is_of_run = parse_yaml(path)
     flags = training_flags(engine_flags) if is_of_run else flags
+    sections = sections_of(engine_flags)
     for key, value in values.items():
         flag = flags.get(str(key).replace("-", "_"))
-        if isinstance(value, Mapping) and key not in SECTIONS and not (flag and flag.option.table):
-            expected = flag.shown.expected() if flag else f"a flag or one of {', '.join(SECTIONS)}"
+        if isinstance(value, Mapping) and key not in sections and not (flag and flag.option.table):
+            expected = flag.shown.expected() if flag else f"a flag or one of {', '.join(sections)}"
             raise ValueError(f"{key}: got a section, expected {expected}")
     recipe = read_values(values, flags)
     for name in ("config", "plugin"):
@@ -357,7 +356,7 @@ def combine(
     preset = said.get("model", PresetConfig.model)
     with naming_flags(flags):
         if stored is not None:
-            base = {"model": weights.model_name, **stored}
+            base = stored
         elif weights is not None:
             base = settings_of_weights(weights, flags)
             if said.get("latents_path"):  # the latents name the autoencoder that made them
@@ -389,7 +388,7 @@ def complete(
         if data:
             known = known | data_settings(known, said, data)
         known = with_defaults(known, said, weights)
-        return configure(known, engine_flags, data and data.shapes or {})
+        return configure(known, engine_flags, data.shapes if data else {})
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
@@ -426,8 +425,7 @@ def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:
 def configure(known: Layer, engine_flags: type, shapes: Shapes) -> TrainConfig:
     """Builds the config of complete settings."""
     flags = training_flags(engine_flags)
-    kinds = (DiTConfig, DataConfig, StepConfig, engine_flags, RunConfig)
-    sections = {name: build(kind, known, flags) for name, kind in zip(SECTIONS, kinds, strict=True)}
+    sections = {name: build(kind, known, flags) for name, kind in sections_of(engine_flags).items()}
     return TrainConfig(preset=known["model"], shapes=shapes, **sections)
 
 

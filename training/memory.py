@@ -6,6 +6,7 @@ Nothing is allocated: the model consists of fake tensors, see `checkpoints.costs
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,22 +36,23 @@ def planned_weights(config: TrainConfig) -> dict[str, nn.Parameter]:
 
 def state_tensors(
     config: TrainConfig, shapes: Shapes | None = None
-) -> tuple[Shapes, Shapes, dict[str, list[int]]]:
+) -> tuple[Shapes, Shapes, dict[str, dict[str, Any]]]:
     """Describes the state that a process holds from step to step.
 
     shapes: shapes of the parameters, or of this process's shards; None: the complete parameters
-    Returns the shapes of all parameters and of the trained ones, and, by parameter, the bytes of
-    each tensor of the optimizer's state.
+    Returns the shapes of all parameters and of the trained ones, and the optimizer's state of each
+    of the latter, see `training.optimizers.planned_state`.
     """
     model = fake_model(config.model)
     shapes = shapes or {name: weight.shape for name, weight in planned_weights(config).items()}
     frozen = {*frozen_names(model, config.step)}
     trained = {name: shape for name, shape in shapes.items() if name not in frozen}
-    state = {
-        name: [t.numel() * t.element_size() for t in kept.values() if torch.is_tensor(t)]
-        for name, kept in planned_state(config.optimizer, trained, model.matrices()).items()
-    }
-    return shapes, trained, state
+    return shapes, trained, planned_state(config.optimizer, trained, model.matrices())
+
+
+def tensor_bytes(state: Mapping[str, Any]) -> list[int]:
+    """Returns the bytes of the tensors of a parameter's state."""
+    return [value.nbytes for value in state.values() if torch.is_tensor(value)]
 
 
 def state_bytes(config: TrainConfig, shapes: Shapes | None = None) -> Bytes:
@@ -59,7 +61,8 @@ def state_bytes(config: TrainConfig, shapes: Shapes | None = None) -> Bytes:
     of_weights, of_gradients = (4 * sum(s.numel() for s in d.values()) for d in (shapes, trained))
     return {
         "weights": of_weights, "gradients": of_gradients,
-        "optimizer": sum(map(sum, state.values())), "EMA": of_weights * len(config.emas),
+        "optimizer": sum(sum(tensor_bytes(kept)) for kept in state.values()),
+        "EMA": of_weights * len(config.emas),
     }  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def copied_bytes(config: TrainConfig, copies: int, shapes: Shapes | None = None)
     totals = [0] * copies
     for name, writer in share_out(sizes, copies).items():
         weights = [4 * shapes[name].numel()] * (1 + len(config.emas))
-        totals[writer] += sum(map(pinned_bytes, weights + state.get(name, [])))
+        totals[writer] += sum(map(pinned_bytes, weights + tensor_bytes(state.get(name, {}))))
     return {"copy at a save": max(totals)}
 
 

@@ -41,8 +41,8 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     plan = plan_run(said, engine_flags, open_planned)
     begin, config, world_size = plan.begin, plan.config, plan.config.run.gpus or dist.world_size
     if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
-        may = plan.said if begin.resumes or begin.own is None else set()
-        check_changes(begin.own or begin.record, config, {}, may, step, begin.folder)
+        named = plan.named if begin.resumes or begin.own is None else set()
+        check_changes(begin.own or begin.record, config, {}, named, step, begin.folder)
     trained = np.arange(IMAGENET[0])
     if plan.dataset is not None:
         trained, _ = split(plan.dataset, config.data.val_share)

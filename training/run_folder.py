@@ -70,7 +70,7 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     The digest is that of the facts and of the settings that decide the result and differ from
     their defaults, so that a new setting renames no run.
     """
-    flags, parts = training_flags(type(config.engine)), config.parts.values()
+    flags, parts = training_flags(type(config.engine)), config.by_section.values()
     values, special = flat(*parts), {}
     defaults = flat(*(type(part)() for part in parts))
     for name, value in values.items():
@@ -153,7 +153,8 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
             unknown += gone
         known[name] = value
     note = f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}"
-    return read_values(known, flags), [note] if unknown else []
+    stored = {"model": record.model_name} | read_values(known, flags)
+    return stored, [note] if unknown else []
 
 
 def enter_run_folder(run: Path) -> BinaryIO:

@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     begin: Beginning
     config: TrainConfig
     dataset: Source | None  # None with --dry-run, if the data are not on this machine
-    said: set[str]  # fields that the flags set, or that follow from them
+    named: set[str]  # fields that the flags set, or that follow from them
     notes: list[str]
 
 
@@ -206,11 +206,11 @@ def starting_point(
         raise UserError(SAVED_MEANWHILE.format(folder))
     facts["start"] = facts["start"] or before.facts.get("start")
     was, unknown = stored_config(before, type(config.engine))
-    may = plan.said if begin.resumes or not found else set()
-    changed = check_changes(newest, config, facts, may, state_folder, folder)
+    named = plan.named if begin.resumes or not found else set()
+    changed = check_changes(newest, config, facts, named, state_folder, folder)
     if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
         every = training_flags(type(config.engine))
-        changed = compare(before, was, config, facts, {*every}).said
+        changed = compare(before, was, config, facts, {*every}).named
     notes += unknown + state_notes(config, was, state_folder)
     return state_folder, before, changed
 
@@ -261,7 +261,7 @@ def open_folder(
                 f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder "
                 "that all nodes share"
             )
-        values = flat(*config.parts.values())
+        values = flat(*config.by_section.values())
         with reported_as(f"{folder}: cannot write the log", OSError):
             log = dist.run_on_all(
                 lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
@@ -300,7 +300,7 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
     return Plan(config=config, begin=begin, dataset=dataset, notes=notes,
-                said={*follows, *(flags[name].field.name for name in said)})  # fmt: skip
+                named={*follows, *(flags[name].field.name for name in said)})  # fmt: skip
 
 
 def beginning_of(said: Layer) -> Beginning:

@@ -32,7 +32,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
 from training.config import TrainConfig
-from training.engine import Bytes, frozen_names, node_size
+from training.engine import Bytes, node_size
 from training.engines.ddp import DDPEngine
 from training.engines.expert_parallel import keep_experts, spread
 from training.engines.layout import (
@@ -48,8 +48,8 @@ from training.memory import (
     planned_weights,
     received_rows,
     state_bytes,
+    state_tensors,
 )
-from training.optimizers import planned_state
 
 MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
 
@@ -220,10 +220,7 @@ def check_state(config: TrainConfig) -> None:
     """Refuses an optimizer whose state has other shapes than its weights, such as Adafactor's means
     of rows: their shards cannot be saved.
     """
-    model = fake_model(config.model)
-    frozen = {*frozen_names(model, config.step)}
-    shapes = {name: w.shape for name, w in planned_weights(config).items() if name not in frozen}
-    state = planned_state(config.optimizer, shapes, model.matrices())
+    shapes, _, state = state_tensors(config)
     for name, kept in state.items():
         for key, value in kept.items():
             if torch.is_tensor(value) and value.dim() and value.shape != shapes[name]:
