@@ -35,7 +35,7 @@ from conditions import (
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
-from moe_kernels.recomputation import EXPERT_OPERATORS, checkpoint_options
+from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
 from options.parts import Part, Size, option, options_of, sides
 from options.settings import build, flags_of, flattened, read
 from routers import ROUTERS, Router, Routing
@@ -499,9 +499,8 @@ class DiT(nn.Module):
         router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
         observed            (L, ...) statistics for `update_routers`, or None, see
                             `Routing.observed`
-    Set `gradient_checkpointing = True` to recompute each block in the backward pass instead of
-    storing its activations. The outputs of `kept_operators` (recomputation.py) are stored then. Set
-    both attributes before `compile_blocks`.
+    Set `recomputed`, before `compile_blocks`, to what the backward pass computes again instead of
+    storing it: "nothing", "all" of each block, or "selective", all but attention and experts.
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -510,8 +509,8 @@ class DiT(nn.Module):
             raise TypeError(f"got a config and {', '.join(fields)}, expected one or the other")
         self.config = config = config or DiTConfig.of(fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.gradient_checkpointing = False
-        self.kept_operators: frozenset[str] = frozenset()
+        self.recomputed = "nothing"
+        self.kept_operators = KEPT_OPERATORS  # if `recomputed` is "selective"
         self.recomputes_in_graphs = False
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
@@ -627,7 +626,8 @@ class DiT(nn.Module):
         """Returns the options with which torch recomputes a block."""
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         draws_nothing = all(gate.draws_nothing for gate in gates)
-        return checkpoint_options(self.kept_operators, draws_nothing=draws_nothing)
+        kept = self.kept_operators if self.recomputed == "selective" else ()
+        return checkpoint_options(kept, draws_nothing=draws_nothing)
 
     def compile_blocks(self) -> None:
         """Compiles each block separately. Blocks of the same structure share one compiled graph.
@@ -638,10 +638,10 @@ class DiT(nn.Module):
         """
         is_spread = any(b.moe is not None and b.moe.experts.is_spread for b in self.blocks)
         if is_spread:  # the experts are outside the graphs
-            self.kept_operators &= EXPERT_OPERATORS
+            self.kept_operators = EXPERT_OPERATORS
         # A graph may overwrite what its operators return, so the outputs of operators inside a
         # graph can be kept only by the graph itself.
-        self.recomputes_in_graphs = bool(self.kept_operators) and not is_spread
+        self.recomputes_in_graphs = self.recomputed == "selective" and not is_spread
         for block in self.blocks:
             eager = block.forward
             if self.recomputes_in_graphs:
@@ -696,14 +696,14 @@ class DiT(nn.Module):
             count = self.config.class_tokens
             rotation = rotary_positions(width, self.config.grid, x.device, count)       # (T, d)
         routings, rates = [], []                                            # one per sparse layer
-        recompute = partial(checkpoint, **self.checkpoint_options())
-        is_recomputed = self.gradient_checkpointing and self.training
+        is_recomputed = self.training and self.recomputed != "nothing"
         is_recomputed = is_recomputed and not self.recomputes_in_graphs
+        options = self.checkpoint_options() if is_recomputed else {}
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
                 x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
             inputs = x, c, image_facts, None if rotation is None else rotation[-x.shape[1] :]
-            x, routing = recompute(block, *inputs) if is_recomputed else block(*inputs)
+            x, routing = checkpoint(block, *inputs, **options) if options else block(*inputs)
             if routing is not None:
                 routings.append(routing)
                 rates.append(len(routing.token) / (x.shape[0] * x.shape[1]))

@@ -31,7 +31,6 @@ from models import (
 from moe_kernels import attention, experts
 from moe_kernels.attention import attention_by_products
 from moe_kernels.layouts import to_stacked_layout
-from moe_kernels.recomputation import KEPT_OPERATORS
 from routers import ROUTERS
 from runtime.processes import ALONE
 from training.metrics import MetricTracker
@@ -236,11 +235,10 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
     numbers draws the same ones again."""
     calls, gradients, compute = [], [], experts.forward_rows
     monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
-    for kept in (None, (), KEPT_OPERATORS):
+    for recomputed, repeated in (("nothing", 1), ("all", 2), ("selective", 1)):
         model = randomised(**fields)
-        model.gradient_checkpointing, model.kept_operators = kept is not None, frozenset(kept or ())
+        model.recomputed = recomputed
         gradients.append(gradients_of(model))
-        repeated = 2 if kept == () else 1
         assert len(calls) == repeated * len(model.config.sparse_layers)
         calls.clear()
     for other in gradients[1:]:
@@ -311,7 +309,7 @@ def test_compiled_blocks_can_keep_attention_and_experts(quick_compile, monkeypat
     calls, compute = [], experts.forward_rows
     monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     want, model = gradients_of(randomised()), randomised()
-    model.gradient_checkpointing, model.kept_operators = True, KEPT_OPERATORS
+    model.recomputed = "selective"
     model.compile_blocks()
     calls.clear()
     got = gradients_of(model)

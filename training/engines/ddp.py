@@ -23,7 +23,6 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
-from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed
@@ -89,9 +88,7 @@ class DDPEngine:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
         EMAs, optimizer and loss scaler."""
         step = self.config.step
-        self.model.gradient_checkpointing = step.recomputed != "nothing"
-        if step.selective_checkpointing:
-            self.model.kept_operators = KEPT_OPERATORS
+        self.model.recomputed = step.recomputed
         if step.compile:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False

@@ -47,7 +47,7 @@ class DeepSpeedEngine:
             config, complete_config(config, dist.world_size), dist.device
         )
         self.model, self.lr = self.engine.module, step.lr
-        self.model.gradient_checkpointing = step.gradient_checkpointing
+        self.model.recomputed = step.recomputed
         if step.compile:
             self.model.compile_blocks()
         scaler = vars(self.engine.optimizer.loss_scaler)

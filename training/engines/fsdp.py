@@ -118,7 +118,7 @@ class FSDPEngine(DDPEngine):
         if layout.spread > 1:
             rows = received_rows(config, micro_batch)
             # Selective checkpointing also keeps the rows that are returned, here and there.
-            copies = 3 if config.step.selective_checkpointing else 1
+            copies = 3 if config.step.recomputed == "selective" else 1
             gpu["exchanged rows"] = copies * item * rows * config.model.hidden_size
         total = sum(weight.numel() for weight in weights.values())
         text = f"{pluralize(world_size, 'process')}, each with 1/{layout.size} of the model"
