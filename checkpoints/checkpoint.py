@@ -30,7 +30,6 @@ from checkpoints.weights import (
     open_safetensors,
     read_pickle,
     read_tensors,
-    write_tensors,
 )
 from latents.autoencoder import PIXELS
 from models import DiT, DiT_models, DiTConfig
@@ -39,6 +38,7 @@ from moe_kernels.layouts import to_stacked_layout
 from options.settings import flat
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder
+from runtime.tensor_file import write_tensors
 
 MODEL_FILE = "model.safetensors"
 WEIGHTS = (  # keys of a .pt, best first

@@ -16,10 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.tensor_file import Box, TensorFile
 from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
-from runtime.files import atomic_file, flush_to_disk, open_regular
+from runtime.files import flush_to_disk, open_regular
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -70,14 +69,6 @@ def read_pickle(path: Path, mmap: bool = True) -> dict:
     if not isinstance(stored, dict):
         raise UserError(f"{path}: got {type(stored).__name__}, expected a dict of weights")
     return stored
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically, flushed to disk."""
-    boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
-    kinds = {name: (box.values.dtype, box.full_shape) for name, box in boxes.items()}
-    with atomic_file(path) as temporary:
-        TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 
 
 def write_pickle(path: Path, stored: dict) -> None:

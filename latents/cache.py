@@ -19,14 +19,12 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 import json
 import math
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -50,7 +48,8 @@ from latents.sources import (
 )
 from options.parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
-from runtime.files import atomic_file, check_new_folder, find_moved, read_json, write_durably
+from runtime.files import check_new_folder, find_moved, read_json, write_durably
+from runtime.tensor_file import write_tensors
 
 INDEX_FILE = "index.json"
 FEATURES = ("vector", "tokens")  # features of a network: pooled, and per token
@@ -327,8 +326,5 @@ def write_shard(path: Path, tensors: Batch, channels: int) -> None:
             f"--precision: got inf or nan in {path.name}, expected finite numbers; try fp32"
         )
     sums = channel_sums(tensors["moments"], channels)
-    failures = OSError, SafetensorError  # the latter for a full disk, for example
-    with reported_as(f"--output: cannot write {path}", *failures), atomic_file(path) as temporary:
-        safetensors.torch.save_file({**tensors, "channel_sums": sums}, temporary)
-        # Only the owner may read the files of save_file.
-        shutil.copymode(path.with_name(INDEX_FILE), temporary)
+    with reported_as(f"--output: cannot write {path}", OSError):
+        write_tensors(path, {**tensors, "channel_sums": sums}, {})

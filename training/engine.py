@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from checkpoints.initial import initial_weights
-from checkpoints.tensor_file import Box
 from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError
 from runtime.processes import Distributed, reseed
+from runtime.tensor_file import Box
 from training.config import TrainConfig
 from training.ema import EMA
 from training.flags import StepConfig

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from checkpoints import Record, ema_file, step_folders
 from checkpoints.costs import fake_model
-from checkpoints.tensor_file import Box, Piece, TensorFile, joined
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
+from runtime.tensor_file import Box, Piece, TensorFile, joined
 from training.ema import EMA
 from training.engine import Engine
 from training.manifest import write_manifest

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import Record, config_of
-from checkpoints.tensor_file import Box, TensorFile, joined
 from runtime.processes import ALONE
+from runtime.tensor_file import Box, TensorFile, joined
 from tools.benchmarks.common import make_engine
 from training import saving
 from training.config import resolve

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints.checkpoint import averages_of
 from checkpoints.initial import allocate, build_empty
-from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -26,6 +25,7 @@ from conditions import Conditions
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed
+from runtime.tensor_file import Box
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out

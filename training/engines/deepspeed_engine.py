@@ -12,7 +12,6 @@ from torch import Tensor
 
 from checkpoints import MODEL_FILE
 from checkpoints.checkpoint import averages_of
-from checkpoints.tensor_file import Box
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -23,6 +22,7 @@ from checkpoints.weights import (
 from conditions import Conditions
 from runtime.errors import UserError
 from runtime.processes import Distributed
+from runtime.tensor_file import Box
 from training.config import TrainConfig
 from training.engines import zero
 from training.engines.state import FACTS_KEY

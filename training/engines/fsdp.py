@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from checkpoints.costs import fake_model
 from checkpoints.initial import allocate
-from checkpoints.tensor_file import cut_dim
 from diffusion import Objective
 from models import DiT
 from moe import Experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
+from runtime.tensor_file import cut_dim
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
 from training.engines.ddp import DDPEngine

@@ -1,6 +1,6 @@
 """The training state in a step folder of train.py; each process writes one file of boxes.
 
-A box is a rectangular part of a tensor (`checkpoints.tensor_file.Box`).
+A box is a rectangular part of a tensor (`runtime.tensor_file.Box`).
 
     tensors, metadata = stored_boxes({"model/pos_embed": Box.of_all(weight)}, facts)
     state, stored = read_state(folder, shapes, places, device)  # boxes of any position, all files
@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints.tensor_file import Box
 from checkpoints.weights import as_user_error, open_safetensors
 from runtime.errors import UserError
+from runtime.tensor_file import Box
 from training.engines.layout import Place
 
 STATE_FILES = "state/rank_{:05d}.safetensors"

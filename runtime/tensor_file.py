@@ -1,4 +1,6 @@
-"""Writes a safetensors file from one or several processes, with checksums.
+"""Writes a safetensors file, from one process or, with checksums, from several.
+
+    write_tensors(path, {"weight": weight}, {"format": "pt"})           # one process
 
     file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
     pieces = file.write({"weight": Box.of_all(weight)}, with_header=True)
@@ -22,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from runtime.files import atomic_file
 
 CHUNK = 2**24  # bytes per write
 DTYPES = {
@@ -121,6 +125,14 @@ class TensorFile:
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
         return pieces
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically, flushed to disk."""
+    boxes = {name: Box.of_all(value.detach().cpu()) for name, value in tensors.items()}
+    kinds = {name: (box.values.dtype, box.full_shape) for name, box in boxes.items()}
+    with atomic_file(path) as temporary:
+        TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 
 
 def write_at(descriptor: int, content: memoryview, start: int) -> Piece:
