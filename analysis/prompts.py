@@ -20,7 +20,7 @@ from analysis.ablation import Outcome
 from analysis.counts import RoutingCounts
 from analysis.gallery import Gallery
 from analysis.recorder import RoutingRecorder
-from analysis.sparse_layers import TRANSFORMERS, sparse_layers
+from analysis.sparse_layers import TRANSFORMERS, gated_layers
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
@@ -87,7 +87,7 @@ def open_prompt_pipeline(
             )
     with reported_as(f"{message}: cannot be loaded", Exception):
         pipeline = DiffusionPipeline.from_pretrained(path, **options)
-    layers = sparse_layers(pipeline.transformer)
+    layers = gated_layers(pipeline.transformer)
     if not layers:
         raise UserError(f"{message}: its transformer is dense, expected experts")
     if quantize:

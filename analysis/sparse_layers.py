@@ -21,7 +21,6 @@ from torch.utils.hooks import RemovableHandle
 
 from analysis.token_places import HiDreamPlaces, NucleusPlaces
 from models import DiT
-from moe import quantize_experts
 from moe_kernels.quantized import QuantizedLinear, QuantizedStack, QuantizedWeight
 from routers import Routing, expert_load
 from runtime.errors import UserError
@@ -41,9 +40,6 @@ class SparseLayer(Protocol):
 
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
         """Yields the weights of all experts, each (E, ...)."""
-
-    def quantize(self, kind: str) -> None:
-        """Replaces the experts' matrices by integers and scales; kind: int8 or int4."""
 
 
 class DiTLayer:
@@ -68,9 +64,6 @@ class DiTLayer:
     def weights(self) -> Iterator[Tensor | QuantizedWeight]:
         return (weight for weight in self.block.moe.experts.weights() if weight is not None)
 
-    def quantize(self, kind: str) -> None:
-        quantize_experts(self.block, kind)
-
 
 class GatedLayer:
     """A layer of diffusers with a module `gate`, whose output determines the routing."""
@@ -83,6 +76,10 @@ class GatedLayer:
 
     def routing(self, gated: Any) -> Routing:
         """Converts the output of the gate; rows in any order."""
+        raise NotImplementedError
+
+    def quantize(self, kind: str) -> None:
+        """Replaces the experts' matrices by integers and scales; kind: int8 or int4."""
         raise NotImplementedError
 
     def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
@@ -193,13 +190,18 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
         experts = model.config.experts_per_layer
         numbers = model.config.sparse_layers
         return [DiTLayer(f"block {i}", model.blocks[i], experts) for i in numbers]
-    kind = TRANSFORMERS.get(type(model).__name__)
-    if kind is None:
+    if type(model).__name__ not in TRANSFORMERS:
         known = ", ".join(["DiT", *TRANSFORMERS])
         raise UserError(f"got a {type(model).__name__}, expected a model with experts: {known}")
+    return gated_layers(model)
+
+
+def gated_layers(transformer: nn.Module) -> list[GatedLayer]:
+    """Returns the sparse layers of a transformer of diffusers; [] for a dense one."""
+    kind = TRANSFORMERS[type(transformer).__name__]
     return [
         kind(name.rpartition(".")[0], module)
-        for name, module in model.named_modules()
+        for name, module in transformer.named_modules()
         if type(module).__name__ == kind.module_name
     ]
 
