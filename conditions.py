@@ -4,7 +4,7 @@
     prediction, aux_loss = model(x, t, {"label": y, "size": size, "vector": vector})
 
 A condition embeds one named tensor of the batch. The model adds its vectors, one per image, to the
-embedding of the time. A condition may also return tokens, which a block finds in `image_facts`, as
+embedding of the time. A condition may also return tokens, which a block finds in `context`, as
 for cross-attention. To add a condition, write a subclass of `Condition` with
 `default`, `forward` and, if guidance drops the condition, `none`, and add it to `CONDITIONS`. The
 image source or the latent cache provides the tensor of that name. A condition that owns a parameter
@@ -70,8 +70,8 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(t_freq.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
-class Facts(NamedTuple):
-    """Properties of the model from which a condition is built."""
+class EmbedderConfig(NamedTuple):
+    """What a condition knows of its model."""
 
     hidden_size: int
     num_classes: int
@@ -88,7 +88,7 @@ class Condition(nn.Module):
     # What follows the name: ("WIDTH",) in "vector:768", ("LENGTH", "WIDTH") in "tokens:256x768".
     axes: tuple[str, ...] = ()
 
-    def __init__(self, facts: Facts):
+    def __init__(self, config: EmbedderConfig):
         super().__init__()
 
     def none(self, values: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ class LabelEmbedder(Condition):
 
     about = "the class"
 
-    def __init__(self, facts: Facts):
-        super().__init__(facts)
-        self.num_classes = facts.num_classes
-        rows = facts.num_classes + (facts.dropout_prob > 0)
-        self.embedding_table = nn.Embedding(rows, facts.hidden_size)
+    def __init__(self, config: EmbedderConfig):
+        super().__init__(config)
+        self.num_classes = config.num_classes
+        rows = config.num_classes + (config.dropout_prob > 0)
+        self.embedding_table = nn.Embedding(rows, config.hidden_size)
 
     def none(self, values: Tensor) -> Tensor:
         return torch.full_like(values, self.num_classes)
@@ -133,9 +133,9 @@ class SizeEmbedder(Condition):
 
     about = "the size of the original image and the position of the crop"
 
-    def __init__(self, facts: Facts):
-        super().__init__(facts)
-        self.mlp = two_layers(4 * WAVES, facts.hidden_size)
+    def __init__(self, config: EmbedderConfig):
+        super().__init__(config)
+        self.mlp = two_layers(4 * WAVES, config.hidden_size)
 
     def default(self, count: int, device: torch.device) -> Tensor:
         return torch.tensor([1.0, 1.0, 0.0, 0.0], device=device).repeat(count, 1)
@@ -151,10 +151,10 @@ class VectorEmbedder(Condition):
     about = "a cached feature, written vector:WIDTH"
     axes = ("WIDTH",)
 
-    def __init__(self, facts: Facts):
-        super().__init__(facts)
-        (self.width,) = facts.shape
-        self.mlp = two_layers(self.width, facts.hidden_size)
+    def __init__(self, config: EmbedderConfig):
+        super().__init__(config)
+        (self.width,) = config.shape
+        self.mlp = two_layers(self.width, config.hidden_size)
 
     def none(self, values: Tensor) -> Tensor:
         return torch.zeros_like(values)
@@ -176,10 +176,10 @@ class SpanEmbedder(Condition):
     about = "the time span; mean_flow adds this condition"
     in_batch = False
 
-    def __init__(self, facts: Facts):
-        super().__init__(facts)
-        self.time_scale = facts.time_scale
-        self.mlp = two_layers(WAVES, facts.hidden_size, last=ZeroLinear)
+    def __init__(self, config: EmbedderConfig):
+        super().__init__(config)
+        self.time_scale = config.time_scale
+        self.mlp = two_layers(WAVES, config.hidden_size, last=ZeroLinear)
 
     def default(self, count: int, device: torch.device) -> Tensor:
         return torch.zeros(count, device=device)

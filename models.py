@@ -27,7 +27,7 @@ from conditions import (
     CONDITIONS,
     Condition,
     Conditions,
-    Facts,
+    EmbedderConfig,
     TimestepEmbedder,
     ZeroLinear,
     split_condition,
@@ -399,7 +399,7 @@ class DiTBlock(nn.Module):
     """
 
     matrices_in = {"adaLN_modulation.1.weight": 6}
-    router_facts = ("time", "no_class")  # facts of an image that a router may ask for
+    router_context = ("time", "no_class")  # names in `context` that a router may ask for
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -422,7 +422,7 @@ class DiTBlock(nn.Module):
                 router=config.router.name,
                 router_options=config.router.options,
             )
-            gate, known = self.moe.gate, self.router_facts
+            gate, known = self.moe.gate, self.router_context
             if unknown := [name for name in gate.asks_for if name not in known]:
                 raise ValueError(f"{type(gate).__name__}.asks_for: got {', '.join(unknown)}, "
                                  f"expected {' or '.join(known)}")
@@ -438,14 +438,14 @@ class DiTBlock(nn.Module):
         self,
         x: Tensor,
         c: Tensor,
-        image_facts: Mapping[str, Tensor] = MappingProxyType({}),
+        context: Mapping[str, Tensor] = MappingProxyType({}),
         rotation: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the tokens (N, T, D) and, if the block is sparse, the routing.
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        image_facts: tensors (N, ...) by name, which a router may read besides the tokens, and the
+        context: tensors (N, ...) by name, which a router may read besides the tokens, and the
             tokens (N, L, D) of a condition
         rotation: (T, d), see `rotary_positions`, or None
         """
@@ -457,20 +457,20 @@ class DiTBlock(nn.Module):
         h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
         if self.moe is None:
             return x + gate_mlp.unsqueeze(1) * self.mlp(h), None
-        y, routing = self.moe(h, self.router_input(h, normed, image_facts))
+        y, routing = self.moe(h, self.router_input(h, normed, context))
         return x + gate_mlp.unsqueeze(1) * y, routing
 
-    def router_input(self, h: Tensor, normed: Tensor, image_facts: Mapping[str, Tensor]) -> Tensor:
+    def router_input(self, h: Tensor, normed: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Returns the router's input (N, T, D or more).
 
-        `Router.input` chooses between the modulated tokens `h` and the unmodulated `normed`. The
-        facts of the image in `Router.asks_for` are appended to each token.
+        `Router.input` chooses between the modulated tokens `h` and the unmodulated `normed`. What
+        `Router.asks_for` names of the context is appended to each token.
         """
         gate = self.moe.gate
         token = h if gate.input == "modulated" else normed                  # (N, T, D)
-        facts = [image_facts[name].unsqueeze(1) for name in gate.asks_for]
-        facts = [fact.expand(-1, token.shape[1], -1).to(token.dtype) for fact in facts]
-        return torch.cat([token, *facts], dim=-1) if facts else token
+        asked = [context[name].unsqueeze(1) for name in gate.asks_for]
+        asked = [value.expand(-1, token.shape[1], -1).to(token.dtype) for value in asked]
+        return torch.cat([token, *asked], dim=-1) if asked else token
 
 
 class FinalLayer(nn.Module):
@@ -523,9 +523,11 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_frequency_shift)
         for spec in config.conditions:
             name, shape = split_condition(spec)
-            facts = Facts(config.hidden_size, config.num_classes, config.class_dropout_prob,
-                          config.time_scale, shape)
-            self.add_module(embedder_of(name), CONDITIONS[name](facts))
+            of_embedder = EmbedderConfig(
+                config.hidden_size, config.num_classes, config.class_dropout_prob,
+                config.time_scale, shape,
+            )
+            self.add_module(embedder_of(name), CONDITIONS[name](of_embedder))
         positions = config.num_patches if config.absolute_positions else 1
         self.register_buffer("pos_embed", torch.empty(1, positions, config.hidden_size))
         self.blocks = nn.ModuleList(DiTBlock(config, layer) for layer in range(config.depth))
@@ -689,7 +691,7 @@ class DiT(nn.Module):
         if "label" in y:
             no_class = y["label"][:, None] == self.config.num_classes
         tokens = {name: value for name, value in embedded.items() if value.dim() > 2}
-        image_facts = {"time": time, "no_class": no_class, **tokens}
+        context = {"time": time, "no_class": no_class, **tokens}
         rotation = None
         if self.config.rope:
             width = self.config.hidden_size // self.config.num_heads
@@ -702,7 +704,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
                 x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
-            inputs = x, c, image_facts, None if rotation is None else rotation[-x.shape[1] :]
+            inputs = x, c, context, None if rotation is None else rotation[-x.shape[1] :]
             x, routing = checkpoint(block, *inputs, **options) if options else block(*inputs)
             if routing is not None:
                 routings.append(routing)

@@ -59,7 +59,7 @@ class Routing(NamedTuple):
 class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
 
-    `DiTBlock.router_input` appends to the token (D) the facts that `asks_for` names: "time", the
+    `DiTBlock.router_input` appends to the token (D) what `asks_for` names: "time", the
     embedding of the time (D), or "no_class" (1), true without a class, which the gate ignores.
 
     draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient

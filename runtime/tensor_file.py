@@ -4,7 +4,7 @@
 
     file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
     pieces = file.write({"weight": Box.of_all(weight)}, with_header=True)
-    facts = joined(path.name, pieces)                    # {"bytes": ..., "crc32": ...}
+    checksum = joined(path.name, pieces)                 # {"bytes": ..., "crc32": ...}
 
 Every process creates the same `TensorFile` and writes its boxes, which are rectangular parts of the
 tensors. Each byte is written once, in ascending order, through a write-only descriptor, so that

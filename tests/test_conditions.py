@@ -179,9 +179,9 @@ class TokensEmbedder(Condition):
 
     axes = ("LENGTH", "WIDTH")
 
-    def __init__(self, facts):
-        super().__init__(facts)
-        self.shape, self.project = facts.shape, nn.Linear(facts.shape[-1], facts.hidden_size)
+    def __init__(self, config):
+        super().__init__(config)
+        self.shape, self.project = config.shape, nn.Linear(config.shape[-1], config.hidden_size)
 
     def none(self, values):
         return torch.zeros_like(values)
@@ -207,12 +207,12 @@ class CrossBlock(models.DiTBlock):
                 ]
             )
 
-    def forward(self, x, c, image_facts, rotation=None):
+    def forward(self, x, c, context, rotation=None):
         if self.cross is not None:
-            tokens = image_facts["tokens"]
+            tokens = context["tokens"]
             seen = nn.functional.scaled_dot_product_attention(self.cross[0](x), tokens, tokens)
             x = x + self.cross[1](seen)
-        return super().forward(x, c, image_facts, rotation)
+        return super().forward(x, c, context, rotation)
 
 
 @pytest.fixture

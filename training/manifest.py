@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: the size and CRC-32 of each file, which reveal damage.
 
-write_manifest(folder, facts)
+write_manifest(folder, checksums)
 fault = find_fault(folder, dist)                     # None: the files are undamaged
 """
 
@@ -17,12 +17,12 @@ from runtime.processes import Distributed
 MANIFEST_FILE = "manifest.json"
 
 
-def write_manifest(folder: Path, facts: dict[str, dict]) -> None:
+def write_manifest(folder: Path, checksums: dict[str, dict]) -> None:
     """Writes the sizes and checksums of a folder's files."""
-    write_durably(folder / MANIFEST_FILE, json.dumps(facts, indent=1) + "\n")
+    write_durably(folder / MANIFEST_FILE, json.dumps(checksums, indent=1) + "\n")
 
 
-def facts_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+def checksums_of(folder: Path, names: Iterable[str]) -> dict[str, dict]:
     """Reads files in parallel and returns their sizes and CRC-32s."""
 
     def read(name: str) -> dict:
@@ -50,10 +50,10 @@ def fault_of(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{MANIFEST_FILE} is missing or damaged ({error})"
     try:
-        found = facts_of(folder, expected)
+        found = checksums_of(folder, expected)
     except OSError as error:
         return f"a file is missing or cannot be read ({error})"
-    for name, facts in expected.items():
-        if found[name] != facts:
-            return f"{name} is damaged: got {found[name]}, expected {facts!s:.100}"
+    for name, checksum in expected.items():
+        if found[name] != checksum:
+            return f"{name} is damaged: got {found[name]}, expected {checksum!s:.100}"
     return None

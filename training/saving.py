@@ -110,10 +110,10 @@ class Saver:
     def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> None:
         """Gives the filled folder its final name, which makes it the newest checkpoint."""
         names = sorted({name for one in pieces for name in one})
-        facts = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
+        checksums = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
         if (temporary / REPLACEABLE_FILE).exists():
-            facts[REPLACEABLE_FILE] = joined(REPLACEABLE_FILE, [])
-        write_manifest(temporary, facts)
+            checksums[REPLACEABLE_FILE] = joined(REPLACEABLE_FILE, [])
+        write_manifest(temporary, checksums)
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
             flush_to_disk(path)
         # A damaged checkpoint of this step may exist, if the run resumed from an earlier one.

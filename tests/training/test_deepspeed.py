@@ -40,7 +40,7 @@ from training.engines.deepspeed_engine import DeepSpeedEngine, read_part
 from training.engines.flags import DeepSpeedFlags
 from training.engines.state import FACTS_KEY
 from training.engines.zero_config import complete_config
-from training.manifest import facts_of, write_manifest
+from training.manifest import checksums_of, write_manifest
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
@@ -224,7 +224,7 @@ def list_files(folder: Path) -> None:
     """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
     (folder / "manifest.json").unlink()
     files = (path for path in folder.rglob("*") if path.is_file())
-    write_manifest(folder, facts_of(folder, [str(path.relative_to(folder)) for path in files]))
+    write_manifest(folder, checksums_of(folder, [str(path.relative_to(folder)) for path in files]))
 
 
 def store_step_as_number(folder: Path) -> None:
