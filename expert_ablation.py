@@ -48,8 +48,8 @@ def parse_args() -> ExpertAblationConfig:
     return parse_config(ExpertAblationConfig, __doc__)
 
 
-def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, dict]:
-    """Returns the model, its experts per layer, what to measure and the settings."""
+def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
+    """Returns the model, what to measure and the settings."""
     from analysis.ablation import checkpoint_outcome
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
     from latents.autoencoder import weights_digest
@@ -82,17 +82,17 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, int, Callable, d
         "num_pictures": pictures,
         "seed": config.seed, **asdict(pipeline.settings), **facts,
     }  # fmt: skip
-    return pipeline.model, pipeline.model.config.num_experts, measure, settings
+    return pipeline.model, measure, settings
 
 
-def open_text_pipeline(config: ExpertAblationConfig) -> tuple[Any, None, Callable, dict]:
+def open_text_pipeline(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     """The same, for --pipeline."""
     from analysis.prompts import prompts_outcome
 
     pipeline, prompts, settings = open_prompts(config)
     facts = asdict(settings) | {"pipeline": config.pipeline, "prompts": [p for _, p in prompts]}
     facts |= {name: str(getattr(config, name)) for name in ("precision", "quantize")}
-    return pipeline.transformer, None, prompts_outcome(pipeline, prompts, settings), facts
+    return pipeline.transformer, prompts_outcome(pipeline, prompts, settings), facts
 
 
 def main(config: ExpertAblationConfig) -> None:
@@ -104,11 +104,9 @@ def main(config: ExpertAblationConfig) -> None:
     from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers
 
-    model, experts, measure, settings = (open_checkpoint if config.ckpt else open_text_pipeline)(
-        config
-    )
+    model, measure, settings = (open_checkpoint if config.ckpt else open_text_pipeline)(config)
     rows = load_ablation(output, settings)[1] if output.exists() else []
-    for row in leave_one_out(sparse_layers(model), measure, list(rows), experts):
+    for row in leave_one_out(sparse_layers(model), measure, list(rows)):
         rows.append(row)
         save_ablation(output, settings, rows)
     worst = max(rows, key=lambda row: row.pictures)

@@ -56,18 +56,14 @@ def expert_removed(model: nn.Module, layer: int, expert: int) -> AbstractContext
 
 
 def leave_one_out(
-    layers: Sequence[SparseLayer], measure: Callable[[], Outcome],
-    done: Sequence[Ablation] = (), num_experts: int | None = None,
-) -> Iterator[Ablation]:  # fmt: skip
-    """Yields the change for each expert of each layer, in order, without those in `done`.
-
-    num_experts: experts per layer; None: all, extra experts of the router too
-    """
+    layers: Sequence[SparseLayer], measure: Callable[[], Outcome], done: Sequence[Ablation] = ()
+) -> Iterator[Ablation]:
+    """Yields the change for each routed expert of each layer, in order, without those in `done`."""
     finished = {(row.layer, row.expert) for row in done}
     pairs = [
         (number, expert)
         for number, layer in enumerate(layers)
-        for expert in range(num_experts or layer.num_experts)
+        for expert in range(layer.num_experts)
     ]
     todo = [pair for pair in pairs if pair not in finished]
     whole = measure() if todo else None

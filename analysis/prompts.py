@@ -173,7 +173,7 @@ def count_prompts(
                     lambda indices, images=images: images[indices],
                 )  # fmt: skip
         return RoutingCounts(
-            **recorder.counts(range(len(groups)), recorder.layers[0].num_experts),
+            **recorder.counts(range(len(groups))),
             **gallery.arrays(),
             labels=np.arange(len(groups)),
             class_names=np.array(groups),

@@ -88,7 +88,7 @@ class RoutingRecorder:
         sizes = {
             "class": self.num_classes, "step": self.num_steps, "place": math.prod(self.places.grid),
             "layer": layers, "pair": layers - 1,
-            "expert": max(layer.num_experts for layer in self.layers),
+            "expert": max(layer.num_experts + layer.extra_experts for layer in self.layers),
         }  # fmt: skip
         for name, axes in TABLES.items():
             dtype = torch.float64 if name in FLOATS else torch.int64
@@ -117,10 +117,11 @@ class RoutingRecorder:
         self.counted.clear()
 
     def mean_weights(self) -> list[Tensor]:
-        """Returns the weight of each expert at each patch of the batch, (N, P, E) per layer: means
-        over the steps so far, with 0 where a patch does not have the expert.
+        """Returns the weight of each routed expert at each patch of the batch, (N, P, E) per layer:
+        means over the steps so far, with 0 where a patch does not have the expert.
         """
-        sums = [self.weights[layer] for layer in range(len(self.layers))]
+        experts = self.layers[0].num_experts
+        sums = [self.weights[layer][:, :experts] for layer in range(len(self.layers))]
         return [x.unflatten(0, (len(self.labels), -1)) / max(self.step, 1) for x in sums]
 
     def count(self, layer: int, x: Tensor, routing: Routing) -> None:
@@ -173,19 +174,18 @@ class RoutingRecorder:
         weights = self.weights.setdefault(layer, zeros)
         weights.index_put_(index, routing.weight.float() * one, accumulate=True)
 
-    def counts(self, rows: Sequence[int], experts: int) -> dict[str, np.ndarray]:
-        """Returns the fields of `RoutingCounts` that the recorder counts.
+    def counts(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Returns the fields of `RoutingCounts` that the recorder counts, of the routed experts.
 
-        rows: classes to return; experts: number of experts, without extra experts
+        rows: classes to return
         """
-        shown = {"class": list(rows), "expert": slice(experts)}
+        shown = {"class": list(rows), "expert": slice(self.layers[0].num_experts)}
         shown["step"] = slice(int((~self.times.isnan()).sum()))
         tables = {
             name: getattr(self, name)[tuple(shown.get(axis, slice(None)) for axis in axes)]
             for name, axes in TABLES.items()
         }
-        similarity = torch.stack([weight_similarity(layer) for layer in self.layers])
-        tables["similarity"] = similarity[:, :experts, :experts]
+        tables["similarity"] = torch.stack([weight_similarity(layer) for layer in self.layers])
         return {name: table.cpu().numpy() for name, table in tables.items()}
 
 
@@ -209,12 +209,11 @@ def count_routing(
         for batch_labels, seeds in progress_bar(requests):
             recorder.start_batch(batch_labels)
             latents = pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
-            weights = [x[..., : config.num_experts] for x in recorder.mean_weights()]
             decode = lambda chosen, latents=latents: pipeline.decode(latents[chosen])  # noqa: E731
-            gallery.add(weights, config.grid, seeds[0] - seed, decode)
+            gallery.add(recorder.mean_weights(), config.grid, seeds[0] - seed, decode)
     name = pipeline.checkpoint.record.model_name
     return RoutingCounts(
-        **recorder.counts(labels, config.num_experts),
+        **recorder.counts(labels),
         **gallery.arrays(),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from analysis.token_places import HiDreamPlaces, NucleusPlaces
-from models import DiT
+from models import DiT, DiTConfig
 from moe_kernels.quantized import QuantizedLinear, QuantizedStack, QuantizedWeight
 from routers import Routing, expert_load
 from runtime.errors import UserError
@@ -30,7 +30,8 @@ class SparseLayer(Protocol):
     """A layer with experts, in whichever model."""
 
     name: str  # of the block in the model, such as "block 3"
-    num_experts: int  # with extra experts
+    num_experts: int  # routed experts
+    extra_experts: int  # of the router; the last ones of a `Routing`
 
     def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
         """Calls listener(output (N, T, D), routing) after each pass. Closing removes the hook."""
@@ -45,8 +46,9 @@ class SparseLayer(Protocol):
 class DiTLayer:
     """A sparse block of a `DiT`."""
 
-    def __init__(self, name: str, block: nn.Module, num_experts: int):
-        self.name, self.block, self.num_experts = name, block, num_experts
+    def __init__(self, name: str, block: nn.Module, config: DiTConfig):
+        self.name, self.block, self.num_experts = name, block, config.num_experts
+        self.extra_experts = config.experts_per_layer - config.num_experts
 
     def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
         # If the hook were compiled with its block, every layer and step would need a new graph.
@@ -70,6 +72,7 @@ class GatedLayer:
 
     module_name: str  # class of the layer in diffusers
     places: type  # makes the `TokenPlaces` of a pipeline with such layers
+    extra_experts = 0
 
     def __init__(self, name: str, module: nn.Module):
         self.name, self.module = name, module
@@ -187,9 +190,8 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     forward pass; [] for a dense model.
     """
     if isinstance(model, DiT):
-        experts = model.config.experts_per_layer
-        numbers = model.config.sparse_layers
-        return [DiTLayer(f"block {i}", model.blocks[i], experts) for i in numbers]
+        config = model.config
+        return [DiTLayer(f"block {i}", model.blocks[i], config) for i in config.sparse_layers]
     if type(model).__name__ not in TRANSFORMERS:
         known = ", ".join(["DiT", *TRANSFORMERS])
         raise UserError(f"got a {type(model).__name__}, expected a model with experts: {known}")
@@ -207,12 +209,13 @@ def gated_layers(transformer: nn.Module) -> list[GatedLayer]:
 
 
 def weight_similarity(layer: SparseLayer) -> Tensor:
-    """Returns the cosines (E, E), fp32, between the experts' weights, flattened and joined."""
+    """Returns the cosines (E, E), fp32, between the flattened weights of the routed experts."""
     product = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
     for weight in layer.weights():
         if isinstance(weight, QuantizedWeight):
             weight = torch.stack([expert.to(torch.bfloat16) for expert in weight])
-        for part in weight.detach().flatten(1).split(2**20, dim=1):  # (E, n) in pieces
+        routed = weight.detach()[: layer.num_experts].flatten(1)
+        for part in routed.split(2**20, dim=1):  # (E, n) in pieces
             part = part.float()
             product += (part @ part.T).cpu()
     norm = product.diagonal().sqrt().clamp_min(1e-30)

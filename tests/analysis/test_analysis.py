@@ -114,6 +114,14 @@ def test_recorder_counts_equal_a_brute_force_count_of_the_routing(router, object
     assert (len(got[3].unique()) == 1) == (router == "topk")
 
 
+def test_counts_leave_out_the_extra_expert_of_images_without_a_class():
+    recorder = record(random_model(router="prototype"), [[3, 7]])
+    counts, (weights, _) = recorder.counts([3, 7]), recorder.mean_weights()
+    assert recorder.by_class.shape == (10, 2, 5) and weights.shape == (2, TOKENS, 4)
+    assert counts["by_class"].shape == (2, 2, 4) and counts["similarity"].shape == (2, 4, 4)
+    assert (counts["by_class"].sum((1, 2)) == STEPS * 2 * TOKENS * K).all()
+
+
 def test_recorder_stores_the_time_of_each_step():
     flow = record(random_model(), [[0], [1]], num_steps=4)
     assert flow.times.tolist() == [1, 0.75, 0.5, 0.25]
