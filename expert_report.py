@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.config import ABLATION_FILE
-from analysis.counts import COUNTS_FILE, RoutingCounts
+from analysis.counts import RoutingCounts
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output, write_durably
@@ -62,7 +62,7 @@ def main(config: ExpertReportConfig) -> None:
     if config.only:
         write_heatmap(config, config.only, VIEWS[config.only])
         return
-    data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
+    data = config.counts_file
     output = config.output or data.with_name("expert_report.html")
     prepare_output("--output", output)
     counts = RoutingCounts.load(data)

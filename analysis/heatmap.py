@@ -61,6 +61,10 @@ class HeatmapConfig:
         (), ge=0, help="numbers of blocks with experts, from 0 (default: first, middle and last)"
     )
 
+    @property
+    def counts_file(self) -> Path:
+        return self.data / COUNTS_FILE if self.data.is_dir() else self.data
+
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmap:
@@ -139,7 +143,7 @@ def write_heatmap(
     Also prints the statistics of the layers and writes them to a CSV file next to the figure. A map
     whose cells are all equal is not drawn.
     """
-    data = config.data / COUNTS_FILE if config.data.is_dir() else config.data
+    data = config.counts_file
     counts = RoutingCounts.load(data)
     numbers, layers = counts.layer_numbers, some_layers(counts.num_layers)
     if unknown := set(config.layers).difference(numbers):
