@@ -21,7 +21,7 @@ from latents.loading import evenly_spaced
 from runtime.errors import UserError, check_same
 from runtime.files import open_regular, write_durably
 from runtime.progress import progress
-from sampling.pipeline import SamplingPipeline
+from sampling.pipeline import SamplingPipeline, batches
 
 FORMAT = 1
 
@@ -113,13 +113,11 @@ def checkpoint_outcome(
     """
     classes = evenly_spaced(len(pipeline.class_names), num_images)
     labels = [classes[i * len(classes) // num_images] for i in range(num_images)]
-    seeds = list(range(seed, seed + num_images))
-    starts = range(0, num_images, batch_size)
-    parts = [slice(start, start + batch_size) for start in starts]
+    requests = batches(labels, 1, seed, batch_size)
 
     def measure() -> Outcome:
         values = None if losses is None else torch.tensor(losses(), dtype=torch.float64)
-        return Outcome(values, torch.cat([pipeline.images(labels[p], seeds[p]) for p in parts]))
+        return Outcome(values, torch.cat([pipeline.images(*request) for request in requests]))
 
     return measure
 

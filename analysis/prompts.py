@@ -177,7 +177,7 @@ def count_prompts(
             **gallery.arrays(),
             labels=np.arange(len(groups)),
             class_names=np.array(groups),
-            settings=describe(pipeline, prompts, settings, recorder, places.grid),
+            settings=describe(pipeline, prompts, settings, recorder),
         )
 
 
@@ -196,7 +196,7 @@ def prompts_outcome(
 
 def describe(
     pipeline: Any, prompts: Sequence[tuple[str, str]], settings: PromptSettings,
-    recorder: RoutingRecorder, grid: tuple[int, int],
+    recorder: RoutingRecorder,
 ) -> dict:  # fmt: skip
     """Returns the settings of the counts."""
     groups = list(dict.fromkeys(group for group, _ in prompts))
@@ -210,7 +210,7 @@ def describe(
         "images": len(prompts) * settings.images_per_prompt,
         "prompts": [prompt for _, prompt in prompts],
         "groups": [groups.index(group) for group, _ in prompts],
-        "grid": grid,
+        "grid": recorder.places.grid,
         "layers": [layer.name for layer in recorder.layers],
     }
 

@@ -79,10 +79,10 @@ class HiDreamPlaces(ExitStack):
         self.enter_context(
             pipeline.transformer.register_forward_pre_hook(self.note, with_kwargs=True)
         )
-        for encoder in (pipeline.text_encoder_3, pipeline.text_encoder_4):
+        self.encoders = (pipeline.text_encoder_3, pipeline.text_encoder_4)
+        for encoder in self.encoders:
             hook = encoder.register_forward_pre_hook(self.note_mask, with_kwargs=True)
             self.enter_context(hook)
-        self.encoders = (pipeline.text_encoder_3, pipeline.text_encoder_4)
 
     def start_batch(self) -> None:
         self.masks.clear()
