@@ -93,8 +93,8 @@ def difference(name: str, was: Any, now: Any) -> str:
 def check_changes(
     before: Record, config: TrainConfig, facts: dict[str, Any], named: set[str], step: Path,
     folder: Path | None,
-) -> list[str]:  # fmt: skip
-    """Returns what the flags change in a run that goes on from a step folder, see `Changes`.
+) -> None:  # fmt: skip
+    """Refuses what the flags may not change in a run that goes on from a step folder.
 
     before: record of the newest checkpoint of the run, or of that which a branch starts from
     facts: inputs besides the settings, or {} before they are known
@@ -119,7 +119,6 @@ def check_changes(
         raise UserError(
             f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
         )
-    return found.named
 
 
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:

@@ -205,12 +205,11 @@ def starting_point(
     if found and begin.own is not None and begin.own.step != newest.step:
         raise UserError(SAVED_MEANWHILE.format(folder))
     facts["start"] = facts["start"] or before.facts.get("start")
-    was, unknown = stored_config(before, type(config.engine))
     named = plan.named if begin.resumes or not found else set()
-    changed = check_changes(newest, config, facts, named, state_folder, folder)
-    if newest.step != before.step:  # the settings of the newer, damaged checkpoint hold
-        every = training_flags(type(config.engine))
-        changed = compare(before, was, config, facts, {*every}).named
+    # The settings of the newest checkpoint hold, even if it is damaged.
+    check_changes(newest, config, facts, named, state_folder, folder)
+    was, unknown = stored_config(before, type(config.engine))
+    changed = compare(before, was, config, facts, {*training_flags(type(config.engine))}).named
     notes += unknown + state_notes(config, was, state_folder)
     return state_folder, before, changed
 
