@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call_main, expect_error
+from conftest import ROOT, TINY_MODEL, call_main, expect_error
 from pandas import DataFrame, Series, read_csv
 from scipy import stats
 
@@ -31,7 +31,7 @@ from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
 from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
 from tools.experiments.copies import compare, mean_cosine
-from tools.experiments.dropping import losses_without
+from tools.experiments.dropping import losses_without, scores_of
 from tools.experiments.expert_tables import dropping_table, persistence_table
 from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.noisy_copies import with_noise
@@ -499,6 +499,22 @@ def test_silenced_experts_are_experts_with_outputs_of_zero(config):
         silenced, losses_without([[], []], pipeline, None, [batch]), rtol=1e-6
     )
     assert abs(silenced - whole).max() > 1e-3
+
+
+def test_the_scores_of_experts_are_those_of_their_weighted_outputs():
+    model = DiT(**TINY_MODEL | {"depth": 1, "num_experts_per_tok": 2})
+    block, seen = model.blocks[0].moe, []
+    x = torch.randn(2, 16, 32)
+    scores = scores_of(model, lambda: seen.append(block(x)[1]))
+    (routing,) = seen
+    norms = torch.zeros(len(routing.token), 4)
+    for row, (token, expert, weight) in enumerate(zip(*routing[:3], strict=True)):
+        one = routing._replace(token=token[None], expert=expert[None], weight=weight[None])
+        norms[row, expert] = block.experts(x.flatten(0, 1), one).norm()
+    load = (norms > 0).sum(0)
+    want = load, norms.sum(0), norms.sum(0) / load.clamp_min(1)
+    for got, expected in zip(scores, want, strict=True):
+        np.testing.assert_allclose(got[0], expected.detach(), rtol=1e-5)
 
 
 def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():

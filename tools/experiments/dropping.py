@@ -6,19 +6,22 @@ r"""Measures how the held-out loss changes without some experts of each layer.
         --choosing-latents data/choosing-latents --latents-path data/reporting-latents \
         --output results/dropping.jsonl
 
-The experts to drop are those with the least damage (`expert_ablation.py`), those with the smallest
-load on the choosing images, or random ones. The smaller models are those of export.py
+The experts to drop are those with the least damage (`expert_ablation.py`), the smallest of a score
+on the choosing images (`Scores`), or random ones. The smaller models are those of export.py
 --drop-experts; --silence takes the routers that this does not know. Each adds a row to OUTPUT, and
 `report.py` makes the table.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from analysis.ablation import least_damage, load_ablation
 from analysis.sparse_layers import sparse_layers
@@ -27,6 +30,8 @@ from checkpoints.adapting import drop_experts
 from evaluation.heldout import held_out_losses, latent_batches, open_held_out
 from latents.sources import Batch
 from models import DiT
+from moe import Experts
+from routers import Routing
 from runtime.errors import UserError, run_main
 from runtime.files import atomic_folder, prepare_output
 from runtime.flags import flag, parse_config
@@ -47,7 +52,7 @@ class DroppingConfig(SamplingConfig):
         False, help="the router still chooses these experts, but their rows add nothing"
     )
     save: Path | None = flag(None, help="folder for the smaller models, RUN-CHOICE-DROPPED")
-    choosing_latents: str = flag(group="images", help="cached latents that determine the load")
+    choosing_latents: str = flag(group="images", help="cached latents that determine the scores")
     latents_path: str = flag(help="other cached latents, on which the losses are reported")
     num_images: int = flag(500, ge=20, help="number of images of each")
     output: Path = flag(group="output", help="file of the rows")
@@ -59,21 +64,43 @@ def open_batches(pipeline: SamplingPipeline, path: str, config: DroppingConfig) 
     return [*latent_batches(images, indices, pipeline.vae, names, batch_size=config.batch_size)]
 
 
-def mean_load(model: DiT, losses) -> np.ndarray:
-    """Returns the load (L, E) of the routed experts while `losses` computes."""
-    loads = []
-    with model.register_forward_hook(lambda *_: loads.append(model.expert_load)):
+class Scores(NamedTuple):
+    """Scores (L, E) of the routed experts, from their rows during some forward passes."""
+
+    load: np.ndarray  # number of rows
+    output: np.ndarray  # sum over the rows of |weight * output|
+    reap: np.ndarray  # mean over the rows of |weight * output| (REAP, arXiv 2510.13999)
+
+
+@torch.no_grad()
+def scores_of(model: DiT, losses: Callable[[], object]) -> Scores:
+    """Returns the scores while `losses` computes."""
+    layers = [block.moe.experts for block in model.blocks if block.moe is not None]
+    load, output = torch.zeros(2, len(layers), model.config.experts_per_layer, dtype=torch.double)
+
+    def add(layer: int, experts: Experts, x: Tensor, routing: Routing) -> None:
+        alone = routing._replace(token=torch.arange(len(routing.token)), per_token=1)
+        norm = experts.forward(x[routing.token], alone).norm(dim=1).double()  # (R,)
+        load[layer] += routing.expert.bincount(minlength=len(load[layer]))
+        output[layer].index_add_(0, routing.expert, norm)
+
+    with ExitStack() as hooks:
+        for layer, experts in enumerate(layers):
+            hook = experts.register_forward_hook(lambda m, inputs, _, n=layer: add(n, m, *inputs))
+            hooks.enter_context(hook)
         losses()
-    return torch.stack(loads).mean(0)[:, : model.config.num_experts].numpy()
+    found = load, output, output / load.clamp_min(1)
+    return Scores(*(score[:, : model.config.num_experts].numpy() for score in found))
 
 
 def choices_of(
-    number: int, ablation: list, load: np.ndarray, draws: int
+    number: int, ablation: list, scores: Scores, draws: int
 ) -> dict[tuple[str, int], list[list[int]]]:
     """Returns the experts of each layer to drop, by kind of choice and draw."""
-    order = [np.random.default_rng(draw).random(load.shape) for draw in range(draws)]
-    ranked = {("load", 0): load} | {("random", draw): one for draw, one in enumerate(order)}
-    found = {("damage", 0): least_damage(ablation, number, load.shape)}
+    ranked = {(name, 0): score for name, score in scores._asdict().items()}
+    for draw in range(draws):
+        ranked["random", draw] = np.random.default_rng(draw).random(scores.load.shape)
+    found = {("damage", 0): least_damage(ablation, number, scores.load.shape)}
     return found | {kind: one.argsort(1)[:, :number].tolist() for kind, one in ranked.items()}
 
 
@@ -111,7 +138,9 @@ def main(config: DroppingConfig) -> None:
         open_batches(pipeline, path, config)
         for path in (config.choosing_latents, config.latents_path)
     )
-    load = mean_load(pipeline.model, lambda: held_out_losses(pipeline.model, objective, chosen_by))
+    scores = scores_of(
+        pipeline.model, lambda: held_out_losses(pipeline.model, objective, chosen_by)
+    )
     whole = np.array(held_out_losses(pipeline.model, objective, batches)[0])
     source = None if config.silence else open_checkpoint(config)
     named = ("run", "quantize", "silenced", "choice", "draw", "dropped")
@@ -119,7 +148,7 @@ def main(config: DroppingConfig) -> None:
     done = {tuple(row.get(name) for name in named) for row in known}
     run = Path(config.ckpt).name, config.quantize or "none", config.silence
     for number in config.dropped:
-        for (choice, draw), dropped in choices_of(number, ablation, load, config.draws).items():
+        for (choice, draw), dropped in choices_of(number, ablation, scores, config.draws).items():
             if (*run, choice, draw, number) in done:
                 continue
             change = losses_without(dropped, pipeline, source, batches) - whole
