@@ -36,11 +36,9 @@ def report(counts: RoutingCounts, ablation: list[Ablation]) -> str:
     crops = fitting_crops(counts)
     data = {
         "about": str(counts),
-        "model": counts.settings["model"],
         "layers": counts.settings["layers"],
         "numbers": counts.layer_numbers,
         "experts": counts.num_experts,
-        "images": counts.settings["images"],
         "perClass": counts.settings["images"] / len(counts.labels),
         "steps": len(counts.times),
         "patches": len(counts.by_position),
