@@ -36,10 +36,10 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from options.parts import Size, options_of
+from options.parts import Size
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag, parse_config, spelling
+from runtime.flags import flag, parse_config, refuse_idle
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.config import CKPT_HELP, SamplingConfig
 from sampling.generate import objective_of
@@ -239,17 +239,10 @@ def evaluate_loss(config: EvaluateConfig) -> None:
 
 def check_flags(config: EvaluateConfig) -> None:
     """Refuses contradictory flags and flags without effect."""
-    options = options_of(EvaluateConfig).items()
-    given = {name for name, one in options if getattr(config, name) != one.default}
     of_samples = (
         "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guide_ckpt", "guided_channels",
         "guidance_interval", "conditions", "label_sampling",
     )  # fmt: skip
-
-    def refuse(why: str, *names: str) -> None:
-        if idle := [name for name in names if name in given]:
-            raise UserError(f"{spelling(idle[0])}: has no effect {why}")
-
     if (config.ckpt is None) == (config.images is None):
         which = "neither" if config.ckpt is None else "both"
         raise UserError(f"got {which} of --ckpt and --images, expected one of them")
@@ -259,18 +252,19 @@ def check_flags(config: EvaluateConfig) -> None:
         raise UserError("--loss: cannot be combined with --reference")
     if config.images:
         of_model = ("num_images", "loss", "image_size", "ema", "precision", "quantize")
-        refuse("without --ckpt", *of_model, *of_samples)
+        refuse_idle(config, of_model + of_samples, "without --ckpt")
     else:
-        refuse("without --images", "reconstruct", "precompute_reference")
+        refuse_idle(config, ("reconstruct", "precompute_reference"), "without --images")
     if config.loss:
         of_features = ("backbone", "inception_weights", "kid_subset_size", "resize")
-        refuse("with --loss", *of_samples, *of_features)
+        refuse_idle(config, of_samples + of_features, "with --loss")
     else:
-        refuse("without --loss", "data_path", "latents_path")
+        refuse_idle(config, ("data_path", "latents_path"), "without --loss")
     if config.precompute_reference:
-        refuse("with --precompute-reference", "reference", "kid_subset_size", "output")
+        of_metrics = ("reference", "kid_subset_size", "output")
+        refuse_idle(config, of_metrics, "with --precompute-reference")
     if config.images and not config.reconstruct:
-        refuse("on --images without --reconstruct", "vae_path")
+        refuse_idle(config, ("vae_path",), "on --images without --reconstruct")
 
 
 def parse_args() -> EvaluateConfig:

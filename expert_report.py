@@ -16,7 +16,7 @@ from analysis.counts import RoutingCounts
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag, parse_config, spelling
+from runtime.flags import flag, parse_config, refuse_idle
 
 PAGE, FIGURES = ".html", (".png", ".pdf")
 
@@ -46,15 +46,13 @@ def parse_args() -> ExpertReportConfig:
 
 def check_flags(config: ExpertReportConfig) -> None:
     """Refuses flags that do not go together."""
-    idle = ("ablation",) if config.only else ("layers",)
-    if given := [name for name in idle if getattr(config, name)]:
-        raise UserError(
-            f"{spelling(given[0])}: has no effect with{'' if config.only else 'out'} --only"
-        )
-    expected = FIGURES if config.only else (PAGE,)
+    idle, expected, how = ("layers",), (PAGE,), "without --only"
+    if config.only:
+        idle, expected, how = ("ablation",), FIGURES, "with --only"
+    refuse_idle(config, idle, how)
     if config.output and config.output.suffix.lower() not in expected:
-        how = f"{' or '.join(expected)} with{'' if config.only else 'out'} --only"
-        raise UserError(f"--output: got {config.output}, expected {how}")
+        got = f"--output: got {config.output}"
+        raise UserError(f"{got}, expected {' or '.join(expected)} {how}")
 
 
 def main(config: ExpertReportConfig) -> None:

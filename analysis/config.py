@@ -6,7 +6,7 @@ from typing import Any
 
 from options.parts import options_of, sides
 from runtime.errors import UserError
-from runtime.flags import flag, spelling
+from runtime.flags import flag, refuse_idle
 from sampling.config import CKPT_HELP, SamplingConfig
 
 ABLATION_FILE = "expert_ablation.jsonl"  # default file name
@@ -56,19 +56,14 @@ def check_source(config: ExpertConfig, of_checkpoints: tuple[str, ...]) -> None:
     if (config.ckpt is None) == (config.pipeline is None):
         both = "both" if config.ckpt else "neither"
         raise UserError(f"got {both} of --ckpt and --pipeline, expected one of them")
-    if config.pipeline and config.prompts is None:
+    if config.pipeline is not None and config.prompts is None:
         raise UserError("--pipeline: got no --prompts, expected a file with a prompt a line")
-    idle = {"prompts", "text_encoder"}
-    if config.pipeline:
-        idle = {*options_of(SamplingConfig), *of_checkpoints} - OF_PIPELINES - {"ckpt"}
-    known = options_of(type(config))
-    given = [
-        name for name in known if name in idle and getattr(config, name) != known[name].default
-    ]
-    if given:
-        chosen = "--ckpt" if config.ckpt else "--pipeline"
-        raise UserError(f"{spelling(given[0])}: has no effect with {chosen}")
-    if config.pipeline and isinstance(config.num_sampling_steps, str):
+    if config.pipeline is None:
+        refuse_idle(config, ("prompts", "text_encoder"), "with --ckpt")
+        return
+    of_sampling = [name for name in options_of(SamplingConfig) if name not in OF_PIPELINES]
+    refuse_idle(config, (*of_sampling, *of_checkpoints), "with --pipeline")
+    if isinstance(config.num_sampling_steps, str):
         got = config.num_sampling_steps
         raise UserError(f"--num-sampling-steps: got {got}, expected a number with --pipeline")
 

@@ -18,13 +18,13 @@ configs of them.
 import argparse
 import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from options.parts import Option, option
+from options.parts import Option, option, options_of
 from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
 from runtime.errors import UserError, did_you_mean
 
@@ -165,3 +165,14 @@ def naming_flags(flags: Flags) -> Iterator[None]:
     except ValueError as error:
         name, colon, rest = str(error).partition(":")
         raise UserError(f"{spelling(name) if name in flags else name}{colon}{rest}") from None
+
+
+def refuse_idle(config: Any, names: Iterable[str], why: str) -> None:
+    """Refuses the first of the flags `names` that has another value than its default.
+
+    why: when it has no effect, such as "without --ckpt"
+    """
+    known = options_of(type(config))
+    for name in names:
+        if getattr(config, name) != known[name].default:
+            raise UserError(f"{spelling(name)}: has no effect {why}")
