@@ -24,7 +24,7 @@ import torch
 from evaluation.features import load_extractor
 from evaluation.generation import generate_images, open_folder, sample_labels
 from evaluation.heldout import held_out_loss, latent_batches, open_held_out
-from evaluation.images import ImageSet, image_files, open_images, reconstructed, write_npz
+from evaluation.images import ImageSet, image_files, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
     Statistics,
@@ -199,7 +199,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
 
 def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
     """Evaluates --images or their reconstructions, or writes their statistics."""
-    images, settings = dist.run_on_all(lambda: open_images(config.images, config.resize)), {}
+    images, settings = dist.run_on_all(lambda: open_image_set(config.images, config.resize)), {}
     if config.reconstruct:
         vae = load_autoencoder(config.vae_path or DEFAULT_VAE, dist.device, torch.float32)
         images, settings = reconstructed(images, vae), {"vae_sha256": vae.weights_sha256}

@@ -34,7 +34,7 @@ class ImageSet:
             yield self.read(start, min(start + batch_size, self.count))
 
 
-def open_images(path: Path, resize: Size | None = None) -> ImageSet:
+def open_image_set(path: Path, resize: Size | None = None) -> ImageSet:
     """Opens a folder (with its sub-folders) or an .npz with arr_0 (N, H, W, 3) uint8.
 
     An .npz is read at once, a folder's images when they are used.

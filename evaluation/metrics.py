@@ -20,7 +20,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.features import InceptionFeatures
-from evaluation.images import ImageSet, open_images
+from evaluation.images import ImageSet, open_image_set
 from latents.autoencoder import weights_digest
 from latents.loading import evenly_spaced
 from options.parts import Size
@@ -133,7 +133,7 @@ def load_statistics(path: Path) -> Statistics | None:
 def check_reference(path: Path, resize: Size | None) -> None:
     """Checks early that `open_reference` can read the statistics or images there."""
     if path.suffix != ".npz" or load_statistics(path) is None:
-        open_images(path, resize)
+        open_image_set(path, resize)
 
 
 def open_reference(
@@ -151,10 +151,10 @@ def open_reference(
         raise UserError(f"--reference {path}: got statistics of {got}, expected {extractor.name}")
     images = None
     if stored is None:
-        images = open_images(path, resize)
+        images = open_image_set(path, resize)
     elif "pool" not in stored.features:
         with contextlib.suppress(UserError):  # the file has statistics only
-            images = open_images(path)
+            images = open_image_set(path)
     size = images.size if images else tuple(stored.info.get("image_size", image_size))
     if size != image_size:
         raise UserError(

@@ -28,7 +28,7 @@ from torch import Tensor
 from runtime.files import atomic_file
 
 CHUNK = 2**24  # bytes per write
-DTYPES = {
+TYPES = {  # their names in the header
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
@@ -95,7 +95,7 @@ class TensorFile:
         ):
             self.starts[name], size = end, math.prod(shape) * dtype.itemsize
             offsets, end = [end, end + size], end + size
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+            header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": offsets}
         content = json.dumps(header, separators=(",", ":")).encode()
         content += b" " * (-len(content) % 8)
         self.header = len(content).to_bytes(8, "little") + content

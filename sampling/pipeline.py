@@ -1,7 +1,7 @@
 """Sampling pipelines, made from checkpoints, for sample.py, evaluation, export and analysis."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE, start_of_average
+from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
 from moe_kernels.cpu import keep_freed_memory
@@ -33,7 +34,6 @@ CALL_SETTINGS = (
     "sampler", "num_sampling_steps", "time_shift", "cfg_scale", "guided_channels",
     "guidance_interval",
 )  # fmt: skip
-Callback = Callable[[dict], None] | None
 
 
 @dataclass

@@ -51,7 +51,7 @@ def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Sour
     return dataset, facts
 
 
-def open_held_out(
+def held_out_batches(
     config: TrainConfig, dataset: Source, vae: Autoencoder | None, facts: dict[str, Any],
     held_out: np.ndarray, notes: list[str],
 ) -> list[Batch]:  # fmt: skip

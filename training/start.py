@@ -65,7 +65,7 @@ from training.run_folder import (
     stored_settings,
     write_config,
 )
-from training.setup import length_notes, open_dataset, open_held_out
+from training.setup import held_out_batches, length_notes, open_dataset
 
 OpenData = Callable[[Layer], tuple[Source | None, DataFacts]]
 FOLLOWS = ("image_size", "flip")  # settings that follow from --latents-path
@@ -164,7 +164,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     dataset.requested = [split_condition(word)[0] for word in config.model.conditions]
     held_out = None
     if config.data.val_path or config.data.val_share:
-        held_out = open_held_out(config, dataset, vae, facts, held_out_indices, notes)
+        held_out = held_out_batches(config, dataset, vae, facts, held_out_indices, notes)
     dataset.requested += [name for one in config.auxiliary for name in one.needs]
     if os.path.isdir(folder) and not found:
         start = f"training starts at step {stream.start_step}"

@@ -12,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from evaluation.features import InceptionFeatures, load_extractor
-from evaluation.images import ImageSet, open_images, reconstructed, write_npz
+from evaluation.images import ImageSet, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     Statistics,
     choose_metrics,
@@ -133,7 +133,7 @@ def inception_weights(tmp_path_factory):
 def test_inception_metrics_equal_those_of_torch_fidelity(folders, inception_weights):
     """Only the moments of FID are compared, because torch-fidelity computes FID here too."""
     extractor = load_extractor("inception", inception_weights, CPU)
-    sets = [collect(open_images(folder), extractor, batch_size=8) for folder in folders]
+    sets = [collect(open_image_set(folder), extractor, batch_size=8) for folder in folders]
     got = score(*sets, ["inception_score", "precision_recall", "kid"], kid_subset_size=IMAGES)
     want = torch_fidelity.calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), cuda=False, save_cpu_ram=True,
@@ -152,17 +152,17 @@ def test_inception_metrics_equal_those_of_torch_fidelity(folders, inception_weig
     kept = []  # spatial features are flattened in ADM's order
     extractor.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, out: kept.append(out))
     with torch.inference_mode():
-        spatial = extractor.features(next(open_images(folders[0]).batches(2)))["spatial"]
+        spatial = extractor.features(next(open_image_set(folders[0]).batches(2)))["spatial"]
     assert spatial[1, 17 * 7 * 3 + 7 * 5 + 2] == kept[0][1, 2, 3, 5]  # row 3, column 5
 
 
 def test_a_sample_npz_has_adms_format_and_is_read_back_unchanged(folders, tmp_path):
-    images, path = open_images(folders[0]), tmp_path / "samples.npz"
+    images, path = open_image_set(folders[0]), tmp_path / "samples.npz"
     write_npz(path, images, 10)
     with np.load(path) as file:
         assert file.files == ["arr_0"]
         assert file["arr_0"].dtype == np.uint8 and file["arr_0"].shape == (IMAGES, 32, 32, 3)
-    for stored, read in zip(open_images(path).batches(4), images.batches(4), strict=True):
+    for stored, read in zip(open_image_set(path).batches(4), images.batches(4), strict=True):
         assert torch.equal(stored, read)
 
 
@@ -177,7 +177,7 @@ def test_stored_reference_statistics_give_the_same_scores(tmp_path):
 
 
 def test_an_adm_reference_file_provides_its_moments_and_features_of_its_images(folders, tmp_path):
-    images, path, extractor = open_images(folders[0]), tmp_path / "adm.npz", Pixels(1, 1)
+    images, path, extractor = open_image_set(folders[0]), tmp_path / "adm.npz", Pixels(1, 1)
     extractor.name = InceptionFeatures.name
     write_npz(path, images, 10)
     moments = dict(mu=np.ones(2), sigma=np.eye(2), mu_s=np.zeros(3), sigma_s=2 * np.eye(3))
@@ -215,7 +215,7 @@ def test_wrong_evaluate_inputs_are_one_line_errors(folders, tiny_vae, tmp_path, 
             Image.new("RGB", (size, size)).save(folder / f"{number}.png")
     (notes / "broken.png").write_text("not an image")
     whole, cut, wrong = root / "whole.npz", root / "cut.npz", root / "wrong.npz"
-    write_npz(whole, open_images(first), 10)
+    write_npz(whole, open_image_set(first), 10)
     cut.write_bytes(whole.read_bytes()[:-500])
     np.savez(wrong, arr_0=np.zeros((4, 3, 32, 32), np.float32))
     small = (*LITE, "--kid-subset-size", 3, "--output", root / "out")
@@ -278,7 +278,7 @@ def test_an_image_folder_of_any_format_is_resized_for_evaluation(tmp_path):
     Image.new("RGB", (50, 40)).save(tmp_path / "class" / "0.tif")
     Image.new("L", (32, 70)).save(tmp_path / "class" / "1.PGM")
     Image.new("RGB", (32, 32)).save(tmp_path / "2.webp")
-    images = open_images(tmp_path, resize=32)
+    images = open_image_set(tmp_path, resize=32)
     assert (images.count, images.size) == (3, (32, 32))
     assert next(images.batches(3)).shape == (3, 3, 32, 32)
 
@@ -292,8 +292,8 @@ def test_evaluate_scores_the_reconstructions_of_an_autoencoder(folders, tiny_vae
     assert results["metrics"]["kid_efficientnet-lite0-64px"] > 0.1  # the autoencoder is random
     assert len(results["settings"]["vae_sha256"]) == 64
     vae = load_autoencoder(str(tiny_vae), CPU, torch.float32)
-    model, images = vae.model, next(open_images(folders[0]).batches(4))
-    rebuilt = next(reconstructed(open_images(folders[0]), vae).batches(4))
+    model, images = vae.model, next(open_image_set(folders[0]).batches(4))
+    rebuilt = next(reconstructed(open_image_set(folders[0]), vae).batches(4))
     x = images.float() / 127.5 - 1
     want = model.decode(model.encode(x).latent_dist.mode()).sample  # (N, 3, H, W) in [-1, 1]
     assert (rebuilt - ((want + 1) * 127.5).clamp(0, 255)).abs().max() <= 0.5 + 1e-3
