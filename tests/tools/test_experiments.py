@@ -520,16 +520,16 @@ def test_the_scores_of_experts_are_those_of_their_weighted_outputs():
 def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
     changes = {"damage": [(1, 2, 4)], "random": [(2, 4, 8), (4, 4, 12)]}  # by draw, for each run
     rows = [
-        {"run": f"topk-{seed}", "choice": choice, "draw": draw, "dropped": 1, "experts": 8,
+        {"run": f"topk-{seed}", "choice": choice, "draw": draw, "dropped": 2, "experts": 8,
          "change": change, "error": 0.1}
         for choice, draws in changes.items() for draw, values in enumerate(draws)
         for seed, change in enumerate(values)
     ]  # fmt: skip
     lines = dropping_table(rows).splitlines()
-    assert lines[2] == "| topk | 1 of 8 | +2.3333 ± 0.8819 | +5.6667 ± 2.1858 |"
+    assert lines[2] == "| topk | 2 of 8 | +2.3333 ± 0.8819 | +5.6667 ± 2.1858 |"
     pairs = Series([1 - 3, 2 - 4, 4 - 10])
     p = stats.ttest_1samp(pairs, 0).pvalue
-    want = f"| topk | 1 of 8 | damage minus random | 3 | {with_error(pairs)} | {p:.2g} ({p:.2g}) |"
+    want = f"| topk | 2 of 8 | damage minus random | 3 | {with_error(pairs)} | {p:.2g} ({p:.2g}) |"
     assert lines[-1].startswith(want)
 
 
