@@ -27,6 +27,7 @@ from tools.experiments.sample_tables import (
     draw_samples,
     guidance_table,
     read_samples,
+    reuse_table,
     sample_comparisons,
     sample_tables,
 )
@@ -41,7 +42,9 @@ COLUMNS = (
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     rows: Path = flag(help="a .jsonl of runs or of samples, or a .csv of specialisation")
-    times: Path | None = flag(None, help="a .json with milliseconds per step, by question and arm")
+    times: Path | None = flag(
+        None, help="a .json with milliseconds per step, by question and arm, or of seconds.py"
+    )
     arms: tuple[str, ...] = flag((), help="include only these arms (default: all with rows)")
     reference: str | None = flag(
         None, help="arm to compare with (default: the reference of the question)"
@@ -248,6 +251,8 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
         expected = ", ".join(sorted(arms))
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
     text = sample_tables(rows)
+    if "reuse" in frame:
+        text += "\n" + reuse_table(rows, read_json(config.times)["rows"] if config.times else [])
     if frame["interval"].nunique() > 1:
         text += "\n" + guidance_table(rows)
     if config.reference:

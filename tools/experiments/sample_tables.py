@@ -130,6 +130,35 @@ def sample_comparisons(rows: list[dict], reference: str) -> str:
     return markdown(lines)
 
 
+def reuse_table(rows: list[dict], times: list[dict]) -> str:
+    """Returns a Markdown table that compares sampling with reused outputs of experts with sampling
+    without, by the same sampler in as many passes or fewer.
+
+    times: rows of `seconds.py`, or none
+    """
+    frame, cost = read_samples(rows)
+    ratios = {(t["sampler"], t["steps"], t["reuse"]): Series(t["ratios"]) for t in times}
+
+    def cells_of(runs: DataFrame) -> list[str]:
+        sampler, steps, reuse, passes = runs.iloc[0][["sampler", "steps", "reuse", cost]]
+        ratio = ratios.get((sampler, steps, reuse))
+        time = "" if ratio is None else with_error(ratio, digits=2)
+        return [f"{sampler} {steps}", str(passes), time, with_noise(runs)]
+
+    cells, pairs = [], []
+    for (sampler, limit), ours in frame[frame["reuse"] > 0].groupby(["sampler", cost], sort=False):
+        without = (frame["reuse"] == 0) & (frame["sampler"] == sampler) & (frame[cost] <= limit)
+        for _, theirs in frame[without].groupby(cost):
+            pairs.append(paired(ours, theirs))
+            count, difference = f"{len(pairs[-1])} {pairs[-1].name}", with_error(pairs[-1], "+", 3)
+            cells.append([*cells_of(ours), *cells_of(theirs), count, difference])
+    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
+    lines = [[*line, *test_cells(tests, place, digits=3)] for place, line in enumerate(cells)]
+    names = ["sampler", cost, "time", "KID"]
+    head = ["with reuse", *names[1:], "without", *names[1:]]
+    return markdown([[*head, "pairs", "difference", "p (Holm)", "detectable"], *lines])
+
+
 def rivals(
     theirs: DataFrame, ours: DataFrame, cost: str
 ) -> Iterator[tuple[int, DataFrame, DataFrame]]:

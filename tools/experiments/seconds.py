@@ -4,7 +4,7 @@
         --settings euler:16 euler:16:2 heun:4 unipc:8 --output results/seconds.json
 
 The settings take turns on batches of latents, without the autoencoder, and the shortest time of
-each counts. "ratio" compares it with that of the first setting.
+each in a round counts. "ratios" compares it with that of the first setting, for each round.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ class SecondsConfig:
     )
     batch_size: int = flag(100, ge=1, help="images per batch")
     precision: str = flag("fp32", choices=tuple(DTYPES), help="precision of sampling")
-    seconds: float = flag(60.0, gt=0, group="measurement", help="duration of each setting's turns")
+    seconds: float = flag(
+        12.0, gt=0, group="measurement", help="duration of each setting's turns in a round"
+    )
+    rounds: int = flag(5, ge=1, help="number of rounds")
     output: Path = flag(
         Path("results/seconds.json"), help="file for the rows and the facts of the machine"
     )
@@ -70,12 +73,17 @@ def main(config: SecondsConfig) -> None:
         )
         for text, (_, pipeline) in opened.items()
     }
-    times = best_times(functions, seconds=config.seconds, device=device)
-    first = times[config.settings[0]]
-    rows = [
-        row | {"ms_per_image": times[text] / len(seeds) * 1e3, "ratio": times[text] / first}
-        for text, (row, _) in opened.items()
+    rounds = [
+        best_times(functions, seconds=config.seconds, device=device) for _ in range(config.rounds)
     ]
+    first = config.settings[0]
+    rows = [
+        row | {
+            "ms_per_image": [times[text] / len(seeds) * 1e3 for times in rounds],
+            "ratios": [times[text] / times[first] for times in rounds],
+        }
+        for text, (row, _) in opened.items()
+    ]  # fmt: skip
     report(config, rows, device, matrix_peaks(device, (config.precision,)))
 
 
