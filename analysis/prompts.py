@@ -18,7 +18,6 @@ from torch import Tensor
 
 from analysis.ablation import Outcome
 from analysis.counts import RoutingCounts
-from analysis.gallery import Gallery
 from analysis.recorder import RoutingRecorder
 from analysis.sparse_layers import TRANSFORMERS, gated_layers
 from runtime.devices import DTYPES
@@ -155,7 +154,6 @@ def count_prompts(
     )
     with TRANSFORMERS[kind].places(pipeline) as places:
         recorder = RoutingRecorder(pipeline.transformer, steps, len(groups), places)
-        gallery = Gallery(len(recorder.layers), recorder.layers[0].num_experts)
 
         def end_step(pipe: Any, step: int, time: Tensor, values: dict) -> dict:
             share = time / pipe.scheduler.config.num_train_timesteps
@@ -168,13 +166,9 @@ def count_prompts(
                 recorder.start_batch([groups.index(prompts[i][0]) for i in chosen])
                 texts = [prompts[i][1] for i in chosen]
                 images = generate(pipeline, texts, seeds, settings, end_step)
-                gallery.add(
-                    recorder.mean_weights(), places.grid, seeds[0] - settings.seed,
-                    lambda indices, images=images: images[indices],
-                )  # fmt: skip
+                recorder.end_batch(images.__getitem__)
         return RoutingCounts(
             **recorder.counts(range(len(groups))),
-            **gallery.arrays(),
             labels=np.arange(len(groups)),
             class_names=np.array(groups),
             settings=describe(pipeline, prompts, settings, recorder),

@@ -78,6 +78,8 @@ class RoutingRecorder:
         self.num_steps, self.device = num_steps, None
         self.num_classes, self.places = num_classes, places
         self.counted: set[int] = set()  # layers that were counted in this step
+        self.gallery = Gallery(len(self.layers), self.layers[0].num_experts)
+        self.num_images = 0  # in the gallery
         if isinstance(model, DiT):
             self.num_classes, self.places = model.config.num_classes, DiTPlaces(model)
             self.allocate(model.pos_embed.device)  # now, so that no step waits for it
@@ -115,6 +117,11 @@ class RoutingRecorder:
         self.times[self.step] = state["t"][0]
         self.step = state["step"] + 1
         self.counted.clear()
+
+    def end_batch(self, decode: Callable[[list[int]], Tensor]) -> None:
+        """Adds the batch to the gallery of each expert's patches; decode: see `Gallery.add`."""
+        self.gallery.add(self.mean_weights(), self.places.grid, self.num_images, decode)
+        self.num_images += len(self.labels)
 
     def mean_weights(self) -> list[Tensor]:
         """Returns the weight of each routed expert at each patch of the batch, (N, P, E) per layer:
@@ -175,7 +182,7 @@ class RoutingRecorder:
         weights.index_put_(index, routing.weight.float() * one, accumulate=True)
 
     def counts(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Returns the fields of `RoutingCounts` that the recorder counts, of the routed experts.
+        """Returns the tables and the gallery of `RoutingCounts`, of the routed experts.
 
         rows: classes to return
         """
@@ -186,7 +193,7 @@ class RoutingRecorder:
             for name, axes in TABLES.items()
         }
         tables["similarity"] = torch.stack([weight_similarity(layer) for layer in self.layers])
-        return {name: table.cpu().numpy() for name, table in tables.items()}
+        return {n: table.cpu().numpy() for n, table in tables.items()} | self.gallery.arrays()
 
 
 def count_routing(
@@ -203,18 +210,14 @@ def count_routing(
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
     labels = list(dict.fromkeys(parse_labels(labels, pipeline.class_names)))
     requests = batches(labels, images_per_class, seed, batch_size)
-    recorder = RoutingRecorder(pipeline.model, settings.num_steps)
-    gallery = Gallery(len(recorder.layers), config.num_experts)
-    with recorder:
+    with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
         for batch_labels, seeds in progress_bar(requests):
             recorder.start_batch(batch_labels)
             latents = pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
-            decode = lambda chosen, latents=latents: pipeline.decode(latents[chosen])  # noqa: E731
-            gallery.add(recorder.mean_weights(), config.grid, seeds[0] - seed, decode)
+            recorder.end_batch(lambda chosen, latents=latents: pipeline.decode(latents[chosen]))
     name = pipeline.checkpoint.record.model_name
     return RoutingCounts(
         **recorder.counts(labels),
-        **gallery.arrays(),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         settings={
