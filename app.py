@@ -11,23 +11,24 @@ requires gradio: pip install -r requirements-extras.txt
 
 from dataclasses import dataclass
 
+from options.parts import option
 from runtime.errors import run_main
-from runtime.flags import flag, flags_of, parse_flags
+from runtime.flags import flags_of, parse_flags
 from sampling.config import CKPT_HELP, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(SamplingConfig):
-    ckpt: str = flag(
+    ckpt: str = option(
         "assets/demo-emoji",
         group="checkpoint", help=f"{CKPT_HELP} (default: the emoji model of this repository)"
     )  # fmt: skip
-    compare: str | None = flag(
+    compare: str | None = option(
         None, group="page", help="second checkpoint, shown next to the first, from the same noise"
     )
-    host: str = flag("127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
-    port: int = flag(7860, ge=1, le=65535, help="port to listen at")
-    share: bool = flag(False, help="also create a public link through gradio's servers")
+    host: str = option("127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
+    port: int = option(7860, ge=1, le=65535, help="port to listen at")
+    share: bool = option(False, help="also create a public link through gradio's servers")
 
 
 def parse_args() -> AppConfig:

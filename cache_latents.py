@@ -32,10 +32,10 @@ from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import check_unreadable, read_batches
 from latents.sources import Batch, ImageSource, open_images, size_notes
-from options.parts import Size, sides
+from options.parts import Size, option, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import progress
 from sampling.grid import contact_sheet, write_png
@@ -43,19 +43,21 @@ from sampling.grid import contact_sheet, write_png
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(ImagesConfig):
-    data_path: str = flag(group="data", help=IMAGES_HELP)
-    output: Path = flag(group="cache", help="folder of the cache")
-    precision: str = flag("fp32", choices=list(DTYPES), help="precision of the autoencoder")
-    batch_size: int = flag(32, ge=1, help="number of images per batch")
-    shard_images: int = flag(
+    data_path: str = option(group="data", help=IMAGES_HELP)
+    output: Path = option(group="cache", help="folder of the cache")
+    precision: str = option("fp32", choices=list(DTYPES), help="precision of the autoencoder")
+    batch_size: int = option(32, ge=1, help="number of images per batch")
+    shard_images: int = option(
         4096, ge=1, help="images per shard, which each process keeps in memory"
     )
-    features: str | None = flag(
+    features: str | None = option(
         None, metavar="NETWORK", group="features",
         help="also store the pooled features of each image, for --conditions vector: "
         "efficientnet-lite0 or timm:MODEL[@PIXELS]",
     )  # fmt: skip
-    feature_tokens: bool = flag(False, help="also store the features of each token of the network")
+    feature_tokens: bool = option(
+        False, help="also store the features of each token of the network"
+    )
 
 
 def parse_args() -> CacheConfig:

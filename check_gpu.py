@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 
+from options.parts import option
 from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from tools.benchmarks.common import describe_machine, markdown
 
 FAKE_LIMITS = (2400, 300)  # seconds of the only stage of --device fake, and with --quick
@@ -42,14 +43,16 @@ LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    output: Path = flag(help="folder for report.md, report.json and what the stages print")
-    device: str = flag(
+    output: Path = option(help="folder for report.md, report.json and what the stages print")
+    device: str = option(
         "cuda", choices=("cuda", "cpu", "fake"),
         help="cpu: skip what needs a GPU; fake: training steps and compiled blocks on fake CUDA "
         "tensors, which need no GPU, on all cores",
     )  # fmt: skip
-    quick: bool = flag(False, help="fewer sizes and no DeepSpeed: 12 minutes at most instead of 30")
-    stages: tuple[str, ...] = flag(
+    quick: bool = option(
+        False, help="fewer sizes and no DeepSpeed: 12 minutes at most instead of 30"
+    )
+    stages: tuple[str, ...] = option(
         tuple(LIMITS), choices=tuple(LIMITS), help="stages to run, not with fake (default: all)"
     )
 

@@ -36,10 +36,10 @@ from evaluation.metrics import (
     score,
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
-from options.parts import Size
+from options.parts import Size, option
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag, parse_config, refuse_idle
+from runtime.flags import parse_config, refuse_idle
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
 from sampling.config import CKPT_HELP, SamplingConfig
 from sampling.generate import objective_of
@@ -48,54 +48,54 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
-    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
-    num_images: int = flag(50_000, group="images", ge=1, help="number of images to generate")
-    label_sampling: str = flag(
+    ckpt: str | None = option(None, group="checkpoint", help=CKPT_HELP)
+    num_images: int = option(50_000, group="images", ge=1, help="number of images to generate")
+    label_sampling: str = option(
         "equal", choices=("equal", "random"),
         help="labels of the images: equal numbers of images per class, or random labels; on "
         "ImageNet, equal gives an FID that is lower by about 0.1",
     )  # fmt: skip
-    images: Path | None = flag(
+    images: Path | None = option(
         None, help="in place of --ckpt: images to evaluate, a folder or .npz (arr_0, uint8 NHWC)"
     )
-    reconstruct: bool = flag(
+    reconstruct: bool = option(
         False, help="evaluate the reconstructions of --images by the autoencoder of --vae-path"
     )
-    output: Path | None = flag(
+    output: Path | None = option(
         None, help="folder of results.json and the images (default: results/evaluation-RUN-DIGEST)"
     )
-    reference: Path | None = flag(
+    reference: Path | None = option(
         None,
         group="metrics",
         help="real images to compare with: a folder, an .npz of images, or an .npz of statistics "
         "(ours or ADM's)",
     )
-    backbone: str = flag(
+    backbone: str = option(
         "inception", metavar="NETWORK",
         help="feature network: inception, efficientnet-lite0 or timm:MODEL[@PIXELS]; for FD-DINOv2 "
         "timm:vit_large_patch14_dinov2.lvd142m@224",
     )  # fmt: skip
-    inception_weights: Path | None = flag(
+    inception_weights: Path | None = option(
         None, help="torch-fidelity's weights of Inception (default: download them)"
     )
-    kid_subset_size: int = flag(1000, ge=1, help="images per KID subset")
-    resize: Size | None = flag(
+    kid_subset_size: int = option(1000, ge=1, help="images per KID subset")
+    resize: Size | None = option(
         None, ge=1, help="scale and crop images in folders: pixels per side of a square, or height "
         "and width",
     )  # fmt: skip
-    precompute_reference: Path | None = flag(
+    precompute_reference: Path | None = option(
         None,
         metavar="NPZ",
         suffixes=(".npz",),
         help="write the statistics of --images to this file, and stop",
     )
-    loss: bool = flag(
+    loss: bool = option(
         False, group="held-out loss", help="compute the training objective on held-out images"
     )
-    data_path: str | None = flag(
+    data_path: str | None = option(
         None, help="held-out images, as for train.py (default: the run's --val-share)"
     )
-    latents_path: str | None = flag(None, help="cached latents in place of --data-path")
+    latents_path: str | None = option(None, help="cached latents in place of --data-path")
 
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:

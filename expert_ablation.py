@@ -22,22 +22,23 @@ from analysis.config import (
     default_file,
     open_prompts,
 )
+from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAblationConfig(ExpertConfig):
-    num_pictures: int | None = flag(
+    num_pictures: int | None = option(
         None, group="comparison", ge=1, help="images to draw, of evenly spaced classes (default: 8)"
     )
-    data_path: str | None = flag(
+    data_path: str | None = option(
         None, help="held-out images, as for train.py (default: the run's --val-share)"
     )
-    latents_path: str | None = flag(None, help="cached latents in place of --data-path")
-    num_images: int | None = flag(None, ge=20, help="held-out images to use (default: 500)")
-    output: Path | None = flag(
+    latents_path: str | None = option(None, help="cached latents in place of --data-path")
+    num_images: int | None = option(None, ge=20, help="held-out images to use (default: 500)")
+    output: Path | None = option(
         None, suffixes=(".jsonl",),
         help=f".jsonl file of the results (default: {ABLATION_FILE}, in --ckpt if that is a run "
         "folder, otherwise in results)",

@@ -17,22 +17,23 @@ from pathlib import Path
 
 from analysis.config import BATCH_SIZE, ExpertConfig, check_source, default_file, open_prompts
 from analysis.counts import COUNTS_FILE, RoutingCounts
+from options.parts import option
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 IMAGES_PER_CLASS = 50  # default with --ckpt
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertDataConfig(ExpertConfig):
-    class_labels: tuple[str, ...] = flag(
+    class_labels: tuple[str, ...] = option(
         (), group="counts", metavar="LABEL", help="class numbers or names (default: all)"
     )
-    images_per_class: int | None = flag(
+    images_per_class: int | None = option(
         None, ge=1, help=f"images per class (default: {IMAGES_PER_CLASS}) or prompt (default: 1)"
     )
-    output: Path | None = flag(
+    output: Path | None = option(
         None, suffixes=(".npz",),
         help=f".npz file of the counts (default: {COUNTS_FILE}, in --ckpt if that is a run folder, "
         "otherwise in results)",

@@ -14,28 +14,29 @@ from pathlib import Path
 from analysis.config import ABLATION_FILE
 from analysis.counts import RoutingCounts
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
+from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag, parse_config, refuse_idle
+from runtime.flags import parse_config, refuse_idle
 
 PAGE, FIGURES = ".html", (".png", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertReportConfig(HeatmapConfig):
-    output: Path | None = flag(
+    output: Path | None = option(
         None,
         suffixes=(PAGE, *FIGURES),
         help="page, or .png or .pdf figure with --only (default: expert_report.html, or "
         "heatmap_*.png, near --data)",
     )
-    only: str | None = flag(
+    only: str | None = option(
         None, choices=tuple(VIEWS),
         help="draw one view as a figure: patch, the experts of each position; spending, experts "
         "per token by step and position; persistence, the share of experts kept at the next step; "
         "flow, how often experts of neighbouring layers share a patch",
     )  # fmt: skip
-    ablation: Path | None = flag(
+    ablation: Path | None = option(
         None, metavar="FILE", help=f"file of expert_ablation.py (default: {ABLATION_FILE}, if any)"
     )
 

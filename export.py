@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.config import ABLATION_FILE, default_file
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 
 KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # stay fp32, which routers need
@@ -32,26 +33,26 @@ KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # stay fp32, which rout
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(SamplingConfig):
-    output: Path = flag(group="export", help="new or empty folder")
-    format: str = flag(
+    output: Path = option(group="export", help="new or empty folder")
+    format: str = option(
         "safetensors",
         choices=("safetensors", "published", "pipeline"),
         help="format of the export, see above",
     )
-    samples: int = flag(
+    samples: int = option(
         8, ge=0, help="number of images in the model card, one per class; 0 for none"
     )
-    precision: str | None = flag(
+    precision: str | None = option(
         None, choices=("fp32", "bf16", "fp16"),
         help="precision of the weights except routers (default: unchanged), and of sampling the "
         "images of the model card",
     )  # fmt: skip
-    drop_experts: int = flag(0, ge=0, help="number of experts to leave out of each layer")
-    ablation: Path | None = flag(
+    drop_experts: int = option(0, ge=0, help="number of experts to leave out of each layer")
+    ablation: Path | None = option(
         None, metavar="FILE",
         help="file of expert_ablation.py for --drop-experts (default: its default --output)",
     )  # fmt: skip
-    scores: Path | None = flag(
+    scores: Path | None = option(
         None, help="results.json of evaluate.py, to include in the model card"
     )
 

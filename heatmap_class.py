@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from analysis.heatmap import HeatmapConfig, class_map, write_heatmap
+from options.parts import option
 from runtime.errors import run_main
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig(HeatmapConfig):
-    top_classes: int | None = flag(
+    top_classes: int | None = option(
         None, group="classes", ge=1, metavar="N",
         help="show only the N classes whose experts differ most from the mean (default: all)",
     )  # fmt: skip
-    order: str = flag(
+    order: str = option(
         "label", choices=("label", "similarity"),
         help="order of the classes: by number, or similar classes next to each other",
     )  # fmt: skip

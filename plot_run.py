@@ -18,9 +18,10 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.counts import run_names
 from analysis.heatmap import save_figure
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, read_yaml
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 CONFIG_FILE = "config.yaml"
 PANELS = {
@@ -33,8 +34,8 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    runs: tuple[str, ...] = flag(positional=True, help="run folders")
-    output: Path | None = flag(
+    runs: tuple[str, ...] = option(positional=True, help="run folders")
+    output: Path | None = option(
         None, suffixes=(".png",),
         help="the figure (default: run.png in the run folder or, for several runs, runs.png in the "
         "folder that contains all run folders)",

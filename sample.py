@@ -13,9 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from options.parts import option
 from runtime.errors import UserError, pluralize, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import CKPT_HELP, SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -23,27 +24,29 @@ IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(SamplingConfig):
-    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
-    class_labels: tuple[str, ...] = flag(
+    ckpt: str | None = option(None, group="checkpoint", help=CKPT_HELP)
+    class_labels: tuple[str, ...] = option(
         (), group="images", metavar="LABEL",
         help="class numbers or names (default: the first 16 classes, or eight of ImageNet)",
     )  # fmt: skip
-    images_per_class: int = flag(1, ge=1, help="number of images per class")
-    output: Path = flag(Path("samples/sample.png"), suffixes=(".png",), help="PNG file of the grid")
-    output_dir: Path | None = flag(
+    images_per_class: int = option(1, ge=1, help="number of images per class")
+    output: Path = option(
+        Path("samples/sample.png"), suffixes=(".png",), help="PNG file of the grid"
+    )
+    output_dir: Path | None = option(
         None, help="also write each image to this folder, as SEED-class-LABEL.png"
     )
-    trajectory: Path | None = flag(
+    trajectory: Path | None = option(
         None, suffixes=(".png", ".gif", ".webp"), const=Path("samples/trajectory.png"),
         help="also show how the images of the first batch form, as predicted at each step: a .png "
         "with one row per image, or an animation (.gif or .webp)",
     )  # fmt: skip
-    dry_run: bool = flag(
+    dry_run: bool = option(
         False,
         help="print the memory that the weights need on GPU and host (unquantised, int8 and int4, "
         "with and without --offload) and stop; accepts --model without --ckpt",
     )
-    experts: Path | None = flag(
+    experts: Path | None = option(
         None, suffixes=(".png", ".gif", ".webp"), const=Path("samples/experts.gif"),
         help="also show the expert of each patch while the images form, in the first, middle and "
         "last layer: an animation (.gif or .webp) of up to four images, or a .png of the first one",

@@ -21,39 +21,40 @@ from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.costs import count_parameters
 from diffusion import OBJECTIVES
 from models import DiT_models
+from options.parts import option
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.plugins import import_plugins
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpcycleConfig:
-    ckpt: str = flag(help="the dense model: run, file, diffusers folder or hub id")
-    output: Path = flag(help="folder for the sparse model")
-    model: str | None = flag(
+    ckpt: str = option(help="the dense model: run, file, diffusers folder or hub id")
+    output: Path = option(help="folder for the sparse model")
+    model: str | None = option(
         None,
         help="preset of the dense model, if the width of the weights does not identify the preset",
         choices=list(DiT_models),
     )
-    num_experts: int = flag(8, help="routed experts per layer", ge=1)
-    num_experts_per_tok: int = flag(2, help="experts per token", ge=1)
-    n_shared_experts: float = flag(
+    num_experts: int = option(8, help="routed experts per layer", ge=1)
+    num_experts_per_tok: int = option(2, help="experts per token", ge=1)
+    n_shared_experts: float = option(
         2, help="width of the shared expert (its output starts at zero), in model widths", ge=0
     )
-    layers: str = flag(
+    layers: str = option(
         "all",
         help="layers that become sparse: all, every-second, shallow-half, deep-half, or numbers "
         "such as 6,8,10",
     )
-    split: int = flag(1, help="parts of each dense layer, one expert per part", ge=1)
-    renormalize: bool = flag(
+    split: int = option(1, help="parts of each dense layer, one expert per part", ge=1)
+    renormalize: bool = option(
         True,
         help="scale the expert weights of a token to sum to 1, which keeps the function; False in "
         "the published models",
     )
-    seed: int = flag(0, help="seed of the router weights", ge=0)
-    plugin: tuple[str, ...] = flag(
+    seed: int = option(0, help="seed of the router weights", ge=0)
+    plugin: tuple[str, ...] = option(
         (), metavar="FILE.py", help="Python files that define components of the dense model"
     )
 

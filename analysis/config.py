@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from options.parts import options_of, sides
+from options.parts import option, options_of, sides
 from runtime.errors import UserError
-from runtime.flags import flag, refuse_idle
+from runtime.flags import refuse_idle
 from sampling.config import CKPT_HELP, SamplingConfig
 
 ABLATION_FILE = "expert_ablation.jsonl"  # default file name
@@ -28,21 +28,21 @@ def default_file(ckpt: str | None, name: str) -> Path:
 class ExpertConfig(SamplingConfig):
     """A checkpoint of ours, or a text-to-image pipeline of diffusers and prompts."""
 
-    ckpt: str | None = flag(None, group="checkpoint", help=CKPT_HELP)
-    batch_size: int | None = flag(
+    ckpt: str | None = option(None, group="checkpoint", help=CKPT_HELP)
+    batch_size: int | None = option(
         None, ge=1, help=f"images at a time (default: {BATCH_SIZE}; 1 with --pipeline)"
     )
-    pipeline: str | None = flag(
+    pipeline: str | None = option(
         None, group="pipeline of diffusers", metavar="FOLDER_OR_HUB_ID",
         help="in place of --ckpt: HiDream-I1 or Nucleus-Image. Steps, guidance and image size have "
         "the pipeline's defaults, and --precision is bf16",
     )  # fmt: skip
-    prompts: Path | None = flag(
+    prompts: Path | None = option(
         None, metavar="FILE",
         help="file with one prompt per line, optionally after the name of a group and a tab; "
         "groups take the place of classes",
     )  # fmt: skip
-    text_encoder: str | None = flag(
+    text_encoder: str | None = option(
         None, metavar="FOLDER_OR_HUB_ID",
         help="text encoder that the pipeline lacks: Llama-3.1-8B-Instruct for HiDream-I1",
     )  # fmt: skip

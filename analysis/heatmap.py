@@ -31,9 +31,9 @@ from analysis.counts import (
     shares,
     to_csv,
 )
+from options.parts import option
 from runtime.errors import UserError
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag
 from sampling.fonts import font_families
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches, text area of a page
@@ -50,14 +50,14 @@ TIME = "t, noise → image"
 class HeatmapConfig:
     """Flags of a script that draws a heat map."""
 
-    data: Path = flag(
+    data: Path = option(
         Path("results", COUNTS_FILE), group="heat map",
         help="file of expert_data.py, or its folder",
     )  # fmt: skip
-    output: Path | None = flag(
+    output: Path | None = option(
         None, suffixes=(".png", ".pdf"), help="figure (default: heatmap_*.png near --data)"
     )
-    layers: tuple[int, ...] = flag(
+    layers: tuple[int, ...] = option(
         (), ge=0, help="numbers of blocks with experts, from 0 (default: first, middle and last)"
     )
 

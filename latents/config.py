@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from options.parts import Size
-from runtime.flags import flag
+from options.parts import Size, option
 
 IMAGES_HELP = (
     "images: a folder with one sub-folder per class, or of images without classes; "
@@ -16,24 +15,24 @@ IMAGES_HELP = (
 class ImagesConfig:
     change: ClassVar = "how"  # images may move; see `Option.change`
 
-    data_path: str | None = flag(None, group="data", help=IMAGES_HELP)
-    vae_path: str | None = flag(
+    data_path: str | None = option(None, group="data", help=IMAGES_HELP)
+    vae_path: str | None = option(
         None,
         help="autoencoder or pipeline: a folder in diffusers' format, or a hub id; or pixels, to "
         "train without an autoencoder, with the settings of config/recipes/pixels.yaml (default: "
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
-    image_size: Size | None = flag(
+    image_size: Size | None = option(
         None, ge=1, change="result",
         help="pixels per side of a square, or height and width (default: 256, or the size of "
         "cached latents)",
     )  # fmt: skip
-    flip: bool = flag(
+    flip: bool = option(
         True,
         change="result",
         help="also use mirrored images; pass False if left and right have a meaning",
     )
-    num_workers: int | None = flag(
+    num_workers: int | None = option(
         None, ge=0,
         help="worker processes per rank that read images, at most the rank's share of the cores "
         "(default: 4 with a GPU, 0 without, because training then needs all cores)",

@@ -1,9 +1,9 @@
-"""Command lines derived from dataclasses: each field made by `option` or `flag` becomes a flag.
+"""Command lines derived from dataclasses: each field made by `option` becomes a flag.
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     lr: float = option(1e-4, help="learning rate", ge=0, group="optimisation")
-    output: Path = flag(help="folder of the results")
+    output: Path = option(help="folder of the results")     # without a default: required
 
 config = parse_config(Config, __doc__)                 # from sys.argv, with defaults
 flags = flags_of((Config,))
@@ -24,13 +24,11 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from options.parts import Option, option, options_of
+from options.parts import Option, options_of
 from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
 from runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-
-flag = option  # a field of a script's config; without a default, the flag is required
 
 
 def parse_config(

@@ -18,7 +18,7 @@ from models import DiT_models, DiTConfig
 from options.parts import Component, Part, option
 from options.settings import flags_of
 from runtime.errors import UserError, run_main
-from runtime.flags import flag, parse_config, parse_flags, read_values
+from runtime.flags import parse_config, parse_flags, read_values
 from train import run
 from training.config import RECIPES, DataFacts, override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
@@ -140,11 +140,11 @@ def test_published_command_lines_are_accepted(line):
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    path: str = flag(help="needed")
-    count: int = flag(3, ge=1, help="a number", group="numbers")
-    the_scale: float | None = flag(None, ge=0, help="another")
-    wide: bool = flag(False, help="on or off")
-    names: tuple[str, ...] = flag((), help="some")
+    path: str = option(help="needed")
+    count: int = option(3, ge=1, help="a number", group="numbers")
+    the_scale: float | None = option(None, ge=0, help="another")
+    wide: bool = option(False, help="on or off")
+    names: tuple[str, ...] = option((), help="some")
 
 
 def test_a_config_dataclass_is_parsed_from_a_command_line():
@@ -475,7 +475,7 @@ def test_options_of_several_components_are_set_by_component_name():
 def losses_config(table: dict[str, type]) -> type:
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        losses: tuple[Part, ...] = flag(
+        losses: tuple[Part, ...] = option(
             (), table=table, by_component=True, help="any number of them"
         )
 
@@ -493,7 +493,7 @@ def test_an_option_of_several_components_accepts_what_one_of_the_components_acce
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        side: Part = flag(Part("left"), table={"left": Left, "right": Right}, help="side")
+        side: Part = option(Part("left"), table={"left": Left, "right": Right}, help="side")
 
     flags = flags_of((Config,))
     assert parse_flags(flags, None, ["--side-to", "a", "--side-size", "20"])["side_to"] == "a"

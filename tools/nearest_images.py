@@ -34,10 +34,10 @@ from evaluation.metrics import collect
 from latents.features import load_features
 from latents.loading import evenly_spaced
 from latents.sources import open_images
-from options.parts import Size, convert
+from options.parts import Size, convert, option
 from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import prepare_output, write_durably
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 from sampling.generate import parse_labels
 from sampling.grid import captioned_rows, enlarge, write_picture
@@ -52,19 +52,19 @@ COLUMNS = ("images", "training steps", "smallest distance", "5% quantile", "medi
 
 @dataclass(frozen=True, kw_only=True)
 class NearestConfig(SamplingConfig):
-    ckpt: tuple[str, ...] = flag(
+    ckpt: tuple[str, ...] = option(
         group="checkpoint", metavar="CKPT", help="checkpoints, as for sample.py"
     )
-    train: str = flag(
+    train: str = option(
         group="images", help="images that the model was trained on, as for train.py --data-path"
     )
-    held_out: str = flag(help="images that no model was trained on, with classes of the model")
-    num_images: int = flag(1000, ge=2, help="largest number of held-out images, evenly spaced")
-    rows: int = flag(20, ge=1, help="rows of the picture")
-    backbone: str = flag(
+    held_out: str = option(help="images that no model was trained on, with classes of the model")
+    num_images: int = option(1000, ge=2, help="largest number of held-out images, evenly spaced")
+    rows: int = option(20, ge=1, help="rows of the picture")
+    backbone: str = option(
         "efficientnet-lite0", help="feature network: efficientnet-lite0 or timm:MODEL[@PIXELS]"
     )
-    output: Path = flag(help="folder for nearest.webp and nearest.json")
+    output: Path = option(help="folder for nearest.webp and nearest.json")
 
 
 class Neighbours:

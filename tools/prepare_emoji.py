@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latents.images import center_crop_arr, read_rgb
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import atomic_folder
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 # Unicode describes these variants by characters after those of the emoji: a skin tone, or a gender
 # or direction after a joiner. Two more characters only select a presentation or end a tag.
@@ -50,12 +51,12 @@ NEUTRAL_SEQUENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    images: Path = flag(help="tarball of the npm package @lobehub/fluent-emoji-3d")
-    names: Path = flag(help="tarball of the npm package emojibase-data")
-    output: Path = flag(Path("data/emoji"), help="new or empty folder for the two shards")
-    image_size: int = flag(64, ge=1, help="pixels per side")
-    quality: int = flag(90, ge=1, le=100, help="WebP quality")
-    join_below: int = flag(
+    images: Path = option(help="tarball of the npm package @lobehub/fluent-emoji-3d")
+    names: Path = option(help="tarball of the npm package emojibase-data")
+    output: Path = option(Path("data/emoji"), help="new or empty folder for the two shards")
+    image_size: int = option(64, ge=1, help="pixels per side")
+    quality: int = option(90, ge=1, le=100, help="WebP quality")
+    join_below: int = option(
         12, ge=1, help="subgroups with fewer images are joined with others of their group"
     )
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,9 +34,9 @@ LABELS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    images: Path = flag(ASSETS / "t10k-images-idx3-ubyte.gz", help="gzipped idx file of images")
-    labels: Path = flag(ASSETS / "t10k-labels-idx1-ubyte.gz", help="gzipped idx file of labels")
-    output: Path = flag(Path("data/fashion-mnist"), help="folder for the class folders")
+    images: Path = option(ASSETS / "t10k-images-idx3-ubyte.gz", help="gzipped idx file of images")
+    labels: Path = option(ASSETS / "t10k-labels-idx1-ubyte.gz", help="gzipped idx file of labels")
+    output: Path = option(Path("data/fashion-mnist"), help="folder for the class folders")
 
 
 def parse_args() -> PrepareConfig:

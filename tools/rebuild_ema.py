@@ -13,21 +13,22 @@ a closer result; the script prints how close.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.plugins import import_plugins
 
 
 @dataclass(frozen=True, kw_only=True)
 class RebuildConfig:
-    run: Path = flag(positional=True, help="run folder")
-    length: float = flag(help="relative length of the new EMA", gt=0, lt=0.28)
-    step: int | None = flag(
+    run: Path = option(positional=True, help="run folder")
+    length: float = option(help="relative length of the new EMA", gt=0, lt=0.28)
+    step: int | None = option(
         None, ge=1, help="step of the new EMA (default: the step of the newest snapshot)"
     )
-    output: Path = flag(suffixes=(".safetensors",), help="file to write the weights to")
-    plugin: tuple[str, ...] = flag(
+    output: Path = option(suffixes=(".safetensors",), help="file to write the weights to")
+    plugin: tuple[str, ...] = option(
         (), metavar="FILE.py", help="Python files that define components of the model"
     )
 

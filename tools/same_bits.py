@@ -29,8 +29,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from options.parts import option
 from runtime.errors import UserError, run_main
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from training.engines.state import read_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,10 +41,10 @@ UNTIMED = ("time", "epoch", "mfu", "tflops", "memory", "_per_sec", "wait")  # pa
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    base: str = flag(help="commit to compare with")
-    commit: str = flag("HEAD", help="commit to compare")
-    only: tuple[str, ...] = flag((), help="runs whose names contain one of these words")
-    output: Path = flag(Path("data/same-bits"), help="folder for clones, data and runs")
+    base: str = option(help="commit to compare with")
+    commit: str = option("HEAD", help="commit to compare")
+    only: tuple[str, ...] = option((), help="runs whose names contain one of these words")
+    output: Path = option(Path("data/same-bits"), help="folder for clones, data and runs")
 
 
 def parse_args() -> CompareConfig:

@@ -22,19 +22,20 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_image
 
 from latents.images import to_model_range
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    samples: Path = flag(help="folder of PNG files SEED-class-LABEL.png, written by sample.py")
-    classifier: Path = flag(help="file of weights; if it does not exist, train and write it")
-    train_data: Path | None = flag(None, help="class folders of the 60,000 training images")
-    test_data: Path = flag(Path("data/fashion-mnist"), help="class folders of real test images")
-    epochs: int = flag(5, ge=1, help="passes over the training images")
+    samples: Path = option(help="folder of PNG files SEED-class-LABEL.png, written by sample.py")
+    classifier: Path = option(help="file of weights; if it does not exist, train and write it")
+    train_data: Path | None = option(None, help="class folders of the 60,000 training images")
+    test_data: Path = option(Path("data/fashion-mnist"), help="class folders of real test images")
+    epochs: int = option(5, ge=1, help="passes over the training images")
 
 
 def make_classifier(num_classes: int) -> nn.Sequential:

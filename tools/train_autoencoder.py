@@ -50,6 +50,7 @@ from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import ImageSource, images_name, open_images
 from moe_kernels.cpu import keep_freed_memory
+from options.parts import option
 from runtime.errors import (
     STOPPED,
     UserError,
@@ -60,7 +61,7 @@ from runtime.errors import (
     reported_as,
 )
 from runtime.files import atomic_file, check_new_folder, prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.processes import ALONE, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
@@ -76,29 +77,29 @@ SHEET = "images.png"
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    data_path: str = flag(help="folder of class folders, or another source that train.py accepts")
-    image_size: int = flag(32, ge=1, help="pixels per side, a multiple of 4")
-    eval_data: str | None = flag(
+    data_path: str = option(help="folder of class folders, or another source that train.py accepts")
+    image_size: int = option(32, ge=1, help="pixels per side, a multiple of 4")
+    eval_data: str | None = option(
         None, help="images to measure PSNR on (default: a fiftieth of --data-path, held out)"
     )
-    output: Path = flag(help="new folder for config.json and the weights")
-    steps: int = flag(4000, ge=1, help="optimizer steps")
-    batch_size: int = flag(32, ge=1, help="images per step")
-    lr: float = flag(2e-3, gt=0, help="peak learning rate")
-    kl_weight: float = flag(2e-4, ge=0, help="weight of the KL term; unused with --decoder-of")
-    seed: int = flag(0, help="seed of all random numbers")
-    latent_channels: int = flag(
+    output: Path = option(help="new folder for config.json and the weights")
+    steps: int = option(4000, ge=1, help="optimizer steps")
+    batch_size: int = option(32, ge=1, help="images per step")
+    lr: float = option(2e-3, gt=0, help="peak learning rate")
+    kl_weight: float = option(2e-4, ge=0, help="weight of the KL term; unused with --decoder-of")
+    seed: int = option(0, help="seed of all random numbers")
+    latent_channels: int = option(
         4, ge=1, help="latent channels of a new autoencoder; more channels keep more detail"
     )
-    decoder_of: str | None = flag(None, help="train only the decoder of this autoencoder")
-    decoder_noise: float = flag(
+    decoder_of: str | None = option(None, help="train only the decoder of this autoencoder")
+    decoder_noise: float = option(
         0.2, ge=0,
         help="with --decoder-of: largest std of noise on scaled latents, drawn from 0 per image",
     )  # fmt: skip
-    critic_weight: float = flag(
+    critic_weight: float = option(
         0.0, ge=0, help="weight of the patch critic's loss; 0 for no critic"
     )
-    precision: str = flag(
+    precision: str = option(
         "bf16", choices=("fp32", "bf16"),
         help="precision of convolutions; fp32 is much faster on CPUs without AVX-512 or AMX",
     )  # fmt: skip

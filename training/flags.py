@@ -9,9 +9,8 @@ from typing import ClassVar
 from diffusion import OBJECTIVES
 from latents.config import ImagesConfig
 from models import DiT_models
-from options.parts import Part
+from options.parts import Part, option
 from runtime.devices import DTYPES
-from runtime.flags import flag
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
 from training.optimizers import OPTIMIZERS
@@ -24,7 +23,7 @@ EPOCHS = 1400  # without --epochs and --max-steps
 class PresetConfig:
     change: ClassVar = "state"
 
-    model: str = flag("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
+    model: str = option("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
 
 
@@ -34,58 +33,58 @@ class StepConfig:
 
     change: ClassVar = "result"
 
-    objective: Part = flag(Part("gaussian"), table=OBJECTIVES, help="training objective",
+    objective: Part = option(Part("gaussian"), table=OBJECTIVES, help="training objective",
                            change="state", group="optimisation")  # fmt: skip
-    auxiliary: tuple[Part, ...] = flag(
+    auxiliary: tuple[Part, ...] = option(
         (),
         table=AUXILIARY_LOSSES,
         by_component=True,
         help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: Part = flag(Part("adamw"), table=OPTIMIZERS, change="state", help="optimizer")
-    lr: float = flag(1e-4, ge=0, help="learning rate")
-    lr_schedule: Part = flag(
+    optimizer: Part = option(Part("adamw"), table=OPTIMIZERS, change="state", help="optimizer")
+    lr: float = option(1e-4, ge=0, help="learning rate")
+    lr_schedule: Part = option(
         Part("constant"), table=SCHEDULES,
         help="schedule after the warm-up: constant; cosine or linear, which decay to --lr-floor; "
         "or trapezoid, which is constant and decays over the last --decay-share of the steps",
     )  # fmt: skip
-    warmup_steps: int = flag(
+    warmup_steps: int = option(
         0, ge=0, help="steps over which the learning rate rises linearly to --lr"
     )
-    grad_clip: float = flag(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
-    grad_skip: float = flag(
+    grad_clip: float = option(0.0, ge=0, help="largest gradient norm; 0 for no clipping")
+    grad_skip: float = option(
         0.0, ge=0, metavar="FACTOR",
         help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
         "steps; 0 for never",
     )  # fmt: skip
-    ema: tuple[Part, ...] = flag(
+    ema: tuple[Part, ...] = option(
         (Part("exponential"),), table=EMAS,
         help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
-    accum_iter: int = flag(1, ge=1, change="how", help="micro-batches per optimizer step")
-    precision: str = flag(
+    accum_iter: int = option(1, ge=1, change="how", help="micro-batches per optimizer step")
+    precision: str = option(
         "bf16",
         choices=tuple(DTYPES),
         help="precision of matrix products; master weights are fp32, and fp16 uses loss scaling",
     )
-    tf32: bool = flag(
+    tf32: bool = option(
         False,
         help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
     )
-    compile: bool = flag(False, change="how", help="compile each block with torch.compile")
-    gradient_checkpointing: bool = flag(
+    compile: bool = option(False, change="how", help="compile each block with torch.compile")
+    gradient_checkpointing: bool = option(
         False, change="how",
         help="recompute each block in the backward pass instead of storing its activations",
     )  # fmt: skip
-    selective_checkpointing: bool = flag(
+    selective_checkpointing: bool = option(
         False, change="how",
         help="as --gradient-checkpointing, but store the outputs of attention and of experts",
     )  # fmt: skip
-    freeze: tuple[str, ...] = flag(
+    freeze: tuple[str, ...] = option(
         (), metavar="PATTERN", change="state",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = flag(False, change="state", help="train only the routers")
+    train_router_only: bool = option(False, change="state", help="train only the routers")
 
     @property
     def recomputed(self) -> str:
@@ -98,29 +97,29 @@ class StepConfig:
 class DataConfig(ImagesConfig):
     """Training images or latents, and held-out images."""
 
-    latents_path: str | None = flag(
+    latents_path: str | None = option(
         None,
         help="folder of cached latents from cache_latents.py, in place of --data-path, with their "
         "--image-size; the autoencoder is then used only for sample grids and images of --val-path",
     )
-    latents_norm: str = flag(
+    latents_norm: str = option(
         "autoencoder", choices=("autoencoder", "data"), change="result",
         help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
         "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
-    val_path: str | None = flag(
+    val_path: str | None = option(
         None,
         help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
         "logged, with fixed times and noise",
         group="held-out loss",
     )
-    val_share: float = flag(
+    val_share: float = option(
         0.0, ge=0, lt=1, metavar="FRACTION", change="result",
         help="in place of --val-path: fraction of the training images to hold out, the same ones "
         "in all runs on these images",
     )  # fmt: skip
-    val_images: int = flag(1000, ge=1, help="number of held-out images to use")
-    val_times: str = flag(
+    val_images: int = option(1000, ge=1, help="number of held-out images to use")
+    val_times: str = option(
         "uniform", choices=("uniform", "training"),
         help="distribution of the fixed times: uniform, which makes runs comparable, or training, "
         "as in training",
@@ -133,104 +132,106 @@ class RunConfig:
 
     change: ClassVar = "how"
 
-    config: tuple[str, ...] = flag(
+    config: tuple[str, ...] = option(
         (), metavar="RECIPE", group="run", change="command",
         help="YAML files of flags, such as config/recipes/stable.yaml or a run's config.yaml; a "
         "file overrides those before it, and the other flags of the command override all of them",
     )  # fmt: skip
-    plugin: tuple[str, ...] = flag(
+    plugin: tuple[str, ...] = option(
         (), metavar="FILE.py", change="command",
         help="Python files to import, which define components of your own, such as a router; a "
         "recipe cannot name them",
     )  # fmt: skip
-    results_dir: str = flag("results", help="folder of the run folders")
-    run_name: str | None = flag(
+    results_dir: str = option("results", help="folder of the run folders")
+    run_name: str | None = option(
         None,
         help="name of the run folder (default: model, objective and a digest of settings and data)",
     )
-    rf: bool | None = flag(
+    rf: bool | None = option(
         None, change="command",
         help="train a rectified flow: published spelling of --objective rectified_flow",
     )  # fmt: skip
-    pretraining_tp: int = flag(
+    pretraining_tp: int = option(
         1, change="command", help="has no effect; published commands pass it"
     )
-    resume: str | None = flag(
+    resume: str | None = option(
         None, metavar="RUN",
         help="run folder to resume with its stored settings; other flags change settings. With "
         "RUN/checkpoints/STEP and --run-name NEW: start a branch beside RUN, a new run from there",
     )  # fmt: skip
-    finetune: str | None = flag(
+    finetune: str | None = option(
         None, metavar="WEIGHTS",
         help="path or hub id of weights to start from: ours, published ones, or a DiT in "
         "diffusers' format. They determine the model, but classes, conditions, objective and "
         "image size may change",
     )  # fmt: skip
-    epochs: int | None = flag(
+    epochs: int | None = option(
         None, ge=1, help=f"passes over the images (default: {EPOCHS}, without --max-steps)"
     )
-    max_steps: int | None = flag(
+    max_steps: int | None = option(
         None, ge=1, le=10**12, help="number of optimizer steps, in place of --epochs"
     )
-    global_seed: int = flag(0, ge=0, change="result", help="seed of the random numbers in training")
-    deterministic: bool = flag(
+    global_seed: int = option(
+        0, ge=0, change="result", help="seed of the random numbers in training"
+    )
+    deterministic: bool = option(
         False,
         help="make runs on the same number and kind of GPUs bit-identical, by slower algorithms "
         "(on a CPU, they always are)",
     )
-    dry_run: bool = flag(
+    dry_run: bool = option(
         False, change="command", help="print model, parameters, memory and steps, and stop"
     )
-    gpus: int | None = flag(
+    gpus: int | None = option(
         None,
         ge=1,
         change="command",
         help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
-    gpus_per_node: int | None = flag(
+    gpus_per_node: int | None = option(
         None,
         ge=1,
         help="GPUs per node, for sharding (default: the launcher's value, or the number of "
         "processes, at most 8)",
     )
-    gpu_memory: float | None = flag(
+    gpu_memory: float | None = option(
         None,
         gt=0,
         change="command",
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
-    log_every: int | None = flag(
+    log_every: int | None = option(
         None, ge=1,
         help="steps between log lines (default: the largest round number of steps that take at "
         "most ten seconds)",
         group="logs, checkpoints and samples",
     )  # fmt: skip
-    profile: int | None = flag(
+    profile: int | None = option(
         None, ge=1, metavar="STEPS",
         help="write a torch.profiler trace of STEPS steps, after the first three, to profile/ in "
         "the run folder, for Perfetto or chrome://tracing",
     )  # fmt: skip
-    val_every: int = flag(1000, ge=1, help="steps between held-out losses")
-    ckpt_every: int = flag(
+    val_every: int = option(1000, ge=1, help="steps between held-out losses")
+    ckpt_every: int = option(
         50_000, ge=1,
         help="steps between checkpoints that are kept; the last step is always saved",
     )  # fmt: skip
-    keep_last: int | None = flag(
+    keep_last: int | None = option(
         None, ge=1, metavar="N",
         help="keep only the N newest checkpoints of --ckpt-every (default: all)",
     )  # fmt: skip
-    save_minutes: float = flag(
+    save_minutes: float = option(
         15.0, ge=0,
         help="minutes between rolling checkpoints, each with a sample grid, of which only the "
         "newest is kept; a crash loses at most about this much training; 0 for none",
     )  # fmt: skip
-    num_sample: int = flag(16, ge=0, help="largest number of images in a sample grid; 0 for none")
-    sample_every: int = flag(10_000, ge=1, help="steps between sample grids")
-    sample_cfg_scale: float = flag(
+    num_sample: int = option(16, ge=0, help="largest number of images in a sample grid; 0 for none")
+    sample_every: int = option(10_000, ge=1, help="steps between sample grids")
+    sample_cfg_scale: float = option(
         4.0, ge=0,
         help="guidance scale of the sample grids; always 1 if the objective trains with guidance, "
         "or if --class-dropout-prob is 0",
     )  # fmt: skip
-    wandb: str | None = flag(
+    wandb: str | None = option(
         None, metavar="PROJECT", help="also log to this project of Weights & Biases"
     )

@@ -24,9 +24,10 @@ import torch
 import torch.distributed as td
 
 from models import DiT_models
+from options.parts import option
 from runtime.devices import DTYPES
 from runtime.files import check_new_folder, prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.processes import (
     Distributed,
     close_distributed,
@@ -47,19 +48,21 @@ NCCL_LOG = "nccl.{}.log"  # by rank, in the folder
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    model: str = flag("DiT-G/2", choices=tuple(DiT_models), group="model", help="preset")
-    num_experts: int = flag(16, ge=1, help="routed experts per block")
-    depth: int = flag(4, ge=1, help="number of blocks")
-    image_size: int = flag(256, ge=1, help="pixels per side")
-    batch_size: int = flag(16, ge=1, help="images per process")
-    precision: str = flag("bf16", choices=tuple(DTYPES), help="precision of the steps")
-    compile: bool = flag(True, help="compile the blocks")
-    seconds: float = flag(2.0, group="measurement", help="duration of each measurement")
-    megabytes: int = flag(64, ge=1, help="size of the collectives")
-    folder: Path = flag(
+    model: str = option("DiT-G/2", choices=tuple(DiT_models), group="model", help="preset")
+    num_experts: int = option(16, ge=1, help="routed experts per block")
+    depth: int = option(4, ge=1, help="number of blocks")
+    image_size: int = option(256, ge=1, help="pixels per side")
+    batch_size: int = option(16, ge=1, help="images per process")
+    precision: str = option("bf16", choices=tuple(DTYPES), help="precision of the steps")
+    compile: bool = option(True, help="compile the blocks")
+    seconds: float = option(2.0, group="measurement", help="duration of each measurement")
+    megabytes: int = option(64, ge=1, help="size of the collectives")
+    folder: Path = option(
         Path("results/check_cluster"), help="new folder that all nodes share, deleted at the end"
     )
-    output: Path = flag(Path("results/cluster.json"), help="JSON file for the rows and the machine")
+    output: Path = option(
+        Path("results/cluster.json"), help="JSON file for the rows and the machine"
+    )
 
     def steps(self, expert_parallel: int) -> TrainBenchmarkConfig:
         return TrainBenchmarkConfig(

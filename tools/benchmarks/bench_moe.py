@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.experts import kernels_for
+from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from tools.benchmarks.common import (
     BenchmarkConfig,
     best_times,
@@ -43,10 +44,10 @@ RATIO = 4  # expert width relative to the model's width, as in every published m
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(BenchmarkConfig):
-    width: int = flag(384, group="layer", ge=1, help="D, width of a token")
-    tokens: tuple[int, ...] = flag((2048,), ge=1, help="S, tokens per batch")
-    experts: tuple[int, ...] = flag((8,), ge=1, help="E, number of experts")
-    top_k: tuple[int, ...] = flag((2,), ge=1, help="K, experts per token")
+    width: int = option(384, group="layer", ge=1, help="D, width of a token")
+    tokens: tuple[int, ...] = option((2048,), ge=1, help="S, tokens per batch")
+    experts: tuple[int, ...] = option((8,), ge=1, help="E, number of experts")
+    top_k: tuple[int, ...] = option((2,), ge=1, help="K, experts per token")
 
 
 def make_products(

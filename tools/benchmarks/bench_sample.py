@@ -16,19 +16,20 @@ import torch
 
 from models import DiT
 from moe import quantize_experts
+from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.generate import SamplerSettings, generate
 from tools.benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleBenchmarkConfig(ModelBenchmarkConfig):
-    num_sampling_steps: int = flag(4, group="sampling", ge=1, help="number of DDPM steps")
-    cfg_scale: float = flag(1.5, help="guidance scale; 1: no guidance")
-    quantize: tuple[str, ...] = flag(
+    num_sampling_steps: int = option(4, group="sampling", ge=1, help="number of DDPM steps")
+    cfg_scale: float = option(1.5, help="guidance scale; 1: no guidance")
+    quantize: tuple[str, ...] = option(
         ("none",), choices=("none", "int8", "int4"), help="type of the experts' weights"
     )
 

@@ -27,8 +27,9 @@ import torch
 
 from checkpoints import Record
 from diffusion.objectives import Gaussian
+from options.parts import option
 from runtime.files import check_new_folder, prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.processes import Distributed, close_distributed, run_process
 from tools.benchmarks.bench_train import TrainBenchmarkConfig, build_engine
 from tools.benchmarks.common import open_processes, report, train_step
@@ -39,12 +40,12 @@ STEPS = 10  # measured without a save
 
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig(TrainBenchmarkConfig):
-    saves: int = flag(3, ge=1, group="saves", help="number of saves, one row per save")
-    wait_ms: int | None = flag(
+    saves: int = option(3, ge=1, group="saves", help="number of saves, one row per save")
+    wait_ms: int | None = option(
         None, ge=1, help="after the first step, wait this long instead of computing, as for a GPU"
     )
-    folder: Path = flag(Path("results/bench_save"), help="new folder, deleted at the end")
-    output: Path = flag(Path("results/saves.json"), help="JSON file for the rows and the machine")
+    folder: Path = option(Path("results/bench_save"), help="new folder, deleted at the end")
+    output: Path = option(Path("results/saves.json"), help="JSON file for the rows and the machine")
 
 
 def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:

@@ -28,9 +28,10 @@ import torch
 
 from checkpoints.costs import count_macs
 from diffusion.objectives import Gaussian
+from options.parts import option
 from runtime.devices import memory_in_use
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from runtime.processes import Distributed, close_distributed, reseed, run_process
 from tools.benchmarks.common import (
     ModelBenchmarkConfig,
@@ -50,13 +51,13 @@ from training.optimizers import OPTIMIZERS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchmarkConfig(ModelBenchmarkConfig):
-    optimizers: tuple[str, ...] = flag(
+    optimizers: tuple[str, ...] = option(
         ("adamw",), choices=tuple(OPTIMIZERS), help="optimizers to measure, with default options"
     )
-    gradient_checkpointing: bool = flag(False, help="recompute each block in backward")
-    micro_batches: int = flag(1, ge=1, help="micro-batches per step")
-    shard: bool = flag(False, help="shard the model over the processes, as train.py --shard")
-    expert_parallel: int = flag(
+    gradient_checkpointing: bool = option(False, help="recompute each block in backward")
+    micro_batches: int = option(1, ge=1, help="micro-batches per step")
+    shard: bool = option(False, help="shard the model over the processes, as train.py --shard")
+    expert_parallel: int = option(
         1, ge=1, help="with --shard: number of processes that the experts are distributed over"
     )
 

@@ -20,8 +20,8 @@ from diffusion import Objective
 from latents.sources import Batch
 from models import DiT_models, DiTConfig
 from moe_kernels.cpu import keep_freed_memory
+from options.parts import option
 from runtime.devices import DTYPES
-from runtime.flags import flag
 from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
 from training.engine import new_weights
@@ -33,27 +33,27 @@ PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "diffusers", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    precisions: tuple[str, ...] = flag(
+    precisions: tuple[str, ...] = option(
         ("fp32", "bf16"), group="measurement", choices=tuple(DTYPES), help="autocast precisions"
     )
-    backends: tuple[str, ...] = flag(
+    backends: tuple[str, ...] = option(
         ("loop", "grouped"), choices=("loop", "grouped"), help="computation of the experts"
     )
-    seconds: float = flag(5.0, help="duration of each measurement, after a warm-up")
-    output: Path = flag(
+    seconds: float = option(5.0, help="duration of each measurement, after a warm-up")
+    output: Path = option(
         Path("results/benchmark.json"), help="file for the rows and the facts of the machine"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmarkConfig(BenchmarkConfig):
-    model: str = flag("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
-    num_experts: int = flag(8, ge=0, help="routed experts per block; 0: dense")
-    num_experts_per_tok: int = flag(2, ge=1, help="experts per token")
-    depth: int | None = flag(None, ge=1, help="number of blocks (default: as in the preset)")
-    image_size: int = flag(256, ge=1, help="pixels per side, 8 times the latent's side")
-    batch_size: int = flag(8, ge=1, help="images per batch")
-    compile: bool = flag(False, help="compile each block with torch.compile")
+    model: str = option("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
+    num_experts: int = option(8, ge=0, help="routed experts per block; 0: dense")
+    num_experts_per_tok: int = option(2, ge=1, help="experts per token")
+    depth: int | None = option(None, ge=1, help="number of blocks (default: as in the preset)")
+    image_size: int = option(256, ge=1, help="pixels per side, 8 times the latent's side")
+    batch_size: int = option(8, ge=1, help="images per batch")
+    compile: bool = option(False, help="compile each block with torch.compile")
 
     def dit_config(self, backend: str) -> DiTConfig:
         return config_of(

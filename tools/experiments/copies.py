@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from checkpoints import Checkpoint, read_checkpoint, step_folders
+from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from tools.experiments.report import add_row, read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopiesConfig:
-    runs: tuple[str, ...] = flag(help="run folders of train.py --finetune UPCYCLED")
-    steps: tuple[int, ...] = flag((), help="measure only these steps (default: all saved ones)")
-    output: Path = flag(Path("results/experiments/copies.jsonl"), help="file of the rows")
+    runs: tuple[str, ...] = option(help="run folders of train.py --finetune UPCYCLED")
+    steps: tuple[int, ...] = option((), help="measure only these steps (default: all saved ones)")
+    output: Path = option(Path("results/experiments/copies.jsonl"), help="file of the rows")
 
 
 def experts_of(checkpoint: Checkpoint, layer: int) -> Tensor:

@@ -31,10 +31,11 @@ from evaluation.heldout import held_out_losses, latent_batches, open_held_out
 from latents.sources import Batch
 from models import DiT
 from moe import Experts
+from options.parts import option
 from routers import Routing
 from runtime.errors import UserError, run_main
 from runtime.files import atomic_folder, prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 from sampling.export import FORMATS, public_checkpoint
 from sampling.generate import objective_of
@@ -44,18 +45,18 @@ from tools.experiments.report import add_row, read_lines
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingConfig(SamplingConfig):
-    ckpt: str = flag(group="model", help="a sparse model")
-    ablation: Path = flag(group="experts", help="file of expert_ablation.py on choosing images")
-    dropped: tuple[int, ...] = flag((1, 2, 3), ge=1, help="numbers of experts per layer to drop")
-    draws: int = flag(3, ge=1, help="number of random choices")
-    silence: bool = flag(
+    ckpt: str = option(group="model", help="a sparse model")
+    ablation: Path = option(group="experts", help="file of expert_ablation.py on choosing images")
+    dropped: tuple[int, ...] = option((1, 2, 3), ge=1, help="numbers of experts per layer to drop")
+    draws: int = option(3, ge=1, help="number of random choices")
+    silence: bool = option(
         False, help="the router still chooses these experts, but their rows add nothing"
     )
-    save: Path | None = flag(None, help="folder for the smaller models, RUN-CHOICE-DROPPED")
-    choosing_latents: str = flag(group="images", help="cached latents that determine the scores")
-    latents_path: str = flag(help="other cached latents, on which the losses are reported")
-    num_images: int = flag(500, ge=20, help="number of images of each")
-    output: Path = flag(group="output", help="file of the rows")
+    save: Path | None = option(None, help="folder for the smaller models, RUN-CHOICE-DROPPED")
+    choosing_latents: str = option(group="images", help="cached latents that determine the scores")
+    latents_path: str = option(help="other cached latents, on which the losses are reported")
+    num_images: int = option(500, ge=20, help="number of images of each")
+    output: Path = option(group="output", help="file of the rows")
 
 
 def open_batches(pipeline: SamplingPipeline, path: str, config: DroppingConfig) -> list[Batch]:

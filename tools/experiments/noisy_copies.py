@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, read_checkpoint, save_model
+from options.parts import option
 from runtime.errors import run_main
 from runtime.files import check_new_folder
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyCopiesConfig:
-    ckpt: str = flag(help="a sparse model, from upcycle.py")
-    noise: float = flag(0.01, ge=0, help="standard deviation, relative to that of each weight")
-    seed: int = flag(0, ge=0, help="seed of the noise")
-    output: Path = flag(help="folder of the new model")
+    ckpt: str = option(help="a sparse model, from upcycle.py")
+    noise: float = option(0.01, ge=0, help="standard deviation, relative to that of each weight")
+    seed: int = option(0, ge=0, help="seed of the noise")
+    output: Path = option(help="folder of the new model")
 
 
 def with_noise(weights: dict[str, Tensor], noise: float, seed: int) -> dict[str, Tensor]:

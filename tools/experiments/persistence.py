@@ -24,10 +24,11 @@ from analysis.recorder import listen
 from evaluation.heldout import latent_batches
 from latents.cache import CachedLatents
 from latents.loading import evenly_spaced
+from options.parts import option
 from routers import Routing
 from runtime.errors import run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from tools.experiments.report import add_row, read_lines
@@ -36,11 +37,11 @@ from tools.experiments.specialisation import randomise_gates
 
 @dataclass(frozen=True, kw_only=True)
 class PersistenceConfig:
-    runs: tuple[str, ...] = flag(help="run folders of sparse flows")
-    val_path: str = flag(help="held-out latents, to which new thresholds are fitted")
-    steps: int = flag(25, ge=2, help="sampling steps, by Euler without guidance")
-    num_images: int = flag(100, ge=2, help="images to sample, of all classes in turn")
-    output: Path = flag(
+    runs: tuple[str, ...] = option(help="run folders of sparse flows")
+    val_path: str = option(help="held-out latents, to which new thresholds are fitted")
+    steps: int = option(25, ge=2, help="sampling steps, by Euler without guidance")
+    num_images: int = option(100, ge=2, help="images to sample, of all classes in turn")
+    output: Path = option(
         Path("results/experiments/persistence.jsonl"), help="file of the rows"
     )  # fmt: skip
 

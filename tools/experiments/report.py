@@ -16,9 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame, read_csv
 
+from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, read_json, write_durably
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from tools.benchmarks.common import markdown
 from tools.experiments.arms import QUESTIONS, Question
 from tools.experiments.comparisons import information_table, paired_tests, test_cells, with_error
@@ -41,15 +42,15 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    rows: Path = flag(help="a .jsonl of runs or of samples, or a .csv of specialisation")
-    times: Path | None = flag(
+    rows: Path = option(help="a .jsonl of runs or of samples, or a .csv of specialisation")
+    times: Path | None = option(
         None, help="a .json with milliseconds per step, by question and arm, or of seconds.py"
     )
-    arms: tuple[str, ...] = flag((), help="include only these arms (default: all with rows)")
-    reference: str | None = flag(
+    arms: tuple[str, ...] = option((), help="include only these arms (default: all with rows)")
+    reference: str | None = option(
         None, help="arm to compare with (default: the reference of the question)"
     )
-    output: Path = flag(Path("results/tables"), help="folder for tables and figures")
+    output: Path = option(Path("results/tables"), help="folder for tables and figures")
 
 
 def read_lines(path: Path) -> list[dict]:

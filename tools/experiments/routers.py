@@ -34,9 +34,10 @@ from checkpoints.costs import count_macs, count_parameters
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
 from latents.loading import available_cores
+from options.parts import option
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
-from runtime.flags import flag, parse_config, spelling
+from runtime.flags import parse_config, spelling
 from tools.benchmarks.common import best_times, make_engine, open_processes, train_step
 from tools.experiments.arms import QUESTIONS, arm_flags
 from tools.experiments.report import add_row, read_lines, write_report
@@ -49,28 +50,28 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    questions: tuple[int, ...] = flag(
+    questions: tuple[int, ...] = option(
         (1, 2), group="what is compared", choices=tuple(QUESTIONS),
         help="numbers of the questions in tools/experiments/arms.yaml",
     )  # fmt: skip
-    arms: tuple[str, ...] = flag((), help="train only these arms (default: all)")
-    seeds: int = flag(5, ge=1, help="runs per arm, with seeds 0, 1, ...")
-    latents_path: str = flag(group="data", help="training latents, from cache_latents.py")
-    val_path: str = flag(help="held-out latents")
-    val_images: int = flag(2000, ge=1, help="number of held-out latents to use")
-    report_path: str | None = flag(
+    arms: tuple[str, ...] = option((), help="train only these arms (default: all)")
+    seeds: int = option(5, ge=1, help="runs per arm, with seeds 0, 1, ...")
+    latents_path: str = option(group="data", help="training latents, from cache_latents.py")
+    val_path: str = option(help="held-out latents")
+    val_images: int = option(2000, ge=1, help="number of held-out latents to use")
+    report_path: str | None = option(
         None, help="test latents, which no choice is based on; the tables then show the test loss"
     )
-    model: str = flag("DiT-Ti/2", group="training", help="size and patch size")
-    steps: int = flag(1250, ge=1, help="steps per run")
-    batch_size: int = flag(128, ge=1, help="images per step")
-    lr: float = flag(2e-3, gt=0, help="learning rate, constant after 50 steps")
-    precision: str = flag(
+    model: str = option("DiT-Ti/2", group="training", help="size and patch size")
+    steps: int = option(1250, ge=1, help="steps per run")
+    batch_size: int = option(128, ge=1, help="images per step")
+    lr: float = option(2e-3, gt=0, help="learning rate, constant after 50 steps")
+    precision: str = option(
         "bf16", choices=("fp32", "bf16", "fp16"), help="precision of matrix products"
     )
-    jobs: int = flag(1, group="run", ge=1, help="number of concurrent runs, which share the CPU")
-    times: bool = flag(False, help="measure the time per step of each arm, and stop")
-    output: Path = flag(Path("results/experiments"), help="folder of rows, tables and runs")
+    jobs: int = option(1, group="run", ge=1, help="number of concurrent runs, which share the CPU")
+    times: bool = option(False, help="measure the time per step of each arm, and stop")
+    output: Path = option(Path("results/experiments"), help="folder of rows, tables and runs")
 
 
 def arms_of(config: ExperimentConfig, questions: Sequence[int]) -> list[str]:

@@ -29,10 +29,11 @@ from evaluation.generation import sample_labels
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from latents.features import FeatureNetwork
+from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 from sampling.grid import captioned_rows, enlarge, write_png
 from sampling.pipeline import SamplingPipeline, open_pipeline
@@ -50,45 +51,45 @@ SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    runs: tuple[str, ...] = flag(
+    runs: tuple[str, ...] = option(
         group="what is sampled", help="run folders, with names that end in the seed, as in flow-0"
     )
-    steps: tuple[int, ...] = flag((1, 2, 4, 8, 25), ge=1, help="numbers of sampling steps")
-    scales: tuple[float, ...] = flag((1.0, 1.5, 2.0), help="guidance scales to choose from")
-    intervals: tuple[str, ...] = flag(
+    steps: tuple[int, ...] = option((1, 2, 4, 8, 25), ge=1, help="numbers of sampling steps")
+    scales: tuple[float, ...] = option((1.0, 1.5, 2.0), help="guidance scales to choose from")
+    intervals: tuple[str, ...] = option(
         (), metavar="LOW-HIGH",
         help="guidance intervals, such as 0-1 0.1-0.9 (default: that of the run's objective)",
     )  # fmt: skip
-    sampler: str | None = flag(None, help="sampler (default: the default of the run's objective)")
-    quantize: tuple[str, ...] = flag(
+    sampler: str | None = option(None, help="sampler (default: the default of the run's objective)")
+    quantize: tuple[str, ...] = option(
         ("none",), choices=("none", "int8", "int4"), help="precisions of the experts' weights"
     )
-    experts_per_token: tuple[int, ...] = flag(
+    experts_per_token: tuple[int, ...] = option(
         (), ge=1, help="numbers of experts per token in sampling (default: as in training)"
     )
-    min_weights: tuple[float, ...] = flag(
+    min_weights: tuple[float, ...] = option(
         (0.0,), ge=0, help="leave out the experts of a token whose weight is smaller"
     )
-    reuse: tuple[int, ...] = flag(
+    reuse: tuple[int, ...] = option(
         (0,), ge=0,
         help="compute the routed experts only in every N-th forward pass, and reuse their output "
         "in between; 0: compute them in all",
     )  # fmt: skip
-    precision: str | None = flag(
+    precision: str | None = option(
         None, choices=tuple(DTYPES), help="precision of sampling (default: as for sample.py)"
     )
-    num_images: int = flag(500, ge=1, help="number of samples per group")
-    groups: int = flag(5, ge=1, help="groups of samples that are reported, besides the first one")
-    batch_size: int = flag(100, ge=1, help="number of images that are sampled together")
-    choosing: Path = flag(
+    num_images: int = option(500, ge=1, help="number of samples per group")
+    groups: int = option(5, ge=1, help="groups of samples that are reported, besides the first one")
+    batch_size: int = option(100, ge=1, help="number of images that are sampled together")
+    choosing: Path = option(
         group="real images",
         help="statistics of the images that choose the guidance scale, written by evaluate.py "
         "--precompute-reference",
     )
-    reporting: Path = flag(help="statistics of the images on which the result is reported")
-    kid_subset_size: int = flag(500, ge=1, help="images per KID subset")
-    backbone: str = flag("efficientnet-lite0", metavar="NETWORK", help="as for evaluate.py")
-    output: Path = flag(
+    reporting: Path = option(help="statistics of the images on which the result is reported")
+    kid_subset_size: int = option(500, ge=1, help="images per KID subset")
+    backbone: str = option("efficientnet-lite0", metavar="NETWORK", help="as for evaluate.py")
+    output: Path = option(
         Path("results/samples/samples.jsonl"), group="output",
         help="file of the rows, for tools.experiments.report",
     )  # fmt: skip

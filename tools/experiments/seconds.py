@@ -10,10 +10,11 @@ each in a round counts. "ratios" compares it with that of the first setting, for
 from dataclasses import dataclass
 from pathlib import Path
 
+from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from tools.benchmarks.common import best_times, matrix_peaks, open_processes, report
@@ -22,18 +23,18 @@ from tools.experiments.interventions import Reuse
 
 @dataclass(frozen=True, kw_only=True)
 class SecondsConfig:
-    run: str = flag(group="what is sampled", help="run folder")
-    settings: tuple[str, ...] = flag(
+    run: str = option(group="what is sampled", help="run folder")
+    settings: tuple[str, ...] = option(
         metavar="SAMPLER:STEPS[:REUSE]",
         help="samplers with steps, such as heun:4; with a third number as --reuse of samples.py",
     )
-    batch_size: int = flag(100, ge=1, help="images per batch")
-    precision: str = flag("fp32", choices=tuple(DTYPES), help="precision of sampling")
-    seconds: float = flag(
+    batch_size: int = option(100, ge=1, help="images per batch")
+    precision: str = option("fp32", choices=tuple(DTYPES), help="precision of sampling")
+    seconds: float = option(
         12.0, gt=0, group="measurement", help="duration of each setting's turns in a round"
     )
-    rounds: int = flag(5, ge=1, help="number of rounds")
-    output: Path = flag(
+    rounds: int = option(5, ge=1, help="number of rounds")
+    output: Path = option(
         Path("results/seconds.json"), help="file for the rows and the facts of the machine"
     )
 

@@ -34,20 +34,21 @@ from evaluation.heldout import BINS, latent_batches
 from latents.cache import CachedLatents
 from latents.loading import evenly_spaced
 from models import DiT
+from options.parts import option
 from routers import Routing, ThresholdRouter
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
-from runtime.flags import flag, parse_config
+from runtime.flags import parse_config
 from tools.benchmarks.common import open_processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialisationConfig:
-    runs: tuple[str, ...] = flag(help="run folders of flows; dense models are skipped")
-    val_path: str = flag(help="held-out latents")
-    val_images: int = flag(1000, ge=1, help="number of held-out latents to use")
-    spans: bool = flag(False, help="vary the span of a mean flow at time 1, instead of the time")
-    output: Path = flag(
+    runs: tuple[str, ...] = option(help="run folders of flows; dense models are skipped")
+    val_path: str = option(help="held-out latents")
+    val_images: int = option(1000, ge=1, help="number of held-out latents to use")
+    spans: bool = option(False, help="vary the span of a mean flow at time 1, instead of the time")
+    output: Path = option(
         Path("results/experiments/specialisation.csv"),
         help="file of the table; the figures are written next to it",
     )
