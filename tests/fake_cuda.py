@@ -34,7 +34,7 @@ def load_guard() -> None:
     with tempfile.TemporaryDirectory() as folder:
         guard = Path(folder, "cuda_guard.so")
         subprocess.run(
-            ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", f"-I{include}",
+            ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{include}",
              f"-I{include / 'torch/csrc/api/include'}", Path(__file__).with_name("cuda_guard.cpp"),
              "-o", guard, f"-L{lib}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10",
              f"-Wl,-rpath,{lib}"], check=True,

@@ -251,13 +251,13 @@ def test_guidance_uses_three_or_all_channels_and_requires_label_dropout():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_fp16_sampling_stays_within_two_percent_of_fp32_over_fifty_steps(objective):
+def test_fp16_sampling_differs_from_fp32_by_rounding_over_fifty_steps(objective):
     settings = SamplerSettings(objective, num_steps=50, cfg_scale=1.5)
     half, full = (
-        generate(randomised_preset().to(dtype).eval(), [1, 3], [0, 1], settings)
+        generate(randomised_preset(depth=2).to(dtype).eval(), [1, 3], [0, 1], settings)
         for dtype in (torch.float16, torch.float32)
     )
-    assert 0 < relative_error(half, full) < 0.02
+    assert 0 < relative_error(half, full) < 3e-4  # with the blocks' outputs in bf16: 4.2e-4
 
 
 def test_respacing_and_time_shift_settings_are_resolved_and_checked():
