@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, call_main, expect_error
 from matplotlib.figure import Figure
-from pandas import DataFrame, Series, read_csv
+from pandas import DataFrame, Series
 from scipy import stats
 
 from checkpoints import step_folders
@@ -41,7 +41,6 @@ from tools.experiments.persistence import shares
 from tools.experiments.report import (
     at_equal_time,
     differences,
-    read_lines,
     steps_to_quality,
     table,
 )
@@ -178,8 +177,10 @@ def test_experiment_tables_pair_seeds_and_compare_at_equal_time():
     question, found = QUESTIONS[1], [-0.01, -0.02, 0.0]
     assert differences(rows, question)["topk"].tolist() == pytest.approx(found)
     equal = at_equal_time(rows, {"dense": 1.1, "topk": 2.2}, question)
-    assert equal["topk"] == pytest.approx(1.0) and equal["dense"] == pytest.approx(0.65)
-    line = table(rows, question, {})[1]
+    assert equal["topk"].tolist() == pytest.approx([1.0] * 3)
+    assert equal["dense"].tolist() == pytest.approx(losses["dense"])
+    line = table(rows, question, {"dense": 1.1, "topk": 2.2})[1]
+    assert line["at equal time"] == "+0.3500 ± 0.0058"
     assert line["difference"] == "-0.0100 ± 0.0058" and line["arm"] == "topk"
     assert line["p (Holm)"] == "0.23 (0.23)"  # for t = -1.732 at 2 degrees of freedom
     detectable = errors_for_power(2, 0.05) * stdev(found) / math.sqrt(3)
@@ -208,72 +209,101 @@ def make_pairs(p: float) -> list[float]:
     return [t / math.sqrt(3) + shift for shift in (-1, 0, 1)]
 
 
+Line = tuple[str, str]  # the head of a Markdown table, and one of its lines
+
+
+def sections(page: str) -> list[tuple[str, str]]:
+    """Returns the headings and texts of a page of docs/."""
+    parts = re.split(r"^## (.*)$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def lines_of(text: str) -> list[Line]:
+    tables = (each.splitlines() for each in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE))
+    return [(head, line) for head, _, *lines in tables for line in lines]
+
+
 @pytest.fixture(scope="module")
-def made_tables(tmp_path_factory) -> list[str]:
-    """Lines of the tables that the commands of docs/tables.md print."""
-    page = (ROOT / "docs" / "tables.md").read_text().replace("\\\n", "")
-    page = page.replace("$arms", re.search('^arms="(.*)"$', page, re.MULTILINE)[1])
-    commands = re.findall(r"^python -m (tools\.experiments\.report) (.*)$", page, re.MULTILINE)
-    assert len(commands) >= 15
-    output, text = tmp_path_factory.mktemp("tables"), io.StringIO()
-    save = Figure.savefig
+def made_tables(tmp_path_factory) -> dict[str, list[Line]]:
+    """Lines of the tables that the commands of docs/tables.md print, by question; "": all."""
+    output, made, save = tmp_path_factory.mktemp("tables"), {"": []}, Figure.savefig
 
     def save_one_of_a_kind(figure: Figure, path: Path, **options) -> None:
         """Rendering a figure takes longer than making it: that of a question, or of samples."""
         if not any(output.glob(f"{path.stem.split('-')[0]}*")):
             save(figure, path, **options)
 
-    with contextlib.redirect_stdout(text), patch.object(Figure, "savefig", save_one_of_a_kind):
-        for module, flags in commands:
-            flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
-            call_main(module, *flags, "--output", output)
-    return [line for line in text.getvalue().splitlines() if line.startswith("| ")]
+    for title, text in sections("tables.md"):
+        text = text.replace("\\\n", "")
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            patch.object(Figure, "savefig", save_one_of_a_kind),
+        ):
+            for flags in re.findall(r"^python -m tools\.experiments\.report (.*)$", text, re.M):
+                flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
+                call_main("tools.experiments.report", *flags, "--output", output)
+                print()
+        for question in ("", *re.findall(r"\d+", title)):
+            made.setdefault(question, []).extend(lines_of(printed.getvalue()))
+    return made
 
 
 def test_the_documented_experiment_tables_are_reproduced_from_the_rows(made_tables):
-    """These are the tables of tables.md and, in experiments.md, those with their headers."""
-    pages = [(ROOT / "docs" / name).read_text() for name in ("tables.md", "experiments.md")]
-    tables, others = (
-        [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)]
-        for page in pages
-    )
-    made = tables + [lines for lines in others if lines[0] in made_tables]
-    lines = [line for head, _, *rows in made for line in (head, *rows)]
-    assert len(lines) > 40 and set(lines) <= set(made_tables)
+    for page in ("tables.md", "experiments.md"):
+        found = [line for _, text in sections(page) for line in lines_of(text)]
+        found = [line for line in found if "minus `unipc`" not in line[0]]
+        assert len(found) > 40
+        assert set(found) <= set(made_tables[""])
 
 
-@pytest.mark.parametrize("name", ["experiments.md", "tables.md", "claims.md"])
-def test_every_number_with_an_error_comes_from_the_rows(name, made_tables):
-    """Numbers that no table prints are computed here."""
-    rows = {
-        kind: read_lines(ROOT / "docs" / f"experiments_{kind}.jsonl")
-        for kind in ("routers", "few_steps", "solvers", "passes", "reuse")
-    }
-    against_choice = replace(QUESTIONS[2], reference="expert_choice")
-    violation = DataFrame(rows["routers"]).pivot(index="seed", columns="arm")["max_violation"]
-    bits = read_csv(ROOT / "docs" / "experiments_specialisation.csv").set_index(["run", "router"])
-    topk = DataFrame([bits.loc[f"topk-{seed}", "trained"] for seed in range(3)])
-    euler = DataFrame(row for row in rows["few_steps"] if row["run"].startswith("flow-900"))
-    euler = euler[(euler["steps"] == 25) & (euler["scale"] == 1)]["reporting"].str[0]
-    names = ["sampler", "steps", "experts_per_token"]
-    groups = DataFrame(rows["solvers"]).set_index(names)["groups"].map(Series)
-    gaps = [groups[name, n, 4] - groups[name, n, 2] for name, n, k in groups.index if k == 4]
-    flow = DataFrame([{"reuse": 0} | row for row in rows["passes"] + rows["reuse"]])
-    flow = flow[flow["run"] == "flow-900-0"].drop_duplicates(["sampler", "steps", "reuse"])
-    flow = flow.set_index(["sampler", "steps", "reuse"])["groups"].map(Series)
-    gaps += [flow[key] for key in flow.index]  # seed 0, in section 14
-    gaps += [flow[key] - flow["unipc", 6, 0] for key in flow.index]
-    pairs = [((name, n, 2), (name, n, 0)) for name, n, reuse in flow.index if reuse]
-    pairs.append((("heun", 5, 2), ("heun", 4, 0)))  # in the same time
-    gaps += [flow[one] - flow[other] for one, other in pairs if other in flow.index]
-    known = numbers_of("\n".join(made_tables)) | numbers_of(
-        with_error(differences(rows["routers"], against_choice)["batch_pool"])
-        + f" {with_error(violation['sigmoid'] - violation['topk'], digits=2)}"
-        + f" {with_error(topk['class'] - topk['time'], digits=3)} {with_error(euler, digits=3)}"
-        + " ".join(with_error(gap, digits=3) for gap in gaps)
+def statements() -> list[tuple[list[str], str]]:
+    """Returns questions and text of the sections and answers of experiments.md, and of claims."""
+    found = [
+        (re.findall(r"^\d+", title) or [""], text) for title, text in sections("experiments.md")
+    ]
+    answers, claims = (
+        (ROOT / "docs" / name).read_text() for name in ("experiments.md", "claims.md")
     )
-    found = numbers_of((ROOT / "docs" / name).read_text())
-    assert len(found) > 20 and found <= known, sorted(found - known)
+    found += [([n], text) for n, text in re.findall(r"^\| \[(\d+)[ab-z]?\](.*)$", answers, re.M)]
+    for _, line in lines_of(claims):
+        _, _, *cells = line.split(" | ")
+        found.append((re.findall(r"\[(\d+)\]\(experiments", cells[1]), " | ".join(cells)))
+    return [(questions, " ".join(text.split())) for questions, text in found]
+
+
+NUMBER = r"(?<![\w.])[+-]?(?:\d+\.\d+ ± \d+\.\d+|\d\.\d{4})(?!\d)"
+
+
+def test_numbers_of_statements_are_printed_for_their_question(made_tables):
+    """With their signs. A number without one may be the size of a difference.
+
+    The numbers are those with an error and those of four digits.
+    """
+    wrong = []
+    for questions, text in statements():
+        if {"14", "15"} & {*questions} or not questions:
+            continue
+        lines = [line for question in questions for line in made_tables[question]]
+        printed = " ".join(line for _, line in lines)
+        known = set(re.findall(NUMBER, printed))
+        known |= {number.partition(" ")[0] for number in known}
+        known |= {number.lstrip("+-") for number in known}
+        wrong += [(questions, number) for number in set(re.findall(NUMBER, text)) - known]
+        for p, holm in re.findall(r"\bp = (\d[\d.]*\d)(?:, corrected (\d[\d.]*\d))?", text):
+            if f"| {p} ({holm}" not in printed:
+                wrong.append((questions, p, holm))
+        # `arm` NUMBER, and `arm` minus `reference` is NUMBER
+        for *arms, number in re.findall(
+            rf"(?:`([\w-]+)` minus )?`([\w-]+)`(?: is)? ({NUMBER})", text
+        ):
+            if not any(
+                number in line
+                and all(arm.replace("_", "-") in (head + line).replace("_", "-") for arm in arms)
+                for head, line in lines
+            ):
+                wrong.append((questions, arms, number))
+    assert wrong == []
 
 
 def test_the_times_of_reuse_in_the_documentation_are_the_measured_ones():
@@ -283,11 +313,6 @@ def test_the_times_of_reuse_in_the_documentation_are_the_measured_ones():
     for row in rows:
         line = rf"{row['sampler']} {row['steps']} \| \d+ \| {'yes' if row['reuse'] else 'no'}"
         assert re.search(rf"\| {line} \| \d+ \| {row['ratio']:.2f} \|", page), row
-
-
-def numbers_of(text: str) -> set[str]:
-    """Returns the numbers with a standard error, as 0.0036 ± 0.0007, without their signs."""
-    return set(re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split())))
 
 
 @pytest.mark.parametrize("flags", [

@@ -1,4 +1,4 @@
-"""Paired comparisons: tests, cells of tables, and the table of mutual information."""
+"""Paired comparisons: tests, and tables of differences and of mutual information."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from pandas import DataFrame, Series
 from scipy import stats
 from scipy.optimize import brentq
 
+from runtime.errors import UserError
 from tools.benchmarks.common import markdown
 
 
@@ -48,31 +49,54 @@ def test_cells(tests: DataFrame, name: Any, digits: int) -> list[str]:
     return [f"{p:.2g} ({holm:.2g})", f"{detectable:.{digits}f}"]
 
 
-def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | None) -> str:
-    """Returns a Markdown table of mutual information (bits) from rows of specialisation.
+def differences_table(head: list[str], found: dict[tuple, Series], digits: int) -> str:
+    """Returns a Markdown table of paired differences, by the names in `head`, and their tests."""
+    tests = paired_tests(DataFrame(found))
+    lines = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
+    for names, pairs in found.items():
+        cells = test_cells(tests, names, digits)
+        lines.append([*names, str(len(pairs)), with_error(pairs, "+", digits), *cells])
+    return "\n" + markdown(lines) if found else ""
 
-    The trained router is compared with the random one and, for other arms than the reference, with
-    the trained router of the reference. Arms with one run have no test.
+
+def pairs_table(losses: DataFrame, pairs: tuple[str, ...]) -> str:
+    """Returns a Markdown table of differences between arms, with one correction for all of them.
+
+    losses: (seeds, arms)
+    pairs: each as ARM:REFERENCE
+    """
+    found = {}
+    for pair in pairs:
+        names = tuple(pair.split(":"))
+        if len(names) != 2 or not set(names) <= set(losses):
+            expected = f"ARM:REFERENCE, two of {', '.join(losses)}"
+            raise UserError(f"--pairs: got {pair}, expected {expected}")
+        found[names] = (losses[names[0]] - losses[names[1]]).dropna()
+    return differences_table(["arm", "minus"], found, digits=4)
+
+
+def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | None) -> str:
+    """Returns Markdown tables of mutual information (bits) from rows of specialisation.
+
+    The second table compares the trained router with the random one and, for other arms than the
+    reference, with the trained router of the reference, for arms with several runs.
     """
     names = frame["run"].str.extract(r"^(?P<arm>.*)-(?P<seed>\d+)$")
     bits = (
         frame.assign(**names).drop(columns="run").set_index(["arm", "router", "seed"]).sort_index()
     )
-    lines, pairs = [], []
+    lines, found = [["arm", "router", "runs", *bits.columns]], {}
     for arm in arms or dict.fromkeys(names["arm"]):
-        trained, random = (bits.loc[arm, router] for router in ("trained", "random"))
+        routers = {router: bits.loc[arm, router] for router in ("trained", "random")}
+        for router, values in routers.items():
+            cells = (with_error(values[name], digits=3) for name in bits.columns)
+            lines.append([arm, router, str(len(values)), *cells])
+        others = {"random router": routers["random"]}
+        if reference not in (None, arm):
+            others[reference] = bits.loc[reference, "trained"]
         for name in bits.columns:
-            others = {"random router": random[name]}
-            if reference not in (None, arm):
-                others[reference] = bits.loc[reference, "trained"][name]
             for other, values in others.items():
-                pairs.append(trained[name] - values)
-                cells = [with_error(each, digits=3) for each in (trained[name], values)]
-                lines.append([arm, name, cells[0], other, cells[1], with_error(pairs[-1], "+", 3)])
-    varying = {place: values for place, values in enumerate(pairs) if values.any()}
-    tests = paired_tests(DataFrame(varying))
-    for place, line in enumerate(lines):
-        line += test_cells(tests, place, digits=3)
-    head = ["arm", "bits about", "trained", "compared with", "bits", "difference", "p (Holm)",
-            "detectable"]  # fmt: skip
-    return markdown([head, *lines])
+                pairs = routers["trained"][name] - values[name]
+                if len(pairs) > 1 and pairs.any():
+                    found[arm, name, other] = pairs
+    return markdown(lines) + differences_table(["arm", "bits about", "minus"], found, digits=3)

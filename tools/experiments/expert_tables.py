@@ -4,7 +4,7 @@ from pandas import DataFrame, Series
 
 from runtime.errors import UserError
 from tools.benchmarks.common import markdown
-from tools.experiments.comparisons import paired_tests, test_cells, with_error
+from tools.experiments.comparisons import differences_table, pairs_table, with_error
 
 
 def arms_of(frame: DataFrame) -> DataFrame:
@@ -17,10 +17,13 @@ def mean_of(values: Series) -> Series:
     return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
 
 
-def copies_table(rows: list[dict], arms: tuple[str, ...], reference: str | None) -> str:
+def copies_table(
+    rows: list[dict], arms: tuple[str, ...], reference: str | None, pairs: tuple[str, ...] = ()
+) -> str:
     """Returns a Markdown table of the likeness of copied experts, by arm and step.
 
-    With a reference, a second table compares the held-out losses at the last step, paired by seed.
+    With a reference or pairs (ARM:REFERENCE), a second table compares the held-out losses at the
+    last step, paired by seed.
     """
     frame = arms_of(DataFrame(rows))
     if unknown := set(arms).difference(frame["arm"]):
@@ -42,13 +45,14 @@ def copies_table(rows: list[dict], arms: tuple[str, ...], reference: str | None)
         cells.append("" if loss.isna().all() else with_error(loss))
         if any(cells):
             lines.append([arm, str(len(group)), str(step), *cells])
-    return markdown(lines) + (losses_table(frame, reference) if reference else "")
-
-
-def losses_table(frame: DataFrame, reference: str) -> str:
-    """Returns a Markdown table of differences of the last held-out loss from an arm's."""
     last = frame[frame["step"] == frame["step"].max()]
     losses = last.pivot(index="seed", columns="arm", values="val_loss").astype(float)
+    text = markdown(lines) + pairs_table(losses, pairs)
+    return text + (losses_table(losses, reference) if reference else "")
+
+
+def losses_table(losses: DataFrame, reference: str) -> str:
+    """Returns a Markdown table of differences of losses (seeds, arms) from an arm's."""
     if reference not in losses:
         raise UserError(f"--reference: got {reference}, expected some of {', '.join(losses)}")
     found = losses.drop(columns=reference).sub(losses[reference], axis=0)
@@ -78,16 +82,6 @@ def persistence_table(rows: list[dict], *_) -> str:
             if kind in ("next", "ends") and len(pairs) > 1:
                 found[arm, name] = pairs.droplevel("arm")
     return markdown(lines) + differences_table(["arm", "share"], found, digits=1)
-
-
-def differences_table(head: list[str], found: dict[tuple, Series], digits: int) -> str:
-    """Returns a Markdown table of paired differences, by the names in `head`, and their tests."""
-    tests = paired_tests(DataFrame(found))
-    lines = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
-    for names, pairs in found.items():
-        cells = test_cells(tests, names, digits)
-        lines.append([*names, str(len(pairs)), with_error(pairs, "+", digits), *cells])
-    return "\n" + markdown(lines) if found else ""
 
 
 def dropping_table(rows: list[dict], *_) -> str:

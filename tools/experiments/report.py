@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pandas import DataFrame, read_csv
+from pandas import DataFrame, concat, read_csv
 
 from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
@@ -22,7 +22,13 @@ from runtime.files import prepare_output, read_json, write_durably
 from runtime.flags import parse_config
 from tools.benchmarks.common import markdown
 from tools.experiments.arms import QUESTIONS, Question
-from tools.experiments.comparisons import information_table, paired_tests, test_cells, with_error
+from tools.experiments.comparisons import (
+    information_table,
+    paired_tests,
+    pairs_table,
+    test_cells,
+    with_error,
+)
 from tools.experiments.expert_tables import EXPERT_TABLES
 from tools.experiments.sample_tables import (
     draw_samples,
@@ -42,13 +48,16 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    rows: Path = option(help="a .jsonl of runs or of samples, or a .csv of specialisation")
+    rows: tuple[Path, ...] = option(help=".jsonl of runs or of samples, or .csv of specialisation")
     times: Path | None = option(
         None, help="a .json with milliseconds per step, by question and arm, or of seconds.py"
     )
     arms: tuple[str, ...] = option((), help="include only these arms (default: all with rows)")
     reference: str | None = option(
         None, help="arm to compare with (default: the reference of the question)"
+    )
+    pairs: tuple[str, ...] = option(
+        (), help="compare only these arms, as ARM:REFERENCE, in one table with one correction"
     )
     output: Path = option(Path("results/tables"), help="folder for tables and figures")
 
@@ -127,18 +136,16 @@ def loss_at(curve: list[list[float]], step: float) -> float:
     return np.interp(step, *zip(*curve, strict=True), left=math.nan, right=math.nan)
 
 
-def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> dict:
-    """Returns the mean held-out loss of each arm at the time when the fastest arm finishes."""
+def at_equal_time(rows: list[dict], times: dict[str, float], question: Question) -> DataFrame:
+    """Returns the held-out losses, (seeds, arms), at the time when the fastest arm finishes."""
     known = [row for row in rows if row["arm"] in question.arms and row["arm"] in times]
     ends = {row["curve"][-1][0] for row in known}
     if len(ends) != 1:  # no runs, or runs of several lengths
-        return {}
+        return DataFrame()
     (last,) = ends
     budget = last * min(times[row["arm"]] for row in known)
-    losses = DataFrame(
-        [row["arm"], loss_at(row["curve"], min(last, budget / times[row["arm"]]))] for row in known
-    )
-    return losses.groupby(0)[1].mean().to_dict()
+    losses = [loss_at(row["curve"], min(last, budget / times[row["arm"]])) for row in known]
+    return DataFrame(known).assign(loss=losses).pivot(index="seed", columns="arm", values="loss")
 
 
 def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
@@ -154,10 +161,14 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
         cells = [arm, str(len(of_arm)), with_error(losses[arm].dropna())]
         cells.append("" if is_reference else with_error(gaps, sign="+"))
         cells += test_cells(tests, arm, digits=4)
-        equal = equal_time.get(arm, math.nan)
-        cells.append("" if math.isnan(equal) else f"{equal:.4f}")
-        for name in ("max_violation", "dead_experts", "experts_per_token"):
-            cells.append(f"{of_arm[name].mean():.2f}" if name in of_arm else "")
+        has_time = arm in equal_time and not is_reference
+        cells.append(
+            with_error(equal_time[arm] - equal_time[question.reference], "+") if has_time else ""
+        )
+        for name in ("max_violation", "dead_experts"):
+            cells.append(with_error(of_arm[name], digits=2) if name in of_arm else "")
+        experts = of_arm.get("experts_per_token")
+        cells.append("" if experts is None else f"{experts.mean():.2f}")
         cells += [f"{first[n] / 1e6:.2f}M" for n in ("total_parameters", "active_parameters")]
         cells.append(f"{first['macs'] / 1e6:.1f}")
         cells.append(f"{times[arm]:.0f}" if arm in times else "")
@@ -165,11 +176,18 @@ def table(rows: list[dict], question: Question, times: dict[str, float]) -> list
     return lines
 
 
-def write_report(output: Path, rows: list[dict], times: dict, reference: str | None = None) -> None:
+def write_report(
+    output: Path,
+    rows: list[dict],
+    times: dict,
+    reference: str | None = None,
+    pairs: tuple[str, ...] = (),
+) -> None:
     """Writes tables.md, and a table and a figure for each question with rows of at least two arms.
 
     reference: arm to compare with, in place of the reference of the question; questions without
         this arm are skipped
+    pairs: ARM:REFERENCE; these are tested, in one table, in place of the arms of each question
     """
     text, known = [], {row["arm"] for row in rows}
     for number, question in QUESTIONS.items():
@@ -181,7 +199,10 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
             continue
         step_times = times.get(str(number), {})
         lines = table(rows, question, step_times)
-        columns = [name for name in COLUMNS if any(line[name] for line in lines)]
+        tests = ("difference", "p (Holm)", "detectable") if pairs else ()
+        columns = [
+            name for name in COLUMNS if name not in tests and any(line[name] for line in lines)
+        ]
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "
@@ -192,6 +213,7 @@ def write_report(output: Path, rows: list[dict], times: dict, reference: str | N
             text.append(steps_to_quality(rows, question, step_times))
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
+    text.append(pairs_table(losses_of(rows), pairs))
     write_durably(output / "tables.md", "".join(text))
 
 
@@ -273,25 +295,28 @@ def report_training(config: ReportConfig, rows: list[dict]) -> None:
     with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
         times = read_json(config.times) if config.times else {}
     rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
-    write_report(config.output, rows, times, config.reference)
+    write_report(config.output, rows, times, config.reference, config.pairs)
 
 
 def main(config: ReportConfig) -> None:
     prepare_output("--output", config.output / "tables.md")
-    message = f"--rows: got {config.rows}, expected the rows of experiments"
-    with reported_as(message, OSError, ValueError, LookupError):
-        if config.rows.suffix == ".csv":
-            text = information_table(read_csv(config.rows), config.arms, config.reference)
-            write_durably(config.output / "tables.md", text)
+    names = " ".join(map(str, config.rows))
+    with reported_as(
+        f"--rows: got {names}, expected the rows of experiments", OSError, ValueError, LookupError
+    ):
+        if config.rows[0].suffix == ".csv":
+            frame = concat(map(read_csv, config.rows), ignore_index=True)
+            tables, text = [], information_table(frame, config.arms, config.reference)
         else:
-            rows = [json.loads(line) for line in config.rows.read_text().splitlines()]
+            lines = "".join(path.read_text() for path in config.rows).splitlines()
+            rows, text = [json.loads(line) for line in lines], ""
             tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
-    if config.rows.suffix != ".csv":
-        if tables:
-            text = tables[0](rows, config.arms, config.reference)
-            write_durably(config.output / "tables.md", text)
-        else:
-            (report_samples if "scale" in rows[0] else report_training)(config, rows)
+    if tables:
+        text = tables[0](rows, config.arms, config.reference, config.pairs)
+    if text:
+        write_durably(config.output / "tables.md", text)
+    else:
+        (report_samples if "scale" in rows[0] else report_training)(config, rows)
     text = (config.output / "tables.md").read_text()
     if not text:
         raise UserError("--rows: got no question with rows of its reference and of another arm")
