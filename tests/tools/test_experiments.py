@@ -11,7 +11,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -31,7 +31,7 @@ from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
-from tools.experiments.comparisons import errors_for_power, paired_tests, with_error
+from tools.experiments.comparisons import errors_for_power, paired_tests, pairs_table, with_error
 from tools.experiments.copies import compare, mean_cosine
 from tools.experiments.dropping import losses_without, scores_of
 from tools.experiments.expert_tables import dropping_table, persistence_table
@@ -203,6 +203,17 @@ def test_holms_correction_and_the_power_of_the_corrected_test():
     assert found["detectable"].tolist() == pytest.approx(spread.tolist())
 
 
+def test_named_pairs_have_one_correction():
+    """An arm with one seed has no test, and does not count."""
+    a, b = make_pairs(0.02), make_pairs(0.03)
+    losses = DataFrame({"zero": [0.0] * 3, "a": a, "b": b, "one": [1.5, math.nan, math.nan]})
+    lines = pairs_table(losses, ("a:zero", "zero:b", "one:zero")).splitlines()[3:]
+    assert lines[0].startswith(f"| a | zero | 3 | +{mean(a):.4f} ± ")
+    assert lines[1].startswith(f"| zero | b | 3 | -{mean(b):.4f} ± ")
+    assert "| 0.02 (0.04) |" in lines[0] and "| 0.03 (0.04) |" in lines[1]
+    assert lines[2] == "| one | zero | 1 | +1.5000 |  |  |"
+
+
 def make_pairs(p: float) -> list[float]:
     """Returns three differences with this two-sided p."""
     t = stats.t.isf(p / 2, 2)
@@ -316,9 +327,9 @@ def test_the_times_of_reuse_in_the_documentation_are_the_measured_ones():
 
 
 @pytest.mark.parametrize("flags", [
-    "routers.jsonl --arms no-arm", "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
-    "few_steps.jsonl --arms flow-900", "few_steps.jsonl --reference flow",
-    "routers.jsonl --times nothing", "upcycling.jsonl --arms no-arm",
+    "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
+    "routers.jsonl --pairs race:no-arm", "routers.jsonl --pairs race",
+    "few_steps.jsonl --reference flow", "routers.jsonl --times nothing",
 ])  # fmt: skip
 def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
     rows, *flags = flags.split()

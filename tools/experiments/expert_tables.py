@@ -17,19 +17,13 @@ def mean_of(values: Series) -> Series:
     return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
 
 
-def copies_table(
-    rows: list[dict], arms: tuple[str, ...], reference: str | None, pairs: tuple[str, ...] = ()
-) -> str:
+def copies_table(rows: list[dict], reference: str | None, pairs: tuple[str, ...]) -> str:
     """Returns a Markdown table of the likeness of copied experts, by arm and step.
 
     With a reference or pairs (ARM:REFERENCE), a second table compares the held-out losses at the
     last step, paired by seed.
     """
     frame = arms_of(DataFrame(rows))
-    if unknown := set(arms).difference(frame["arm"]):
-        expected = f"some of {', '.join(frame['arm'].unique())}"
-        raise UserError(f"--arms: got {min(unknown)}, expected {expected}")
-    frame = frame[frame["arm"].isin(arms or frame["arm"])]
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
               "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
     for (arm, step), group in frame.groupby(["arm", "step"], sort=False):

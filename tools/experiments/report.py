@@ -52,7 +52,9 @@ class ReportConfig:
     times: Path | None = option(
         None, help="a .json with milliseconds per step, by question and arm, or of seconds.py"
     )
-    arms: tuple[str, ...] = option((), help="include only these arms (default: all with rows)")
+    arms: tuple[str, ...] = option(
+        (), help="arms in the tables of specialisation (default: all with rows)"
+    )
     reference: str | None = option(
         None, help="arm to compare with (default: the reference of the question)"
     )
@@ -268,8 +270,6 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
     """Writes tables.md and, for rows of several numbers of steps, samples.png."""
     frame, _ = read_samples(rows)
     arms = set(frame["arm"])
-    if config.arms:
-        raise UserError(f"--arms: got {config.rows}, which has samples, expected rows of training")
     if config.reference and config.reference not in arms:
         expected = ", ".join(sorted(arms))
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
@@ -288,23 +288,23 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
 def report_training(config: ReportConfig, rows: list[dict]) -> None:
     """Writes the tables and figures of the questions that these rows answer."""
     known = {row["arm"] for row in rows}
-    for arm in filter(None, (*config.arms, config.reference)):
-        if arm not in known:
-            expected = f"some of {', '.join(sorted(known))}"
-            raise UserError(f"--arms, --reference: got {arm}, expected {expected}")
+    if config.reference not in (None, *known):
+        expected = f"some of {', '.join(sorted(known))}"
+        raise UserError(f"--reference: got {config.reference}, expected {expected}")
     with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
         times = read_json(config.times) if config.times else {}
-    rows = [row for row in rows if row["arm"] in config.arms or not config.arms]
     write_report(config.output, rows, times, config.reference, config.pairs)
 
 
 def main(config: ReportConfig) -> None:
     prepare_output("--output", config.output / "tables.md")
-    names = " ".join(map(str, config.rows))
+    names, is_csv = " ".join(map(str, config.rows)), config.rows[0].suffix == ".csv"
+    if config.arms and not is_csv:
+        raise UserError(f"--arms: got {names}, expected a .csv of specialisation")
     with reported_as(
         f"--rows: got {names}, expected the rows of experiments", OSError, ValueError, LookupError
     ):
-        if config.rows[0].suffix == ".csv":
+        if is_csv:
             frame = concat(map(read_csv, config.rows), ignore_index=True)
             tables, text = [], information_table(frame, config.arms, config.reference)
         else:
@@ -312,7 +312,7 @@ def main(config: ReportConfig) -> None:
             rows, text = [json.loads(line) for line in lines], ""
             tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
     if tables:
-        text = tables[0](rows, config.arms, config.reference, config.pairs)
+        text = tables[0](rows, config.reference, config.pairs)
     if text:
         write_durably(config.output / "tables.md", text)
     else:
