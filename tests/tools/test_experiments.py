@@ -579,8 +579,11 @@ def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
     assert lines[2] == "| topk | 2 of 8 | +2.3333 ± 0.8819 | +5.6667 ± 2.1858 |"
     pairs = Series([1 - 3, 2 - 4, 4 - 10])
     p = stats.ttest_1samp(pairs, 0).pvalue
-    want = f"| topk | 2 of 8 | damage minus random | 3 | {with_error(pairs)} | {p:.2g} ({p:.2g}) |"
+    want = f"| topk | damage minus random | 3 | {with_error(pairs)} | {p:.2g} ({p:.2g}) |"
     assert lines[-1].startswith(want)
+    other = [row | {"run": row["run"].replace("topk", "race"), "change": 0.0} for row in rows]
+    means = with_error(Series([pairs.mean(), 0]))
+    assert f"| 2 arms | damage minus random | 2 | {means} |" in dropping_table(rows + other)
 
 
 def test_trained_and_random_routers_are_compared_over_runs():

@@ -83,12 +83,13 @@ def dropping_table(rows: list[dict], *_) -> str:
 
     A number is the mean over runs and, at random, draws. With several runs of an arm, the errors
     are over runs, and a second table compares the choices of a quarter of the experts: one number,
-    so that fewer tests are corrected. The last column is, for quantised
+    so that fewer tests are corrected. Its pairs are runs or, of several arms, the means of the
+    arms. The last column is, for quantised
     experts, the share of those with the least damage that also have the least damage in full
     precision.
     """
     frame = arms_of(DataFrame([{"quantize": "none", "silenced": False} | row for row in rows]))
-    kinds, found = frame["choice"].unique(), {}
+    kinds, tested = frame["choice"].unique(), {}
     least = {  # the experts that are left out; older rows do not list them
         (row["run"], row.get("quantize", "none"), row["dropped"]): row["of_layers"]
         for row in rows if row["choice"] == "damage" and "of_layers" in row
@@ -112,11 +113,17 @@ def dropping_table(rows: list[dict], *_) -> str:
         name = arm + ("" if quantize == "none" else f" {quantize}") + ", silenced" * silenced
         experts = group["experts"].iloc[0]
         lines.append([name, f"{number} of {experts}", *cells])
-        for kind in kinds[1:] if len(changes) > 1 and 4 * number == experts else ():
-            pairs = changes[kinds[0]] - changes[kind]
-            found[name, lines[-1][1], f"{kinds[0]} minus {kind}"] = pairs.reset_index(drop=True)
-    head = ["run", "experts dropped per layer", "choice"]
-    return markdown(lines) + differences_table(head, found, digits=4)
+        if len(changes) > 1 and 4 * number == experts:
+            tested[name] = changes
+    if len(tested) > 1:
+        tested = {f"{len(tested)} arms": DataFrame({n: c.mean() for n, c in tested.items()}).T}
+    found = {
+        (name, f"{kinds[0]} minus {kind}"): changes[kinds[0]] - changes[kind]
+        for name, changes in tested.items()
+        for kind in kinds[1:]
+    }
+    found = {names: pairs.reset_index(drop=True) for names, pairs in found.items()}
+    return markdown(lines) + differences_table(["run", "choice"], found, digits=4)
 
 
 def common(ours: list[list[int]], theirs: list[list[int]]) -> str:
