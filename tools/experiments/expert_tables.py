@@ -2,7 +2,6 @@
 
 from pandas import DataFrame, Series
 
-from runtime.errors import UserError
 from tools.benchmarks.common import markdown
 from tools.experiments.comparisons import differences_table, pairs_table, with_error
 
@@ -17,11 +16,10 @@ def mean_of(values: Series) -> Series:
     return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
 
 
-def copies_table(rows: list[dict], reference: str | None, pairs: tuple[str, ...]) -> str:
+def copies_table(rows: list[dict], pairs: tuple[str, ...]) -> str:
     """Returns a Markdown table of the likeness of copied experts, by arm and step.
 
-    With a reference or pairs (ARM:REFERENCE), a second table compares the held-out losses at the
-    last step, paired by seed.
+    A second table compares the held-out losses of pairs (ARM:REFERENCE) at the last step.
     """
     frame = arms_of(DataFrame(rows))
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
@@ -41,16 +39,7 @@ def copies_table(rows: list[dict], reference: str | None, pairs: tuple[str, ...]
             lines.append([arm, str(len(group)), str(step), *cells])
     last = frame[frame["step"] == frame["step"].max()]
     losses = last.pivot(index="seed", columns="arm", values="val_loss").astype(float)
-    text = markdown(lines) + pairs_table(losses, pairs)
-    return text + (losses_table(losses, reference) if reference else "")
-
-
-def losses_table(losses: DataFrame, reference: str) -> str:
-    """Returns a Markdown table of differences of losses (seeds, arms) from an arm's."""
-    if reference not in losses:
-        raise UserError(f"--reference: got {reference}, expected some of {', '.join(losses)}")
-    found = losses.drop(columns=reference).sub(losses[reference], axis=0)
-    return differences_table(["arm"], {(arm,): found[arm].dropna() for arm in found}, digits=4)
+    return markdown(lines) + pairs_table(losses, pairs)
 
 
 def percent(shares: Series) -> str:

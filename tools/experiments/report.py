@@ -312,7 +312,7 @@ def main(config: ReportConfig) -> None:
             rows, text = [json.loads(line) for line in lines], ""
             tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
     if tables:
-        text = tables[0](rows, config.reference, config.pairs)
+        text = tables[0](rows, config.pairs)
     if text:
         write_durably(config.output / "tables.md", text)
     else:
