@@ -293,7 +293,7 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
     """
     wrong = []
     for questions, text in statements():
-        if "14" in questions:
+        if "minus `unipc`" in text:  # the section on reuse, whose table no command prints yet
             continue
         lines = [line for question in questions for line in made_tables[question]]
         printed = " ".join(line for _, line in lines)
