@@ -705,7 +705,7 @@ class DiT(nn.Module):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
                 x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
             inputs = x, c, context, None if rotation is None else rotation[-x.shape[1] :]
-            x, routing = checkpoint(block, *inputs, **options) if options else block(*inputs)
+            x, routing = checkpoint(block, *inputs, **options) if is_recomputed else block(*inputs)
             if routing is not None:
                 routings.append(routing)
                 rates.append(len(routing.token) / (x.shape[0] * x.shape[1]))

@@ -4,7 +4,7 @@
     macs = count_macs(config)
 
 The model consists of fake tensors, which have a shape, a type and a device. It is built once for
-each config and is not to be changed.
+each config, and whoever changes it restores it, as `initial_weights` does.
 
 Shape legend: D width, H expert width, E experts, R chosen rows, U rows of up_proj
 """
@@ -36,7 +36,8 @@ def fake_mode() -> FakeTensorMode:
 
 
 def fake_model(config: DiTConfig) -> DiT:
-    """Returns the model of a config, the same one until a component gets another class."""
+    """Returns the model of a config, the same one until its router or a condition is another class,
+    as after the cell of a notebook that defines it ran again."""
     names = [split_condition(word)[0] for word in config.conditions]
     kinds = (config.router and ROUTERS[config.router.name], *(CONDITIONS[name] for name in names))
     return build_fake(config, kinds)

@@ -1,7 +1,7 @@
 """What differs between a checkpoint and the command that goes on from it.
 
 found = compare(before, was, config, facts, {"lr"})
-found.named                                           # ["--lr: was 0.0001, is 5e-05"]
+found.said                                           # ["--lr: was 0.0001, is 5e-05"]
 """
 
 import glob
@@ -43,8 +43,8 @@ class Changes(NamedTuple):
     """What differs from a checkpoint, as "--lr: was 0.0001, is 5e-05"; see `Option.change`."""
 
     state: list[str]
-    unnamed: list[str]  # decides the result, and no flag of the command names it
-    named: list[str]
+    unsaid: list[str]  # decides the result, and no flag of the command says it
+    said: list[str]
 
 
 def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
@@ -64,7 +64,7 @@ def compare(
         found.state.append(difference("model", was.preset, config.preset))
     for section, part in config.by_section.items():
         for name, flag, old, new in differences(was.by_section[section], part):
-            result = found.named if flag.field.name in named else found.unnamed
+            result = found.said if flag.field.name in named else found.unsaid
             lines = {"state": found.state, "result": result}.get(flag.option.change, [])
             lines.append(difference(name, old, new))
     known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
@@ -79,7 +79,7 @@ def compare(
                 continue
             note = DIGESTS if old.keys() & new.keys() <= {"count"} else ""
             old, new = images_name(old), images_name(new) + note
-        result = found.named if named & {*fields} else found.unnamed
+        result = found.said if named & {*fields} else found.unsaid
         lines = result if fields else found.state
         lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
     return found
@@ -111,7 +111,7 @@ def check_changes(
             f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
             "--finetune starts from the weights only"
         )
-    if refused := found.state + found.unnamed:
+    if refused := found.state + found.unsaid:
         expected = "the same settings, or a new run (--run-name NEW, without --resume)"
         if not found.state:
             expected += f", or --resume {folder} with the flags that are to change, or a branch "
@@ -135,7 +135,7 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
         if before.images and "sha256" in before.images:  # a digest of an earlier version
             now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
         found = compare(before, was, config, now, set())
-        if found.state or found.unnamed:
+        if found.state or found.unsaid:
             continue
         raise UserError(
             f"{other} has the same settings, under the name of an earlier version; "

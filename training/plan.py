@@ -39,7 +39,9 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     if not (dist := read_environment()).is_main:
         return
     plan = plan_run(said, engine_flags, open_planned)
-    begin, config, world_size = plan.begin, plan.config, plan.config.run.gpus or dist.world_size
+    begin, config = plan.begin, plan.config
+    world_size = config.run.gpus or dist.world_size
+    config.engine.engine_class().check(config, world_size)
     if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
         named = plan.named if begin.resumes or begin.own is None else set()
         check_changes(begin.own or begin.record, config, {}, named, step, begin.folder)
@@ -66,9 +68,8 @@ def describe_model(config: TrainConfig) -> dict[str, str]:
 
 
 def describe_memory(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
-    """Describes the memory of a process, and whether it fits; refuses what the engine refuses."""
+    """Describes the memory of a process, and whether it fits."""
     engine, micro_batch = config.engine.engine_class(), stream.micro_batch
-    engine.check(config, stream.world_size)
     gpu, host, layout = engine.memory(config, stream.world_size)
     needed, usable, source = in_gib(gpu), *usable_memory(config)
     tips = {

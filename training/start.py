@@ -209,7 +209,7 @@ def starting_point(
     # The settings of the newest checkpoint hold, even if it is damaged.
     check_changes(newest, config, facts, named, state_folder, folder)
     was, unknown = stored_config(before, type(config.engine))
-    changed = compare(before, was, config, facts, {*training_flags(type(config.engine))}).named
+    changed = compare(before, was, config, facts, {*training_flags(type(config.engine))}).said
     notes += unknown + state_notes(config, was, state_folder)
     return state_folder, before, changed
 
@@ -274,7 +274,8 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    if run := run_of_step(said.get("resume", "")):  # a branch is put beside its run
+    source = said.get("resume")
+    if run := source and run_of_step(source):  # a branch is put beside its run
         said = {"results_dir": os.path.normpath(os.path.join(run, os.pardir)), **said}
     begin, flags, stored = beginning_of(said), training_flags(engine_flags), None
     follows = FOLLOWS if "latents_path" in said else ()

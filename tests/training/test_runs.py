@@ -358,9 +358,9 @@ def test_images_with_the_digest_of_an_earlier_version_go_on_with_data_path(finis
     config, _ = stored_config(record, DDPFlags)
     before = replace(record, images={"count": 40, "sha256": 64 * "0"})
     facts = {"images": record.images}
-    (line,) = (x for x in compare(before, config, config, facts, set()).unnamed if "--data" in x)
+    (line,) = (x for x in compare(before, config, config, facts, set()).unsaid if "--data" in x)
     assert "was 40 images" in line and "--data-path beside --resume" in line
-    assert line in compare(before, config, config, facts, {"data_path"}).named
+    assert line in compare(before, config, config, facts, {"data_path"}).said
 
 
 def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
