@@ -70,12 +70,10 @@ def persistence_table(rows: list[dict], *_) -> str:
 def dropping_table(rows: list[dict], *_) -> str:
     """Returns a Markdown table of the loss without some experts, by number and kind of choice.
 
-    A number is the mean over runs and, at random, draws. With several runs of an arm, the errors
-    are over runs, and a second table compares the choices of a quarter of the experts: one number,
-    so that fewer tests are corrected. Its pairs are runs or, of several arms, the means of the
-    arms. The last column is, for quantised
-    experts, the share of those with the least damage that also have the least damage in full
-    precision.
+    A number is the mean over runs and, at random, draws; with several runs of an arm, the errors
+    are over runs. The last column is, for quantised experts, the share of those with the least
+    damage that also have the least damage in full precision. For arms of several runs, a second
+    table follows, see `choices_table`.
     """
     frame = arms_of(DataFrame([{"quantize": "none", "silenced": False} | row for row in rows]))
     kinds, tested = frame["choice"].unique(), {}
@@ -104,15 +102,26 @@ def dropping_table(rows: list[dict], *_) -> str:
         lines.append([name, f"{number} of {experts}", *cells])
         if len(changes) > 1 and 4 * number == experts:
             tested[name] = changes
-    if len(tested) > 1:
-        tested = {f"{len(tested)} arms": DataFrame({n: c.mean() for n, c in tested.items()}).T}
+    return markdown(lines) + (choices_table(tested, list(kinds)) if tested else "")
+
+
+def choices_table(changes: dict[str, DataFrame], kinds: list[str]) -> str:
+    """Returns a Markdown table of differences between choices of a quarter of the experts.
+
+    Only a quarter is tested, to keep the correction small. The pairs are runs or, of several arms,
+    the means of the arms.
+
+    changes: changes of the loss of each arm, (runs, kinds of choice)
+    """
+    name, frame = next(iter(changes.items()))
+    if len(changes) > 1:
+        name, frame = f"{len(changes)} arms", DataFrame([each.mean() for each in changes.values()])
     found = {
-        (name, f"{kinds[0]} minus {kind}"): changes[kinds[0]] - changes[kind]
-        for name, changes in tested.items()
-        for kind in kinds[1:]
-    }
-    found = {names: pairs.reset_index(drop=True) for names, pairs in found.items()}
-    return markdown(lines) + differences_table(["run", "choice"], found, digits=4)
+        (name, f"{ours} minus {theirs}"): (frame[ours] - frame[theirs]).reset_index(drop=True)
+        for ours in ("damage", "output") if ours in kinds
+        for theirs in kinds if theirs not in (ours, "damage")
+    }  # fmt: skip
+    return differences_table(["run", "choice"], found, digits=4)
 
 
 def common(ours: list[list[int]], theirs: list[list[int]]) -> str:
