@@ -40,14 +40,17 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
 
     They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
-    for module, own in fake_model(config).owners():
+    model = fake_model(config)
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    for module, _ in model.owners():
         fakes = dict(module.named_parameters(recurse=False))
         fakes |= dict(module.named_buffers(recurse=False))
         drawn = {}
         for attribute, fake in fakes.items():
             tensor = torch.empty(fake.shape, dtype=fake.dtype)
-            drawn[own[fake]] = nn.Parameter(tensor) if isinstance(fake, nn.Parameter) else tensor
-            setattr(module, attribute, drawn[own[fake]])
+            tensor = nn.Parameter(tensor) if isinstance(fake, nn.Parameter) else tensor
+            drawn[names[module] + attribute] = tensor
+            setattr(module, attribute, tensor)
         try:
             initialize(module, {tensor: name for name, tensor in drawn.items()})
         finally:

@@ -94,9 +94,8 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
 
 def run_of_step(source: str) -> str | None:
     """Returns RUN of a path RUN/checkpoints/STEP, also if the step was deleted; else None."""
-    folder, name = os.path.split(os.path.abspath(source))
-    is_step = os.path.basename(folder) == "checkpoints" and name.isdecimal()
-    if not is_step or os.path.isfile(os.path.join(source, CONFIG_FILE)):
+    parent = os.path.basename(os.path.dirname(os.path.abspath(source)))
+    if parent != "checkpoints" or os.path.isfile(os.path.join(source, CONFIG_FILE)):
         return None
     return os.path.normpath(os.path.join(source, os.pardir, os.pardir))
 

@@ -26,7 +26,7 @@ from options.settings import differences
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
 from training.changes import check_earlier_names, compare, stored_config
-from training.config import override, parse_training, resolve, training_flags
+from training.config import DataFacts, override, parse_training, resolve, training_flags
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
 from training.log import RunLog
@@ -37,6 +37,7 @@ from training.run_folder import (
     enter_run_folder,
     named_run,
     newest_record,
+    run_of_step,
     stored_settings,
 )
 from training.saving import Saver
@@ -259,6 +260,18 @@ def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_pat
     (runs / "run").rename(runs / "0000007")
     call_main("train.py", "--resume", runs / "0000007")
     assert f"{runs / '0000007'} is finished" in capsys.readouterr().out
+
+
+def test_a_branch_is_put_beside_its_run(tmp_path, monkeypatch):
+    """Also from a link or a copy of a step; without --resume, wherever the command is started."""
+    for step in ("0000003", "latest", "0000003-copy"):
+        run = tmp_path / "runs" / "run"
+        assert run_of_step(str(run / "checkpoints" / step)) == str(run)
+    (tmp_path / "checkpoints" / "123").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "checkpoints" / "123")
+    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="")
+    config = start.plan_run({"depth": 1}, DDPFlags, lambda settings: (None, facts)).config
+    assert config.run.results_dir == "results"
 
 
 def test_a_branch_that_would_train_no_steps_is_rejected_and_leaves_no_folder(copied, capsys):

@@ -274,7 +274,7 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
         expected = ", ".join(sorted(arms))
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
     text = sample_tables(rows)
-    if "reuse" in frame:
+    if frame["reuse"].any():
         text += "\n" + reuse_table(rows, read_json(config.times)["rows"] if config.times else [])
     if frame["interval"].nunique() > 1:
         text += "\n" + guidance_table(rows)

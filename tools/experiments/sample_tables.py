@@ -20,7 +20,7 @@ def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:
     "arm" is the name of the run without the seed, and the settings of the model that differ between
     rows: ARM,NAME=VALUE.
     """
-    known = {"sampler": "", "interval": (0.0, 1.0)}
+    known = {"sampler": "", "interval": (0.0, 1.0), "reuse": 0}
     frame = DataFrame([known | {"groups": row["reporting"][:1]} | row for row in rows])
     frame["interval"] = frame["interval"].map("{0[0]:g} to {0[1]:g}".format)
     cost = "passes" if "passes" in frame and frame["passes"].notna().all() else "steps"
