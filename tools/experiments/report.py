@@ -1,8 +1,8 @@
-"""Tables and figures from the rows that `tools.experiments.routers` writes.
+"""Tables and figures from the rows that the tools of this folder write.
 
     python -m tools.experiments.report --rows docs/experiments_quality.jsonl --output results/tables
 
-This command reproduces the tables of docs/experiments.md from rows in the repository.
+docs/tables.md has the commands that make the tables of the documentation.
 `comparisons.paired_tests` defines which differences are detected.
 """
 
@@ -19,7 +19,7 @@ from pandas import DataFrame, concat, read_csv
 from options.parts import option
 from runtime.errors import UserError, reported_as, run_main
 from runtime.files import prepare_output, read_json, write_durably
-from runtime.flags import parse_config
+from runtime.flags import parse_config, refuse_idle
 from tools.benchmarks.common import markdown
 from tools.experiments.arms import QUESTIONS, Question
 from tools.experiments.comparisons import (
@@ -184,8 +184,9 @@ def write_report(
     times: dict,
     reference: str | None = None,
     pairs: tuple[str, ...] = (),
-) -> None:
+) -> str:
     """Writes tables.md, and a table and a figure for each question with rows of at least two arms.
+    Returns the text of tables.md.
 
     reference: arm to compare with, in place of the reference of the question; questions without
         this arm are skipped
@@ -215,8 +216,9 @@ def write_report(
             text.append(steps_to_quality(rows, question, step_times))
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
-    text.append(pairs_table(losses_of(rows), pairs))
-    write_durably(output / "tables.md", "".join(text))
+    text = "".join([*text, pairs_table(losses_of(rows), pairs)])
+    write_durably(output / "tables.md", text)
+    return text
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
@@ -266,8 +268,8 @@ def parse_args() -> ReportConfig:
     return parse_config(ReportConfig, __doc__)
 
 
-def report_samples(config: ReportConfig, rows: list[dict]) -> None:
-    """Writes tables.md and, for rows of several numbers of steps, samples.png."""
+def report_samples(config: ReportConfig, rows: list[dict]) -> str:
+    """Returns the tables; of several numbers of steps, also draws samples.png."""
     frame, _ = read_samples(rows)
     arms = set(frame["arm"])
     if config.reference and config.reference not in arms:
@@ -280,46 +282,50 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> None:
         text += "\n" + guidance_table(rows)
     if config.reference:
         text += "\n" + sample_comparisons(rows, config.reference)
-    write_durably(config.output / "tables.md", text)
     if len({row["steps"] for row in rows}) > 1:
         draw_samples(rows, config.output / "samples.png")
+    return text
 
 
-def report_training(config: ReportConfig, rows: list[dict]) -> None:
-    """Writes the tables and figures of the questions that these rows answer."""
+def report_training(config: ReportConfig, rows: list[dict]) -> str:
+    """Returns the tables of the questions that these rows answer, and draws their figures."""
     known = {row["arm"] for row in rows}
     if config.reference not in (None, *known):
         expected = f"some of {', '.join(sorted(known))}"
         raise UserError(f"--reference: got {config.reference}, expected {expected}")
     with reported_as(f"--times: got {config.times}, expected a .json file", OSError, ValueError):
         times = read_json(config.times) if config.times else {}
-    write_report(config.output, rows, times, config.reference, config.pairs)
+    return write_report(config.output, rows, times, config.reference, config.pairs)
 
 
 def main(config: ReportConfig) -> None:
     prepare_output("--output", config.output / "tables.md")
     names, is_csv = " ".join(map(str, config.rows)), config.rows[0].suffix == ".csv"
-    if config.arms and not is_csv:
-        raise UserError(f"--arms: got {names}, expected a .csv of specialisation")
     with reported_as(
         f"--rows: got {names}, expected the rows of experiments", OSError, ValueError, LookupError
     ):
         if is_csv:
             frame = concat(map(read_csv, config.rows), ignore_index=True)
-            tables, text = [], information_table(frame, config.arms, config.reference)
         else:
             lines = "".join(path.read_text() for path in config.rows).splitlines()
-            rows, text = [json.loads(line) for line in lines], ""
-            tables = [EXPERT_TABLES[key] for key in EXPERT_TABLES if key in rows[0]]
-    if tables:
-        text = tables[0](rows, config.pairs)
-    if text:
-        write_durably(config.output / "tables.md", text)
+            rows = [json.loads(line) for line in lines]
+            of_experts = [table for key, table in EXPERT_TABLES.items() if key in rows[0]]
+    if is_csv:
+        refuse_idle(config, ("times", "pairs"), "with specialisation")
+        with reported_as(f"--arms, --reference: expected arms of {names}", LookupError):
+            text = information_table(frame, config.arms, config.reference)
+    elif of_experts:
+        refuse_idle(config, ("arms", "times", "reference"), f"with {names}")
+        text = of_experts[0](rows, config.pairs)
+    elif "scale" in rows[0]:
+        refuse_idle(config, ("arms", "pairs"), "with samples")
+        text = report_samples(config, rows)
     else:
-        (report_samples if "scale" in rows[0] else report_training)(config, rows)
-    text = (config.output / "tables.md").read_text()
+        refuse_idle(config, ("arms",), "with runs of training")
+        text = report_training(config, rows)
     if not text:
         raise UserError("--rows: got no question with rows of its reference and of another arm")
+    write_durably(config.output / "tables.md", text)
     print(text, end="")
 
 
