@@ -121,7 +121,7 @@ def test_a_recipe_of_jit_has_the_published_training_settings(name):
 def test_a_recipe_flat_and_nested_gives_the_same_config(name):
     said = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
     config = resolve(said, DDPFlags)
-    values = flat(*config.parts.values())
+    values = flat(*config.by_section.values())
     for name in [name for name in values if name.partition("_")[0] == "ema"]:
         values[name] = [*dict.fromkeys(values[name])]  # --ema-decay A B makes two EMAs of one --ema
     for written in ({"model": config.preset, **values}, config.sections()):
