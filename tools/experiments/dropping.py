@@ -80,10 +80,12 @@ def scores_of(model: DiT, losses: Callable[[], object]) -> Scores:
     load, output = torch.zeros(2, len(layers), model.config.experts_per_layer, dtype=torch.double)
 
     def add(layer: int, experts: Experts, x: Tensor, routing: Routing) -> None:
-        alone = routing._replace(token=torch.arange(len(routing.token)), per_token=1)
-        norm = experts.forward(x[routing.token], alone).norm(dim=1).double()  # (R,)
-        load[layer] += routing.expert.bincount(minlength=len(load[layer]))
-        output[layer].index_add_(0, routing.expert, norm)
+        rows = torch.arange(len(routing.token), device=x.device)
+        alone = routing._replace(token=rows, per_token=1)
+        norm = experts.forward(x[routing.token], alone).norm(dim=1)  # (R,)
+        expert = routing.expert.cpu()
+        load[layer] += expert.bincount(minlength=len(load[layer]))
+        output[layer].index_add_(0, expert, norm.cpu().double())
 
     with ExitStack() as hooks:
         for layer, experts in enumerate(layers):

@@ -185,8 +185,8 @@ def write_report(
     reference: str | None = None,
     pairs: tuple[str, ...] = (),
 ) -> str:
-    """Writes tables.md, and a table and a figure for each question with rows of at least two arms.
-    Returns the text of tables.md.
+    """Writes a table and a figure for each question with rows of at least two arms; returns the
+    text of tables.md.
 
     reference: arm to compare with, in place of the reference of the question; questions without
         this arm are skipped
@@ -216,9 +216,7 @@ def write_report(
             text.append(steps_to_quality(rows, question, step_times))
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
-    text = "".join([*text, pairs_table(losses_of(rows), pairs)])
-    write_durably(output / "tables.md", text)
-    return text
+    return "".join([*text, pairs_table(losses_of(rows), pairs)])
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:
@@ -277,7 +275,12 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> str:
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
     text = sample_tables(rows)
     if frame["reuse"].any():
-        text += "\n" + reuse_table(rows, read_json(config.times)["rows"] if config.times else [])
+        message = f"--times: got {config.times}, expected a .json of seconds.py"
+        with reported_as(message, OSError, ValueError, LookupError):
+            times = read_json(config.times)["rows"] if config.times else []
+            text += "\n" + reuse_table(rows, times)
+    else:
+        refuse_idle(config, ("times",), "with samples without reuse")
     if frame["interval"].nunique() > 1:
         text += "\n" + guidance_table(rows)
     if config.reference:

@@ -154,7 +154,8 @@ def read_rows(output: Path) -> list[dict]:
 def report(output: Path) -> None:
     """Writes the tables and figures of a folder, with the measured times if there are any."""
     path = output / "times.json"
-    write_report(output, read_rows(output), read_json(path) if path.exists() else {})
+    text = write_report(output, read_rows(output), read_json(path) if path.exists() else {})
+    write_durably(output / "tables.md", text)
 
 
 def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
