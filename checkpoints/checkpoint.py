@@ -266,6 +266,10 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
         model = DiT(config)
         if kind := quantization_of(state_dict):
             quantize_experts(model, kind)
+    for name, tensor in model.state_dict().items():
+        got, expected = state_dict.get(name, tensor).dtype, tensor.dtype
+        if got.is_floating_point != expected.is_floating_point:
+            raise ValueError(f"{name}: got {got}, expected {expected}")
     model.load_state_dict(state_dict, assign=True)
     return model
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_kernels.quantized import KINDS
 from runtime.errors import UserError, reported_as
 from runtime.files import flush_to_disk, open_regular
 
@@ -83,18 +82,14 @@ def write_pickle(path: Path, stored: dict) -> None:
 
 
 def check_weights(state_dict: dict) -> None:
-    """Checks that all values are dense floating-point tensors of finite numbers.
-
-    An integer tensor NAME is allowed if there is NAME_scale, as for a quantised weight.
-    """
+    """Checks that all values are dense tensors of finite numbers."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise ValueError("got no weights, expected a state dict of tensors")
     for name, value in state_dict.items():
-        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
-        is_quantized = is_dense and value.dtype in KINDS and f"{name}_scale" in state_dict
-        if not is_dense or not (value.is_floating_point() or is_quantized):
-            got = f"{value.dtype}" if is_dense else type(value).__name__
-            raise ValueError(f"{name!s:.80}: got {got}, expected a dense floating-point tensor")
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.layout != torch.strided:
+            got = value.layout if is_tensor else type(value).__name__
+            raise ValueError(f"{name!s:.80}: got {got}, expected a dense tensor")
         if (held := value.untyped_storage().nbytes()) < value.numel() * value.element_size():
             raise ValueError(
                 f"{name:.80}: got {held:,} bytes, expected storage for {value.numel():,} elements"

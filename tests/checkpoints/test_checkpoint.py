@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
 from models import DiT
+from routers import ROUTERS, TopKRouter
 from runtime.errors import UserError
 
 REFERENCE = ROOT / "tests" / "reference"
@@ -40,6 +41,33 @@ def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(saved):
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
     assert all(weight.requires_grad for weight in loaded.parameters())
+
+
+class CountingRouter(TopKRouter):
+    """Router with a buffer of integers and one of booleans."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.register_buffer("counts", torch.empty(self.num_experts, dtype=torch.int64))
+        self.register_buffer("is_used", torch.empty(self.num_experts, dtype=torch.bool))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.counts.fill_(2**40 + 1)  # no fp32 number
+        self.is_used.fill_(True)
+
+
+def test_a_router_may_have_buffers_of_integers(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "counting", CountingRouter)
+    model = DiT(**TINY_MODEL, router="counting")
+    path = save_checkpoint(model, tmp_path / "model.safetensors")
+    for value in load_model(path).state_dict(), read_checkpoint(path).state_dict:
+        assert value["blocks.1.moe.gate.counts"].tolist() == 4 * [2**40 + 1]
+        assert value["blocks.1.moe.gate.is_used"].tolist() == 4 * [True]
+    model.blocks[1].moe.gate.counts = torch.ones(4)
+    path = save_checkpoint(model, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="gate.counts: got torch.float32, expected torch.int64"):
+        load_model(path)
 
 
 def test_file_permissions_of_saved_weights_follow_the_umask(saved, tmp_path):
