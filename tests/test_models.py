@@ -33,7 +33,7 @@ from moe_kernels.attention import attention_by_products
 from moe_kernels.layouts import to_stacked_layout
 from routers import ROUTERS
 from runtime.processes import ALONE
-from training.metrics import MetricTracker
+from training.metrics import MetricTracker, expert_metrics
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("loop", "grouped")
@@ -278,6 +278,22 @@ def test_a_number_of_a_router_is_logged_as_a_mean_or_for_each_layer(noisy):
     means = tracker.means()
     assert means["router_mean_of"] == pytest.approx(found["router_mean_of"].tolist())
     assert means["router_mean"] == pytest.approx(found["router_mean_of"].mean().item())
+
+
+def test_a_buffer_of_a_router_may_have_any_type_in_the_log(monkeypatch):
+    class Masked(routers.TopKRouter):
+        def __post_init__(self):
+            super().__post_init__()
+            self.register_buffer("is_used", torch.empty(4, dtype=torch.bool))
+
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            self.is_used.copy_(torch.tensor([False, True, False, False]))
+
+    monkeypatch.setitem(ROUTERS, "masked", Masked)
+    model = randomised(router="masked")
+    model(*tiny_batch())
+    assert expert_metrics(model, ALONE)["router_is_used"] == [1, 1]
 
 
 @pytest.fixture

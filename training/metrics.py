@@ -98,7 +98,7 @@ def expert_metrics(model: DiT, dist: Distributed) -> dict[str, float | list[floa
     states: dict[str, list[Tensor]] = {}
     for block in model.blocks:
         for name, state in block.moe.gate.named_buffers() if block.moe else ():
-            states.setdefault(f"router_{name}", []).append(state.abs().max())
+            states.setdefault(f"router_{name}", []).append(state.float().abs().max())
     return {
         "expert_load": load.amax(dim=1).tolist(),  # load of the busiest expert
         "dead_experts": int((routed == 0).sum()),
