@@ -163,6 +163,17 @@ def check_shard(tensors: Batch, settings: CacheSettings, count: int) -> None:
         raise ValueError(f"labels: got {got}, expected 0 to {most}, the numbers of the classes")
 
 
+def open_shard(flag: str, path: Path, settings: CacheSettings, count: int) -> Batch:
+    """Maps the tensors of a shard of `count` images into memory, and reads the labels."""
+    expected = "a complete shard; run the command of cache_latents.py again"
+    message = f"{flag}: got {path}, expected {expected}"
+    with reported_as(message, SafetensorError, OSError, ValueError):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in settings.tensors}
+        check_shard(tensors, settings, count)
+    return tensors
+
+
 class CachedLatents(Dataset):
     """Latents in a folder written by cache_latents.py, a `Source` like an ImageSource.
 
@@ -188,7 +199,9 @@ class CachedLatents(Dataset):
                 f"{flag}: {folder} lacks {len(missing)} of {len(files)} shards; run the command of "
                 "cache_latents.py again"
             )
-        self.shards = [self.open_shard(path, len(images)) for path, images in files.items()]
+        self.shards = [
+            open_shard(flag, path, settings, len(images)) for path, images in files.items()
+        ]
         self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
         first = {name: tuple(values.shape[2:]) for name, values in self.shards[0].items()}
         self.shapes = {**first, "label": ()}
@@ -209,16 +222,6 @@ class CachedLatents(Dataset):
         views = {name: values[row] for name, values in tensors if name not in left_out}
         label = views.pop("labels").long()
         return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
-
-    def open_shard(self, path: Path, count: int) -> Batch:
-        """Maps the tensors of a shard of `count` images into memory, and reads the labels."""
-        expected = "a complete shard; delete it and run the command of cache_latents.py again"
-        message = f"{self.flag}: got {path}, expected {expected}"
-        with reported_as(message, SafetensorError, OSError, ValueError):
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in self.settings.tensors}
-            check_shard(tensors, self.settings, count)
-        return tensors
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         channels, *size = self.settings.latent_shape
@@ -301,8 +304,8 @@ def check_networks(
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> dict[Path, range]:
-    """Creates a cache, or resumes one of the same settings; returns the missing shards, see
-    `CacheSettings.shards`."""
+    """Creates a cache, or resumes one of the same settings; returns the missing and the damaged
+    shards, see `CacheSettings.shards`."""
     if not os.path.isfile(folder / INDEX_FILE):
         check_new_folder("--output", folder)
         with reported_as(f"--output: cannot write {folder}", OSError):
@@ -315,8 +318,13 @@ def begin_cache(folder: Path, settings: CacheSettings) -> dict[Path, range]:
     message = f"--output: {folder} was created with other settings"
     named = [asdict(s) | {"listing": images_name(s.listing)} for s in (settings, moved)]
     check_same(message, *named)
-    files = settings.shards(folder).items()
-    return {path: images for path, images in files if not path.is_file()}
+    missing = {}
+    for path, images in settings.shards(folder).items():
+        try:
+            open_shard("--output", path, settings, len(images))
+        except UserError:
+            missing[path] = images
+    return missing
 
 
 def write_shard(path: Path, tensors: Batch, channels: int) -> None:

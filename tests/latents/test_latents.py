@@ -201,12 +201,16 @@ def test_cache_latents_replaces_unreadable_images(cache_flags, image_tree, tmp_p
         assert_holds(latents, images, vae, index, True)
 
 
-def test_a_damaged_latent_shard_is_a_one_line_error(cache, tmp_path):
-    shutil.copytree(cache, tmp_path / "damaged")
-    path = shard_path(tmp_path / "damaged", 1)
+def test_a_damaged_latent_shard_is_a_one_line_error_until_it_is_written_again(
+    cache, cache_flags, tmp_path
+):
+    damaged = Path(shutil.copytree(cache, tmp_path / "damaged"))
+    path = shard_path(damaged, 1)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="shard-00001.*expected"):
-        CachedLatents(tmp_path / "damaged")
+    with pytest.raises(UserError, match="shard-00001.*expected .* run the command of cache_lat"):
+        CachedLatents(damaged)
+    call_main("cache_latents.py", *cache_flags(damaged))
+    assert contents(damaged) == contents(cache)
 
 
 LIES = {  # field of index.json: wrong values
