@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from checkpoints.costs import fake_model
 from models import DiT, DiTConfig, initialize, unset
+from runtime.errors import reported_as
 
 
 def build_empty(
@@ -52,7 +53,8 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
             drawn[names[module] + attribute] = tensor
             setattr(module, attribute, tensor)
         try:
-            initialize(module, {tensor: name for name, tensor in drawn.items()})
+            with reported_as("the model cannot be built", ValueError):
+                initialize(module, {tensor: name for name, tensor in drawn.items()})
         finally:
             for attribute, fake in fakes.items():
                 setattr(module, attribute, fake)

@@ -11,8 +11,8 @@ run = open_run(said, DDPFlags, dist)
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,7 @@ class Run:
     origin: dict | None  # provenance of the weights that training began from, if any
     lock: BinaryIO | None  # on the main process; keeps other runs out of the folder
     log: RunLog
+    created: Path | None  # `folder`, if this process created it
 
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
@@ -175,7 +176,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         notes += size_notes(dataset)
 
-    lock, log = open_folder(folder, config, facts, stream, found, dist)
+    lock, log, created = open_folder(folder, config, facts, stream, found, dist)
     for note in notes:
         log.text(printable(f"note: {note}"))
     if changed:
@@ -183,7 +184,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     return Run(
         config=config, folder=folder, facts=facts, dataset=dataset, vae=vae,
         held_out=held_out, stream=stream, state_folder=state_folder, weights=weights,
-        origin=origin, lock=lock, log=log,
+        origin=origin, lock=lock, log=log, created=created,
     )  # fmt: skip
 
 
@@ -238,8 +239,8 @@ def remaining_steps(
 def open_folder(
     folder: Path, config: TrainConfig, facts: dict[str, Any], stream: BatchStream,
     found: list[Path], dist: Distributed,
-) -> tuple[BinaryIO | None, RunLog]:  # fmt: skip
-    """Creates and locks the run folder; returns the lock and the log.
+) -> tuple[BinaryIO | None, RunLog, Path | None]:  # fmt: skip
+    """Creates and locks the run folder; returns `Run.lock`, `Run.log` and `Run.created`.
 
     found: checkpoints of the run, listed before this process had the lock
     """
@@ -249,11 +250,11 @@ def open_folder(
             f"--max-steps: the branch would end at step {stream.end_step}, expected a later step "
             f"than that of its checkpoint, {stream.start_step}"
         )
-    is_new = dist.is_main and not os.path.lexists(folder)
+    created = folder if dist.is_main and not os.path.lexists(folder) else None
     lock = dist.on_main(partial(enter_run_folder, folder))
     if dist.broadcast(step_folders(folder)) != found:
         raise UserError(SAVED_MEANWHILE.format(folder))
-    try:
+    with deleted_on_error(created):
         dist.on_main(partial(write_config, folder, config, facts, is_finished))
         if not os.path.isfile(folder / CONFIG_FILE):
             raise UserError(
@@ -265,11 +266,18 @@ def open_folder(
             log = dist.run_on_all(
                 lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
             )
+    return lock, log, created
+
+
+@contextmanager
+def deleted_on_error(folder: Path | None) -> Iterator[None]:
+    """Deletes a folder, unless it is None, if the block raises an error."""
+    try:
+        yield
     except BaseException:
-        if is_new:
+        if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return lock, log
 
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:

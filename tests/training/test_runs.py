@@ -17,12 +17,14 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
+from test_models import Forgetful
 
 from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.costs import build_fake
 from latents.loading import BatchStream
 from models import DiT
 from options.settings import differences
+from routers import ROUTERS
 from runtime.errors import UserError
 from training import loop, preview, run_folder, start
 from training.changes import check_earlier_names, compare, stored_config
@@ -180,6 +182,15 @@ def test_an_interrupted_start_leaves_no_run_folder(flags, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             call_main("train.py", *flags(tmp_path, **{"run-name": run}))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_router_without_initial_values_is_a_one_line_error_and_leaves_no_run_folder(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(ROUTERS, "topk", Forgetful)
+    line = expect_error(capsys, "train.py", *flags(tmp_path))
+    assert "blocks.0.moe.gate.noise: has no initial value, expected Forgetful.reset_par" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
