@@ -628,7 +628,7 @@ class DiT(nn.Module):
         """Returns the options with which torch recomputes a block."""
         gates = [block.moe.gate for block in self.blocks if block.moe is not None]
         draws_nothing = all(gate.draws_nothing for gate in gates)
-        kept = self.kept_operators if self.recomputed == "selective" else ()
+        kept = {"all": (), "selective": self.kept_operators}[self.recomputed]
         return checkpoint_options(kept, draws_nothing=draws_nothing)
 
     def compile_blocks(self) -> None:

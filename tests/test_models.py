@@ -262,6 +262,13 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
         assert all(map(torch.equal, gradients[0], other))
 
 
+def test_an_unknown_word_does_not_choose_what_is_recomputed():
+    model = randomised()
+    model.recomputed = "everything"
+    with pytest.raises(KeyError, match="everything"):
+        gradients_of(model)
+
+
 def gradients_of(model: DiT) -> list[torch.Tensor | None]:
     torch.manual_seed(1)
     prediction, aux_loss = model.train()(*tiny_batch())
