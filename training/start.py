@@ -307,8 +307,10 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
             raise ValueError(f"{min(lost)}: got a buffer with persistent=False, {expected}")
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
+    # What a flag makes useless, such as --val-path the share of --val-share, is named as well.
+    named = {*said} | (stored or {}).keys() - known.keys()
     return Plan(config=config, begin=begin, dataset=dataset, notes=notes,
-                named={*follows, *(flags[name].field.name for name in said)})  # fmt: skip
+                named={*follows, *(flags[name].field.name for name in named)})  # fmt: skip
 
 
 def beginning_of(said: Layer) -> Beginning:

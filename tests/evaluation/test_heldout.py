@@ -189,6 +189,9 @@ def test_a_run_never_trains_on_its_held_out_images(
     got = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert got["mean"] == pytest.approx(losses[-1], rel=1e-4) and got["num_images"] == 20
     copied = shutil.copytree(image_tree, tmp_path / "copied")
+    run = ("--resume", only_run(tmp_path / "two"))
+    call_main("train.py", *run, "--val-path", copied, "--max-steps", 5)  # replaces --val-share
+    assert rows(tmp_path / "two")[-2]["changed"] == ["--val-share: was 0.5, is 0.0"]
     changes = {"val-share": None, "val-path": copied, "max-steps": 1}
     call_main("train.py", *train_flags(tmp_path / "same", **{**flags, **changes}))
     assert "the training images, so val_loss is not held out" in capsys.readouterr().out
