@@ -37,7 +37,7 @@ from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
 from options.settings import flat
 from runtime.errors import UserError, reported_as
-from runtime.files import find_moved, hub_folder
+from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
 
 MODEL_FILE = "model.safetensors"
@@ -46,6 +46,7 @@ WEIGHTS = (  # keys of a .pt, best first
 )  # fmt: skip
 EMA_FILES = "model-ema-{}.safetensors"  # further EMAs of a run, next to MODEL_FILE
 PUBLISHED_FILE = "model.pt"  # written by export.py in the published layout
+MAX_HEADER = 100_000_000  # bytes of the header of a safetensors file
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = (  # files to download from a repository of the hub
     MODEL_FILE, PUBLISHED_FILE, "config.json", "diffusion_pytorch_model*", "transformer/*", "vae/*",
@@ -173,6 +174,7 @@ def find_weights(path: Path) -> Path:
     faults = []
     for folder in step_folders(path):
         try:
+            open_safetensors(folder / MODEL_FILE)
             read_record(folder)
         except UserError as error:
             faults.append(str(error))
@@ -287,10 +289,11 @@ def find_vae(record: Record, path: Path) -> str | None:
 
 
 def read_record(path: Path) -> Record:
-    """Reads the record of a step folder or file."""
+    """Reads the record of a step folder or file, even if the tensors behind it are truncated."""
     path = path / MODEL_FILE if path.is_dir() else path
-    with open_safetensors(path) as file, as_user_error(path, "not a DiT-MoE checkpoint"):
-        return Record.from_metadata(file.metadata())
+    with as_user_error(path, "not a DiT-MoE checkpoint"), open_regular(path) as file:
+        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER))
+        return Record.from_metadata(parse_json(header).get("__metadata__"))
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> None:

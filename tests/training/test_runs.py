@@ -258,12 +258,14 @@ def test_what_a_run_may_change_follows_from_the_class_of_the_field(
     assert read_record(copied / "run" / "checkpoints" / "0000004").step == 4
 
 
-def test_the_settings_of_a_damaged_checkpoint_hold(copied):
+@pytest.mark.parametrize("name", [STATE_FILE, MODEL_FILE])
+def test_the_settings_of_a_damaged_checkpoint_hold(copied, name):
+    """Also its number of steps, without which the run would be finished at step 3."""
     resume, newest = ["train.py", "--resume", copied / "run"], copied / "run/checkpoints/0000004"
     call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
-    flip_bit(newest / STATE_FILE)
-    call_main(*resume, "--max-steps", 4)
-    assert read_record(newest).settings["step"]["lr"] == 5e-4
+    truncate(newest / name)
+    call_main(*resume)
+    assert read_record(newest).settings["step"]["lr"] == 5e-4 and fault_of(newest) is None
 
 
 def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_path, capsys):
