@@ -6,9 +6,9 @@
     model = build(DiTConfig, merge(recipe, command, flags), flags)   # model.router: Part
     nested(model)                                                    # {"router": {"sigmoid": ...}}
 
-A layer is what one source says, by flag. A field that names components holds `Part`s. An option
-without its component, such as router_scale, is loose: it waits for a component that has it, which
-another source or the default may name. Errors are ValueErrors, "NAME: ...".
+A layer is what one source says, by flag: names of components, and options such as router_scale,
+whose component another source or the default may name. Components with options, `Part`s, are made
+for a config. Errors are ValueErrors, "NAME: ...".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class Flag:
         return bool(self.options) and self.field.is_repeatable
 
     def read(self, value: Any, name: str) -> Any:
-        """Reads a value; that of a loose option as the first component does that accepts it."""
+        """Reads a value; that of an option as the first component does that accepts it."""
         if not self.options:
             return self.field.read(value, name)
         values = value if self.takes_several and isinstance(value, list | tuple) else [value]
@@ -119,71 +119,83 @@ def flattened(values: Mapping[str, Any], flags: Flags) -> Layer:
 
 
 def read(values: Mapping[str, Any], flags: Flags) -> Layer:
-    """Reads values by flag; None says nothing.
+    """Reads values by flag; None says nothing. Reading a layer again does not change it."""
+    found: Layer = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        choice, one = flags[name].field, flags[name].read(value, name)
+        said = unfolded(choice, one) if name == choice.name and choice.table else {name: one}
+        for twice in said.keys() & found.keys():
+            raise ValueError(f"{twice}: is given twice, alone and as an option of {choice.name}")
+        found |= said
+    return found
 
-    A loose option has to be valid for one component. Reading a layer again does not change it.
-    """
-    return {k: flags[k].read(value, k) for k, value in values.items() if value is not None}
 
-
-def as_parts(value: Part | tuple[Part, ...] | None) -> tuple[Part, ...]:
+def as_tuple(value: Any) -> tuple:
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
-def chosen(choice: str, layer: Layer, flags: Flags) -> tuple[list[Part], Layer]:
-    """Returns the components that a layer or the default names, with their loose options; and the
-    loose options that none of them has."""
-    one, rest = flags[choice].field, {}
-    found = [*as_parts(layer.get(choice, one.default))]
-    for name, value in layer.items():
-        flag = flags[name]
-        if flag.field is not one or name == choice:
+def unfolded(choice: Option, value: Part | tuple[Part, ...]) -> Layer:
+    """Returns components as a layer: their names, and each option that one of them says, with the
+    values of all that have it."""
+    parts, found = as_tuple(value), {}
+    has = [
+        (part, flag_name(choice, part.name, option), option)
+        for part in parts
+        for option in options_of(choice.table[part.name]).values()
+    ]
+    said = {name for part, name, option in has if option.name in part.options}
+    for part, name, option in has:
+        if name in said:
+            one = part.options.get(option.name, option.default)
+            found[name] = (*found.get(name, ()), one) if choice.is_repeatable else one
+    names = tuple(dict.fromkeys(part.name for part in parts))
+    return {choice.name: names if choice.is_list else names[0], **found}
+
+
+def names_in(layer: Layer, choice: Option) -> tuple[str, ...]:
+    """Returns the names of the components that a layer or the default chooses."""
+    return tuple(map(str, as_tuple(layer.get(choice.name, choice.default))))
+
+
+def components(choice: Option, layer: Layer, flags: Flags) -> list[Part]:
+    """Returns the components that a layer or the default chooses, with the options of the layer.
+
+    Several values of an option go to one component each; a single component is copied for them.
+    Raises ValueError for an option that none of the components has.
+    """
+    parts = [Part(name) for name in names_in(layer, choice)]
+    for name, flag in ((name, flags[name]) for name in layer):
+        if flag.field is not choice or name == choice.name:
             continue
-        if any(part.name in flag.options for part in found):
-            found = spread(found, name, flag, value if flag.takes_several else (value,))
-        else:
-            rest[name] = value
-    return found, rest
-
-
-def spread(parts: list[Part], name: str, flag: Flag, values: Sequence[Any]) -> list[Part]:
-    """Sets an option of the components that have it: one value for all, or one for each. A single
-    component is copied for several values."""
-    place = next(i for i, part in enumerate(parts) if part.name in flag.options)
-    own: list[Part] = []  # those that differ in other options
-    for part in [part for part in parts if part.name in flag.options]:
-        key = flag.options[part.name].name
-        part = replace(part, options={k: v for k, v in part.options.items() if k != key})
-        own += [part] if part not in own else []
-    count = max(len(own), len(values))
-    if {len(own), len(values)} - {1, count}:
-        raise ValueError(f"{name}: got {len(values)} values, expected one or {len(own)}")
-    pairs = zip(own * (count // len(own)), [*values] * (count // len(values)), strict=True)
-    made = []
-    for part, value in pairs:
-        option = flag.options[part.name]
-        made.append(replace(part, options=part.options | {option.name: option.read(value, name)}))
-    others = [part for part in parts if part.name not in flag.options]
-    return others[:place] + made + others[place:]
+        places = [i for i, part in enumerate(parts) if part.name in flag.options]
+        if not places:
+            raise ValueError(no_effect(name, parts, flags))
+        values = as_tuple(layer[name]) if flag.takes_several else (layer[name],)
+        first, count = places[0], max(len(places), len(values))
+        if {len(places), len(values)} - {1, count}:
+            raise ValueError(f"{name}: got {len(values)} values, expected one or {len(places)}")
+        if len(places) < count:
+            parts[first : first + 1] = parts[first : first + 1] * count
+            places = [*range(first, first + count)]
+        values *= count // len(values)
+        for place, value in zip(places, values, strict=True):
+            option = flag.options[parts[place].name]
+            options = parts[place].options | {option.name: option.read(value, name)}
+            parts[place] = replace(parts[place], options=options)
+    return parts
 
 
 def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
-    """`top` overrides `base`. A component that `top` names again keeps the options of `base`."""
-    base, top = dict(base), dict(top)
-    for choice in [name for name in top if flags[name].option.table]:
-        one, parts = flags[choice].field, []
-        below, waiting = chosen(choice, base, flags)
-        for part in as_parts(top[choice]):
-            same = tuple(p for p in below if p.name == part.name) or Part(part.name)
-            kept, _ = chosen(choice, {choice: same, **waiting}, flags)
-            for old in kept:
-                merged = replace(part, options=old.options | part.options)
-                parts += [merged] if merged not in parts else []
-        loose = {name: value for name, value in waiting.items()
-                 if not any(part.name in flags[name].options for part in parts)}  # fmt: skip
-        base = {name: value for name, value in base.items() if flags[name].field is not one} | loose
-        top[choice] = tuple(parts) if one.is_list else parts[0]
-    return base | top
+    """`top` overrides `base`. A component that `top` names again keeps the options of `base`;
+    another takes its options with it."""
+    gone: set[str] = set()
+    for choice in [flags[name].field for name in top if flags[name].option.table]:
+        before, after = ({*names_in(layer, choice)} for layer in (base, top))
+        gone |= {name for name in base if flags[name].field is choice
+                 and not flags[name].options.keys() & before <= after}  # fmt: skip
+    return {name: value for name, value in base.items() if name not in gone} | top
 
 
 def build(kind: type, layer: Layer, flags: Flags) -> Any:
@@ -191,10 +203,7 @@ def build(kind: type, layer: Layer, flags: Flags) -> Any:
     values: Layer = {}
     for name, one in options_of(kind).items():
         if one.table is not None:
-            parts, rest = chosen(name, layer, flags)
-            for unused in rest:
-                raise ValueError(no_effect(unused, parts, flags))
-            done = tuple(map(one.complete, parts))
+            done = tuple(map(one.complete, components(one, layer, flags)))
             values[name] = done if one.is_list else done[0]
         elif name in layer:
             values[name] = layer[name]
@@ -227,7 +236,7 @@ def nested(config: Any) -> Layer:
         value = getattr(config, name)
         if one.table is not None and value is not None:
             parts = [{part.name: part.options} if part.options else part.name
-                     for part in as_parts(value)]  # fmt: skip
+                     for part in as_tuple(value)]  # fmt: skip
             value = parts if one.is_list else parts[0]
         if value is not None and one.change != "command":
             found[name] = value
@@ -235,19 +244,16 @@ def nested(config: Any) -> Layer:
 
 
 def flat(*configs: Any) -> Layer:
-    """Returns the values of configs by flag; of several components lists of names and values."""
+    """Returns the values of configs by flag; of several components tuples of names and values."""
     found: Layer = {}
     for config, one in ((c, one) for c in configs for one in options_of(type(c)).values()):
-        value = found[one.name] = getattr(config, one.name)
+        value = getattr(config, one.name)
         if one.table is None or value is None:
-            continue
-        names = [part.name for part in as_parts(value)]
-        found[one.name] = names if one.is_list else names[0]
-        for part in as_parts(value):
-            for option in options_of(one.table[part.name]).values():
-                name = flag_name(one, part.name, option)
-                given = part.options.get(option.name, option.default)
-                found[name] = [*found.get(name, ()), given] if one.is_repeatable else given
+            found[one.name] = value
+        else:
+            done = tuple(map(one.complete, as_tuple(value)))
+            found |= unfolded(one, done)
+            found[one.name] = tuple(map(str, done)) if one.is_list else str(value)
     return found
 
 

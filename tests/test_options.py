@@ -21,6 +21,7 @@ from runtime.errors import UserError, run_main
 from runtime.flags import parse_config, parse_flags, read_values
 from train import run
 from training.config import RECIPES, DataFacts, override, parse_training, resolve, training_flags
+from training.ema import EMAS, ExponentialEMA
 from training.engines.flags import DDPFlags
 
 SCRIPTS = (
@@ -300,10 +301,10 @@ def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_store
     sharded = {"shard": True, "reshard_after_forward": False, "expert_parallel": 2}
     assert override(sharded, {"shard": False}, flags) == {"shard": False}
     trapezoid = read_values({"lr_schedule": "trapezoid", "decay_share": 0.3}, flags)
-    config = resolve(override(trapezoid, {"lr_schedule": Part("cosine")}, flags), DDPFlags)
+    config = resolve(override(trapezoid, {"lr_schedule": "cosine"}, flags), DDPFlags)
     assert config.step.lr_schedule == Part("cosine", {"lr_floor": 0.0})
     kept = read_values({"lr_schedule": {"cosine": {"lr_floor": 0.1}}}, flags)
-    config = resolve(override(kept, {"lr_schedule": Part("cosine")}, flags), DDPFlags)
+    config = resolve(override(kept, {"lr_schedule": "cosine"}, flags), DDPFlags)
     assert config.schedule.lr_floor == 0.1
 
 
@@ -534,18 +535,39 @@ def test_several_values_of_an_option_go_to_one_component_each():
     assert emas(*two, "--ema-warmup", "True") == [("0.9", True), ("0.99", True)]
     pairs = ("--ema-warmup", "True", "False")
     assert emas(*two, *pairs) == emas(*pairs, *two) == [("0.9", True), ("0.99", False)]
-    stored = {"ema": (Part("exponential", {"decay": 0.9}), Part("power"),
-                      Part("exponential", {"decay": 0.99, "warmup": True}))}  # fmt: skip
+    flags = training_flags(DDPFlags)
+    kinds = [{"exponential": {"decay": 0.9}}, "power",
+             {"exponential": {"decay": 0.99, "warmup": True}}]  # fmt: skip
+    stored = read_values({"ema": kinds}, flags)
     assert emas("--ema-decay", "0.5", "0.6", recipe=stored) == [
         ("0.5", False), ("0.6", True), ("power-0.1", None)
     ]  # fmt: skip
-    over = {"ema": (Part("exponential", {"decay": 0.5}), Part("exponential", {"decay": 0.6}))}
-    base = {"ema": (Part("exponential", {"decay": 0.9}), Part("exponential", {"decay": 0.99}))}
-    assert override(base, over, training_flags(DDPFlags)) == over
+    over, base = (
+        read_values({"ema": [{"exponential": {"decay": d}} for d in decays]}, flags)
+        for decays in ((0.5, 0.6), (0.9, 0.99))
+    )
+    assert override(base, over, flags) == over
     with pytest.raises(UserError, match="^--ema-warmup: got 3 values, expected one or 2$"):
         emas(*two, "--ema-warmup", "True", "False", "True")
     with pytest.raises(UserError, match="^--ema: got 0.9, 0.9, expected different averages$"):
         emas("--ema-decay", "0.9", "0.9")
+
+
+def test_a_component_that_a_file_gives_no_value_has_its_own_default(monkeypatch):
+    """Also if a component of another kind has an option of the same flag, with a value."""
+
+    class LateEMA(ExponentialEMA):
+        decay: float = option(0.5, help="decay")
+
+    monkeypatch.setitem(EMAS, "late", LateEMA)
+    config = resolve({"ema": [{"exponential": {"decay": 0.9}}, "late"]}, DDPFlags)
+    assert [ema.decay for ema in config.emas] == [0.9, 0.5]
+    assert resolve(config.sections(), DDPFlags).step == config.step
+
+
+def test_an_option_of_a_preset_and_of_its_router_is_given_twice():
+    with pytest.raises(ValueError, match="^router_scale: is given twice, alone and as an option"):
+        DiT_models["JiTMoE-B/16"](router={"sigmoid": {"scale": 3}})
 
 
 def test_importing_train_imports_no_slow_packages():

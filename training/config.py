@@ -24,17 +24,17 @@ from conditions import CONDITIONS, spell_condition, split_condition
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from models import DiT_models, DiTConfig, name_of_layers, select_layers
-from options.parts import Part, Size, options_of, sides
+from options.parts import Size, options_of, sides
 from options.settings import (
     Flags,
     Layer,
-    as_parts,
+    as_tuple,
     build,
-    chosen,
+    components,
     flags_of,
     merge,
+    names_in,
     nested,
-    no_effect,
     read,
     spelling,
 )
@@ -102,7 +102,7 @@ class TrainConfig:
         renamed = {"lr_schedule": "schedule", "ema": "emas"}
         for name, one in options_of(StepConfig).items():
             if one.table is not None:
-                parts = as_parts(getattr(self.step, name))
+                parts = as_tuple(getattr(self.step, name))
                 made = [one.table[part.name](**part.options) for part in parts]
                 object.__setattr__(self, renamed.get(name, name), made if one.is_list else made[0])
         if self.objective.guides_in_training and not self.model.class_dropout_prob:
@@ -253,17 +253,10 @@ def check_once(said: Layer, flags: Flags) -> None:
     """Replaces rf by the objective that it names. Raises ValueError if a command or recipe says the
     same thing in two ways."""
     if (rf := said.pop("rf", None)) is not None:
-        named = said.get("objective")
-        name = objective_named(named and named.name, rf)
-        said["objective"] = named or Part(name)
+        said["objective"] = objective_named(said.get("objective"), rf)
     for one, other in ALTERNATIVES:
         if said.get(one) and said.get(other):
             raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
-    for name in said:
-        choice, options = flags[name].field.name, flags[name].options
-        for part in as_parts(said.get(choice)) if options else ():
-            if part.name in options and options[part.name].name in part.options:
-                raise ValueError(f"{name}: is given twice, alone and as an option of {choice}")
 
 
 def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
@@ -275,12 +268,15 @@ def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
     if not recipe or preset in (None, before):
         return recipe
     old, own = (read(DiT_models[name].keywords, flags) for name in (before, preset))
-    names = {flags[name].field.name for name in (*old, *own, "router")}  # that of a default, too
+    names = {flags[name].field.name for name in (*old, *own)}
+    router = flags["router"].field
+    routing = {k: f for k, f in flags.items() if f.field is router and f.options}
 
     def values(layer: Layer) -> dict[str, Any]:
         found = {name: layer.get(name, flags[name].field.default) for name in names}
-        parts, rest = chosen("router", layer, flags)
-        return found | {"router": ([*map(flags["router"].field.complete, parts)], rest)}
+        (name,) = names_in(layer, router)
+        has = {k: f.options[name].default for k, f in routing.items() if name in f.options}
+        return found | {"router": (name, has | {k: layer[k] for k in routing if k in layer})}
 
     sizes, kept = values(merge(old, recipe, flags)), recipe
     if "model" in recipe:
@@ -301,9 +297,9 @@ def override(base: Layer, top: Layer, flags: Flags) -> Layer:
     if top.get("num_experts") == 0:
         gone |= {"router", *SPARSE}  # of no use to a dense model
     kept = {name: value for name, value in base.items() if flags[name].field.name not in gone}
-    before = base.get("objective", StepConfig.objective)
-    if "conditions" in kept and top.get("objective", before).name != before.name:
-        own = OBJECTIVES[before.name].conditions  # inputs that only this objective needs
+    before = base.get("objective", str(StepConfig.objective))
+    if "conditions" in kept and top.get("objective", before) != before:
+        own = OBJECTIVES[before].conditions  # inputs that only this objective needs
         kept["conditions"] = tuple(word for word in kept["conditions"] if word not in own)
     return merge(kept, top, flags)
 
@@ -323,10 +319,8 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         is_of_experts = flags[name].field.name == "router" or name in SPARSE and not is_default
         if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
-    for choice in [name for name, one in flags.items() if one.option.table]:
-        parts, rest = chosen(choice, known, flags)
-        for name in rest:
-            raise ValueError(no_effect(name, parts, flags))
+    for choice in [flag.field for flag in flags.values() if flag.option.table]:
+        components(choice, known, flags)  # raises, if none of them has an option
 
 
 def resolve(
@@ -406,7 +400,7 @@ def settings_of_weights(weights: Record, flags: Flags) -> Layer:
 def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:
     """Adds the settings of a new run whose defaults depend on several others."""
     model = {name: one.default for name, one in options_of(DiTConfig).items()} | known
-    objective = OBJECTIVES[known.get("objective", StepConfig.objective).name]
+    objective = OBJECTIVES[known.get("objective", str(StepConfig.objective))]
     words = tuple(dict.fromkeys(model["conditions"] + objective.conditions))
     dropout = default_dropout(words, model["num_classes"])
     before = weights and weights.config

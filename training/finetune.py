@@ -24,7 +24,7 @@ def open_weights(said: Layer) -> Checkpoint:
     names = ("num_heads", "num_experts_per_tok")
     hints = {name: said[name] for name in names if name in said}
     # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
-    if (objective := said.get("objective")) and objective.name == "gaussian":
+    if said.get("objective") == "gaussian":
         hints["objective"] = "gaussian"
     try:
         source = read_checkpoint(path, hints).in_full_precision()

@@ -80,7 +80,7 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
             owner = next(one for one in (names if flag.field.is_list else [names])
                          if one in flag.options)  # fmt: skip
             default = flag.options[owner].default
-            defaults[name] = [default] if flag.takes_several else default
+            defaults[name] = (default,) if flag.takes_several else default
         decides = flag.option.change in ("state", "result") and name not in DATA_FACTS
         if decides and value is not None and value != defaults[name]:
             special[name] = value
