@@ -144,17 +144,9 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
 
 
 def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
-    """Returns notes on the EMAs and auxiliary losses that the state does not have, and on images
-    that another batch size repeats or skips."""
-    names, notes = {*averages_of(step)}, []
-    before, batch = (getattr(c.engine, "global_batch_size", None) for c in (was, config))
-    if before != batch:
-        does = "come again" if batch < before else "are skipped"
-        notes.append(
-            f"steps of {batch} images go on at image {int(step.name) * batch} of all epochs, after "
-            f"{int(step.name)} steps of {before} images: some images {does}"
-        )
-    notes += [
+    """Returns notes on the EMAs and auxiliary losses that the state does not have."""
+    names = {*averages_of(step)}
+    notes = [
         f"EMA {ema.name} starts from the weights: {step} does not have it"
         for ema in config.emas if ema.name not in names
     ]  # fmt: skip
@@ -167,11 +159,19 @@ def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
     return notes
 
 
-def rate_notes(config: TrainConfig, before: Record, stream: BatchStream) -> list[str]:
-    """Returns notes on what differs from an uninterrupted run: the noise, or a jump of the learning
-    rate, which had decayed towards the end of a shorter run.
+def step_notes(config: TrainConfig, before: Record, stream: BatchStream) -> list[str]:
+    """Returns notes on steps that differ from those of an uninterrupted run: images that another
+    batch size repeats or skips, the noise, or a jump of the learning rate, which had decayed
+    towards the end of a shorter run.
     """
-    notes = []
+    notes, batch, done = [], stream.global_batch, stream.start_step
+    flag = before.settings.get("engine", {}).get("global_batch_size")
+    if (was := before.facts.get("global_batch_size", flag)) not in (None, batch):
+        does = "come again" if batch < was else "are skipped"
+        notes.append(
+            f"steps of {batch} images go on at image {done * batch} of all epochs, after {done} "
+            f"steps of {was} images: some images {does}"
+        )
     if before.micro_batch not in (None, stream.micro_batch):
         notes.append(
             f"micro-batches have {stream.micro_batch} images instead of {before.micro_batch}: the "
@@ -180,7 +180,7 @@ def rate_notes(config: TrainConfig, before: Record, stream: BatchStream) -> list
     run = before.settings.get("run", {})
     length = {name: run.get(name) for name in ("max_steps", "epochs")}
     shorter = replace(config, run=replace(config.run, **length))
-    end, done = shorter.total_steps(stream.num_images, stream.global_batch), stream.start_step
+    end = shorter.total_steps(stream.num_images, batch)
     fallen, now = (
         config.step.lr * rate_factor(config.schedule, config.step.warmup_steps, done, total)
         for total in (end, stream.end_step)

@@ -37,8 +37,8 @@ from training.changes import (
     check_changes,
     check_earlier_names,
     compare,
-    rate_notes,
     state_notes,
+    step_notes,
     stored_config,
 )
 from training.config import (
@@ -172,7 +172,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
         notes.append(f"{folder} has no checkpoint yet: {start}")
     if stream.start_step < stream.end_step:
         notes += length_notes(config, stream, is_pretrained=origin is not None)
-    notes += rate_notes(config, before, stream) if before else []
+    notes += step_notes(config, before, stream) if before else []
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         notes += size_notes(dataset)
 

@@ -1,16 +1,23 @@
 """Muon compared with a loop over matrices, AdamW, learning rate schedules, and EMAs."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
 from safetensors.torch import load_file
 from torch import nn
 
-from checkpoints import load_model, read_checkpoint
-from models import DiT
+from checkpoints import Record, load_model, read_checkpoint
+from latents.loading import BatchStream
+from models import DiT, DiTConfig
 from runtime.errors import UserError
 from tools.rebuilding import snapshots_of
+from training.changes import step_notes
+from training.config import resolve
 from training.ema import ExponentialEMA, PowerEMA
+from training.engines.flags import DDPFlags
 from training.optimizers import AdamW, Muon, planned_state
 from training.schedule import SCHEDULES, rate_factor
 
@@ -165,6 +172,16 @@ def test_lengthening_a_run_after_its_learning_rate_fell_is_noted(train_flags, tm
     lines = (only_run(tmp_path) / "log.txt").read_text().splitlines()
     (line,) = [line for line in lines if "the learning rate fell" in line]
     assert "fell to 0 by step 2" in line and "of 4 steps, the learning rate jumps to 0.0005" in line
+
+
+def test_another_number_of_images_per_step_is_noted_also_without_a_flag_for_it():
+    """DeepSpeed's JSON may have it; then it is recorded as a fact."""
+    stream = BatchStream(np.arange(40), micro_batch=4, accumulation=1, start_step=3, end_step=5)
+    before = Record(config=DiTConfig(), step=3, facts={"global_batch_size": 8})
+    (note,) = step_notes(resolve({"max_steps": 5}, DDPFlags), before, stream)
+    assert "at image 12 of all epochs, after 3 steps of 8 images: some images come again" in note
+    before = replace(before, facts={"global_batch_size": 4})
+    assert step_notes(resolve({"max_steps": 5}, DDPFlags), before, stream) == []
 
 
 def test_ema_warm_up_forgets_the_initial_weights():
