@@ -11,7 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -587,21 +587,16 @@ class DiT(nn.Module):
         The adaLN modulation starts at zero, so each block is the identity. The output layer starts
         at zero, so the prediction is zero.
         """
-        for module, own in self.owners():
-            initialize(module, own)
+        for name, module in self.initialization_order():
+            initialize(module, name)
 
-    def owners(self) -> Iterator[tuple[nn.Module, dict[Tensor, str]]]:
-        """Yields the modules with the names of their own parameters and buffers, in the order in
-        which these are initialised.
-        """
-        names = {t: name for name, t in [*self.named_parameters(), *self.named_buffers()]}
-        modules = list(self.modules())
-        routers = [module for module in modules if isinstance(module, Router)]
-        in_routers = dict.fromkeys(module for router in routers for module in router.modules())
+    def initialization_order(self) -> list[tuple[str, nn.Module]]:
+        """Returns the modules with their names, in the order in which they are initialised."""
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        in_routers = {module for router in routers for module in router.modules()}
         # Routers last: the same seed gives the same other weights (except with `prototype`, whose
         # extra expert draws too).
-        for module in [*(m for m in modules if m not in in_routers), *in_routers]:
-            yield module, {t: names[t] for t in (*module.parameters(False), *module.buffers(False))}
+        return sorted(self.named_modules(), key=lambda named: named[1] in in_routers)
 
     def matrices(self) -> dict[str, int]:
         """Returns the number of hidden matrices in each parameter that is no vector.
@@ -780,20 +775,26 @@ INITIAL = {
 }
 
 
-def initialize(module: nn.Module, own: Mapping[Tensor, str]) -> None:
+def own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a module, without those of its children, by name."""
+    return dict([*module.named_parameters(prefix, False), *module.named_buffers(prefix, False)])
+
+
+def initialize(module: nn.Module, prefix: str) -> None:
     """Calls `reset_parameters` of a module, which must set everything that the module itself owns.
 
-    own: parameters and buffers of the module, without those of its children, with their names
+    prefix: name of the module in the model
     Raises ValueError with the name of a tensor that is not set. Tensors without data are ignored.
     """
-    if all(tensor.untyped_storage().device.type == "meta" for tensor in own):  # or fake tensors
+    own = own_tensors(module, prefix)
+    if all(tensor.untyped_storage().device.type == "meta" for tensor in own.values()):  # or fake
         return
-    for tensor in own:
+    for tensor in own.values():
         tensor.fill_(unset(tensor.dtype))
     reset = getattr(type(module), "reset_parameters", None)
     if reset is not None:
         INITIAL.get(reset, reset)(module)
-    for tensor, name in own.items():
+    for name, tensor in own.items():
         left = tensor.isnan() if tensor.is_floating_point() else tensor == unset(tensor.dtype)
         if tensor.dtype.is_signed and left.any():
             kind = type(module).__name__

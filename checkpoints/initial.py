@@ -1,38 +1,13 @@
 """Initial weights of a model that is too large for one process, one module at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from checkpoints.costs import fake_model
-from models import DiT, DiTConfig, initialize, unset
+from models import DiTConfig, initialize, own_tensors
 from runtime.errors import reported_as
-
-
-def build_empty(
-    config: DiTConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DiT:
-    """Makes a DiT of placeholders: parameters with stride 0, which use the memory of one element.
-
-    All are nan: one that is never written shows in the first loss. Buffers keep their dtype.
-    """
-    with torch.device("meta"):
-        model = DiT(config)
-    for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            data = torch.full((1,) * weight.dim(), unset(dtype), dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(data.expand(weight.shape)))
-        for name, buffer in module.named_buffers(recurse=False):
-            data = torch.full(buffer.shape, unset(buffer.dtype), dtype=buffer.dtype, device=device)
-            setattr(module, name, data)
-    return model
-
-
-def allocate(weights: Iterable[nn.Parameter]) -> None:
-    """Allocates memory for placeholders."""
-    for weight in weights:
-        weight.data = weight.data.contiguous()
 
 
 @torch.no_grad()
@@ -41,21 +16,17 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
 
     They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
-    model = fake_model(config)
-    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
-    for module, _ in model.owners():
-        fakes = dict(module.named_parameters(recurse=False))
-        fakes |= dict(module.named_buffers(recurse=False))
-        drawn = {}
-        for attribute, fake in fakes.items():
+    for prefix, module in fake_model(config).initialization_order():
+        fakes = own_tensors(module)
+        for name, fake in fakes.items():
             tensor = torch.empty(fake.shape, dtype=fake.dtype)
             tensor = nn.Parameter(tensor) if isinstance(fake, nn.Parameter) else tensor
-            drawn[names[module] + attribute] = tensor
-            setattr(module, attribute, tensor)
+            setattr(module, name, tensor)
         try:
             with reported_as("the model cannot be built", ValueError):
-                initialize(module, {tensor: name for name, tensor in drawn.items()})
+                initialize(module, prefix)
+            drawn = own_tensors(module, prefix)
         finally:
-            for attribute, fake in fakes.items():
-                setattr(module, attribute, fake)
-        yield from ((name, tensor.data) for name, tensor in drawn.items())
+            for name, fake in fakes.items():
+                setattr(module, name, fake)
+        yield from ((name, tensor.detach()) for name, tensor in drawn.items())

@@ -53,6 +53,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -112,6 +113,15 @@ def move(module: nn.Module, device: torch.device, *_, **__) -> nn.Module:
     return module
 
 
+empty_of = nn.Module.to_empty
+
+
+def to_empty(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replaces `nn.Module.to_empty`, which rejects fake tensors that are not sharded."""
+    is_sharded = isinstance(module, FSDPModule)
+    return empty_of(module, device=device) if is_sharded else move(module, device)
+
+
 def install() -> None:
     """Replaces the functions of torch.cuda that a training step calls."""
     torch.set_num_threads(1)
@@ -127,7 +137,7 @@ def install() -> None:
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_properties, cuda.get_device_name = lambda *_: H100, lambda *_: H100.name
     cuda.amp.common.amp_definitely_not_available = lambda: False
-    nn.Module.to = move
+    nn.Module.to, nn.Module.to_empty = move, to_empty
 
 
 def objective_of() -> Gaussian:

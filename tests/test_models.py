@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import models
 import routers
 from checkpoints.costs import build_fake
-from checkpoints.initial import build_empty, initial_weights
+from checkpoints.initial import initial_weights
 from checkpoints.weights import read_pickle
 from models import (
     Attention,
@@ -179,22 +179,6 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
         DiT(config)
     with pytest.raises(UserError, match=f"cannot be built \\({name}"):
         dict(initial_weights(config))
-
-
-def test_tied_weights_are_drawn_under_both_names(monkeypatch):
-    """An engine's model has no ties, see `build_empty`."""
-
-    class Tied(routers.TopKRouter, draws_nothing=True):
-        def __post_init__(self):
-            super().__post_init__()
-            self.first, self.second = nn.Linear(2, 3), nn.Linear(2, 3)
-            self.second.weight = self.first.weight
-
-    monkeypatch.setitem(ROUTERS, "topk", Tied)
-    config = DiTConfig(**TINY_MODEL)
-    drawn = dict(initial_weights(config))
-    assert drawn.keys() == build_empty(config).state_dict().keys()
-    assert all(value.isfinite().all() for value in drawn.values())
 
 
 def test_a_buffer_of_unsigned_integers_may_be_zero(monkeypatch):

@@ -307,10 +307,13 @@ def projectors_of(
 
 def add_projectors(
     model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
-) -> None:
-    """Adds the projectors of the losses to a model."""
-    if found := projectors_of(model.config, auxiliary, shapes, seed):
-        setattr(model, PROJECTORS, found.to(model.pos_embed.device))
+) -> dict[str, Tensor]:
+    """Adds the projectors of the losses, without data, to a model; returns their first weights."""
+    found = projectors_of(model.config, auxiliary, shapes, seed)
+    weights = {f"{PROJECTORS}.{name}": weight for name, weight in found.state_dict().items()}
+    if found:
+        setattr(model, PROJECTORS, found.to("meta"))
+    return weights
 
 
 def is_of_model(name: str) -> bool:

@@ -9,7 +9,7 @@ step: only the fp16 loss scale changes.
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -33,7 +33,7 @@ from runtime.errors import (
 from runtime.processes import Distributed, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
-from training.engine import Engine, new_weights
+from training.engine import Engine
 from training.log import RunLog
 from training.metrics import (
     MetricTracker,
@@ -80,8 +80,8 @@ def train_run(run: Run, dist: Distributed) -> int:
         run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
         return 0
     with deleted_on_error(run.created):
-        engine = run.config.engine.engine_class()(dist, run.config, first_weights(run))
-        run.weights = None  # the engine holds the weights; free this copy
+        engine = run.config.engine.engine_class()(dist, run.config, run.weights)
+        run.weights = ()  # the engine holds the weights; free this copy
         if folder := run.state_folder:
             engine.load_state(folder)
             run.log.text(f"resumed from {folder}")
@@ -101,13 +101,6 @@ def train_run(run: Run, dist: Distributed) -> int:
         loop.close()
     dist.barrier()
     return 0 if finished else STOPPED
-
-
-def first_weights(run: Run) -> Iterable[tuple[str, Tensor]]:
-    """Returns the weights that training begins from, by name; none if it goes on from a state."""
-    if run.state_folder:
-        return ()
-    return run.weights.state_dict.items() if run.weights else new_weights(run.config)
 
 
 def describe(run: Run, engine: Engine) -> None:

@@ -11,7 +11,7 @@ run = open_run(said, DDPFlags, dist)
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint, Record, read_record, step_folders
 from checkpoints.costs import fake_model
@@ -49,7 +50,7 @@ from training.config import (
     complete,
     training_flags,
 )
-from training.engine import frozen_names
+from training.engine import frozen_names, new_weights
 from training.finetune import check_weights, data_notes, open_weights, start_weights
 from training.log import RunLog
 from training.manifest import find_fault
@@ -85,7 +86,7 @@ class Run:
     held_out: list[Batch] | None  # latents of --val-path or --val-share
     stream: BatchStream  # the remaining steps
     state_folder: Path | None  # step folder with the state that the run starts from
-    weights: Checkpoint | None  # or the weights that it starts from, until the engine has them
+    weights: Iterable[tuple[str, Tensor]]  # or the weights, by name, until the engine has them
     origin: dict | None  # provenance of the weights that training began from, if any
     lock: BinaryIO | None  # on the main process; keeps other runs out of the folder
     log: RunLog
@@ -147,14 +148,16 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
         dist.on_main(partial(check_earlier_names, folder, config, facts))
     frozen_names(fake_model(config.model), config.step)  # checks the patterns of --freeze
     found = dist.broadcast(step_folders(folder))
-    state_folder, before, changed, weights, origin = None, None, [], None, None
+    state_folder, before, changed, weights, origin = None, None, [], (), None
     if found or begin.branch:
         state_folder, before, changed = starting_point(plan, facts, folder, found, dist)
         origin = before.initialized_from
     elif begin.weights is not None:
         notes += data_notes(begin.weights.record, begin.weights.path, config, facts)
-        weights = start_weights(begin.weights, config, dataset, notes)
+        weights = start_weights(begin.weights, config, dataset, notes).state_dict.items()
         origin = begin.weights.origin
+    else:
+        weights = new_weights(config)
 
     if config.run.deterministic:
         be_deterministic()
@@ -302,9 +305,13 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
     config = complete(known, said, engine_flags, weights=begin.record, data=data)
     with reported_as(f"{config.name} cannot be built", ValueError):
         model = fake_model(config.model)
-        if lost := dict(model.named_buffers()).keys() - model.state_dict().keys():
+        names, buffers = model.state_dict().keys(), dict(model.named_buffers()).keys()
+        if lost := buffers - names:
             expected = "expected True, so that a run can resume"
             raise ValueError(f"{min(lost)}: got a buffer with persistent=False, {expected}")
+        if tied := names - buffers - dict(model.named_parameters()).keys():
+            expected = "expected weights of its own for every module"
+            raise ValueError(f"{min(tied)}: got a weight that is tied to another, {expected}")
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
     # What a flag makes useless, such as --val-path the share of --val-share, is named as well.

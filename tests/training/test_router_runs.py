@@ -181,7 +181,7 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     assert "expected 0, a dense model" in expect_error(capsys, *upcycle, "--plugin", path)
 
 
-def test_a_router_that_asks_for_an_unknown_fact_is_rejected_before_the_run_begins(
+def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     plugin, train_flags, tmp_path, capsys
 ):
     path = plugin[0].with_name("cosine_of_label.py")
@@ -198,19 +198,26 @@ def test_a_router_that_asks_for_an_unknown_fact_is_rejected_before_the_run_begin
         "import torch\n\nfrom routers import ROUTERS, TopKRouter\n\n\nclass Masked(TopKRouter):\n"
         "    def __post_init__(self):\n        super().__post_init__()\n"
         '        self.register_buffer("mask", torch.ones(1), persistent=False)\n\n\n'
-        'ROUTERS["masked"] = Masked\n'
+        "class Tied(TopKRouter):\n"
+        "    def __post_init__(self):\n        super().__post_init__()\n"
+        "        self.first, self.second = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)\n"
+        "        self.second.weight = self.first.weight\n\n\n"
+        'ROUTERS["masked"], ROUTERS["tied"] = Masked, Tied\n'
     )
     flags = train_flags(tmp_path / "results", router="masked")
     plugins = (path, path.with_name("cosine_of_mask.py"))
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
     assert "blocks.0.moe.gate.mask: got a buffer with persistent=False" in line
-    for name in ("label", "masked"):
+    flags = train_flags(tmp_path / "results", router="tied")
+    line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
+    assert "blocks.0.moe.gate.second.weight: got a weight that is tied to another" in line
+    for name in ("label", "masked", "tied"):
         del ROUTERS[name]
     for plugin_file in plugins:
         del sys.modules[f"plugin:{plugin_file.resolve()}"]
     words = ["--plugin", str(path), "--lr", "1", f"--plugin={plugins[1]}", "--rf"]
     assert parse_training(DDPFlags, arguments=words)["plugin"] == tuple(map(str, plugins))
-    assert {"label", "masked"} <= ROUTERS.keys()
+    assert {"label", "masked", "tied"} <= ROUTERS.keys()
     assert not (tmp_path / "results").exists()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints.checkpoint import averages_of
-from checkpoints.initial import allocate, build_empty
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -22,6 +22,7 @@ from checkpoints.weights import (
     shapes_of,
 )
 from conditions import Conditions
+from models import DiT
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed
@@ -29,7 +30,7 @@ from runtime.tensor_file import Box
 from training.auxiliary import add_projectors, is_of_model
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
-from training.engines.layout import Layout, Place
+from training.engines.layout import Place
 from training.engines.state import (
     STATE_FILES,
     read_state,
@@ -44,26 +45,30 @@ from training.spikes import SpikeDetector
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
+    copy_size = 1  # processes that together hold one copy of the model
+
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
     ):
         self.dist, self.config = dist, config
-        self.model = build_empty(config.model, device=dist.device)
+        with torch.device("meta"):
+            self.model = DiT(config.model)
         freeze(self.model, config.step)
-        add_projectors(self.model, config.auxiliary, config.shapes, config.run.global_seed)
+        projectors = add_projectors(
+            self.model, config.auxiliary, config.shapes, config.run.global_seed
+        )
         self.shapes = shapes_of(dict(self.model.named_parameters()))  # of the whole weights
-        self.layout = self.distribute()
+        self.distribute()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        for name, value in weights:
+        for name, value in chain(projectors.items(), weights):
             self.set_weight(name, value)
         self.prepare()
         self.accumulates, self.replica = False, self.model
         self.replicate()
 
-    def distribute(self) -> Layout:
-        """Allocates the weights of this process, which may be shards; returns their layout."""
-        allocate(self.model.parameters())
-        return Layout(1)
+    def distribute(self) -> None:
+        """Allocates the weights of this process, which may be shards, and the buffers."""
+        self.model.to_empty(device=self.dist.device)
 
     def replicate(self) -> None:
         """Makes `replica` sum the gradients of all processes."""
@@ -118,8 +123,7 @@ class DDPEngine:
     @cached_property
     def places(self) -> dict[str, Place]:
         """Position of this process's shard within each parameter."""
-        index = self.dist.rank % self.layout.size
-        return {name: self.layout.place(name, shape, index) for name, shape in self.shapes.items()}
+        return {name: tuple(slice(0, n) for n in shape) for name, shape in self.shapes.items()}
 
     def box(self, name: str, values: Tensor) -> Box:
         """Returns the values of this process's shard of a parameter or EMA, with their position."""
@@ -272,7 +276,7 @@ class DDPEngine:
         """
         sizes = {name: weight.numel() for name, weight in self.parameters.items()}
         dist = self.dist
-        copy, copies = dist.rank // self.layout.size, dist.world_size // self.layout.size
+        copy, copies = dist.rank // self.copy_size, dist.world_size // self.copy_size
         return {name for name, writer in share_out(sizes, copies).items() if writer == copy}
 
     def written_buffers(self) -> dict[str, Box]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from checkpoints.costs import fake_model
-from checkpoints.initial import allocate
 from diffusion import Objective
 from models import DiT
 from moe import Experts
@@ -37,6 +37,7 @@ from training.engines.ddp import DDPEngine
 from training.engines.expert_parallel import keep_experts, spread
 from training.engines.layout import (
     Layout,
+    Place,
     experts_of_each,
     is_expert,
     shard_dim,
@@ -57,14 +58,21 @@ MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.sa
 class FSDPEngine(DDPEngine):
     """fp32 shards and EMAs, autocast steps on gathered weights; see `training.engine.Engine`."""
 
-    def distribute(self) -> Layout:
+    def distribute(self) -> None:
         meshes = make_meshes(self.dist, self.config)
         shard(self.model, meshes, self.config)
         for module in groups_of(self.model):
             mesh = meshes.experts if isinstance(module, Experts) else meshes.model
             if sums_rounded(self.config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
-        return layout_of(self.config, self.dist.world_size)
+        super().distribute()
+        self.layout = layout_of(self.config, self.dist.world_size)
+        self.copy_size = self.layout.size
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        index = self.dist.rank % self.layout.size
+        return {name: self.layout.place(name, shape, index) for name, shape in self.shapes.items()}
 
     def replicate(self) -> None:
         """Does nothing: FSDP2 sums the gradients."""
@@ -300,7 +308,7 @@ def block_parameters(block: nn.Module) -> list[nn.Parameter]:
 
 
 def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
-    """Shards a model of placeholders block by block, so that at most one block is unsharded."""
+    """Shards a model on the meta device, block by block."""
     gates = [block.moe.gate for block in model.blocks if block.moe is not None]
     in_gates = {weight for gate in gates for weight in gate.parameters()}
     policy = MixedPrecisionPolicy(
@@ -328,13 +336,10 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
             number = len(next(experts.parameters())) - extra
             stored = stored_of_each(number, size, extra)
             keep_experts(experts, stored, meshes.spread.get_local_rank())
-            allocate(experts.parameters())
             routed, group = experts_of_each(number, size), meshes.spread.get_group()
             spread(experts, group, routed, extra, has_equal_batches=is_whole)
             wrap(experts, meshes.experts, **options)
-        allocate(w for w in block_parameters(block) if not isinstance(w, DTensor))
         wrap(block, meshes.model, **options)
-    allocate([weight for weight in model.parameters() if not isinstance(weight, DTensor)])
     model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
     wrap(model, meshes.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del model.gates

@@ -1,6 +1,6 @@
 """Where each process's shard of a parameter lies.
 
-layout = Layout(shards=8)                            # Layout(1): every process holds it whole
+layout = Layout(shards=8)
 place = layout.place("blocks.0.attn.qkv.weight", shape, shard_index)
 shard = weight[place]
 """

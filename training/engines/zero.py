@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from checkpoints.costs import fake_model
-from checkpoints.initial import allocate, build_empty
-from models import DiTConfig
+from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import print_safely, reported_as
 from training.config import TrainConfig
@@ -40,7 +39,8 @@ def start_engine(
     quieten()
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[config.step.precision]
-    model = build_empty(config.model, dtype, device)
+    with torch.device("meta"):
+        model = DiT(config.model)
     # Autocast, as under DDP. The model itself enables autocast, because DeepSpeed disables any
     # autocast that is enabled outside its engine.
     enabled = dtype != torch.float32
@@ -48,7 +48,7 @@ def start_engine(
     announce_compilation(ds_config)
     refusals = (ValueError, TypeError, AssertionError, DeepSpeedConfigError)
     with reported_as("--deepspeed_config: DeepSpeed rejects the settings", *refusals):
-        allocate_module(model, ds_config)
+        allocate_modules(model, ds_config, dtype, device)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     return engine
 
@@ -74,12 +74,19 @@ def announce_compilation(ds_config: dict) -> None:
         print_safely(f"DeepSpeed compiles its Adam for the CPU in {root}, which takes a minute")
 
 
-def allocate_module(model: nn.Module, ds_config: dict) -> None:
-    """Allocates memory for placeholders; ZeRO-3 shards each module before the next is allocated."""
+def allocate_modules(
+    model: nn.Module, ds_config: dict, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Allocates the weights, in `dtype`, and the buffers of a model on the meta device.
+
+    ZeRO-3 shards each module before the next one is allocated.
+    """
     is_stage_3 = ds_config["zero_optimization"]["stage"] == 3
     for module in reversed(list(model.modules())):
         weights = list(module.parameters(recurse=False))
-        allocate(weights)
+        for weight in weights:
+            weight.data = weight.data.to(dtype)
+        module.to_empty(device=device, recurse=False)
         if is_stage_3 and weights:
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
