@@ -37,7 +37,7 @@ from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
 from options.parts import Part, Size, option, options_of, sides
-from options.settings import build, flags_of, flattened, read
+from options.settings import Layer, build, flags_of, flattened, merge, read
 from routers import ROUTERS, Router, Routing
 
 
@@ -209,14 +209,18 @@ class DiTConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "DiTConfig":
+    def of(cls, *sources: Mapping[str, Any]) -> "DiTConfig":
         """Builds a config from fields, nested as in a file or flat: router_scale, aux_loss_alpha.
+
+        A later source overrides an earlier one; another router takes its options with it.
         """
         flags = flags_of((cls,))
-        values = flattened(values, flags)
-        if unknown := sorted(values.keys() - flags.keys()):
-            raise ValueError(f"{', '.join(unknown):.200}: unknown, expected fields of DiTConfig")
-        layer = read(values, flags)
+        layer: Layer = {}
+        for values in (flattened(source, flags) for source in sources):
+            if unknown := sorted(values.keys() - flags.keys()):
+                names = f"{', '.join(unknown):.200}"
+                raise ValueError(f"{names}: unknown, expected fields of DiTConfig")
+            layer = merge(layer, read(values, flags), flags)
         if layer.get("num_experts") == 0:
             layer = {name: value for name, value in layer.items()
                      if flags[name].field.name != "router"}  # fmt: skip
@@ -777,7 +781,8 @@ INITIAL = {
 
 def own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Returns the parameters and buffers of a module, without those of its children, by name."""
-    return dict([*module.named_parameters(prefix, False), *module.named_buffers(prefix, False)])
+    parameters = module.named_parameters(prefix, recurse=False)
+    return dict([*parameters, *module.named_buffers(prefix, recurse=False)])
 
 
 def initialize(module: nn.Module, prefix: str) -> None:
@@ -787,7 +792,8 @@ def initialize(module: nn.Module, prefix: str) -> None:
     Raises ValueError with the name of a tensor that is not set. Tensors without data are ignored.
     """
     own = own_tensors(module, prefix)
-    if all(tensor.untyped_storage().device.type == "meta" for tensor in own.values()):  # or fake
+    # Tensors on the meta device, and fake ones, have no data.
+    if all(tensor.untyped_storage().device.type == "meta" for tensor in own.values()):
         return
     for tensor in own.values():
         tensor.fill_(unset(tensor.dtype))

@@ -35,7 +35,7 @@ from latents.autoencoder import PIXELS
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
-from options.settings import flat
+from options.settings import nested
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
@@ -46,7 +46,7 @@ WEIGHTS = (  # keys of a .pt, best first
 )  # fmt: skip
 EMA_FILES = "model-ema-{}.safetensors"  # further EMAs of a run, next to MODEL_FILE
 PUBLISHED_FILE = "model.pt"  # written by export.py in the published layout
-MAX_HEADER = 100_000_000  # bytes of the header of a safetensors file
+MAX_HEADER = 100_000_000  # bytes; safetensors allows no longer header
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?::([\w./-]+))?")
 WHOLE_MODEL = (  # files to download from a repository of the hub
     MODEL_FILE, PUBLISHED_FILE, "config.json", "diffusion_pytorch_model*", "transformer/*", "vae/*",
@@ -239,7 +239,7 @@ def read_file(
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            config = DiTConfig.of({**flat(record.config), **overrides})
+            config = DiTConfig.of(nested(record.config), overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
@@ -311,6 +311,6 @@ def step_folders(run: Path) -> list[Path]:
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides."""
     try:
-        return DiTConfig.of({**DiT_models[model].keywords, **overrides})
+        return DiTConfig.of(DiT_models[model].keywords, overrides)
     except ValueError as error:
         raise UserError(str(error)) from None

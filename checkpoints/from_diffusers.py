@@ -64,7 +64,7 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         else:
             kinds = " or ".join(DIFFUSERS_CLASSES)
             raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
-        record = Record.of_weights({**fields, **overrides}, facts)
+        record = Record.of_weights(DiTConfig.of(fields, overrides), facts)
     return weights, record
 
 

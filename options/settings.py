@@ -137,8 +137,8 @@ def as_tuple(value: Any) -> tuple:
 
 
 def unfolded(choice: Option, value: Part | tuple[Part, ...]) -> Layer:
-    """Returns components as a layer: their names, and each option that one of them says, with the
-    values of all that have it."""
+    """Returns components as a layer: their names, each once, and each option that one of them
+    says, with the values of all that have it. Components of one name come together."""
     parts, found = as_tuple(value), {}
     has = [
         (part, flag_name(choice, part.name, option), option)
@@ -166,13 +166,14 @@ def components(choice: Option, layer: Layer, flags: Flags) -> list[Part]:
     Raises ValueError for an option that none of the components has.
     """
     parts = [Part(name) for name in names_in(layer, choice)]
-    for name, flag in ((name, flags[name]) for name in layer):
+    for name, value in layer.items():
+        flag = flags[name]
         if flag.field is not choice or name == choice.name:
             continue
         places = [i for i, part in enumerate(parts) if part.name in flag.options]
         if not places:
             raise ValueError(no_effect(name, parts, flags))
-        values = as_tuple(layer[name]) if flag.takes_several else (layer[name],)
+        values = as_tuple(value) if flag.takes_several else (value,)
         first, count = places[0], max(len(places), len(values))
         if {len(places), len(values)} - {1, count}:
             raise ValueError(f"{name}: got {len(values)} values, expected one or {len(places)}")
@@ -180,16 +181,19 @@ def components(choice: Option, layer: Layer, flags: Flags) -> list[Part]:
             parts[first : first + 1] = parts[first : first + 1] * count
             places = [*range(first, first + count)]
         values *= count // len(values)
-        for place, value in zip(places, values, strict=True):
+        for place, one in zip(places, values, strict=True):
             option = flag.options[parts[place].name]
-            options = parts[place].options | {option.name: option.read(value, name)}
+            options = parts[place].options | {option.name: option.read(one, name)}
             parts[place] = replace(parts[place], options=options)
     return parts
 
 
 def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
-    """`top` overrides `base`. A component that `top` names again keeps the options of `base`;
-    another takes its options with it."""
+    """`top` overrides `base`.
+
+    An option of `base` stays if `top` names again all components that it was for; others go with
+    their component.
+    """
     gone: set[str] = set()
     for choice in [flags[name].field for name in top if flags[name].option.table]:
         before, after = ({*names_in(layer, choice)} for layer in (base, top))
@@ -252,8 +256,8 @@ def flat(*configs: Any) -> Layer:
             found[one.name] = value
         else:
             done = tuple(map(one.complete, as_tuple(value)))
-            found |= unfolded(one, done)
-            found[one.name] = tuple(map(str, done)) if one.is_list else str(value)
+            names = {one.name: tuple(map(str, done))} if one.is_list else {}
+            found |= unfolded(one, done) | names  # a name may come twice
     return found
 
 

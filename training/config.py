@@ -320,7 +320,7 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
     for choice in [flag.field for flag in flags.values() if flag.option.table]:
-        components(choice, known, flags)  # raises, if none of them has an option
+        components(choice, known, flags)  # raises ValueError for an option that none has
 
 
 def resolve(

@@ -127,7 +127,7 @@ class Plan(NamedTuple):
     begin: Beginning
     config: TrainConfig
     dataset: Source | None  # None with --dry-run, if the data are not on this machine
-    named: set[str]  # fields that the flags set, or that follow from them
+    named: set[str]  # fields that the flags set or make useless, or that follow from them
     notes: list[str]
 
 

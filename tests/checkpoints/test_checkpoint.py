@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
+from checkpoints.from_diffusers import OWN_CLASS
 from models import DiT
+from options.settings import nested
 from routers import ROUTERS, TopKRouter
 from runtime.errors import UserError
 
@@ -68,6 +70,19 @@ def test_a_router_may_have_buffers_of_integers(tmp_path, monkeypatch):
     path = save_checkpoint(model, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="gate.counts: got torch.float32, expected torch.int64"):
         load_model(path)
+
+
+def test_an_option_of_the_router_overrides_that_of_a_checkpoint_or_pipeline(tmp_path):
+    model = DiT(**TINY_MODEL, router={"sigmoid": {"scale": 2.5, "bias_step": 0.1}})
+    folder = tmp_path / "pipe" / "transformer"
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    stored = {"_class_name": OWN_CLASS, "dit": nested(model.config)}
+    (folder / "config.json").write_text(json.dumps(stored))
+    for path in (save_checkpoint(model, tmp_path / "model.safetensors"), tmp_path / "pipe"):
+        for flags in ({"router_scale": 3.0}, {"router": {"sigmoid": {"scale": 3.0}}}):
+            options = load_model(path, **flags).config.router_options
+            assert (options["scale"], options["bias_step"]) == (3.0, 0.1)
 
 
 def test_file_permissions_of_saved_weights_follow_the_umask(saved, tmp_path):
