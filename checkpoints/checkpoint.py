@@ -291,9 +291,10 @@ def find_vae(record: Record, path: Path) -> str | None:
 def read_record(path: Path) -> Record:
     """Reads the record of a step folder or file, even if the tensors behind it are truncated."""
     path = path / MODEL_FILE if path.is_dir() else path
-    with as_user_error(path, "not a DiT-MoE checkpoint"), open_regular(path) as file:
-        header = file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER))
-        return Record.from_metadata(parse_json(header).get("__metadata__"))
+    with as_user_error(path, "damaged or not a safetensors file"), open_regular(path) as file:
+        header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
+    with as_user_error(path, "not a DiT-MoE checkpoint"):
+        return Record.from_metadata(header.get("__metadata__"))
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], record: Record) -> None:

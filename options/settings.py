@@ -137,8 +137,8 @@ def as_tuple(value: Any) -> tuple:
 
 
 def unfolded(choice: Option, value: Part | tuple[Part, ...]) -> Layer:
-    """Returns components as a layer: their names, each once, and each option that one of them
-    says, with the values of all that have it. Components of one name come together."""
+    """Returns components as a layer: their names, and each option that one of them says, with the
+    values of all that have it."""
     parts, found = as_tuple(value), {}
     has = [
         (part, flag_name(choice, part.name, option), option)
@@ -150,7 +150,7 @@ def unfolded(choice: Option, value: Part | tuple[Part, ...]) -> Layer:
         if name in said:
             one = part.options.get(option.name, option.default)
             found[name] = (*found.get(name, ()), one) if choice.is_repeatable else one
-    names = tuple(dict.fromkeys(part.name for part in parts))
+    names = tuple(part.name for part in parts)
     return {choice.name: names if choice.is_list else names[0], **found}
 
 
@@ -192,14 +192,23 @@ def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
     """`top` overrides `base`.
 
     An option of `base` stays if `top` names again all components that it was for; others go with
-    their component.
+    their component. `top` may change how often a component is repeated: then one value of `base`
+    for all remains one for all.
     """
-    gone: set[str] = set()
-    for choice in [flags[name].field for name in top if flags[name].option.table]:
-        before, after = ({*names_in(layer, choice)} for layer in (base, top))
-        gone |= {name for name in base if flags[name].field is choice
-                 and not flags[name].options.keys() & before <= after}  # fmt: skip
-    return {name: value for name, value in base.items() if name not in gone} | top
+    kept: Layer = {}
+    changed = {flags[name].field.name for name in top}
+    for name, value in base.items():
+        choice, options = flags[name].field, flags[name].options
+        if options and choice.name in top:
+            before, after = ({*names_in(layer, choice)} for layer in (base, top))
+            if not options.keys() & before <= after:
+                continue
+        if choice.is_repeatable and choice.name in changed:
+            is_name, is_same = name == choice.name, len({*map(str, value)}) == 1
+            value = tuple(dict.fromkeys(value)) if is_name else value[:1] if is_same else value
+        if name not in top:
+            kept[name] = value
+    return kept | top
 
 
 def build(kind: type, layer: Layer, flags: Flags) -> Any:
@@ -255,9 +264,7 @@ def flat(*configs: Any) -> Layer:
         if one.table is None or value is None:
             found[one.name] = value
         else:
-            done = tuple(map(one.complete, as_tuple(value)))
-            names = {one.name: tuple(map(str, done))} if one.is_list else {}
-            found |= unfolded(one, done) | names  # a name may come twice
+            found |= unfolded(one, tuple(map(one.complete, as_tuple(value))))
     return found
 
 

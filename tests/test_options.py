@@ -547,6 +547,13 @@ def test_several_values_of_an_option_go_to_one_component_each():
         for decays in ((0.5, 0.6), (0.9, 0.99))
     )
     assert override(base, over, flags) == over
+    pair = [{"exponential": {"decay": decay, "warmup": False}} for decay in (0.9, 0.99)]
+    stored = read_values({"ema": pair}, flags)
+    for count in (1, 3):  # another number of averages than the run has
+        decays = [f"0.{number}" for number in range(1, count + 1)]
+        assert emas("--ema-decay", *decays, recipe=stored) == [(d, False) for d in decays]
+    mixed = resolve({"ema": [pair[0], "power", pair[1]]}, DDPFlags)
+    assert [ema.name for ema in mixed.emas] == ["0.9", "power-0.1", "0.99"]
     with pytest.raises(UserError, match="^--ema-warmup: got 3 values, expected one or 2$"):
         emas(*two, "--ema-warmup", "True", "False", "True")
     with pytest.raises(UserError, match="^--ema: got 0.9, 0.9, expected different averages$"):
@@ -560,8 +567,9 @@ def test_a_component_that_a_file_gives_no_value_has_its_own_default(monkeypatch)
         decay: float = option(0.5, help="decay")
 
     monkeypatch.setitem(EMAS, "late", LateEMA)
-    config = resolve({"ema": [{"exponential": {"decay": 0.9}}, "late"]}, DDPFlags)
-    assert [ema.decay for ema in config.emas] == [0.9, 0.5]
+    pair = [{"exponential": {"decay": decay}} for decay in (0.9, 0.99)]
+    config = resolve({"ema": [*pair, "late"]}, DDPFlags)
+    assert [ema.decay for ema in config.emas] == [0.9, 0.99, 0.5]
     assert resolve(config.sections(), DDPFlags).step == config.step
 
 

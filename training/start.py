@@ -310,8 +310,8 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
             expected = "expected True, so that a run can resume"
             raise ValueError(f"{min(lost)}: got a buffer with persistent=False, {expected}")
         if tied := names - buffers - dict(model.named_parameters()).keys():
-            expected = "expected weights of its own for every module"
-            raise ValueError(f"{min(tied)}: got a weight that is tied to another, {expected}")
+            expected = "expected parameters and buffers of its own for every module"
+            raise ValueError(f"{min(tied)}: got state that is tied to another, {expected}")
     if begin.weights is not None:
         notes += check_weights(config, begin.weights)
     # What a flag makes useless, such as --val-path the share of --val-share, is named as well.

@@ -210,7 +210,7 @@ def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     assert "blocks.0.moe.gate.mask: got a buffer with persistent=False" in line
     flags = train_flags(tmp_path / "results", router="tied")
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
-    assert "blocks.0.moe.gate.second.weight: got a weight that is tied to another" in line
+    assert "blocks.0.moe.gate.second.weight: got state that is tied to another" in line
     for name in ("label", "masked", "tied"):
         del ROUTERS[name]
     for plugin_file in plugins:
