@@ -317,7 +317,7 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
 @pytest.mark.parametrize("flags", [
     "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
     "routers.jsonl --pairs race:no-arm", "routers.jsonl --pairs race",
-    "few_steps.jsonl --reference flow", "routers.jsonl --times nothing",
+    "passes.jsonl --reference flow", "routers.jsonl --times nothing",
     "passes.jsonl --pairs flow-900:mean-flow-600", "dropping.jsonl --reference demo",
     "reuse.jsonl --times docs/experiments_times.json", "passes.jsonl --times nothing",
 ])  # fmt: skip
@@ -366,13 +366,14 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
         (1, 1, 1): (0.6, 0.7), (1, 1, 2): (0.7, 0.1),
     }  # fmt: skip
     rows = [
-        {"run": f"flow-600-{seed}", "sampler": "euler", "quantize": "none", "steps": steps,
-         "scale": scale, "choosing": [choosing, 0.1], "reporting": [reporting, 0.1]}
+        {"run": f"flow-600-{seed}", "sampler": "euler", "steps": steps, "passes": steps,
+         "scale": scale, "choosing": [choosing, 0.1], "reporting": [reporting, 0.1],
+         "groups": [reporting, reporting]}
         for (seed, steps, scale), (choosing, reporting) in kids.items()
     ]  # fmt: skip
     lines = sample_tables(rows).splitlines()
-    assert lines[0] == "| arm | sampler | runs | 1 step | 4 steps |"
-    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 (1) |"
+    assert lines[0] == "| arm | sampler | runs | 1 pass | 4 passes |"
+    assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 ± 0.000 (1) |"
 
 
 def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_between_groups():

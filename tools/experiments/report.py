@@ -268,7 +268,7 @@ def parse_args() -> ReportConfig:
 
 def report_samples(config: ReportConfig, rows: list[dict]) -> str:
     """Returns the tables; of several numbers of steps, also draws samples.png."""
-    frame, _ = read_samples(rows)
+    frame = read_samples(rows)
     arms = set(frame["arm"])
     if config.reference and config.reference not in arms:
         expected = ", ".join(sorted(arms))

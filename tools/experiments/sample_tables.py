@@ -7,31 +7,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
 
+from runtime.errors import pluralize
 from tools.benchmarks.common import markdown
 from tools.experiments.comparisons import paired_tests, test_cells, with_error
 
 MODEL_SETTINGS = ("quantize", "experts_per_token", "min_weight", "reuse")  # of rows of samples
 
 
-def read_samples(rows: list[dict]) -> tuple[DataFrame, str]:
-    """Returns the rows of samples as a frame, and the cost by which they are compared.
+def read_samples(rows: list[dict]) -> DataFrame:
+    """Returns the rows of samples as a frame.
 
-    The cost is "passes" (forward passes per image) or, for rows without it, "steps". The column
-    "arm" is the name of the run without the seed, and the settings of the model that differ between
-    rows: ARM,NAME=VALUE.
+    The column "arm" is the name of the run without the seed, and the settings of the model that
+    differ between rows: ARM,NAME=VALUE. "passes" is the number of forward passes per image.
     """
-    known = {"sampler": "", "interval": (0.0, 1.0), "reuse": 0}
-    frame = DataFrame([known | {"groups": row["reporting"][:1]} | row for row in rows])
+    frame = DataFrame([{"interval": (0.0, 1.0), "reuse": 0} | row for row in rows])
     frame["interval"] = frame["interval"].map("{0[0]:g} to {0[1]:g}".format)
-    cost = "passes" if "passes" in frame and frame["passes"].notna().all() else "steps"
     names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
     frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0], **names)
-    frame[cost] = frame[cost].round().astype(int)
+    frame["passes"] = frame["passes"].round().astype(int)
     for name in MODEL_SETTINGS:
         if name in frame and frame[name].nunique() > 1:
             values = frame[name].map(f",{name}={{}}".format)
             frame["arm"] += values.where(~frame[name].isin(["none", 0.0]), "")
-    return frame, cost
+    return frame
 
 
 def strongest(frame: DataFrame, *by: str) -> DataFrame:
@@ -57,30 +55,26 @@ def sample_tables(rows: list[dict]) -> str:
     brackets. The last line is the noise of sampling: the standard deviation between groups of
     samples of a run, pooled over the runs of a column.
     """
-    frame, cost = read_samples(rows)
+    frame = read_samples(rows)
     is_varied = len(frame[["sampler", "steps"]].drop_duplicates()) > 1
-    best = strongest(frame, *(("sampler", cost) if is_varied else ()))
+    best = strongest(frame, *(("sampler", "passes") if is_varied else ()))
     if len(best) == best["run"].nunique():
         lines = [["run", "guidance scale", "KID, choosing images", "KID, reporting images"]]
         for row in best.to_dict("records"):
             kids = (f"{mean:.3f} ± {std:.3f}" for mean, std in (row["choosing"], row["reporting"]))
             lines.append([row["run"], guidance_of(row, frame), *kids])
         return markdown(lines)
-    costs = sorted(best[cost].unique().tolist())
-    unit = {"steps": "step", "passes": "pass"}[cost]
-    lines = [["arm", "sampler", "runs", *(f"{n} {unit if n == 1 else cost}" for n in costs)]]
+    passes = sorted(best["passes"].unique().tolist())
+    lines = [["arm", "sampler", "runs", *(pluralize(n, "pass") for n in passes)]]
     for (arm, sampler), group in best.groupby(["arm", "sampler"], sort=False):
         runs = group["run"].nunique()
         cells = {
             n: with_noise(found) + (f" ({len(found)})" if len(found) < runs else "")
-            for n, found in group.groupby(cost)
+            for n, found in group.groupby("passes")
         }
-        lines.append([arm, sampler, str(runs), *(cells.get(n, "") for n in costs)])
-    grouped = best[best["groups"].str.len() > 1]
-    noise = (grouped["reporting"].str[1] ** 2).groupby(grouped[cost]).mean() ** 0.5
-    if len(noise):
-        cells = (f"{noise[n]:.3f}" if n in noise else "" for n in costs)
-        lines.append(["deviation between groups", "", "", *cells])
+        lines.append([arm, sampler, str(runs), *(cells.get(n, "") for n in passes)])
+    noise = (best["reporting"].str[1] ** 2).groupby(best["passes"]).mean() ** 0.5
+    lines.append(["deviation between groups", "", "", *map("{:.3f}".format, noise[passes])])
     return markdown(lines)
 
 
@@ -92,7 +86,7 @@ def guidance_of(row: dict, frame: DataFrame) -> str:
 
 def guidance_table(rows: list[dict]) -> str:
     """Returns a Markdown table with a line for each scale and interval of guidance of each run."""
-    frame, _ = read_samples(rows)
+    frame = read_samples(rows)
     lines = [["run", "sampler", "guidance", "passes", "KID, choosing images",
               "KID, reporting images", "border contrast"]]  # fmt: skip
     for row in frame.to_dict("records"):
@@ -105,22 +99,23 @@ def guidance_table(rows: list[dict]) -> str:
 
 
 def sample_comparisons(rows: list[dict], reference: str) -> str:
-    """Returns a Markdown table that compares the KID of arms with the reference at equal cost.
+    """Returns a Markdown table that compares the KID of arms with the reference at equal passes.
 
     Each run gets the sampler, steps and scale that are best on the choosing images, among those of
-    at most this cost. Arms with the same samplers as the reference are compared by sampler.
+    at most this number of passes. Arms whose samplers the reference has too are compared by
+    sampler.
     """
-    frame, cost = read_samples(rows)
+    frame = read_samples(rows)
     ours, found = frame[frame["arm"] == reference], []
     for _, theirs in frame[frame["arm"] != reference].groupby("arm", sort=False):
-        if set(theirs["sampler"]) == set(ours["sampler"]):
+        if {*theirs["sampler"]} <= {*ours["sampler"]}:
             for sampler, both in theirs.groupby("sampler", sort=False):
-                found += rivals(both, ours[ours["sampler"] == sampler], cost)
+                found += rivals(both, ours[ours["sampler"] == sampler])
         else:
-            found += rivals(theirs, ours, cost)
+            found += rivals(theirs, ours)
     pairs = [paired(theirs, ours) for _, theirs, ours in found]
     tests = paired_tests(DataFrame(dict(enumerate(pairs))))
-    lines = [["arm", f"at most {cost}", "KID", f"KID of {reference}", "from", "from", "pairs",
+    lines = [["arm", "at most passes", "KID", f"KID of {reference}", "from", "from", "pairs",
               "difference", "p (Holm)", "detectable"]]  # fmt: skip
     for place, ((limit, *rows), values) in enumerate(zip(found, pairs, strict=True)):
         cells = [*map(with_noise, rows), *map(settings_of, rows)]
@@ -136,39 +131,38 @@ def reuse_table(rows: list[dict], times: list[dict]) -> str:
 
     times: rows of `seconds.py`, or none
     """
-    frame, cost = read_samples(rows)
+    frame = read_samples(rows)
     ratios = {(t["sampler"], t["steps"], t["reuse"]): Series(t["ratios"]) for t in times}
 
     def cells_of(runs: DataFrame) -> list[str]:
-        sampler, steps, reuse, passes = runs.iloc[0][["sampler", "steps", "reuse", cost]]
+        sampler, steps, reuse, passes = runs.iloc[0][["sampler", "steps", "reuse", "passes"]]
         ratio = ratios.get((sampler, steps, reuse))
         time = "" if ratio is None else with_error(ratio, digits=2)
         return [f"{sampler} {steps}", str(passes), time, with_noise(runs)]
 
     cells, pairs = [], []
-    for (sampler, limit), ours in frame[frame["reuse"] > 0].groupby(["sampler", cost], sort=False):
-        without = (frame["reuse"] == 0) & (frame["sampler"] == sampler) & (frame[cost] <= limit)
-        for _, theirs in frame[without].groupby(cost):
+    reused = frame[frame["reuse"] > 0]
+    for (sampler, limit), ours in reused.groupby(["sampler", "passes"], sort=False):
+        without = (frame["reuse"] == 0) & (frame["sampler"] == sampler) & (frame["passes"] <= limit)
+        for _, theirs in frame[without].groupby("passes"):
             pairs.append(paired(ours, theirs))
             count, difference = f"{len(pairs[-1])} {pairs[-1].name}", with_error(pairs[-1], "+", 3)
             cells.append([*cells_of(ours), *cells_of(theirs), count, difference])
     tests = paired_tests(DataFrame(dict(enumerate(pairs))))
     lines = [[*line, *test_cells(tests, place, digits=3)] for place, line in enumerate(cells)]
-    names = ["sampler", cost, "time", "KID"]
+    names = ["sampler", "passes", "time", "KID"]
     head = ["with reuse", *names[1:], "without", *names[1:]]
     return markdown([[*head, "pairs", "difference", "p (Holm)", "detectable"], *lines])
 
 
-def rivals(
-    theirs: DataFrame, ours: DataFrame, cost: str
-) -> Iterator[tuple[int, DataFrame, DataFrame]]:
-    """Yields each cost of two arms, and the strongest rows of each arm at no more than this.
+def rivals(theirs: DataFrame, ours: DataFrame) -> Iterator[tuple[int, DataFrame, DataFrame]]:
+    """Yields the numbers of passes of two arms, and the strongest rows of each within this number.
 
-    A cost at which no stronger row is added would repeat a comparison, and is left out.
+    A number at which no stronger row is added would repeat a comparison, and is left out.
     """
     before: list[list[int]] = []
-    for limit in sorted({*theirs[cost], *ours[cost]}):
-        found = [strongest(rows[rows[cost] <= limit]) for rows in (theirs, ours)]
+    for limit in sorted({*theirs["passes"], *ours["passes"]}):
+        found = [strongest(rows[rows["passes"] <= limit]) for rows in (theirs, ours)]
         chosen = [sorted(rows.index) for rows in found]
         if all(chosen) and chosen != before:
             yield limit, *found
@@ -180,7 +174,7 @@ def paired(left: DataFrame, right: DataFrame) -> Series:
     left, right = left.set_index("seed"), right.set_index("seed")
     seeds = left.index.intersection(right.index)
     groups = [Series(rows.loc[seeds[0], "groups"]) for rows in (left, right) if len(seeds) == 1]
-    if groups and min(map(len, groups)) > 1:
+    if groups:
         return (groups[0] - groups[1]).rename("groups")
     return (left.loc[seeds, "kid"] - right.loc[seeds, "kid"]).rename("runs")
 
@@ -195,19 +189,20 @@ def settings_of(rows: DataFrame) -> str:
 
 
 def draw_samples(rows: list[dict], path: Path) -> None:
-    """Draws the KID of each arm and sampler by cost, as `sample_tables` computes it."""
-    frame, cost = read_samples(rows)
+    """Draws the KID of each arm and sampler by passes, as `sample_tables` computes it."""
+    frame = read_samples(rows)
     figure = Figure(figsize=(6, 3.6), layout="tight")
     axes = figure.subplots()
-    best = strongest(frame, "sampler", cost)
+    best = strongest(frame, "sampler", "passes")
     for names, group in best.groupby(["arm", "sampler"], sort=False):
-        kids = {passes: kids_of(rows) for passes, rows in group.groupby(cost)}
+        kids = {n: kids_of(rows) for n, rows in group.groupby("passes")}
         means, errors = ([f(each) for each in kids.values()] for f in (Series.mean, Series.sem))
         axes.errorbar([*kids], means, errors, fmt="o-", label=", ".join(names), capsize=3)
-    label = "forward passes per image" if cost == "passes" else "sampling steps"
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KID, reporting images")
-    costs = sorted(best[cost].unique())
-    ticks = [n for n in costs if not any(n < other < 1.1 * n for other in costs)]  # labels overlap
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="forward passes per image", ylabel="KID, reporting images")
+    passes = sorted(best["passes"].unique())
+    # Labels must not overlap.
+    ticks = [n for n in passes if not any(n < other < 1.1 * n for other in passes)]
     axes.set_xticks(ticks, ticks)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
