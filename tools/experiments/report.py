@@ -37,6 +37,7 @@ from tools.experiments.sample_tables import (
     reuse_table,
     sample_comparisons,
     sample_tables,
+    setting_comparisons,
 )
 
 COLUMNS = (
@@ -285,6 +286,8 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> str:
         text += "\n" + guidance_table(rows)
     if config.reference:
         text += "\n" + sample_comparisons(rows, config.reference)
+        if frame["scale"].nunique() > 1:
+            text += "\n" + setting_comparisons(rows, config.reference)
     if len({row["steps"] for row in rows}) > 1:
         draw_samples(rows, config.output / "samples.png")
     return text

@@ -125,6 +125,25 @@ def sample_comparisons(rows: list[dict], reference: str) -> str:
     return markdown(lines)
 
 
+def setting_comparisons(rows: list[dict], reference: str) -> str:
+    """Returns a Markdown table that compares the KID of arms with the reference, sampled with the
+    same sampler, steps and guidance scale."""
+    frame, by = read_samples(rows), ["sampler", "steps", "scale"]
+    ours, cells, pairs = frame[frame["arm"] == reference].groupby(by), [], []
+    for (arm, *setting), theirs in frame[frame["arm"] != reference].groupby(["arm", *by]):
+        if tuple(setting) in ours.groups:
+            same = ours.get_group(tuple(setting))
+            pairs.append(paired(theirs, same))
+            cells.append([arm, settings_of(theirs), with_noise(theirs), with_noise(same)])
+    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
+    lines = [["arm", "sampled by", "KID", f"KID of {reference}", "pairs", "difference", "p (Holm)",
+              "detectable"]]  # fmt: skip
+    for place, (line, values) in enumerate(zip(cells, pairs, strict=True)):
+        line += [f"{len(values)} {values.name}", with_error(values, "+", 3)]
+        lines.append([*line, *test_cells(tests, place, digits=3)])
+    return markdown(lines)
+
+
 def reuse_table(rows: list[dict], times: list[dict]) -> str:
     """Returns a Markdown table that compares sampling with reused outputs of experts with sampling
     without, by the same sampler in as many passes or fewer.
