@@ -174,7 +174,7 @@ def find_weights(path: Path) -> Path:
     faults = []
     for folder in step_folders(path):
         try:
-            open_safetensors(folder / MODEL_FILE)
+            open_safetensors(folder / MODEL_FILE)  # refuses truncated tensors
             read_record(folder)
         except UserError as error:
             faults.append(str(error))

@@ -73,8 +73,8 @@ def split(images: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """
     count = len(images)
     is_chosen = np.zeros(count, dtype=bool)
-    if number := min(round(fraction * count), count - 1):
-        is_chosen[np.random.default_rng(0).permutation(count)[:number]] = True
+    drawn = np.random.default_rng(0).permutation(count)
+    is_chosen[drawn[: min(round(fraction * count), count - 1)]] = True
     is_held_out = images.hold_out(is_chosen)
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 

@@ -147,8 +147,9 @@ class Option:
                 options[key] = has[key].read(one, key if has[key].is_bare else f"{prefix}_{key}")
             found.append(Part(kind, options))
         kinds = [one.name if self.by_component else one for one in found]
-        is_read = isinstance(value, tuple) and self.is_repeatable  # names of a layer may be equal
-        if not is_read and any(one in kinds[:number] for number, one in enumerate(kinds)):
+        # A layer, which has tuples, repeats a name: the options of the components stand apart.
+        may_repeat = self.is_repeatable and isinstance(value, tuple)
+        if not may_repeat and any(one in kinds[:number] for number, one in enumerate(kinds)):
             raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
         if self.by_component:  # their order has no meaning
             found.sort(key=lambda part: [*self.table].index(part.name))

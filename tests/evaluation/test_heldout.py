@@ -164,12 +164,6 @@ def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, t
         assert not seen[0] & seen[1]
 
 
-def test_without_held_out_images_no_order_is_drawn(image_tree, monkeypatch):
-    monkeypatch.setattr(np.random, "default_rng", None)
-    trained, held_out = split(open_images(str(image_tree), 16), 0.0)
-    assert trained.tolist() == list(range(40)) and not held_out.size
-
-
 def test_a_run_never_trains_on_its_held_out_images(
     train_flags, image_tree, latent_cache, tmp_path, monkeypatch, capsys
 ):

@@ -113,35 +113,35 @@ def sample_comparisons(rows: list[dict], reference: str) -> str:
                 found += rivals(both, ours[ours["sampler"] == sampler])
         else:
             found += rivals(theirs, ours)
-    pairs = [paired(theirs, ours) for _, theirs, ours in found]
+    head = ["arm", "at most passes", "KID", f"KID of {reference}", "from", "from"]
+    lines = [
+        [rows[0]["arm"].iloc[0], str(limit), *map(with_noise, rows), *map(settings_of, rows)]
+        for limit, *rows in found
+    ]
+    return with_tests(head, lines, [paired(theirs, ours) for _, theirs, ours in found])
+
+
+def with_tests(head: list[str], lines: list[list[str]], pairs: list[Series]) -> str:
+    """Returns a Markdown table of lines, each with its differences of KID and their test."""
     tests = paired_tests(DataFrame(dict(enumerate(pairs))))
-    lines = [["arm", "at most passes", "KID", f"KID of {reference}", "from", "from", "pairs",
-              "difference", "p (Holm)", "detectable"]]  # fmt: skip
-    for place, ((limit, *rows), values) in enumerate(zip(found, pairs, strict=True)):
-        cells = [*map(with_noise, rows), *map(settings_of, rows)]
-        cells += [f"{len(values)} {values.name}", with_error(values, "+", 3)]
-        cells += test_cells(tests, place, digits=3)
-        lines.append([rows[0]["arm"].iloc[0], str(limit), *cells])
-    return markdown(lines)
+    table = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
+    for place, (line, values) in enumerate(zip(lines, pairs, strict=True)):
+        cells = [f"{len(values)} {values.name}", with_error(values, "+", 3)]
+        table.append([*line, *cells, *test_cells(tests, place, digits=3)])
+    return markdown(table)
 
 
 def setting_comparisons(rows: list[dict], reference: str) -> str:
     """Returns a Markdown table that compares the KID of arms with the reference, sampled with the
     same sampler, steps and guidance scale."""
     frame, by = read_samples(rows), ["sampler", "steps", "scale"]
-    ours, cells, pairs = frame[frame["arm"] == reference].groupby(by), [], []
+    ours, lines, pairs = frame[frame["arm"] == reference].groupby(by), [], []
     for (arm, *setting), theirs in frame[frame["arm"] != reference].groupby(["arm", *by]):
         if tuple(setting) in ours.groups:
             same = ours.get_group(tuple(setting))
             pairs.append(paired(theirs, same))
-            cells.append([arm, settings_of(theirs), with_noise(theirs), with_noise(same)])
-    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
-    lines = [["arm", "sampled by", "KID", f"KID of {reference}", "pairs", "difference", "p (Holm)",
-              "detectable"]]  # fmt: skip
-    for place, (line, values) in enumerate(zip(cells, pairs, strict=True)):
-        line += [f"{len(values)} {values.name}", with_error(values, "+", 3)]
-        lines.append([*line, *test_cells(tests, place, digits=3)])
-    return markdown(lines)
+            lines.append([arm, settings_of(theirs), with_noise(theirs), with_noise(same)])
+    return with_tests(["arm", "sampled by", "KID", f"KID of {reference}"], lines, pairs)
 
 
 def reuse_table(rows: list[dict], times: list[dict]) -> str:
@@ -159,19 +159,15 @@ def reuse_table(rows: list[dict], times: list[dict]) -> str:
         time = "" if ratio is None else with_error(ratio, digits=2)
         return [f"{sampler} {steps}", str(passes), time, with_noise(runs)]
 
-    cells, pairs = [], []
+    lines, pairs = [], []
     reused = frame[frame["reuse"] > 0]
     for (sampler, limit), ours in reused.groupby(["sampler", "passes"], sort=False):
         without = (frame["reuse"] == 0) & (frame["sampler"] == sampler) & (frame["passes"] <= limit)
         for _, theirs in frame[without].groupby("passes"):
             pairs.append(paired(ours, theirs))
-            count, difference = f"{len(pairs[-1])} {pairs[-1].name}", with_error(pairs[-1], "+", 3)
-            cells.append([*cells_of(ours), *cells_of(theirs), count, difference])
-    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
-    lines = [[*line, *test_cells(tests, place, digits=3)] for place, line in enumerate(cells)]
-    names = ["sampler", "passes", "time", "KID"]
-    head = ["with reuse", *names[1:], "without", *names[1:]]
-    return markdown([[*head, "pairs", "difference", "p (Holm)", "detectable"], *lines])
+            lines.append([*cells_of(ours), *cells_of(theirs)])
+    names = ["passes", "time", "KID"]
+    return with_tests(["with reuse", *names, "without", *names], lines, pairs)
 
 
 def rivals(theirs: DataFrame, ours: DataFrame) -> Iterator[tuple[int, DataFrame, DataFrame]]:
