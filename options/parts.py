@@ -78,11 +78,7 @@ class Option:
     hint: Any = None  # the annotation
     default: Any = None
     is_list: bool = False  # whether the field names several components
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether the field may name one component several times, with other options."""
-        return self.is_list and not self.by_component
+    repeats: bool = False  # and one of them several times, with other options
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
@@ -148,7 +144,7 @@ class Option:
             found.append(Part(kind, options))
         kinds = [one.name if self.by_component else one for one in found]
         # A layer, which has tuples, repeats a name: the options of the components stand apart.
-        may_repeat = self.is_repeatable and isinstance(value, tuple)
+        may_repeat = self.repeats and isinstance(value, tuple)
         if not may_repeat and any(one in kinds[:number] for number, one in enumerate(kinds)):
             raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
         if self.by_component:  # their order has no meaning
@@ -199,10 +195,11 @@ def options_of(kind: type) -> dict[str, Option]:
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help += "" if "default" in help else f" (default: {shown})"
             hint = hints[one.name]
+            is_list = rules.table is not None and typing.get_origin(hint) is tuple
             found[one.name] = replace(
                 rules, name=one.name, hint=hint, default=default, help=help,
                 change=rules.change or getattr(kind, "change", "how"),
-                is_list=rules.table is not None and typing.get_origin(hint) is tuple,
+                is_list=is_list, repeats=is_list and not rules.by_component,
             )  # fmt: skip
     return found
 

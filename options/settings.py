@@ -13,7 +13,7 @@ for a config. Errors are ValueErrors, "NAME: ...".
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from options.parts import LIMITS, Option, Part, options_of
@@ -21,28 +21,20 @@ from options.parts import LIMITS, Option, Part, options_of
 Layer = dict[str, Any]
 
 
-@dataclass(eq=False)
-class Flag:
-    """What a flag sets: a field of a config class, or an option of the components that it names."""
+@dataclass(eq=False, kw_only=True)
+class Flag(Option):
+    """A flag as the help shows it: a field of a config class, or an option of the components that
+    the field names, without the rules that differ between the components.
+    """
 
     field: Option
-    options: dict[str, Option] = field(default_factory=dict)  # by component; {}: the field itself
+    options: dict[str, Option]  # by component; {}: the flag sets the field itself
 
-    @property
-    def option(self) -> Option:
-        """The field, or the option of the first component that has it."""
-        return next(iter(self.options.values()), self.field)
-
-    @property
-    def takes_several(self) -> bool:
-        """Whether several values are several components, as in --ema-decay 0.99 0.999."""
-        return bool(self.options) and self.field.is_repeatable
-
-    def read(self, value: Any, name: str) -> Any:
+    def read(self, value: Any, name: str | None = None) -> Any:
         """Reads a value; that of an option as the first component does that accepts it."""
         if not self.options:
             return self.field.read(value, name)
-        values = value if self.takes_several and isinstance(value, list | tuple) else [value]
+        values = value if self.repeats and isinstance(value, list | tuple) else [value]
         found: list[Any] = []
         for number, one in enumerate(values):
             for option in self.options.values():
@@ -50,26 +42,8 @@ class Flag:
                     found.append(option.read(one, name))
                     break
             if len(found) == number:
-                self.shown.read([one] if self.takes_several else one, name)  # raises
-        return tuple(found) if self.takes_several else found[0]
-
-    @property
-    def shown(self) -> Option:
-        """The option as the help shows it. Rules that differ between components are left out."""
-        if not self.options:
-            return self.field
-        texts: dict[str, list[str]] = {}
-        for component, one in self.options.items():
-            texts.setdefault(one.help, []).append(component)
-        help = "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
-        if len(texts) == 1 and (self.field.by_component or {*self.options} == {*self.field.table}):
-            help = self.option.help  # of all components, or of the one in the flag's name
-        rules = (*LIMITS, "choices", "suffixes")
-        values = ({getattr(one, rule) for one in self.options.values()} for rule in rules)
-        unlike = {rule: getattr(Option, rule)
-                  for rule, found in zip(rules, values, strict=True) if len(found) > 1}  # fmt: skip
-        hint = tuple[self.option.hint, ...] if self.takes_several else self.option.hint
-        return replace(self.option, hint=hint, help=help, **unlike)
+                super().read([one] if self.repeats else one, name)  # raises
+        return tuple(found) if self.repeats else found[0]
 
 
 Flags = Mapping[str, Flag]
@@ -87,20 +61,38 @@ def flags_of(kinds: tuple[type, ...]) -> Flags:
 
     Raises TypeError if two fields or options have the same flag.
     """
-    flags: dict[str, Flag] = {}
+    found: dict[str, tuple[Option, dict[str, Option]]] = {}
     for one in (one for kind in kinds for one in options_of(kind).values()):
-        if one.name in flags:
-            raise TypeError(f"{one.name} is a flag of {flags[one.name].field.name} and a field")
-        flags[one.name] = Flag(one)
+        if one.name in found:
+            raise TypeError(f"{one.name} is a flag of {found[one.name][0].name} and a field")
+        found[one.name] = (one, {})
         for component, part in (one.table or {}).items():
             for option in options_of(part).values():
                 name = flag_name(one, component, option)
-                flag = flags.setdefault(name, Flag(one))
-                is_taken = component in flag.options or one.by_component and flag.options
-                if flag.field is not one or name == one.name or is_taken:
-                    raise TypeError(f"{name} is a flag of {flag.field.name} and of {one.name}")
-                flag.options[component] = option
-    return flags
+                field, options = found.setdefault(name, (one, {}))
+                is_taken = component in options or one.by_component and options
+                if field is not one or name == one.name or is_taken:
+                    raise TypeError(f"{name} is a flag of {field.name} and of {one.name}")
+                options[component] = option
+    return {name: joined(field, options) for name, (field, options) in found.items()}
+
+
+def joined(field: Option, options: dict[str, Option]) -> Flag:
+    """Makes the flag of a field, or of the options of its components."""
+    first = next(iter(options.values()), field)
+    rules = {rule.name: getattr(first, rule.name) for rule in fields(Option)}
+    if options:
+        texts: dict[str, list[str]] = {}
+        for component, one in options.items():
+            texts.setdefault(one.help, []).append(component)
+        if len(texts) > 1 or not field.by_component and options.keys() != field.table.keys():
+            rules["help"] = "; ".join(f"{', '.join(names)}: {one}" for one, names in texts.items())
+        for rule in (*LIMITS, "choices", "suffixes"):
+            if len({getattr(one, rule) for one in options.values()}) > 1:
+                rules[rule] = getattr(Option, rule)
+        if field.repeats:  # several values are several components: --ema-decay 0.99 0.999
+            rules |= {"hint": tuple[first.hint, ...], "repeats": True}
+    return Flag(**rules, field=field, options=options)
 
 
 def flattened(values: Mapping[str, Any], flags: Flags) -> Layer:
@@ -108,7 +100,7 @@ def flattened(values: Mapping[str, Any], flags: Flags) -> Layer:
     found: Layer = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        is_component = name in flags and flags[name].option.table
+        is_component = name in flags and flags[name].table
         is_section = isinstance(value, Mapping) and not is_component
         for inner, one in value.items() if is_section else [(name, value)]:
             inner = str(inner).replace("-", "_")
@@ -149,7 +141,7 @@ def unfolded(choice: Option, value: Part | tuple[Part, ...]) -> Layer:
     for part, name, option in has:
         if name in said:
             one = part.options.get(option.name, option.default)
-            found[name] = (*found.get(name, ()), one) if choice.is_repeatable else one
+            found[name] = (*found.get(name, ()), one) if choice.repeats else one
     names = tuple(part.name for part in parts)
     return {choice.name: names if choice.is_list else names[0], **found}
 
@@ -173,7 +165,7 @@ def components(choice: Option, layer: Layer, flags: Flags) -> list[Part]:
         places = [i for i, part in enumerate(parts) if part.name in flag.options]
         if not places:
             raise ValueError(no_effect(name, parts, flags))
-        values = as_tuple(value) if flag.takes_several else (value,)
+        values = as_tuple(value) if flag.repeats else (value,)
         first, count = places[0], max(len(places), len(values))
         if {len(places), len(values)} - {1, count}:
             raise ValueError(f"{name}: got {len(values)} values, expected one or {len(places)}")
@@ -203,7 +195,7 @@ def merge(base: Layer, top: Layer, flags: Flags) -> Layer:
             before, after = ({*names_in(layer, choice)} for layer in (base, top))
             if not options.keys() & before <= after:
                 continue
-        if choice.is_repeatable and choice.name in changed:
+        if choice.repeats and choice.name in changed:
             is_name, is_same = name == choice.name, len({*map(str, value)}) == 1
             value = tuple(dict.fromkeys(value)) if is_name else value[:1] if is_same else value
         if name not in top:

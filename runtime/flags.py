@@ -74,11 +74,10 @@ def parse_flags(
 
 
 def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) -> "Parser":
-    shown = {name: flag.shown for name, flag in flags.items()}
-    usage = ["%(prog)s", *(value_name(name, one) for name, one in shown.items() if one.positional)]
+    usage = ["%(prog)s", *(value_name(name, one) for name, one in flags.items() if one.positional)]
     usage += [
         f"{spelling(name)} {value_name(name, one)}"
-        for name, one in shown.items() if one.default is MISSING and not one.positional
+        for name, one in flags.items() if one.default is MISSING and not one.positional
     ]  # fmt: skip
     parser = Parser(
         usage=" ".join([*usage, "[flags]"]),
@@ -88,7 +87,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
         allow_abbrev=False,
     )
     groups, group = {}, parser
-    for flag_name, one in shown.items():
+    for flag_name, one in flags.items():
         if (title := one.group) and grouped:
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         rules: dict[str, Any] = {"metavar": value_name(flag_name, one)}

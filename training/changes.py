@@ -65,7 +65,7 @@ def compare(
     for section, part in config.by_section.items():
         for name, flag, old, new in differences(was.by_section[section], part):
             result = found.said if flag.field.name in named else found.unsaid
-            lines = {"state": found.state, "result": result}.get(flag.option.change, [])
+            lines = {"state": found.state, "result": result}.get(flag.change, [])
             lines.append(difference(name, old, new))
     known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
     known["normalisation"] = before.norm and str(before.norm)

@@ -153,7 +153,7 @@ def training_flags(engine_flags: type) -> Flags:
     sections = sections_of(engine_flags)
     flags = flags_of((PresetConfig, *sections.values()))
     for name in sections:
-        if name in flags and flags[name].option.table:
+        if name in flags and flags[name].table:
             raise TypeError(f"{name}: a mapping is either a section of a file or a component")
     return flags
 
@@ -208,8 +208,8 @@ def read_recipe(path: Path, flags: Flags, engine_flags: type) -> Layer:
     sections = sections_of(engine_flags)
     for key, value in values.items():
         flag = flags.get(str(key).replace("-", "_"))
-        if isinstance(value, Mapping) and key not in sections and not (flag and flag.option.table):
-            expected = flag.shown.expected() if flag else f"a flag or one of {', '.join(sections)}"
+        if isinstance(value, Mapping) and key not in sections and not (flag and flag.table):
+            expected = flag.expected() if flag else f"a flag or one of {', '.join(sections)}"
             raise ValueError(f"{key}: got a section, expected {expected}")
     recipe = read_values(values, flags)
     for name in ("config", "plugin"):
@@ -319,7 +319,7 @@ def check_effect(said: Layer, known: Layer, flags: Flags) -> None:
         is_of_experts = flags[name].field.name == "router" or name in SPARSE and not is_default
         if is_of_experts and known.get("num_experts") == 0:
             raise ValueError(f"{name}: {DENSE}")
-    for choice in [flag.field for flag in flags.values() if flag.option.table]:
+    for choice in [flag.field for flag in flags.values() if flag.table]:
         components(choice, known, flags)  # raises ValueError for an option that none has
 
 

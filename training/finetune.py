@@ -62,7 +62,7 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     found = [
         difference(name, was, now)
         for name, flag, was, now in differences(before, config.model)
-        if flag.option.change == "state"
+        if flag.change == "state"
     ]  # fmt: skip
     if source.record.objective not in (None, config.step.objective.name):
         found.append(difference("objective", source.record.objective, config.step.objective.name))

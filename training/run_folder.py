@@ -80,8 +80,8 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
             owner = next(one for one in (names if flag.field.is_list else [names])
                          if one in flag.options)  # fmt: skip
             default = flag.options[owner].default
-            defaults[name] = (default,) if flag.takes_several else default
-        decides = flag.option.change in ("state", "result") and name not in DATA_FACTS
+            defaults[name] = (default,) if flag.repeats else default
+        decides = flag.change in ("state", "result") and name not in DATA_FACTS
         if decides and value is not None and value != defaults[name]:
             special[name] = value
     content = json.dumps([special, facts], sort_keys=True, default=str)
@@ -147,7 +147,7 @@ def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
         if name not in flags:
             unknown.append(name)
             continue
-        if flags[name].option.table:
+        if flags[name].table:
             value, gone = known_options(flags[name].field, value)
             unknown += gone
         known[name] = value
