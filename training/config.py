@@ -32,8 +32,8 @@ from options.settings import (
     build,
     components,
     flags_of,
+    flat,
     merge,
-    names_in,
     nested,
     read,
     spelling,
@@ -190,7 +190,7 @@ def parse_training(
             with reported_as(f"--config {path}", OSError, ValueError, UserError):
                 files.append(read_recipe(Path(path), flags, engine_flags))
         for layer in (*files, command):
-            said = override(without_preset(said, layer, every), layer, flags)
+            said = override(without_preset(said, layer.get("model"), every), layer, flags)
         return said
 
 
@@ -259,32 +259,24 @@ def check_once(said: Layer, flags: Flags) -> None:
             raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
 
 
-def without_preset(recipe: Layer, command: Layer, flags: Flags) -> Layer:
+def without_preset(recipe: Layer, preset: str | None, flags: Flags) -> Layer:
     """Returns a recipe without what its preset sets, if the command names another preset.
 
     Raises ValueError if the recipe sets everything that the other preset would change.
     """
-    preset, before = command.get("model"), recipe.get("model", PresetConfig.model)
+    before, kept = recipe.get("model", PresetConfig.model), recipe
     if not recipe or preset in (None, before):
         return recipe
-    old, own = (read(DiT_models[name].keywords, flags) for name in (before, preset))
-    names = {flags[name].field.name for name in (*old, *own)}
-    router = flags["router"].field
-    routing = {k: f for k, f in flags.items() if f.field is router and f.options}
-
-    def values(layer: Layer) -> dict[str, Any]:
-        found = {name: layer.get(name, flags[name].field.default) for name in names}
-        (name,) = names_in(layer, router)
-        has = {k: f.options[name].default for k, f in routing.items() if name in f.options}
-        return found | {"router": (name, has | {k: layer[k] for k in routing if k in layer})}
-
-    sizes, kept = values(merge(old, recipe, flags)), recipe
     if "model" in recipe:
-        gone = {name for name, value in values(old).items() if value == sizes[name]}
-        kept = {name: value for name, value in recipe.items() if flags[name].field.name not in gone}
-    others = [name for name, value in values(own).items() if value != sizes[name]]
-    if others and values(merge(own, kept, flags)) == sizes:
-        what = ", ".join(map(spelling, sorted(others)))
+        old = flat(DiTConfig.of(DiT_models[before].keywords))
+        own = {flags[n].field.name for n, value in recipe.items()
+               if n in DERIVED or (n, value) not in old.items()}  # fmt: skip
+        kept = {name: value for name, value in recipe.items() if flags[name].field.name in own}
+    new, sizes = (read(DiT_models[name].keywords, flags) for name in (preset, before))
+    sizes |= recipe
+    changes = {n for n, value in new.items() if sizes.get(n, flags[n].field.default) != value}
+    if changes and changes <= kept.keys():
+        what = ", ".join(map(spelling, sorted(changes)))
         raise ValueError(f"model: {preset} has no effect, because the recipe sets {what}")
     return kept
 
