@@ -15,8 +15,7 @@ from latents.loading import BatchStream
 from latents.sources import images_name, same_images
 from options.settings import differences, spelling
 from runtime.errors import UserError
-from runtime.flags import naming_flags
-from training.config import TrainConfig, configure, training_flags
+from training.config import TrainConfig, complete, training_flags
 from training.run_folder import newest_record, stored_settings
 from training.schedule import rate_factor
 
@@ -51,8 +50,7 @@ def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list
     """Returns the config of a checkpoint, and notes on settings that this version lacks."""
     flags = training_flags(engine_flags)
     stored, notes = stored_settings(before, flags)
-    with naming_flags(flags):
-        return configure(stored, engine_flags, {}), notes
+    return complete(stored, {}, engine_flags), notes
 
 
 def compare(

@@ -357,14 +357,15 @@ def combine(
 
 
 def complete(
-    known: Layer, said: Layer, engine_flags: type, *, weights: Record | None,
-    data: DataFacts | None,
+    known: Layer, said: Layer, engine_flags: type, *, weights: Record | None = None,
+    data: DataFacts | None = None,
 ) -> TrainConfig:  # fmt: skip
     """Builds the config of the known settings and what the data determine, see `combine`.
 
     data: facts of the opened data, or None
     """
-    with naming_flags(training_flags(engine_flags)):
+    flags = training_flags(engine_flags)
+    with naming_flags(flags):
         channels = known.get("in_channels")
         if weights is None and data and channels not in (None, data.in_channels):
             raise ValueError(
@@ -374,7 +375,9 @@ def complete(
         if data:
             known = known | data_settings(known, said, data)
         known = with_defaults(known, said, weights)
-        return configure(known, engine_flags, data.shapes if data else {})
+        sections = sections_of(engine_flags).items()
+        made = {name: build(kind, known, flags) for name, kind in sections}
+        return TrainConfig(preset=known["model"], shapes=data.shapes if data else {}, **made)
 
 
 def settings_of_weights(weights: Record, flags: Flags) -> Layer:
@@ -406,13 +409,6 @@ def with_defaults(known: Layer, said: Layer, weights: Record | None) -> Layer:
         active = model["num_experts_per_tok"] * model["mlp_ratio"] + model["n_shared_experts"]
         known.setdefault("dense_mlp_ratio", active)
     return known
-
-
-def configure(known: Layer, engine_flags: type, shapes: Shapes) -> TrainConfig:
-    """Builds the config of complete settings."""
-    flags = training_flags(engine_flags)
-    sections = {name: build(kind, known, flags) for name, kind in sections_of(engine_flags).items()}
-    return TrainConfig(preset=known["model"], shapes=shapes, **sections)
 
 
 def default_dropout(conditions: Sequence[str], num_classes: int) -> float:
