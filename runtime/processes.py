@@ -49,13 +49,6 @@ class Distributed:
             torch.distributed.all_reduce(values)
         return values
 
-    def largest(self, values: list[float]) -> list[float]:
-        """Returns the largest of each number over all processes."""
-        numbers = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-        return numbers.tolist()
-
     def broadcast(self, value: object) -> object:
         """Sends rank 0's value, which must be picklable, to all processes and returns it."""
         box = [value]

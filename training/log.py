@@ -151,14 +151,17 @@ class RunLog:
                 with warns_if_lost(file.name):
                     os.fsync(file.fileno())
 
-    def close(self, exit_code: int = 0) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_main:
             self.bar.close()
             with warns_if_lost(self.board.log_dir):
                 self.board.close()
             if self.wandb is not None:
                 with warns_if_lost("the run of Weights & Biases"):
-                    self.wandb.finish(exit_code)
+                    self.wandb.finish(exit_code=int(kind is not None))
             self.rows_file.close()
             self.text_file.close()
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -65,41 +66,31 @@ def train(said: Layer, engine_flags: type, dist: Distributed) -> int:
     Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
     """
     run = open_run(said, engine_flags, dist)
-    try:
-        code = train_run(run, dist)
-    except BaseException:
-        run.log.close(exit_code=1)
-        raise
-    run.log.close()
-    return code
-
-
-def train_run(run: Run, dist: Distributed) -> int:
-    """Trains the remaining steps of a run; returns the exit code, see `train`."""
-    if run.stream.start_step >= run.stream.end_step:
-        run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
-        return 0
-    with deleted_on_error(run.created):
-        engine = run.config.engine.engine_class()(dist, run.config, run.weights)
-        run.weights = ()  # the engine holds the weights; free this copy
-        if folder := run.state_folder:
-            engine.load_state(folder)
-            run.log.text(f"resumed from {folder}")
-    keep_freed_memory(dist.device)
-    loop = TrainingLoop(run, engine)
-    describe(run, engine)
-    start = time.monotonic()
-    try:
+    with run.log:
+        if run.stream.start_step >= run.stream.end_step:
+            run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
+            return 0
+        with deleted_on_error(run.created):
+            engine = run.config.engine.engine_class()(dist, run.config, run.weights)
+            run.weights = ()  # the engine holds the weights; free this copy
+            if folder := run.state_folder:
+                engine.load_state(folder)
+                run.log.text(f"resumed from {folder}")
+        keep_freed_memory(dist.device)
+        loop = TrainingLoop(run, engine)
+        describe(run, engine)
         profile, first = run.config.run.profile if dist.is_main else None, run.stream.start_step
-        with profiling(profile, run.folder / "profile", first) as after_step:
-            finished = loop.take_steps(after_step)
+        start = time.monotonic()
+        try:
+            with profiling(profile, run.folder / "profile", first) as after_step:
+                finished = loop.take_steps(after_step)
+        finally:
+            loop.close()
         if finished:
             elapsed = timedelta(seconds=round(time.monotonic() - start))
             command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
             run.log.text(f"finished after {elapsed}; to generate images: {command}")
-    finally:
-        loop.close()
-    dist.barrier()
+        dist.barrier()
     return 0 if finished else STOPPED
 
 
@@ -157,44 +148,37 @@ class TrainingLoop:
         self.log_every: int = run.config.run.log_every or 1
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
-        """Takes the remaining steps. If a signal stops the run, saves and returns False."""
+        """Takes the remaining steps and saves the last one. If a signal stops the run, saves the
+        step before and returns False."""
         config, stream, data = self.config.run, self.run.stream, self.config.data
         pin = self.dist.device.type == "cuda"
         batches = read_batches(self.run.dataset, stream, data.num_workers, pin)
+        last = stream.end_step - 1
         for step in range(stream.start_step, stream.end_step):
             request = self.requests.poll()
             if request == "stop":
                 self.stop(step)
                 return False
-            if self.saver.is_done:
-                self.finish_save()
-            if request == "save":
-                self.save(step)
-                self.draw_samples(step)
-            elif step and step % config.sample_every == 0:
-                self.draw_samples(step)
-            accumulation = self.config.step.accum_iter
+            with self.tracker.paused():
+                if self.saver.is_done:
+                    self.finish_save()
+                if request == "save" or step % config.ckpt_every == 0:
+                    self.save(step)
+                if request == "save" or step and step % config.sample_every == 0:
+                    self.draw_samples(step)
             began = time.perf_counter()
-            loaded = [next(batches) for _ in range(accumulation)]
+            loaded = [next(batches) for _ in range(self.config.step.accum_iter)]
             self.tracker.waited += time.perf_counter() - began
             self.step(step, loaded)
             after_step()
 
-            done, is_last = step + 1, step + 1 == stream.end_step
+            done, is_first, is_last = step + 1, step == stream.start_step, step == last
             evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
-            if done % self.log_every == 0 or is_last or evaluates or step == stream.start_step:
+            if done % self.log_every == 0 or is_first or is_last or evaluates:
                 self.log_metrics(done, with_held_out=evaluates)
-            if step == stream.start_step:
-                with self.tracker.paused():
-                    self.check_disk()
-            if done % config.ckpt_every == 0 or is_last:
-                self.save(done)
-        self.finish_save()
-        if self.saved_step < stream.end_step:  # no later save will replace the failed one
-            raise UserError(
-                f"{self.save_failure}, and no later save will replace it: fix the cause and run "
-                f"the same command again, which resumes from step {self.saved_step}"
-            )
+            if is_first:
+                self.check_disk()
+        self.save_last(stream.end_step, least=stream.end_step)
         self.draw_samples(stream.end_step)
         return True
 
@@ -247,14 +231,12 @@ class TrainingLoop:
         macs = count_macs(self.config.model, model.experts_per_token)
         values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
-        values |= dict(zip(peaks, self.dist.largest(list(peaks.values())), strict=True))
+        own = peaks, self.unreadable, self.num_read, self.tracker.waited
+        all_peaks, unreadable, read, waited = zip(*self.dist.gather(own), strict=True)
+        values |= {name: max(of_one[name] for of_one in all_peaks) for name in peaks}
         values |= expert_metrics(model, self.dist)
-        local = [len(self.unreadable), self.num_read, self.tracker.waited / seconds]
-        local = torch.tensor(local, dtype=torch.float64, device=self.dist.device)
-        unreadable, read, waited = self.dist.sum(local).tolist()
-        values["data_wait"] = waited / self.dist.world_size
-        if unreadable:  # several processes may have met the same image
-            unreadable = len(set().union(*self.dist.gather(self.unreadable)))
+        values["data_wait"] = sum(waited) / self.dist.world_size / seconds
+        unreadable = len(set().union(*unreadable))  # several processes may have met the same image
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
@@ -263,7 +245,7 @@ class TrainingLoop:
         self.log.metrics(done, values, steps_per_second)
         for line in self.alarms.check(values):
             self.log.text(line)
-        check_unreadable("--data-path", unreadable, min(int(read), stream.num_images))
+        check_unreadable("--data-path", unreadable, min(sum(read), stream.num_images))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
@@ -274,11 +256,10 @@ class TrainingLoop:
         """Logs a note if the disk is too small for the checkpoints; the first step has created the
         state of the optimizer."""
         _, tensors, _ = self.engine.state()
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        size = self.dist.sum(torch.tensor(size, dtype=torch.float64, device=self.dist.device))
+        size = sum(self.dist.gather(sum(tensor.nbytes for tensor in tensors.values())))
         if self.dist.is_main:
             folder, steps = self.run.folder / "checkpoints", self.run.stream.end_step
-            for note in disk_notes(self.config, steps, size.item(), folder):
+            for note in disk_notes(self.config, steps, size, folder):
                 self.log.text(f"note: {note}")
 
     def stop_skipping(self, done: int, in_a_row: int) -> None:
@@ -311,14 +292,13 @@ class TrainingLoop:
                     print_safely(f"rank {self.dist.rank}: {error}", file=sys.stderr)
                 raise
 
-        with self.tracker.paused():
-            try:
-                grid = self.dist.run_on_all(draw)
-            except UserError as error:
-                self.log.text(f"WARNING: {error}")
-            else:
-                if grid is not None:
-                    self.log.samples(step, grid, path)
+        try:
+            grid = self.dist.run_on_all(draw)
+        except UserError as error:
+            self.log.text(f"WARNING: {error}")
+        else:
+            if grid is not None:
+                self.log.samples(step, grid, path)
 
     def save(self, step: int) -> None:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
@@ -333,55 +313,43 @@ class TrainingLoop:
         if count_parameters(self.config.model)[0] > ANNOUNCED_SIZE:
             self.log.text(f"saving step {step}")
         is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
-        try:
-            with self.tracker.paused():
-                self.log.flush()  # a resumed run cuts the log at its checkpoint
-                self.saver.start(step, self.run.record(step), replaceable=not is_kept)
-        except OSError as error:
-            self.warn_of_save(step, error)
+        with self.warning_of(step, OSError):
+            self.log.flush()  # a resumed run cuts the log at its checkpoint
+            self.saver.start(step, self.run.record(step), replaceable=not is_kept)
         self.requests.saved()
 
-    def finish_save(self) -> None:
-        """Waits for the checkpoint in progress and logs the outcome."""
-        try:
-            with self.tracker.paused():
-                if not self.saver.wait():
-                    return
-        except OSError as error:
-            self.warn_of_save(self.saver.step, error)
+    def finish_save(self, *ignored: type[Exception]) -> None:
+        """Waits for the checkpoint in progress, if there is one, and logs the outcome."""
+        if self.saver.writing is None:
             return
-        self.saved_step = self.saver.step
-        self.log.saved(self.saver.folder)
-        if error := self.saver.not_deleted:
-            self.log.text(
-                f"WARNING: step {self.saved_step} was saved, but a previous checkpoint could not "
-                f"be deleted ({error})"
-            )
+        with self.warning_of(self.saver.step, OSError, *ignored):
+            not_deleted = self.saver.wait()
+            self.saved_step = self.saver.step
+            self.log.saved(self.saver.folder)
+            if not_deleted:
+                self.log.text(
+                    f"WARNING: step {self.saved_step} was saved, but a previous checkpoint could "
+                    f"not be deleted ({not_deleted})"
+                )
 
-    def warn_of_save(self, step: int, error: Exception) -> None:
-        self.save_failure = f"the checkpoint of step {step} could not be written ({error})"
-        self.log.text(f"WARNING: {self.save_failure}")
-
-    def close(self) -> None:
-        """Waits for the checkpoint in progress, and ends the signal handling.
-
-        A failed save is only logged, so that an error that ended the run stays visible.
-        """
+    @contextmanager
+    def warning_of(self, step: int, *kinds: type[Exception]) -> Iterator[None]:
+        """Logs an exception of these kinds as a failed save."""
         try:
-            self.finish_save()
-        except Exception as error:
-            self.warn_of_save(self.saver.step, error)
-        self.requests.close()
+            yield
+        except kinds as error:
+            self.save_failure = f"the checkpoint of step {step} could not be written ({error})"
+            self.log.text(f"WARNING: {self.save_failure}")
 
-    def check_finite(self, step: int) -> None:
-        """Raises UserError on all processes unless all weights, EMAs and buffers are finite."""
-        broken = (~self.engine.is_finite()).float().to(self.dist.device)
-        if self.dist.sum(broken):
+    def save_last(self, step: int, least: int) -> None:
+        """Saves the last step of this command; raises UserError unless step `least` or a later one
+        is saved."""
+        self.save(step)
+        self.finish_save()
+        if self.saved_step < least:
             raise UserError(
-                f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
-                f"was not saved; the newest checkpoint in {self.run.folder}, if there is one, "
-                "holds earlier, finite weights; try a lower --lr in a branch (--resume "
-                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
+                f"{self.save_failure}, and no later save will replace it: fix the cause and run "
+                f"the same command again, which resumes from step {self.saved_step}"
             )
 
     def stop(self, step: int) -> None:
@@ -390,14 +358,26 @@ class TrainingLoop:
         Raises UserError if no step of this command could be saved: a launcher that restarts stopped
         runs would repeat the same steps forever.
         """
-        self.save(step)
-        self.finish_save()
-        if self.saved_step == self.run.stream.start_step < step:
-            raise UserError(
-                f"stopped after step {step}, but no step after {self.saved_step} could be saved: "
-                "fix the cause and run the same command again"
-            )
+        self.save_last(step, least=min(step, self.run.stream.start_step + 1))
         self.log.text(
             f"stopped after step {step}; run the same command again to resume from step "
             f"{self.saved_step}"
         )
+
+    def check_finite(self, step: int) -> None:
+        """Raises UserError on all processes unless all weights, EMAs and buffers are finite."""
+        if not all(self.dist.gather(bool(self.engine.is_finite()))):
+            raise UserError(
+                f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
+                f"was not saved; the newest checkpoint in {self.run.folder}, if there is one, "
+                "holds earlier, finite weights; try a lower --lr in a branch (--resume "
+                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
+            )
+
+    def close(self) -> None:
+        """Waits for the checkpoint in progress, and ends the signal handling.
+
+        A failed save is only logged, so that an error that ended the run stays visible.
+        """
+        self.finish_save(Exception)
+        self.requests.close()

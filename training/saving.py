@@ -13,8 +13,8 @@ even if the training steps of a process have failed.
 """
 
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -69,7 +69,8 @@ class Saver:
         if self.dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
             self.dist = replace(self.dist, hosts=hosts)
-        self.thread: threading.Thread | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future | None = None  # the checkpoint in progress
 
     def start(self, step: int, record: Record, *, replaceable: bool = False) -> None:
         """Copies the state after a step and starts to write the checkpoint.
@@ -90,25 +91,23 @@ class Saver:
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
         self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
-        self.error: BaseException | None = None
-        self.not_deleted: OSError | None = None
-        self.thread = threading.Thread(target=self.write, args=(temporary, writes), daemon=True)
-        self.thread.start()
+        self.writing = self.thread.submit(self.write, temporary, writes)
 
-    def write(self, temporary: Path, writes: list[Write]) -> None:
+    def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
         """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
         try:
             pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
             every = self.dist.gather_on_main(pieces)
-            self.dist.on_main(lambda: self.complete(temporary, every))
-        except BaseException as error:
-            self.error = error
+            return self.dist.on_main(lambda: self.complete(temporary, every))
+        except BaseException:
             if self.dist.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     @failures_as_oserror()
-    def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> None:
-        """Gives the filled folder its final name, which makes it the newest checkpoint."""
+    def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> OSError | None:
+        """Gives the filled folder its final name, which makes it the newest checkpoint; returns
+        the error if older checkpoints could not be deleted."""
         names = sorted({name for one in pieces for name in one})
         checksums = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
         if (temporary / REPLACEABLE_FILE).exists():
@@ -125,25 +124,21 @@ class Saver:
                 shutil.rmtree(to_delete)
             prune(self.folder, self.engine.config.run.keep_last, self.engine.emas)
         except OSError as error:
-            self.not_deleted = error
+            return error
+        return None
 
     @property
     def is_done(self) -> bool:
         """Whether a checkpoint was written, or failed, since the last call of `wait`."""
-        return self.thread is not None and not self.thread.is_alive()
+        return self.writing is not None and self.writing.done()
 
-    def wait(self) -> bool:
-        """Waits until the checkpoint is written; returns False if no checkpoint was in progress.
+    def wait(self) -> OSError | None:
+        """Waits for the checkpoint in progress, and raises the error of a failed write.
 
-        Raises the error of a failed write.
+        Returns the error if the checkpoint was written, but older ones could not be deleted.
         """
-        if self.thread is None:
-            return False
-        self.thread.join()
-        self.thread = None
-        if self.error is not None:
-            raise self.error
-        return True
+        writing, self.writing = self.writing, None
+        return writing.result()
 
 
 def begin(temporary: Path, replaceable: bool) -> None:

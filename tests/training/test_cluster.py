@@ -63,9 +63,8 @@ def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, m
     monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
     for rank in (1, 0):
         stream = BatchStream(range(8), 1, rank=rank)
-        log = RunLog(tmp_path, stream, {}, None, is_main=not rank)
-        log.saved(tmp_path / "checkpoints" / "0000002")
-        log.close()
+        with RunLog(tmp_path, stream, {}, None, is_main=not rank) as log:
+            log.saved(tmp_path / "checkpoints" / "0000002")
         assert (tmp_path / "slurm-7.saved").exists() == (not rank)
     assert (tmp_path / "slurm-7.saved").read_text() == f"{tmp_path}/checkpoints/0000002\n"
 
@@ -152,9 +151,8 @@ def test_a_rank_prints_why_its_sample_grid_failed_before_it_waits_for_the_others
     run = SimpleNamespace(folder=tmp_path)
     dist = WaitsForever(rank=3, local_rank=3, world_size=4, device=torch.device("cpu"))
     rank = SimpleNamespace(
-        run=run, dist=dist, engine=None, tracker=loop.MetricTracker(dist),
-        config=SimpleNamespace(run=SimpleNamespace(num_sample=1)),
-    )  # fmt: skip
+        run=run, dist=dist, engine=None, config=SimpleNamespace(run=SimpleNamespace(num_sample=1))
+    )
     with pytest.raises(TimeoutError):
         loop.TrainingLoop.draw_samples(rank, step=7)
     assert capsys.readouterr().err == "rank 3: no sample grid of step 7 (CUDA out of memory)\n"

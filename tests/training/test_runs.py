@@ -548,11 +548,10 @@ def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
     terminal = io.TextIOWrapper(file, write_through=True)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, terminal)
-    log = RunLog(tmp_path, BatchStream(range(8), 1, end_step=4), {}, None, is_main=True)
-    os.close(master)
-    log.advance()
-    log.text("still training")
-    log.close()
+    with RunLog(tmp_path, BatchStream(range(8), 1, end_step=4), {}, None, is_main=True) as log:
+        os.close(master)
+        log.advance()
+        log.text("still training")
     assert "still training" in (tmp_path / "log.txt").read_text()
 
 
@@ -562,7 +561,8 @@ def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
     bad = [b"\xff\xfe\n", b"\0\0\n", b'{"step": "3"}\n', b"3\n"]
     path.write_bytes(b"".join([good[0], *bad, *good[1:], b'{"step": 3']))
     stream = BatchStream(range(8), 1, start_step=3, end_step=4)
-    RunLog(tmp_path, stream, {}, None, is_main=True).close()
+    with RunLog(tmp_path, stream, {}, None, is_main=True):
+        pass
     assert path.read_bytes() == b"".join(good[:3])
 
 

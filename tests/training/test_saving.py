@@ -68,4 +68,4 @@ def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_pat
         with pytest.raises(OSError, match="KeyError: 'a missing name'"):
             saver.start(1, Record(config=engine.model.config))
     saver.start(1, Record(config=engine.model.config))
-    assert saver.wait() and saver.folder.exists()
+    assert saver.wait() is None and saver.folder.exists()

@@ -318,7 +318,6 @@ def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[s
         "with state": sent_by_the_last_step(dist, with_state),
         "broken": [broken_step(dist, optimizer) for optimizer in (FUSED, SGD, MUON)],
         "requests": requests_of_a_run(dist),
-        "largest": dist.largest([float(dist.rank), -float(dist.rank)]),
         "on main": dist.gather_on_main(dist.rank),
     }
 
@@ -426,8 +425,7 @@ def test_a_step_with_nan_on_one_process_changes_nothing_on_any_process(two_proce
     assert [got["broken"] for got in two_processes] == [[(True, True, True)] * 3] * 2
 
 
-def test_numbers_of_all_processes_are_compared_and_values_gathered_on_the_first(two_processes):
-    assert [got["largest"] for got in two_processes] == [[1.0, 0.0]] * 2
+def test_values_of_all_processes_are_gathered_on_the_first(two_processes):
     assert [got["on main"] for got in two_processes] == [[0, 1], None]
 
 

@@ -109,13 +109,13 @@ def measure(config: ClusterConfig, dist: Distributed) -> Iterator[Row]:
 def limits(dist: Distributed) -> Iterator[Row]:
     yield row("processes", dist.world_size)
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = -dist.largest([-float(allowed)])[0] if allowed != resource.RLIM_INFINITY else 1e9
+    allowed = min(dist.gather(1e9 if allowed == resource.RLIM_INFINITY else allowed))
     needed = needed_descriptors(dist.world_size)
     yield row("ulimit -n", int(allowed), f"at least {needed}", allowed >= needed)
     if os.path.isdir("/dev/shm"):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
         free = shutil.disk_usage("/dev/shm").free / 2**30 / local
-        free = -dist.largest([-free])[0]
+        free = min(dist.gather(free))
         expected = f"at least {SHARED_MEMORY:g}"
         yield row("/dev/shm, GiB free per process", free, expected, free >= SHARED_MEMORY)
 
@@ -130,7 +130,7 @@ def steps(config: ClusterConfig, expert_parallel: int, dist: Distributed) -> Ite
         yield row(f"{name}, {value}", measured[value])
     del engine
     gc.collect()
-    peak, planned = dist.largest([measured["peak_gb"]])[0], measured["planned_gb"]
+    peak, planned = max(dist.gather(measured["peak_gb"])), measured["planned_gb"]
     fits = peak <= 1.1 * planned if dist.device.type == "cuda" else None  # a CPU counts libraries
     expected = f"at most 1.1 x {planned:.3g}, as planned"
     yield row(f"{name}, peak GB of a process", peak, expected, fits)
