@@ -11,7 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -541,7 +541,9 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(
             config.hidden_size, config.patch_size, self.out_channels, config.norm
         )
-        self.initialize_weights()
+        # Tensors on the meta device, and fake ones, have no data.
+        if self.x_embedder.proj.weight.untyped_storage().device.type != "meta":
+            self.initialize_weights()
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -584,23 +586,43 @@ class DiT(nn.Module):
     def reset_parameters(self) -> None:
         self.pos_embed.copy_(position_embedding(self.config))
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialises all parameters and buffers, module by module; see `initialize`.
+        """Initialises all parameters and buffers, see `draw_weights`."""
+        for _ in self.draw_weights():
+            pass
+
+    @torch.no_grad()
+    def draw_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Initialises one module after the other; yields parameters and buffers with their names.
 
         The adaLN modulation starts at zero, so each block is the identity. The output layer starts
         at zero, so the prediction is zero.
-        """
-        for name, module in self.initialization_order():
-            initialize(module, name)
 
-    def initialization_order(self) -> list[tuple[str, nn.Module]]:
-        """Returns the modules with their names, in the order in which they are initialised."""
+        `reset_parameters` of a module sets what the module itself owns. Raises ValueError with the
+        name of a tensor that it does not set; integers are then 0. If the model is on the meta
+        device, only one module at a time has data, on the CPU.
+        """
         routers = [module for module in self.modules() if isinstance(module, Router)]
         in_routers = {module for router in routers for module in router.modules()}
+        is_meta = self.x_embedder.proj.weight.is_meta
         # Routers last: the same seed gives the same other weights (except with `prototype`, whose
         # extra expert draws too).
-        return sorted(self.named_modules(), key=lambda named: named[1] in in_routers)
+        for prefix, module in sorted(self.named_modules(), key=lambda pair: pair[1] in in_routers):
+            if is_meta:
+                module.to_empty(device="cpu", recurse=False)
+            own = dict(module.named_parameters(prefix, recurse=False))
+            own |= module.named_buffers(prefix, recurse=False)
+            for tensor in own.values():
+                tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+            if reset := getattr(type(module), "reset_parameters", None):
+                INITIAL.get(reset, reset)(module)
+            if unset := [name for name, tensor in own.items() if tensor.isnan().any()]:
+                raise ValueError(f"{unset[0]}: has no initial value, expected "
+                                 f"{type(module).__name__}.reset_parameters to set every parameter "
+                                 "and buffer of the module")
+            if is_meta:
+                module.to_empty(device="meta", recurse=False)
+            yield from ((name, tensor.detach()) for name, tensor in own.items())
 
     def matrices(self) -> dict[str, int]:
         """Returns the number of hidden matrices in each parameter that is no vector.
@@ -777,42 +799,6 @@ INITIAL = {
     nn.Conv2d.reset_parameters: xavier,
     nn.Embedding.reset_parameters: lambda layer: nn.init.normal_(layer.weight, std=0.02),
 }
-
-
-def own_tensors(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a module, without those of its children, by name."""
-    parameters = module.named_parameters(prefix, recurse=False)
-    return dict([*parameters, *module.named_buffers(prefix, recurse=False)])
-
-
-def initialize(module: nn.Module, prefix: str) -> None:
-    """Calls `reset_parameters` of a module, which must set everything that the module itself owns.
-
-    prefix: name of the module in the model
-    Raises ValueError with the name of a tensor that is not set. Tensors without data are ignored.
-    """
-    own = own_tensors(module, prefix)
-    # Tensors on the meta device, and fake ones, have no data.
-    if all(tensor.untyped_storage().device.type == "meta" for tensor in own.values()):
-        return
-    for tensor in own.values():
-        tensor.fill_(unset(tensor.dtype))
-    reset = getattr(type(module), "reset_parameters", None)
-    if reset is not None:
-        INITIAL.get(reset, reset)(module)
-    for name, tensor in own.items():
-        left = tensor.isnan() if tensor.is_floating_point() else tensor == unset(tensor.dtype)
-        if tensor.dtype.is_signed and left.any():
-            kind = type(module).__name__
-            raise ValueError(f"{name}: has no initial value, expected {kind}.reset_parameters to "
-                             "set every parameter and buffer of the module")
-
-
-def unset(dtype: torch.dtype) -> float | int:
-    """Returns the value that marks an element as not initialised; 0, no mark, if unsigned."""
-    if dtype.is_floating_point:
-        return math.nan
-    return torch.iinfo(dtype).min if dtype.is_signed else 0
 
 
 def recomputed_in_training(

@@ -14,8 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from checkpoints.checkpoint import Checkpoint
-from checkpoints.costs import fake_model
-from checkpoints.initial import initial_weights
+from checkpoints.meta import initial_weights, meta_model
 from checkpoints.weights import check_shapes, shapes_of
 from conditions import split_condition
 from models import DiTConfig, embedder_of, position_embedding
@@ -65,7 +64,7 @@ def adapt(
         notes.append(f"{LABEL_TABLE}: {new}")
     message = f"{source.path}: cannot start a model with conditions {' '.join(config.conditions)}"
     with reported_as(message, ValueError):
-        check_shapes(shapes_of(state_dict), shapes_of(fake_model(config).state_dict()))
+        check_shapes(shapes_of(state_dict), shapes_of(meta_model(config).state_dict()))
     kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
     first = f"started from {source.path}: {kept} of {len(state_dict)} weights are unchanged"
     record = replace(source.record, config=config, class_names=tuple(class_names))
@@ -83,7 +82,7 @@ def change_conditions(
     changed = {split_condition(word)[0] for word in set(before.conditions) ^ set(config.conditions)}
     embedders = tuple(f"{embedder_of(name)}." for name in changed)
     had, has = (
-        fake_model(replace(config, conditions=one.conditions)).state_dict().keys()
+        meta_model(replace(config, conditions=one.conditions)).state_dict().keys()
         for one in (before, config)
     )
     new = {name for name in has if name not in had or name.startswith(embedders)}

@@ -3,80 +3,57 @@
     total, active = count_parameters(config)
     macs = count_macs(config)
 
-The model consists of fake tensors, which have a shape, a type and a device. It is built once for
-each config, and whoever changes it restores it, as `initial_weights` does.
-
 Shape legend: D width, H expert width, E experts, R chosen rows, U rows of up_proj
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, lru_cache, wraps
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import (  # private
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.func import functional_call
 
-from conditions import CONDITIONS, split_condition
-from models import DiT, DiTConfig
+from checkpoints.meta import meta_model
+from models import DiTConfig
 from moe import Experts, width_of
 from moe_kernels.attention import fused_attention
 from options.parts import Part
-from routers import ROUTERS
+
+NEEDS_DATA = (DynamicOutputShapeException, DataDependentOutputException)
 
 
-@cache
-def fake_mode() -> FakeTensorMode:
-    """Returns the mode in which the tensors of `fake_model` can be used."""
-    return FakeTensorMode()
+@contextmanager
+def fake_pass(
+    config: DiTConfig, batch: int
+) -> Iterator[tuple[Callable[[], Any], dict[str, Tensor]]]:
+    """Prepares a forward pass in training mode of fake tensors, which have a shape, a type and a
+    device but no data, with the attention of a GPU. Yields the pass, a function, and its weights.
 
-
-def fake_model(config: DiTConfig) -> DiT:
-    """Returns the model of a config, the same one until its router or a condition is another class,
-    as after the cell of a notebook that defines it ran again."""
-    names = [split_condition(word)[0] for word in config.conditions]
-    kinds = (config.router and ROUTERS[config.router.name], *(CONDITIONS[name] for name in names))
-    return build_fake(config, kinds)
-
-
-@lru_cache(maxsize=16)
-def build_fake(config: DiTConfig, kinds: tuple[type | None, ...]) -> DiT:
-    with fake_mode():
-        return DiT(replace(config, expert_backend="grouped")).train()
-
-
-def with_fixed_rows(measure: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates measure(config, ...): top-k replaces a router that reads its tensors."""
-
-    @wraps(measure)
-    def measured(config: DiTConfig, *arguments: Any) -> Any:
-        try:
-            return measure(config, *arguments)
-        except (DynamicOutputShapeException, DataDependentOutputException):
-            # The rows are about as many, K per token.
-            return measure(replace(config, router=Part("topk")), *arguments)
-
-    return measured
-
-
-def fake_forward(config: DiTConfig, batch: int) -> None:
-    """Runs a forward pass in training mode, with the attention of a GPU.
-
-    Raises DynamicOutputShapeException if the data decide the number of rows, and
-    DataDependentOutputException if the router reads a value, as in `if mask.any()`.
+    The pass raises one of `NEEDS_DATA` if data decide the number of rows, or if the router reads a
+    value, as in `if mask.any()`.
     """
-    with fake_mode(), fused_attention():
+    model = meta_model(config)
+    with FakeTensorMode(), fused_attention():
+        weights = {
+            name: torch.empty(like.shape, dtype=like.dtype, requires_grad=like.requires_grad)
+            for name, like in (*model.named_parameters(), *model.named_buffers())
+        }
         x, t = torch.zeros(batch, *config.latent_shape), torch.zeros(batch)
-        fake_model(config)(x, t, torch.zeros(batch, dtype=torch.long))
+        inputs = x, t, torch.zeros(batch, dtype=torch.long)
+        yield partial(functional_call, model, weights, inputs), weights
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
     """Returns the number of all parameters and of the parameters active for one token."""
-    model = fake_model(config)
+    model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
         (len(stack) - config.num_experts_per_tok) * stack[0].numel()
@@ -103,7 +80,6 @@ def count_macs(config: DiTConfig, experts_per_token: Sequence[float] = ()) -> in
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
-@with_fixed_rows
 def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
     """Returns the multiply-adds, and the experts per token of each sparse layer in this count."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -114,9 +90,13 @@ def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
             sdpa_flop_count(q, k, v)
         ),
     }
-    with fake_mode(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        fake_forward(config, 1)
-    return counter.get_total_flops() // 2, fake_model(config).experts_per_token
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    try:
+        with fake_pass(config, 1) as (forward, _), counter:
+            forward()
+    except NEEDS_DATA:  # the rows of top-k are about as many, K per token
+        return macs_and_experts(replace(config, router=Part("topk")))
+    return counter.get_total_flops() // 2, meta_model(config).experts_per_token
 
 
 def flops_of_experts(

@@ -58,15 +58,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from tools.benchmarks.common import make_engine, train_step  # noqa: E402
+from tools.benchmarks.common import train_step  # noqa: E402
 from checkpoints import config_of  # noqa: E402
 from diffusion.objectives import Gaussian  # noqa: E402
 from training.engines import fsdp  # noqa: E402
+from training.engines.ddp import DDPEngine  # noqa: E402
 from training.engines.flags import DDPFlags  # noqa: E402
 from models import DiTConfig  # noqa: E402
 from runtime.processes import ALONE, Distributed  # noqa: E402
 from training.config import resolve  # noqa: E402
-from training.engine import new_weights  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -164,7 +164,7 @@ def step_of(
     objective = objective_of()
     with fake_mode():
         config = replace(resolve(flags, DDPFlags), model=model_of(model, **fields))
-        engine = make_engine(config, replace(ALONE, device=DEVICE))
+        engine = DDPEngine(replace(ALONE, device=DEVICE), config, ())  # weights have no data
         try:
             for _ in range(2):
                 train_step(engine, objective, images)
@@ -216,7 +216,7 @@ def traffic_of(
     objective, passes = objective_of(), config.step.accum_iter
     try:
         with fake_mode():
-            engine = fsdp.FSDPEngine(dist, config, new_weights(config))
+            engine = fsdp.FSDPEngine(dist, config, ())
             train_step(engine, objective, images, passes)
             with Traffic() as traffic:
                 train_step(engine, objective, images, passes)

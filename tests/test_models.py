@@ -17,8 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models
 import routers
-from checkpoints.costs import build_fake
-from checkpoints.initial import initial_weights
+from checkpoints.meta import build_meta, initial_weights
 from checkpoints.weights import read_pickle
 from models import (
     Attention,
@@ -162,7 +161,6 @@ class TableBlock(models.DiTBlock):
     "place, kind, name",
     [
         ((ROUTERS, "topk"), Forgetful, "blocks.0.moe.gate.noise: .* Forgetful.reset_parameters"),
-        ((ROUTERS, "topk"), ForgetfulCounter, "blocks.0.moe.gate.steps: .*"),
         ((vars(models), "DiTBlock"), TableBlock, "blocks.0.table: .* TableBlock.reset_parameters"),
     ],
 )
@@ -172,8 +170,8 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
     """Also if the weights are drawn one module at a time."""
     monkeypatch.setitem(*place, kind)
     if kind is TableBlock:  # that a router has another class is noticed
-        build_fake.cache_clear()
-        request.addfinalizer(build_fake.cache_clear)
+        build_meta.cache_clear()
+        request.addfinalizer(build_meta.cache_clear)
     config = DiTConfig(**TINY_MODEL)
     with pytest.raises(ValueError, match=f"^{name}"):
         DiT(config)
@@ -181,17 +179,10 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
         dict(initial_weights(config))
 
 
-def test_a_buffer_of_unsigned_integers_may_be_zero(monkeypatch):
-    class MaskedBlock(models.DiTBlock):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.register_buffer("mask", torch.ones(3, dtype=torch.uint8))
-
-        def reset_parameters(self) -> None:
-            self.mask.zero_()
-
-    monkeypatch.setattr(models, "DiTBlock", MaskedBlock)
-    assert not DiT(**TINY_MODEL).blocks[0].mask.any()
+def test_a_buffer_of_integers_without_initial_value_is_zero(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "topk", ForgetfulCounter)
+    config, name = DiTConfig(**TINY_MODEL), "blocks.0.moe.gate.steps"
+    assert DiT(config).get_buffer(name) == dict(initial_weights(config))[name] == 0
 
 
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from checkpoints.initial import initial_weights
+from checkpoints.meta import initial_weights
 from conditions import Conditions
 from models import DiT
 from runtime.errors import UserError

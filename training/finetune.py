@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints import Checkpoint, Record, config_of, read_checkpoint
 from checkpoints.adapting import adapt
-from checkpoints.costs import fake_model
+from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
 from options.settings import Layer, differences, flat, spelling
@@ -68,7 +68,7 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         found.append(difference("objective", source.record.objective, config.step.objective.name))
     if not found:
         return []
-    if shapes_of(fake_model(after).state_dict()) != shapes_of(source.state_dict):
+    if shapes_of(meta_model(after).state_dict()) != shapes_of(source.state_dict):
         raise UserError(f"{message}: {'; '.join(found)}")
     return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
 
@@ -81,7 +81,7 @@ def start_weights(
     notes += more
     notes += [
         f"{name} is new and frozen, so it does not learn"
-        for name in frozen_names(fake_model(config.model), config.step)
+        for name in frozen_names(meta_model(config.model), config.step)
         if adapted.state_dict[name] is not weights.state_dict.get(name)
     ]
     return adapted

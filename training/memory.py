@@ -1,10 +1,11 @@
 """What training needs on each process: bytes of weights, state and activations, and kept rows.
 
-Nothing is allocated: the model consists of fake tensors, see `checkpoints.costs.fake_model`.
+Nothing is allocated: tensors are on the meta device or fake, see `checkpoints.costs.fake_pass`.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoints.costs import fake_forward, fake_model, with_fixed_rows
+from checkpoints.costs import NEEDS_DATA, fake_pass
+from checkpoints.meta import meta_model
 from models import DiTConfig
 from moe_kernels.recomputation import KEPT_OPERATORS
+from options.parts import Part
 from runtime.devices import DTYPES, pinned_bytes
 from training.auxiliary import PROJECTORS, projectors_of
 from training.config import TrainConfig
@@ -31,7 +34,7 @@ def planned_weights(config: TrainConfig) -> dict[str, nn.Parameter]:
             config.model, config.auxiliary, config.shapes, config.run.global_seed
         )
     added = {f"{PROJECTORS}.{name}": weight for name, weight in projectors.named_parameters()}
-    return {**dict(fake_model(config.model).named_parameters()), **added}
+    return {**dict(meta_model(config.model).named_parameters()), **added}
 
 
 def state_tensors(
@@ -43,7 +46,7 @@ def state_tensors(
     Returns the shapes of all parameters and of the trained ones, and the optimizer's state of each
     of the latter, see `training.optimizers.planned_state`.
     """
-    model = fake_model(config.model)
+    model = meta_model(config.model)
     shapes = shapes or {name: weight.shape for name, weight in planned_weights(config).items()}
     frozen = {*frozen_names(model, config.step)}
     trained = {name: shape for name, shape in shapes.items() if name not in frozen}
@@ -140,28 +143,33 @@ def model_activations(config: DiTConfig, batch: int, precision: str, recomputed:
 
 
 @cache
-@with_fixed_rows
 def forward_bytes(
     config: DiTConfig, batch: int, precision: str
 ) -> tuple[int, list[tuple[int, int, int]]]:
     """Returns the bytes that a forward pass saves outside of the blocks, and for each block those
     of its input, of all that it saves, and of what `KEPT_OPERATORS` return.
     """
-    model, places = fake_model(config), []
-    weights = {weight.untyped_storage() for weight in model.parameters()}
+    places = []
     autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
-    with ExitStack() as hooks, autocast, saved_tensors() as saved, Outputs() as outputs:
+    try:
+        with (
+            fake_pass(config, batch) as (forward, weights), ExitStack() as hooks, autocast,
+            saved_tensors() as saved, Outputs() as outputs,
+        ):  # fmt: skip
 
-        def note(block: nn.Module, inputs: tuple[Tensor, ...], *_: Tensor) -> None:
-            places.append((inputs[0].nbytes, {*saved}, {*outputs.storages}))
+            def note(block: nn.Module, inputs: tuple[Tensor, ...], *_: Tensor) -> None:
+                places.append((inputs[0].nbytes, {*saved}, {*outputs.storages}))
 
-        for block in model.blocks:  # two notes for each block: before and after it
-            hooks.enter_context(block.register_forward_pre_hook(note))
-            hooks.enter_context(block.register_forward_hook(note))
-        fake_forward(config, batch)
-    blocks, outside = [], saved - weights
+            for block in meta_model(config).blocks:  # two notes for each: before and after it
+                hooks.enter_context(block.register_forward_pre_hook(note))
+                hooks.enter_context(block.register_forward_hook(note))
+            forward()
+    except NEEDS_DATA:  # the rows of top-k are about as many, K per token
+        return forward_bytes(replace(config, router=Part("topk")), batch, precision)
+    of_weights = {weight.untyped_storage() for weight in weights.values()}
+    blocks, outside = [], saved - of_weights
     for (size, *before), (_, *after) in zip(places[::2], places[1::2], strict=True):
-        of_block = [now - then - weights for now, then in zip(after, before, strict=True)]
+        of_block = [now - then - of_weights for now, then in zip(after, before, strict=True)]
         blocks.append((size, *map(storage_bytes, of_block)))
         outside -= of_block[0]
     return storage_bytes(outside), blocks

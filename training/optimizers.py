@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from checkpoints.costs import fake_mode
+from checkpoints.costs import FakeTensorMode
 from options.parts import Component, option
 from runtime.devices import DTYPES
 
@@ -122,7 +122,7 @@ def planned_state(
     one_each = {kind: name for name, kind in kinds.items()}
     some = {name: shapes[name] for name in one_each.values()}
     try:
-        with fake_mode():
+        with FakeTensorMode():
             state = state_after_step(optimizer, some, matrices)
     except Exception:  # fake tensors have no data, and do not mix with real ones
         state = {}

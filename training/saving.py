@@ -25,7 +25,7 @@ import torch.distributed
 from torch import Tensor
 
 from checkpoints import Record, ema_file, step_folders
-from checkpoints.costs import fake_model
+from checkpoints.meta import meta_model
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
 from runtime.tensor_file import Box, Piece, TensorFile, joined
@@ -64,7 +64,7 @@ class Saver:
 
     def __init__(self, run: Path, engine: Engine):
         self.run, self.engine, self.dist = run, engine, engine.dist
-        tensors = fake_model(engine.config.model).state_dict().items()
+        tensors = meta_model(engine.config.model).state_dict().items()
         self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
         if self.dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint, Record, read_record, step_folders
-from checkpoints.costs import fake_model
+from checkpoints.meta import meta_model
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
 from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
@@ -146,7 +146,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     folder = begin.folder or default_folder(config, facts)
     if begin.folder is None:
         dist.on_main(partial(check_earlier_names, folder, config, facts))
-    frozen_names(fake_model(config.model), config.step)  # checks the patterns of --freeze
+    frozen_names(meta_model(config.model), config.step)  # checks the patterns of --freeze
     found = dist.broadcast(step_folders(folder))
     state_folder, before, changed, weights, origin = None, None, [], (), None
     if found or begin.branch:
@@ -304,7 +304,7 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData) -> Plan:
         data = replace(data, **has)
     config = complete(known, said, engine_flags, weights=begin.record, data=data)
     with reported_as(f"{config.name} cannot be built", ValueError):
-        model = fake_model(config.model)
+        model = meta_model(config.model)
         names, buffers = model.state_dict().keys(), dict(model.named_buffers()).keys()
         if lost := buffers - names:
             expected = "expected True, so that a run can resume"

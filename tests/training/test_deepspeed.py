@@ -310,7 +310,7 @@ def test_train_py_refuses_to_resume_a_deepspeed_run(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
-    from checkpoints.initial import initial_weights
+    from checkpoints.meta import initial_weights
 
     config = DiTConfig(**TINY_MODEL, router=router)
     reseed(3)

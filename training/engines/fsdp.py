@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from checkpoints.costs import fake_model
+from checkpoints.meta import meta_model
 from diffusion import Objective
 from models import DiT
 from moe import Experts
@@ -105,7 +105,7 @@ class FSDPEngine(DDPEngine):
         """
         layout, micro_batch = layout_of(config, world_size), cls.micro_batch(config, world_size)
         item = DTYPES[config.step.precision].itemsize
-        model, weights = fake_model(config.model), planned_weights(config)
+        model, weights = meta_model(config.model), planned_weights(config)
         shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
         experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}

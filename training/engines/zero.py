@@ -20,7 +20,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor, nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from checkpoints.costs import fake_model
+from checkpoints.meta import meta_model
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import print_safely, reported_as
@@ -118,7 +118,7 @@ class Shards:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
         self.device, model = device, engine.module
         self.masters = master_partitions(engine.optimizer)
-        standard = fake_model(config)
+        standard = meta_model(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
         self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
