@@ -17,12 +17,16 @@ import torch
 import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from runtime.errors import UserError, print_safely, run_main
+from runtime.errors import UserError, print_safely, printable, run_main
 
 T = TypeVar("T")
 GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
 OTHER_DESCRIPTORS = 500  # of NCCL, reader processes, files and libraries
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ProcessError(Exception):
+    """An unexpected error of one process, raised by all."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +76,25 @@ class Distributed:
         return values
 
     def run_on_all(self, action: Callable[[], T]) -> T:
-        """Calls action() on every process. All raise the OSError or UserError of one, so that no
-        process waits for a failed one.
+        """Calls action() on every process. All raise the error of one, so that no process waits for
+        a failed one: an OSError or UserError as it is, another one as a ProcessError.
         """
-        result = failure = None
+        result = failure = cause = None
         try:
             result = action()
         except (OSError, UserError) as error:
             failure = error
+        except Exception as error:
+            failure = ProcessError(printable(f"{type(error).__name__}: {error}")[:300])
+            cause = error  # shown in the traceback of this process
+            if self.world_size > 1:  # the others may wait in a collective of the action
+                print_safely(f"rank {self.rank}: {failure}", file=sys.stderr)
         for error in filter(None, self.gather(failure)):
-            raise error
+            raise error from cause
         return result
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """Calls action() on the main process only. All processes raise its OSError or UserError."""
+        """Calls action() on the main process only. All processes raise its error."""
         return self.run_on_all(lambda: action() if self.is_main else None)
 
 

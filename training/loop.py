@@ -7,14 +7,12 @@ step: only the fp16 loss scale changes.
 """
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from torch import Tensor
 
 from checkpoints.costs import count_macs, count_parameters
 from latents.loading import check_unreadable, read_batches
@@ -29,9 +27,8 @@ from runtime.errors import (
     pluralize,
     print_safely,
     printable,
-    reported_as,
 )
-from runtime.processes import Distributed, reseed
+from runtime.processes import Distributed, ProcessError, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
 from training.engine import Engine
@@ -54,6 +51,7 @@ from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
+SAVE_ERRORS = (OSError, ProcessError)  # warnings: training continues
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
@@ -283,19 +281,10 @@ class TrainingLoop:
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
 
-        def draw() -> Tensor | None:
-            try:
-                with reported_as(f"no sample grid of step {step}", Exception):
-                    return draw_preview(self.run, self.engine)
-            except UserError as error:
-                if self.dist.world_size > 1:  # the others may wait for this process in vain
-                    print_safely(f"rank {self.dist.rank}: {error}", file=sys.stderr)
-                raise
-
         try:
-            grid = self.dist.run_on_all(draw)
-        except UserError as error:
-            self.log.text(f"WARNING: {error}")
+            grid = self.dist.run_on_all(lambda: draw_preview(self.run, self.engine))
+        except (OSError, UserError, ProcessError) as error:
+            self.log.text(f"WARNING: no sample grid of step {step} ({error})")
         else:
             if grid is not None:
                 self.log.samples(step, grid, path)
@@ -313,7 +302,7 @@ class TrainingLoop:
         if count_parameters(self.config.model)[0] > ANNOUNCED_SIZE:
             self.log.text(f"saving step {step}")
         is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
-        with self.warning_of(step, OSError):
+        with self.warning_of(step, *SAVE_ERRORS):
             self.log.flush()  # a resumed run cuts the log at its checkpoint
             self.saver.start(step, self.run.record(step), replaceable=not is_kept)
         self.requests.saved()
@@ -322,7 +311,7 @@ class TrainingLoop:
         """Waits for the checkpoint in progress, if there is one, and logs the outcome."""
         if self.saver.writing is None:
             return
-        with self.warning_of(self.saver.step, OSError, *ignored):
+        with self.warning_of(self.saver.step, *SAVE_ERRORS, *ignored):
             not_deleted = self.saver.wait()
             self.saved_step = self.saver.step
             self.log.saved(self.saver.folder)

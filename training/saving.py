@@ -13,9 +13,8 @@ even if the training steps of a process have failed.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -47,18 +46,6 @@ class Write:
     with_header: bool
 
 
-@contextmanager
-def failures_as_oserror() -> Iterator[None]:
-    """Raises any error as an OSError, which `run_on_all` passes to all processes; for another class
-    they would wait for the failed one."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
 class Saver:
     """Writes one checkpoint at a time. All processes call `start` together, after `wait`."""
 
@@ -76,7 +63,8 @@ class Saver:
         """Copies the state after a step and starts to write the checkpoint.
 
         replaceable: whether the next checkpoint replaces this one
-        Raises OSError on all processes if the folder cannot be created or host memory is full.
+        Raises OSError or ProcessError on all processes if the folder cannot be created or host
+        memory is full.
         """
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
         temporary = self.folder.with_name(f"writing-{self.folder.name}.tmp")
@@ -104,7 +92,6 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    @failures_as_oserror()
     def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> OSError | None:
         """Gives the filled folder its final name, which makes it the newest checkpoint; returns
         the error if older checkpoints could not be deleted."""
@@ -148,7 +135,6 @@ def begin(temporary: Path, replaceable: bool) -> None:
         (temporary / REPLACEABLE_FILE).touch()
 
 
-@failures_as_oserror()
 def copy_to_host(writes: list[Write], device: torch.device) -> None:
     for write in writes:
         write.boxes = {n: replace(b, values=on_host(b.values)) for n, b in write.boxes.items()}
@@ -167,7 +153,6 @@ def on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-@failures_as_oserror()
 def write_all(folder: Path, writes: list[Write]) -> dict[str, list[Piece]]:
     pieces = {}
     for write in writes:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import Record, config_of
-from runtime.processes import ALONE
+from runtime.processes import ALONE, ProcessError
 from runtime.tensor_file import Box, TensorFile, joined
 from tools.benchmarks.common import make_engine
 from training import saving
@@ -52,7 +52,7 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
 
 
 def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_path, monkeypatch):
-    """`run_on_all` passes an OSError to all processes, and the loop logs it and trains on."""
+    """`run_on_all` passes the error to all processes, and the loop logs it and trains on."""
     engine = make_engine(
         replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
     )
@@ -61,11 +61,11 @@ def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, **named: {}["a missing name"])
             saver.start(1, Record(config=engine.model.config))
-            with pytest.raises(OSError, match="KeyError: 'a missing name'"):
+            with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
                 saver.wait()
     with monkeypatch.context() as patch:  # as when no more memory can be pinned
         patch.setattr(saving, "on_host", lambda tensor: {}["a missing name"])
-        with pytest.raises(OSError, match="KeyError: 'a missing name'"):
+        with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
             saver.start(1, Record(config=engine.model.config))
     saver.start(1, Record(config=engine.model.config))
     assert saver.wait() is None and saver.folder.exists()
