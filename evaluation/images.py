@@ -95,8 +95,7 @@ def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:
 def reconstructed(images: ImageSet, vae: Autoencoder) -> ImageSet:
     """Returns the set after encoding and decoding by an autoencoder."""
     with reported_as(f"--reconstruct: images of {images.size} pixels", UserError):
-        for pixels in images.size:
-            vae.latent_side(pixels)
+        vae.latent_size(images.size)
 
     def read(start: int, stop: int) -> Tensor:
         return vae.reconstruct(images.read(start, stop).to(vae.device)).cpu()

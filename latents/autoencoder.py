@@ -42,35 +42,24 @@ PIXELS = "pixels"  # the path that means no autoencoder; a folder of this name i
 STATE_FILE = "training_state.pt"  # written by tools/train_autoencoder.py
 
 
-def resolve_vae_path(path: str) -> str:
-    """Returns a path as checkpoints store it: an absolute folder, or a hub id OWNER/NAME.
+def local_folder(path: str, *names: str, local_files_only: bool = False) -> Path:
+    """Returns the folder of an autoencoder; for a hub id OWNER/NAME, one of the hub's cache, with
+    the files `names`.
 
     The folder of a pipeline becomes the folder of its autoencoder. OWNER/NAME is a path, not a hub
     id, if the folder OWNER exists.
     """
-    if path == PIXELS:
-        return path
     folder = Path(path).expanduser()
     if os.path.isdir(folder):  # False without permission
-        return str(folder_of_vae(folder.resolve()))
-    if os.path.isdir(folder.parent) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        folder = folder.resolve()
+    elif os.path.isdir(folder.parent) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         raise UserError(
             f"--vae-path: got {path}, expected a folder in diffusers' format, a hub id such as "
             f"{DEFAULT_VAE}, or {PIXELS}"
         )
-    return path
-
-
-def fetch_files(path: str, *names: str, local_files_only: bool = False) -> Path:
-    """Returns a local folder with the files. For a hub id, this is a folder of the hub's cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    patterns = (*names, *(f"{VAE_FOLDER}/{name}" for name in names))
-    return folder_of_vae(hub_folder(path, patterns, local_files_only=local_files_only))
-
-
-def folder_of_vae(folder: Path) -> Path:
-    """Returns the sub-folder with the autoencoder if the folder holds a pipeline of diffusers."""
+    else:
+        patterns = (*names, *(f"{VAE_FOLDER}/{name}" for name in names))
+        folder = hub_folder(path, patterns, local_files_only=local_files_only)
     is_pipeline = not (folder / CONFIG_FILE).is_file()
     is_pipeline = is_pipeline and (folder / VAE_FOLDER / CONFIG_FILE).is_file()
     return folder / VAE_FOLDER if is_pipeline else folder
@@ -146,32 +135,67 @@ def channels_on(values: float | tuple[float, ...], device: torch.device) -> floa
 class Autoencoder:
     """Frozen autoencoder: image -> raw posterior -> normalised latent -> image.
 
-    A subclass implements one class of diffusers. `downsampling` (pixels per latent pixel, along one
-    side), `channels` and `latent_side` need only the config. `encode_pixels` and `decode_raw` need
-    the model. `encode_pixels` takes and `decode_raw` returns images in [-1, 1].
+    A subclass implements one class of diffusers. The config gives `channels`, `downsampling`
+    (pixels per latent pixel, along one side) and `latent_side`. `encode_pixels` takes and
+    `decode_raw` returns images in [-1, 1]; they need the model.
 
     config: content of config.json
-    model: diffusers' module with weights, or None
+    model: diffusers' module with weights; None: `load` reads them
     norm: normalisation that a model was trained with; None: the autoencoder's default
     """
 
     requires: str | None = None  # package that diffusers needs for this class
     has_variance = True  # whether the raw posterior has a variance
-    norm_in_weights = False  # whether `default_norm` needs the model
+    path: str | None = None  # as checkpoints store it: an absolute folder, or a hub id
+    weights_sha256: str | None = None  # digest of the fp32 weights
 
     def __init__(
         self, config: Mapping, model: nn.Module | None = None, norm: LatentNorm | None = None
     ):
         self.config, self.model = config, model
-        self.norm = norm if norm or model is None else self.default_norm()
+        self.channels, self.downsampling = self.dimensions()
+        self.norm = norm or self.default_norm()
 
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
+    def dimensions(self) -> tuple[int, int]:
+        """Returns the channels of a latent, and the downsampling."""
+        return self.config["latent_channels"], 2 ** (len(self.config["block_out_channels"]) - 1)
 
-    @property
-    def channels(self) -> int:
-        return self.config["latent_channels"]
+    def load(
+        self, device: torch.device | str, dtype: torch.dtype, norm: LatentNorm | None = None
+    ) -> None:
+        """Reads the weights, frozen and in eval mode."""
+        import diffusers  # imported here: slow
+
+        kind = type(self).__name__
+        # diffusers, safetensors and torch raise many kinds of exceptions.
+        with reported_as(f"--vae-path {self.path}: cannot load the weights", Exception):
+            if self.requires and find_spec(self.requires) is None:
+                fix = f"run: pip install {self.requires}"
+                raise ValueError(f"{kind} requires the package {self.requires}; {fix}")
+            folder = local_folder(self.path, CONFIG_FILE, WEIGHTS_FILE)
+            is_pickled = False
+            if not (folder / WEIGHTS_FILE).exists():
+                folder = local_folder(self.path, CONFIG_FILE, PICKLED_FILE)
+                is_pickled = (folder / PICKLED_FILE).exists()
+            # Silence diffusers' warnings about missing tensors: the error below reports them.
+            logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
+            model, keys = getattr(diffusers, kind).from_pretrained(
+                folder, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                output_loading_info=True, use_safetensors=not is_pickled,
+            )  # fmt: skip
+            for what in ("missing", "unexpected"):  # diffusers leaves missing ones uninitialised
+                if names := sorted(keys[f"{what}_keys"]):
+                    count = pluralize(len(names), f"{what} tensor")
+                    raise ValueError(f"{count}, such as {names[0]}")
+            for name, value in model.state_dict().items():
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} has values that are infinite or nan")
+        self.model, self.weights_sha256 = model, weights_digest(model)
+        self.norm = norm or self.default_norm()  # before the cast: it stays fp32
+        nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
+        model.eval().requires_grad_(False)
+        if torch.device(device).type == "cuda":
+            nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
 
     def latent_side(self, pixels: int) -> int:
         """Maps the height or width of an image to that of the latent."""
@@ -186,8 +210,9 @@ class Autoencoder:
         """Maps the size of an image to the size of the latent; see `latent_side`."""
         return convert([self.latent_side(pixels) for pixels in sides(image_size)], Size)
 
-    def default_norm(self) -> LatentNorm:
-        """Returns the normalisation in the config: one factor and shift, or one per channel."""
+    def default_norm(self) -> LatentNorm | None:
+        """Returns the normalisation in the config: one factor and shift, or one per channel; None
+        if it is in the weights, and these are not loaded."""
         scaling = 1.0 if (value := self.config.get("scaling_factor")) is None else value
         mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
         shift = (self.config.get("shift_factor") or 0.0) if mean is None else tuple(mean)
@@ -212,10 +237,6 @@ class Autoencoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
-
-    @property
-    def weights_sha256(self) -> str:
-        return weights_digest(self.model)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
@@ -253,21 +274,17 @@ class AutoencoderKL(Autoencoder):
 class AutoencoderKLFlux2(AutoencoderKL):
     """Autoencoder of FLUX.2: latents in patches, normalised by the statistics of its batch norm."""
 
-    norm_in_weights = True
-
     @property
     def patch(self) -> int:
         return self.config["patch_size"][0]
 
-    @property
-    def downsampling(self) -> int:
-        return super().downsampling * self.patch
+    def dimensions(self) -> tuple[int, int]:
+        channels, downsampling = super().dimensions()
+        return channels * self.patch**2, downsampling * self.patch
 
-    @property
-    def channels(self) -> int:
-        return super().channels * self.patch**2
-
-    def default_norm(self) -> LatentNorm:
+    def default_norm(self) -> LatentNorm | None:
+        if self.model is None:
+            return None
         bn = self.model.bn
         scale = (bn.running_var.double() + bn.eps).rsqrt()
         return LatentNorm(tuple(bn.running_mean.tolist()), tuple(scale.tolist()))
@@ -283,13 +300,8 @@ class AutoencoderKLFlux2(AutoencoderKL):
 class AutoencoderKLQwenImage(Autoencoder):
     """Video autoencoder of Qwen-Image; an image is encoded as a video of one frame."""
 
-    @property
-    def downsampling(self) -> int:
-        return 2 ** len(self.config["temperal_downsample"])
-
-    @property
-    def channels(self) -> int:
-        return self.config["z_dim"]
+    def dimensions(self) -> tuple[int, int]:
+        return self.config["z_dim"], 2 ** len(self.config["temperal_downsample"])
 
     def encode_pixels(self, x: Tensor) -> Tensor:
         return super().encode_pixels(x[:, :, None])[:, :, 0]
@@ -303,9 +315,9 @@ class AutoencoderDC(Autoencoder):
 
     has_variance = False
 
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.config["encoder_block_out_channels"]) - 1)
+    def dimensions(self) -> tuple[int, int]:
+        blocks = self.config["encoder_block_out_channels"]
+        return self.config["latent_channels"], 2 ** (len(blocks) - 1)
 
 
 class AutoencoderRAE(Autoencoder):
@@ -318,13 +330,8 @@ class AutoencoderRAE(Autoencoder):
     requires = "transformers"
     has_variance = False
 
-    @property
-    def downsampling(self) -> int:
-        return self.config["patch_size"]
-
-    @property
-    def channels(self) -> int:
-        return self.config["encoder_hidden_size"]
+    def dimensions(self) -> tuple[int, int]:
+        return self.config["encoder_hidden_size"], self.config["patch_size"]
 
     def latent_side(self, pixels: int) -> int:
         side = self.config["encoder_input_size"] // self.config["encoder_patch_size"]
@@ -348,13 +355,19 @@ class Pixels(Autoencoder):
     """No autoencoder (--vae-path pixels): the latents are the images in [-1, 1], in fp32."""
 
     has_variance = False
-    downsampling, channels, dtype = 1, 3, torch.float32
-    weights_sha256 = hashlib.sha256(b"pixels").hexdigest()
-    device = torch.device("cpu")
+    path, weights_sha256 = PIXELS, hashlib.sha256(b"pixels").hexdigest()
+    device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, norm: LatentNorm | None = None, device: torch.device | str = "cpu"):
-        super().__init__({"_class_name": "Pixels"}, norm=norm or LatentNorm())
-        self.device = torch.device(device)
+    def __init__(self, norm: LatentNorm | None = None):
+        super().__init__({"_class_name": "Pixels"}, norm=norm)
+
+    def dimensions(self) -> tuple[int, int]:
+        return 3, 1
+
+    def load(
+        self, device: torch.device | str, dtype: torch.dtype, norm: LatentNorm | None = None
+    ) -> None:
+        self.device, self.norm = torch.device(device), norm or self.norm
 
     def encode_pixels(self, x: Tensor) -> Tensor:
         return x
@@ -371,22 +384,14 @@ AUTOENCODERS = {  # by the class name in config.json, which is also the class na
 }  # fmt: skip
 
 
-def wrap_autoencoder(model: nn.Module | None, norm: LatentNorm | None = None) -> Autoencoder:
-    """Wraps a module of diffusers in the `Autoencoder` of its class; None becomes `Pixels`."""
-    if model is None:
-        return Pixels(norm)
-    return AUTOENCODERS[type(model).__name__](model.config, model, norm)
-
-
 def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
     """Opens an autoencoder without its weights, from a folder, a hub id or the hub's cache."""
     if path == PIXELS:
         return Pixels()
-    path = resolve_vae_path(path)
     expected = "a folder in diffusers' format or a hub id that can be downloaded"
     message = f"--vae-path: got {path}, expected {expected}"
     with reported_as(message, OSError, ValueError, LookupError, TypeError):
-        folder = fetch_files(path, CONFIG_FILE, local_files_only=local_files_only)
+        folder = local_folder(path, CONFIG_FILE, local_files_only=local_files_only)
         if (folder / STATE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
             raise ValueError(
                 "its training is not finished; run python -m tools.train_autoencoder again"
@@ -394,56 +399,21 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
         config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
+        # Fails if a config of another version lacks a field, or has a factor of 0.
         vae = AUTOENCODERS[name](config)
-        # These fail if a config of another version lacks them, or has a factor of 0.
-        _ = vae.channels, vae.downsampling, vae.norm_in_weights or vae.default_norm()
+    vae.path = str(folder) if os.path.isdir(Path(path).expanduser()) else path
     return vae
 
 
 def load_autoencoder(
     path: str, device: torch.device | str, dtype: torch.dtype, norm: LatentNorm | None = None
 ) -> Autoencoder:
-    """Loads an autoencoder, frozen and in eval mode.
+    """Opens an autoencoder and loads its weights.
 
     norm: normalisation that a model was trained with; None: the autoencoder's default
     """
-    if path == PIXELS:
-        return Pixels(norm, device)
-    import diffusers  # imported here: slow
-
-    kind = type(open_autoencoder(path))
-    path = resolve_vae_path(path)
-    # diffusers, safetensors and torch raise many kinds of exceptions.
-    with reported_as(f"--vae-path {path}: cannot load the weights", Exception):
-        if kind.requires and find_spec(kind.requires) is None:
-            raise ValueError(
-                f"{kind.__name__} requires the package {kind.requires}; run: pip install "
-                f"{kind.requires}"
-            )
-        folder = fetch_files(path, CONFIG_FILE, WEIGHTS_FILE)
-        if not (folder / WEIGHTS_FILE).exists():
-            folder = fetch_files(path, CONFIG_FILE, PICKLED_FILE)
-        is_pickled = (folder / PICKLED_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
-        # Silence diffusers' warnings about missing tensors: the error below reports them.
-        logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
-        model, keys = getattr(diffusers, kind.__name__).from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-            use_safetensors=not is_pickled,
-        )
-        for what in ("missing", "unexpected"):  # diffusers leaves a missing tensor uninitialised
-            if names := sorted(keys[f"{what}_keys"]):
-                raise ValueError(f"{pluralize(len(names), f'{what} tensor')}, such as {names[0]}")
-        for name, value in model.state_dict().items():
-            if not value.isfinite().all():
-                raise ValueError(f"{name} has values that are infinite or nan")
-        vae = wrap_autoencoder(model, norm)  # before the cast: the default norm stays fp32
-    nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
-    model.eval().requires_grad_(False)
-    if torch.device(device).type == "cuda":
-        nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
+    vae = open_autoencoder(path)
+    vae.load(device, dtype, norm)
     return vae
 
 

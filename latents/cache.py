@@ -36,7 +36,6 @@ from latents.autoencoder import (
     LatentNorm,
     NoiseFn,
     load_autoencoder,
-    resolve_vae_path,
     sample_latents,
 )
 from latents.sources import (
@@ -125,7 +124,7 @@ def settings_of(
         image_size=size,
         latent_shape=(vae.channels, *sides(vae.latent_size(size))),
         norm=vae.norm.to_dict(),
-        vae_path=resolve_vae_path(vae_path),
+        vae_path=vae.path,
         vae_sha256=vae.weights_sha256,
         precision=precision,
         flip=flip,

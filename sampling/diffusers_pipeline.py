@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from latents.autoencoder import CONFIG_FILE, LatentNorm, wrap_autoencoder
+from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
 from models import DiT
 from moe import quantize_experts
 from runtime.files import read_json
@@ -138,8 +138,9 @@ class DiTMoEPipeline(DiffusionPipeline):
             objective_options=info.get("objective_options", {}),
         )  # fmt: skip
         latents = generate(self.transformer.model, labels, seeds, settings, conditions=conditions)
-        norm = info.get("latents_norm")
-        vae = wrap_autoencoder(self.vae, norm and LatentNorm(**norm))
+        norm = (stored := info.get("latents_norm")) and LatentNorm(**stored)
+        kind = AUTOENCODERS[type(self.vae).__name__] if self.vae else None
+        vae = kind(self.vae.config, self.vae, norm) if kind else Pixels(norm)
         images = vae.decode_to_host(latents)  # (N, 3, H, W) uint8
         if output_type == "pt":
             return ImagePipelineOutput(images=images / 255)

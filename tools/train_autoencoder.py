@@ -42,9 +42,8 @@ from latents.autoencoder import (
     CONFIG_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
-    load_autoencoder,
+    Autoencoder,
     open_autoencoder,
-    wrap_autoencoder,
 )
 from latents.images import to_model_range
 from latents.loading import split
@@ -309,7 +308,7 @@ def standardize_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 def rebuilt(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Returns the reconstructions of images (N, 3, H, H) uint8."""
-    rebuild = wrap_autoencoder(vae).reconstruct
+    rebuild = Autoencoder(vae.config, vae).reconstruct
     return torch.cat([rebuild(x.to(vae.device)).cpu() for x in batches(images)])
 
 
@@ -354,17 +353,18 @@ def main(config: AutoencoderConfig) -> int | None:
     keep_freed_memory(torch.device(device))
     if config.decoder_of is not None:
         try:
-            kind = type(open_autoencoder(config.decoder_of))
+            opened = open_autoencoder(config.decoder_of)
         except UserError as error:
             raise UserError(str(error).replace("--vae-path", "--decoder-of")) from None
-        if kind.__name__ != "AutoencoderKL":
-            raise UserError(f"--decoder-of: got {kind.__name__}, expected AutoencoderKL")
-        vae = load_autoencoder(config.decoder_of, device, torch.float32).model
+        if (kind := type(opened).__name__) != "AutoencoderKL":
+            raise UserError(f"--decoder-of: got {kind}, expected AutoencoderKL")
+        opened.load(device, torch.float32)
+        vae = opened.model
     else:
         vae_config = AutoencoderKL.load_config(CONFIG)
         sizes = {"sample_size": config.image_size, "latent_channels": config.latent_channels}
         vae = AutoencoderKL.from_config(vae_config, **sizes).to(device)
-    wrap_autoencoder(vae).latent_side(config.image_size)  # raises UserError for a wrong size
+    Autoencoder(vae.config, vae).latent_side(config.image_size)  # raises UserError for a wrong size
     source = open_images(config.data_path, config.image_size)
     fraction = max(HELD_OUT, min(0.2, 16 / len(source)))
     indices, held_out = split(source, 0.0 if config.eval_data else fraction)

@@ -26,7 +26,7 @@ from checkpoints import MODEL_FILE, Checkpoint, Record, read_record, step_folder
 from checkpoints.meta import meta_model
 from checkpoints.weights import sampled_digest
 from conditions import split_condition
-from latents.autoencoder import Autoencoder, load_autoencoder, resolve_vae_path
+from latents.autoencoder import Autoencoder, load_autoencoder
 from latents.cache import FEATURES
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, size_notes
@@ -96,10 +96,7 @@ class Run:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
         sections, dataset = self.config.sections(), self.dataset
         # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
-        vae_path = dataset.vae_path
-        if self.vae is not None:
-            vae_path = resolve_vae_path(self.config.data.vae_path)
-        sections["data"]["vae_path"] = vae_path
+        sections["data"]["vae_path"] = self.vae.path if self.vae else dataset.vae_path
         facts = {name: value for name, value in self.facts.items() if name != "normalisation"}
         typed = {name: facts.pop(name) for name in ("images", "vae_sha256")}
         return Record.from_dict({
@@ -364,16 +361,17 @@ def inputs_of(
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
         with nullcontext() if digest is None else reported_as(moved, UserError):
-            loaded = dist.on_main(partial(load_autoencoder, path, "cpu", torch.float32))
-            got, norm = dist.broadcast(loaded and (loaded.weights_sha256, loaded.norm))
+            dtype = DTYPES[config.step.precision]
+            load = partial(load_autoencoder, path, dist.device, dtype, dataset.norm)
+            vae = dist.on_main(load) or load()  # the main process first: it may have to download
+            got = dist.broadcast(vae.weights_sha256)
         if digest not in (None, got):
             raise UserError(
                 f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
                 f"digest {digest[:12]} of {dataset.vae_path}, which encoded the latents of "
                 f"{config.data.latents_path}"
             )
-        digest, dataset.norm = got, dataset.norm or norm
-        vae = load_autoencoder(path, dist.device, DTYPES[config.step.precision], dataset.norm)
+        digest, dataset.norm = got, vae.norm
     facts = {"images": dataset.fingerprint, "vae_sha256": digest}
     facts["normalisation"] = str(dataset.norm)
     if dataset.norm.is_per_channel:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_models import randomised
 
 from checkpoints import read_checkpoint, read_record
-from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder, resolve_vae_path
+from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, collate, loader_workers, read_batches
 from latents.sources import open_images
@@ -277,10 +277,11 @@ def test_the_autoencoder_keeps_its_dtype_under_autocast(tiny_vae):
 
 def test_autoencoder_folders_become_absolute_and_hub_ids_do_not(tiny_vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_vae.parent)
-    assert resolve_vae_path(tiny_vae.name) == str(tiny_vae)
+    assert open_autoencoder(tiny_vae.name).path == str(tiny_vae)
     shutil.copytree(tiny_vae, tmp_path / "pipeline" / "vae")
-    assert resolve_vae_path(str(tmp_path / "pipeline")) == str(tmp_path / "pipeline" / "vae")
-    assert resolve_vae_path("stabilityai/sd-vae-ft-mse") == "stabilityai/sd-vae-ft-mse"
+    path = str(tmp_path / "pipeline")
+    assert open_autoencoder(path).path == load_autoencoder(path, "cpu", torch.float32).path
+    assert open_autoencoder(path).path == str(tmp_path / "pipeline" / "vae")
     (tmp_path / "assets").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in ("assets/vae", "./vae", "/nowhere/vae", "vae", "a/b/vae"):
@@ -308,9 +309,10 @@ def test_a_cached_hub_autoencoder_loads_without_output(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vae_config = open_autoencoder("lab/vae", local_files_only=True).config
+        opened = open_autoencoder("lab/vae", local_files_only=True)
         loaded = load_autoencoder("lab/vae", "cpu", torch.float32)
-    assert vae_config["latent_channels"] == 4 and capfd.readouterr() == ("", "")
+    assert opened.config["latent_channels"] == 4 and opened.path == loaded.path == "lab/vae"
+    assert capfd.readouterr() == ("", "")
     assert loaded.weights_sha256 == vae.weights_sha256
 
 
