@@ -154,7 +154,7 @@ class Autoencoder:
     ):
         self.config, self.model = config, model
         self.channels, self.downsampling = self.dimensions()
-        self.norm = norm or self.default_norm()
+        self.norm = norm if norm or model is None else self.default_norm()
 
     def dimensions(self) -> tuple[int, int]:
         """Returns the channels of a latent, and the downsampling."""
@@ -190,8 +190,9 @@ class Autoencoder:
             for name, value in model.state_dict().items():
                 if not value.isfinite().all():
                     raise ValueError(f"{name} has values that are infinite or nan")
-        self.model, self.weights_sha256 = model, weights_digest(model)
-        self.norm = norm or self.default_norm()  # before the cast: it stays fp32
+            self.model, self.config = model, model.config  # with diffusers' defaults
+            self.norm = norm or self.default_norm()  # before the cast: it stays fp32
+        self.weights_sha256 = weights_digest(model)
         nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
         model.eval().requires_grad_(False)
         if torch.device(device).type == "cuda":
@@ -210,9 +211,8 @@ class Autoencoder:
         """Maps the size of an image to the size of the latent; see `latent_side`."""
         return convert([self.latent_side(pixels) for pixels in sides(image_size)], Size)
 
-    def default_norm(self) -> LatentNorm | None:
-        """Returns the normalisation in the config: one factor and shift, or one per channel; None
-        if it is in the weights, and these are not loaded."""
+    def default_norm(self) -> LatentNorm:
+        """Returns the normalisation in the config: one factor and shift, or one per channel."""
         scaling = 1.0 if (value := self.config.get("scaling_factor")) is None else value
         mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
         shift = (self.config.get("shift_factor") or 0.0) if mean is None else tuple(mean)
@@ -282,9 +282,7 @@ class AutoencoderKLFlux2(AutoencoderKL):
         channels, downsampling = super().dimensions()
         return channels * self.patch**2, downsampling * self.patch
 
-    def default_norm(self) -> LatentNorm | None:
-        if self.model is None:
-            return None
+    def default_norm(self) -> LatentNorm:
         bn = self.model.bn
         scale = (bn.running_var.double() + bn.eps).rsqrt()
         return LatentNorm(tuple(bn.running_mean.tolist()), tuple(scale.tolist()))
@@ -359,7 +357,7 @@ class Pixels(Autoencoder):
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, norm: LatentNorm | None = None):
-        super().__init__({"_class_name": "Pixels"}, norm=norm)
+        super().__init__({"_class_name": "Pixels"}, norm=norm or LatentNorm())
 
     def dimensions(self) -> tuple[int, int]:
         return 3, 1
@@ -399,8 +397,7 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
         config = read_json(folder / CONFIG_FILE)
         if (name := config.get("_class_name")) not in AUTOENCODERS:
             raise ValueError(f"its class is {name}, expected one of {', '.join(AUTOENCODERS)}")
-        # Fails if a config of another version lacks a field, or has a factor of 0.
-        vae = AUTOENCODERS[name](config)
+        vae = AUTOENCODERS[name](config)  # fails if a config of another version lacks a field
     vae.path = str(folder) if os.path.isdir(Path(path).expanduser()) else path
     return vae
 

@@ -1,5 +1,7 @@
 """Every supported autoencoder class, with tiny random weights, from images to samples."""
 
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -12,6 +14,8 @@ from torch import nn
 from checkpoints import read_record
 from latents.autoencoder import (
     STATE_FILE,
+    WEIGHTS_FILE,
+    LatentNorm,
     load_autoencoder,
     open_autoencoder,
     sample_latents,
@@ -186,9 +190,20 @@ def test_latents_that_differ_from_training_are_noted_or_rejected(train_flags, tm
 def test_a_config_that_no_autoencoder_has_is_a_one_line_error(change, tiny_vae, tmp_path):
     text = (tiny_vae / "config.json").read_text().strip()
     (tmp_path / "config.json").write_text(text.removesuffix("}") + f", {change}}}")
-    with pytest.raises(UserError, match="--vae-path: got") as caught:
-        open_autoencoder(str(tmp_path))
+    shutil.copy(tiny_vae / WEIGHTS_FILE, tmp_path)
+    with pytest.raises(UserError, match="^--vae-path") as caught:
+        load_autoencoder(str(tmp_path), "cpu", torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_a_factor_that_the_config_lacks_is_that_of_diffusers(tiny_vae, tmp_path):
+    """Configs of older versions of diffusers lack scaling_factor."""
+    config = json.loads((tiny_vae / "config.json").read_text())
+    del config["scaling_factor"], config["shift_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny_vae / WEIGHTS_FILE, tmp_path)
+    vae = load_autoencoder(str(tmp_path), "cpu", torch.float32)
+    assert vae.norm == LatentNorm(0.0, 0.18215)
 
 
 def test_an_autoencoder_whose_training_has_not_finished_is_rejected(tmp_path):
