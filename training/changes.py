@@ -1,15 +1,16 @@
 """What differs between a checkpoint and the command that goes on from it.
 
-found = compare(before, was, config, facts, {"lr"})
+found = compare(before, config, facts, {"lr"})
 found.said                                           # ["--lr: was 0.0001, is 5e-05"]
 """
 
 import glob
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints import Record
+from checkpoints import Record, step_folders
 from checkpoints.checkpoint import averages_of
 from latents.loading import BatchStream
 from latents.sources import images_name, same_images
@@ -34,7 +35,6 @@ FACTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "script": ("the script", ()),
 }
 DIGESTS = ", digests of two versions (the same images go on with --data-path beside --resume)"
-UNRECORDED = ("images", "vae_sha256", "normalisation")  # by weights of other code
 LABELS = {"input_size": "the latent size", "in_channels": "--vae-path: the number of channels"}
 
 
@@ -46,18 +46,13 @@ class Changes(NamedTuple):
     said: list[str]
 
 
-def stored_config(before: Record, engine_flags: type) -> tuple[TrainConfig, list[str]]:
-    """Returns the config of a checkpoint, and notes on settings that this version lacks."""
-    flags = training_flags(engine_flags)
-    stored, notes = stored_settings(before, flags)
-    return complete(stored, {}, engine_flags), notes
+def compare(before: Record, config: TrainConfig, facts: dict[str, Any], named: set[str]) -> Changes:
+    """Compares the settings and the facts of a checkpoint with those of a command.
 
-
-def compare(
-    before: Record, was: TrainConfig, config: TrainConfig, facts: dict[str, Any], named: set[str]
-) -> Changes:
-    """Compares the settings and the facts of a checkpoint with those of a command."""
-    found = Changes([], [], [])
+    named: fields that flags of the command say
+    """
+    engine_flags, found = type(config.engine), Changes([], [], [])
+    was = complete(stored_settings(before, training_flags(engine_flags))[0], {}, engine_flags)
     if was.preset != config.preset:
         found.state.append(difference("model", was.preset, config.preset))
     for section, part in config.by_section.items():
@@ -65,22 +60,31 @@ def compare(
             result = found.said if flag.field.name in named else found.unsaid
             lines = {"state": found.state, "result": result}.get(flag.change, [])
             lines.append(difference(name, old, new))
+    for name, line in fact_differences(before, facts):
+        _, fields = FACTS.get(name, ("", ()))
+        result = found.said if named & {*fields} else found.unsaid
+        (result if fields else found.state).append(line)
+    return found
+
+
+def fact_differences(before: Record, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (name, "LABEL: was X, is Y") for facts that differ from those of a record.
+
+    What only one of them knows does not count, except the weights that a run started from.
+    """
     known = {**before.facts, "images": before.images, "vae_sha256": before.vae_sha256}
     known["normalisation"] = before.norm and str(before.norm)
-    for name in dict.fromkeys([*facts, *known]) if facts else ():
-        old, new = known.get(name), facts.get(name)
-        label, fields = FACTS.get(name, (spelling(name), ()))
-        if old == new or old is None and name in UNRECORDED:
+    for name, new in facts.items():
+        old = known.get(name)
+        if old == new or new is None or old is None and name != "start":
             continue
         if name == "images":
             if same_images(old, new):
                 continue
             note = DIGESTS if old.keys() & new.keys() <= {"count"} else ""
             old, new = images_name(old), images_name(new) + note
-        result = found.said if named & {*fields} else found.unsaid
-        lines = result if fields else found.state
-        lines.append(f"{label}: was {old!s:.300}, is {new!s:.300}")
-    return found
+        label, _ = FACTS.get(name, (spelling(name), ()))
+        yield name, f"{label}: was {old!s:.300}, is {new!s:.300}"
 
 
 def difference(name: str, was: Any, now: Any) -> str:
@@ -88,51 +92,18 @@ def difference(name: str, was: Any, now: Any) -> str:
     return f"{LABELS.get(name) or spelling(name)}: was {was!s:.300}, is {now!s:.300}"
 
 
-def check_changes(
-    before: Record, config: TrainConfig, facts: dict[str, Any], named: set[str], step: Path,
-    folder: Path | None,
-) -> None:  # fmt: skip
-    """Refuses what the flags may not change in a run that goes on from a step folder.
-
-    before: record of the newest checkpoint of the run, or of that which a branch starts from
-    facts: inputs besides the settings, or {} before they are known
-    named: fields that the command names and may change
-    Raises UserError for a difference in the state, or one that no flag says.
-    """
-    is_own = folder is not None and step.is_relative_to(folder)
-    if not is_own:  # a branch begins anew
-        before = replace(before, facts={**before.facts, "start": facts.get("start")})
-    was, _ = stored_config(before, type(config.engine))
-    found = compare(before, was, config, facts, named)
-    if found.state and not is_own:
-        raise UserError(
-            f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
-            "--finetune starts from the weights only"
-        )
-    if refused := found.state + found.unsaid:
-        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
-        if not found.state:
-            expected += f", or --resume {folder} with the flags that are to change, or a branch "
-            expected += f"(--resume {step} --run-name NEW)"
-        raise UserError(
-            f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
-        )
-
-
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Refuses a new run without a name that repeats a run which an earlier version named."""
-    others = folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")
-    for other in () if folder.exists() else sorted(others):
-        if (before := newest_record(other)) is None:
-            continue
-        try:
-            was, _ = stored_config(before, type(config.engine))
-        except UserError:
+    for other in sorted(folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")):
+        if (before := newest_record(step_folders(other))) is None:
             continue
         now = facts
         if before.images and "sha256" in before.images:  # a digest of an earlier version
             now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
-        found = compare(before, was, config, now, set())
+        try:
+            found = compare(before, config, now, set())
+        except UserError:  # of a component that is not imported
+            continue
         if found.state or found.unsaid:
             continue
         raise UserError(
@@ -141,18 +112,20 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
         )
 
 
-def state_notes(config: TrainConfig, was: TrainConfig, step: Path) -> list[str]:
-    """Returns notes on the EMAs and auxiliary losses that the state does not have."""
+def state_notes(config: TrainConfig, before: Record, step: Path) -> list[str]:
+    """Returns notes on stored settings that this version lacks, and on the EMAs and auxiliary
+    losses that the state of a step folder does not have."""
+    stored, notes = stored_settings(before, training_flags(type(config.engine)))
     names = {*averages_of(step)}
-    notes = [
+    notes += [
         f"EMA {ema.name} starts from the weights: {step} does not have it"
         for ema in config.emas if ema.name not in names
     ]  # fmt: skip
-    trained = {one.name for one in was.step.auxiliary}
     notes += [
         f"auxiliary loss {one.name} starts with new weights: {step} does not have it"
         for one in config.auxiliary
-        if one.name not in trained and one.projector(config.model, config.shapes) is not None
+        if one.name not in stored.get("auxiliary", ())
+        and one.projector(config.model, config.shapes) is not None
     ]
     return notes
 

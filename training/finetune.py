@@ -2,17 +2,16 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from checkpoints import Checkpoint, Record, config_of, read_checkpoint
+from checkpoints import Checkpoint, config_of, read_checkpoint
 from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
 from options.settings import Layer, differences, flat, spelling
 from runtime.errors import UserError, check_same, reported_as
-from training.changes import FACTS, difference
+from training.changes import difference, fact_differences
 from training.config import TrainConfig
 from training.engine import frozen_names
 
@@ -87,18 +86,15 @@ def start_weights(
     return adapted
 
 
-def data_notes(start: Record, path: Path, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
+def data_notes(source: Checkpoint, config: TrainConfig, facts: dict[str, Any]) -> list[str]:
     """Returns notes if autoencoder or normalisation differ from those that the weights were trained
     with, or if images are held out that they were trained on."""
-    notes, norm = [], start.norm and str(start.norm)
-    pairs = {"vae_sha256": start.vae_sha256, "normalisation": norm}
-    if found := [
-        f"{FACTS[name][0]}: was {was!s:.300}, is {facts[name]!s:.300}"
-        for name, was in pairs.items() if was not in (None, facts[name])
-    ]:  # fmt: skip
+    notes, path, before = [], source.path, source.record
+    latents = {name: facts[name] for name in ("vae_sha256", "normalisation")}
+    if found := [line for _, line in fact_differences(before, latents)]:
         notes.append(f"{path} was trained on other data: {'; '.join(found)}")
-    share, wanted = start.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
-    if start.images and same_images(start.images, facts["images"]) and share < wanted:
+    share, wanted = before.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    if before.images and same_images(before.images, facts["images"]) and share < wanted:
         notes.append(
             f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
             f"was trained with --val-share {share:g}"

@@ -46,7 +46,7 @@ from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
 from training.schedule import rate_factor
-from training.start import Run, deleted_on_error, open_run
+from training.start import Run, open_run
 from training.step import take_step
 
 ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
@@ -68,12 +68,11 @@ def train(said: Layer, engine_flags: type, dist: Distributed) -> int:
         if run.stream.start_step >= run.stream.end_step:
             run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
             return 0
-        with deleted_on_error(run.created):
-            engine = run.config.engine.engine_class()(dist, run.config, run.weights)
-            run.weights = ()  # the engine holds the weights; free this copy
-            if folder := run.state_folder:
-                engine.load_state(folder)
-                run.log.text(f"resumed from {folder}")
+        engine = run.config.engine.engine_class()(dist, run.config, run.weights)
+        run.weights = ()  # the engine holds the weights; free this copy
+        if folder := run.state_folder:
+            engine.load_state(folder)
+            run.log.text(f"resumed from {folder}")
         keep_freed_memory(dist.device)
         loop = TrainingLoop(run, engine)
         describe(run, engine)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import step_folders
 from checkpoints.costs import count_macs, count_parameters
 from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream, split
@@ -19,13 +18,12 @@ from moe import width_of
 from options.settings import Layer
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.processes import read_environment
-from training.changes import check_changes
+from runtime.processes import Distributed, read_environment
 from training.config import DataFacts, TrainConfig
 from training.engine import Bytes
 from training.memory import received_rows, state_bytes
 from training.setup import length_notes, open_dataset
-from training.start import plan_run, remaining_steps
+from training.start import check_changes, plan_run, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -38,20 +36,19 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
-    plan = plan_run(said, engine_flags, open_planned)
-    begin, config = plan.begin, plan.config
+    plan = plan_run(said, engine_flags, open_planned, dist)
+    config = plan.config
     world_size = config.run.gpus or dist.world_size
     config.engine.engine_class().check(config, world_size)
-    if step := begin.branch if begin.own is None else step_folders(begin.folder)[0]:
-        named = plan.named if begin.resumes or begin.own is None else set()
-        check_changes(begin.own or begin.record, config, {}, named, step, begin.folder)
+    if plan.steps:
+        check_changes(plan, {})
     trained = np.arange(IMAGENET[0])
     if plan.dataset is not None:
         trained, _ = split(plan.dataset, config.data.val_share)
     stream = remaining_steps(config, trained, None, replace(dist, world_size=world_size))
     lines = describe_model(config) | describe_memory(config, stream)
     lines |= describe_steps(config, stream)
-    notes = plan.notes + length_notes(config, stream, is_pretrained=begin.weights is not None)
+    notes = plan.notes + length_notes(config, stream, is_pretrained=plan.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 
@@ -122,12 +119,12 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(settings: Layer) -> tuple[Source | None, DataFacts]:
+def open_planned(settings: Layer, dist: Distributed) -> tuple[Source | None, DataFacts]:
     """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
     path = settings.get("latents_path") or settings.get("data_path")
     is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
     if settings.get("latents_path") or is_there:
-        return open_dataset(settings)
+        return open_dataset(settings, dist)
     missing = f"{path} is not on this machine" if path else "no --data-path"
     notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
     image_size = settings.get("image_size", 256)

@@ -26,8 +26,8 @@ from typing import Any, BinaryIO
 import yaml
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
-from options.parts import Option, options_of
-from options.settings import Flags, Layer, flat, flattened
+from options.parts import Option, Part, options_of
+from options.settings import Flags, Layer, as_tuple, flat, flattened, unfolded
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
@@ -39,29 +39,32 @@ from training.manifest import MANIFEST_FILE
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
-def named_run(said: Layer) -> tuple[Path | None, Path | None]:
-    """Returns the folder of the run that the flags name, and the run or checkpoint of --resume.
+def is_run(path: Path) -> bool:
+    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
+    return os.path.isfile(path / CONFIG_FILE) or bool(step_folders(path))
 
-    The folder is None for a run without a name. With --resume RUN, both are RUN.
+
+def named_folder(said: Layer, run: Path | None) -> Path | None:
+    """Returns the run folder that the flags name; None for a run without a name.
+
+    run: the run that --resume names, if any
     """
-    name, source = said.get("run_name"), said.get("resume") and Path(said["resume"])
+    name = said.get("run_name")
     is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
     if not is_plain or len(os.fsencode(name or "")) > 150:
         expected = "a plain folder name of at most 150 bytes"
         raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    if not source or not os.path.isfile(source / CONFIG_FILE) and not step_folders(source):
-        folder = name and Path(said.get("results_dir", RunConfig.results_dir), name)
-        return folder or None, source or None
-    run = source.resolve()
-    named = Path(said.get("results_dir", run.parent), name or run.name)
-    if named.resolve() != run:
-        other = f"--resume {source}/checkpoints/STEP --run-name NEW"
+    if run is None:
+        return name and Path(said.get("results_dir", RunConfig.results_dir), name)
+    resolved = run.resolve()
+    named = Path(said.get("results_dir", resolved.parent), name or resolved.name)
+    if named.resolve() != resolved:
+        other = f"--resume {run}/checkpoints/STEP --run-name NEW"
         raise UserError(
-            f"--resume {source}: --run-name or --results-dir names {named}, expected the same "
+            f"--resume {run}: --run-name or --results-dir names {named}, expected the same "
             f"folder; to start a separate run: {other}"
         )
-    return source, source
+    return run
 
 
 def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
@@ -71,19 +74,18 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     their defaults, so that a new setting renames no run.
     """
     flags, parts = training_flags(type(config.engine)), config.by_section.values()
-    values, special = flat(*parts), {}
     defaults = flat(*(type(part)() for part in parts))
-    for name, value in values.items():
-        flag = flags[name]
-        if name not in defaults:  # an option of a component that is no default
-            names = values[flag.field.name]
-            owner = next(one for one in (names if flag.field.is_list else [names])
-                         if one in flag.options)  # fmt: skip
-            default = flag.options[owner].default
-            defaults[name] = (default,) if flag.repeats else default
-        decides = flag.change in ("state", "result") and name not in DATA_FACTS
-        if decides and value is not None and value != defaults[name]:
-            special[name] = value
+    for section in parts:  # and of the options of components that are no defaults
+        for one in options_of(type(section)).values():
+            chosen = as_tuple(getattr(section, one.name)) if one.table else ()
+            if chosen:
+                bare = (one.complete(Part(part.name)) for part in chosen)
+                defaults = unfolded(one, tuple(bare)) | defaults
+    special = {
+        name: value for name, value in flat(*parts).items()
+        if flags[name].change in ("state", "result") and name not in DATA_FACTS
+        and value not in (None, defaults[name])
+    }  # fmt: skip
     content = json.dumps([special, facts], sort_keys=True, default=str)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     objective = config.step.objective.name
@@ -92,12 +94,12 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     return Path(config.run.results_dir, name)
 
 
-def run_of_step(source: str) -> str | None:
-    """Returns RUN of a path RUN/checkpoints/STEP, also if the step was deleted; else None."""
-    parent = os.path.basename(os.path.dirname(os.path.abspath(source)))
-    if parent != "checkpoints" or os.path.isfile(os.path.join(source, CONFIG_FILE)):
-        return None
-    return os.path.normpath(os.path.join(source, os.pardir, os.pardir))
+def beside_its_run(step: Path) -> Layer:
+    """Returns the results folder of a branch from RUN/checkpoints/STEP: that of RUN, also if the
+    step was deleted."""
+    if os.path.basename(os.path.dirname(os.path.abspath(step))) != "checkpoints":
+        return {}
+    return {"results_dir": os.path.normpath(os.path.join(step, *3 * [os.pardir]))}
 
 
 def is_step_folder(path: Path) -> bool:
@@ -119,11 +121,11 @@ def not_resumable(source: Path) -> UserError:
     return UserError(f"--resume: {source} does not exist, {expected}")
 
 
-def newest_record(run: Path) -> Record | None:
-    """Returns the record of the newest readable checkpoint of a run; None if there is none."""
-    for folder in step_folders(run):
+def newest_record(steps: list[Path]) -> Record | None:
+    """Returns the record of the first readable checkpoint; None if there is none."""
+    for step in steps:
         with suppress(UserError):
-            return read_record(folder)
+            return read_record(step)
     return None
 
 

@@ -5,24 +5,26 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints.meta import meta_model
 from checkpoints.record import NOTED_SHARE, start_of_average
+from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_images, same_images
 from options.settings import Layer
-from runtime.errors import UserError, pluralize
-from runtime.processes import Distributed
+from runtime.errors import UserError, pluralize, reported_as
+from runtime.processes import ALONE, Distributed
 from training.config import DataFacts, TrainConfig
+from training.engine import frozen_names
 from training.flags import DataConfig
 
 
-def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Source, DataFacts]:
+def open_dataset(settings: Layer, dist: Distributed = ALONE) -> tuple[Source, DataFacts]:
     """Opens --latents-path or --data-path; returns the source and its facts.
 
-    dist: if given, all processes call this function together, and only the main process lists the
-        files of a local folder
+    All processes call this function together; only the main process lists the files of a folder.
     """
     vae_path = settings.get("vae_path")
     norm = settings.get("latents_norm", DataConfig.latents_norm)
@@ -32,7 +34,7 @@ def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Sour
         raise UserError("--latents-norm data: has no effect without --latents-path")
     elif path := settings.get("data_path"):
         read = partial(open_images, path, settings.get("image_size", 256))
-        is_local = dist and ":" not in path  # files, not a dataset on the hub
+        is_local = ":" not in path  # files, not a dataset on the hub
         dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
@@ -49,6 +51,27 @@ def open_dataset(settings: Layer, dist: Distributed | None = None) -> tuple[Sour
         vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
     )  # fmt: skip
     return dataset, facts
+
+
+def check_model(config: TrainConfig) -> None:
+    """Refuses a model that cannot be built, whose checkpoints would not load, or of which --freeze
+    names no parameter."""
+    with reported_as(f"{config.name} cannot be built", ValueError):
+        model = meta_model(config.model)
+        names, buffers = model.state_dict().keys(), dict(model.named_buffers()).keys()
+        if lost := buffers - names:
+            expected = "expected True, so that a run can resume"
+            raise ValueError(f"{min(lost)}: got a buffer with persistent=False, {expected}")
+        if tied := names - buffers - dict(model.named_parameters()).keys():
+            expected = "expected parameters and buffers of its own for every module"
+            raise ValueError(f"{min(tied)}: got state that is tied to another, {expected}")
+    frozen_names(model, config.step)  # checks the patterns
+
+
+def tensors_of(config: TrainConfig) -> list[str]:
+    """Returns the tensors of an image that training reads besides its latents and label."""
+    conditions = [split_condition(word)[0] for word in config.model.conditions]
+    return conditions + [name for one in config.auxiliary for name in one.needs]
 
 
 def held_out_batches(
@@ -72,8 +95,8 @@ def held_out_batches(
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
-        images.requested = dataset.requested
         held_out = np.arange(len(images))
+    images.requested = [split_condition(word)[0] for word in config.model.conditions]
     if vae is None and images.vae_path is None:
         raise UserError(
             "--val-path: got images, expected cached latents, because no autoencoder is loaded "

@@ -19,27 +19,34 @@ import yaml
 from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
 from test_models import Forgetful
 
-from checkpoints import MODEL_FILE, read_record, step_folders
+from checkpoints import MODEL_FILE, Record, read_record, step_folders
 from checkpoints.meta import build_meta
 from latents.loading import BatchStream
 from models import DiT
-from options.settings import differences
 from routers import ROUTERS
 from runtime.errors import UserError
-from training import loop, preview, run_folder, start
-from training.changes import check_earlier_names, compare, stored_config
-from training.config import DataFacts, override, parse_training, resolve, training_flags
+from runtime.processes import ALONE
+from training import loop, preview, start
+from training.changes import check_earlier_names, compare
+from training.config import (
+    DataFacts,
+    TrainConfig,
+    complete,
+    override,
+    parse_training,
+    resolve,
+    training_flags,
+)
 from training.engines.flags import DDPFlags
 from training.engines.state import STATE_FILES
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
+    beside_its_run,
     default_folder,
     enter_run_folder,
-    named_run,
-    newest_record,
-    run_of_step,
+    named_folder,
     stored_settings,
 )
 from training.saving import Saver
@@ -86,6 +93,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def folder_of(facts: dict | None = None, **changes) -> Path:
     said = parse_training(DDPFlags, arguments={"data_path": "data", **changes})
     return default_folder(resolve(said, DDPFlags), facts or {})
+
+
+def config_of(record: Record) -> TrainConfig:
+    return complete(stored_settings(record, training_flags(DDPFlags))[0], {}, DDPFlags)
 
 
 def test_run_folders_are_named_by_the_settings_that_cannot_change():
@@ -162,7 +173,7 @@ def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, 
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
 def test_a_run_name_cannot_leave_the_results_folder(name):
     with pytest.raises(UserError, match="--run-name: got"):
-        named_run({"run_name": name})
+        named_folder({"run_name": name}, None)
 
 
 def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
@@ -170,27 +181,14 @@ def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_
         assert "--results-dir" in expect_error(capsys, "train.py", *flags(name))
 
 
-def test_an_interrupted_start_leaves_no_run_folder(flags, tmp_path, monkeypatch):
-    """Ctrl-C while the log is opened, then while config.yaml is written."""
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    (tmp_path / "mine").mkdir()
-    for module, name, run in ((start, "RunLog", "mine"), (run_folder, "write_durably", "run")):
-        monkeypatch.setattr(module, name, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            call_main("train.py", *flags(tmp_path, **{"run-name": run}))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_router_without_initial_values_is_a_one_line_error_and_leaves_no_run_folder(
-    flags, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setitem(ROUTERS, "topk", Forgetful)
-    line = expect_error(capsys, "train.py", *flags(tmp_path))
+def test_a_router_without_initial_values_is_a_one_line_error(flags, tmp_path, monkeypatch, capsys):
+    """The same command may start again in the folder."""
+    with monkeypatch.context() as patch:
+        patch.setitem(ROUTERS, "topk", Forgetful)
+        line = expect_error(capsys, "train.py", *flags(tmp_path))
     assert "blocks.0.moe.gate.noise: has no initial value, expected Forgetful.reset_par" in line
-    assert not list(tmp_path.iterdir())
+    call_main("train.py", *flags(tmp_path, **{"max-steps": 1}))
+    assert steps_of(tmp_path) == [1]
 
 
 def test_resuming_a_named_run_with_different_settings_is_rejected(copied, flags, capsys):
@@ -279,11 +277,11 @@ def test_a_branch_is_put_beside_its_run(tmp_path, monkeypatch):
     """Also from a link or a copy of a step; without --resume, wherever the command is started."""
     for step in ("0000003", "latest", "0000003-copy"):
         run = tmp_path / "runs" / "run"
-        assert run_of_step(str(run / "checkpoints" / step)) == str(run)
+        assert beside_its_run(run / "checkpoints" / step) == {"results_dir": str(run.parent)}
     (tmp_path / "checkpoints" / "123").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "checkpoints" / "123")
     facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="")
-    config = start.plan_run({"depth": 1}, DDPFlags, lambda settings: (None, facts)).config
+    config = start.plan_run({"depth": 1}, DDPFlags, lambda *_: (None, facts), ALONE).config
     assert config.run.results_dir == "results"
 
 
@@ -309,11 +307,9 @@ def test_a_run_of_an_earlier_version_has_as_many_images(finished, tmp_path, monk
     record = read_record(step_folder(finished, 3))
     before = replace(record, images={"count": 40, "sha256": 64 * "0"})
     (tmp_path / "run-01234567").mkdir()
-    monkeypatch.setattr("training.changes.newest_record", lambda folder: before)
+    monkeypatch.setattr("training.changes.newest_record", lambda steps: before)
     facts = {**record.facts, "vae_sha256": record.vae_sha256, "normalisation": str(record.norm)}
-    check = partial(
-        check_earlier_names, tmp_path / "run-89abcdef", stored_config(record, DDPFlags)[0]
-    )
+    check = partial(check_earlier_names, tmp_path / "run-89abcdef", config_of(record))
     with pytest.raises(UserError, match="run-01234567 has the same settings"):
         check(facts | {"images": record.images})
     check(facts | {"images": record.images | {"count": 41}})
@@ -370,10 +366,10 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
     record, flags = read_record(step_folder(finished, 3)), training_flags(DDPFlags)
     del record.settings["step"]["optimizer"], record.settings["step"]["lr_schedule"]
     record.settings["step"]["ema"] = [{"exponential": {}}]
-    now, _ = stored_config(read_record(step_folder(finished, 3)), DDPFlags)
-    was, notes = stored_config(record, DDPFlags)
-    found = [(name, a, b) for name, _, a, b in differences(was.step, now.step)]
-    assert found == [("ema_decay", (0.9999,), (0.9,))] and not notes
+    now = config_of(read_record(step_folder(finished, 3)))
+    found = compare(record, now, {}, set())
+    assert found == ([], ["--ema-decay: was [0.9999], is [0.9]"], [])
+    assert not stored_settings(record, flags)[1]
     record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
     (note,) = stored_settings(record, flags)[1]
     assert "unknown settings" in note and "ema: exponential: gone, gone" in note
@@ -381,12 +377,12 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
 
 def test_images_with_the_digest_of_an_earlier_version_go_on_with_data_path(finished):
     record = read_record(step_folder(finished, 3))
-    config, _ = stored_config(record, DDPFlags)
+    config = config_of(record)
     before = replace(record, images={"count": 40, "sha256": 64 * "0"})
     facts = {"images": record.images}
-    (line,) = (x for x in compare(before, config, config, facts, set()).unsaid if "--data" in x)
+    (line,) = (x for x in compare(before, config, facts, set()).unsaid if "--data" in x)
     assert "was 40 images" in line and "--data-path beside --resume" in line
-    assert line in compare(before, config, config, facts, {"data_path"}).said
+    assert line in compare(before, config, facts, {"data_path"}).said
 
 
 def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
@@ -523,22 +519,6 @@ def test_a_checkpoint_that_another_process_saved_meanwhile_is_not_overwritten(
         assert "another process saved a checkpoint" in line
     assert (copied / "run" / CONFIG_FILE).read_bytes() == config
     assert sorted(p.name for p in step_folders(copied / "run"))[-1] == "0000009"
-
-
-def test_settings_and_state_of_a_resumed_run_are_of_the_same_checkpoint(
-    copied, flags, monkeypatch, capsys
-):
-    """The settings are read first, and another process saves step 3 before the state is chosen."""
-    away = shutil.move(step_folder(copied, 3), copied.parent / "0000003")
-
-    def find(run: Path) -> list[Path]:
-        if os.path.exists(away):
-            shutil.move(away, run / "checkpoints")
-        return step_folders(run)
-
-    monkeypatch.setattr(start, "step_folders", find)
-    line = expect_error(capsys, "train.py", *flags(copied, resume=copied / "run"))
-    assert "another process saved a checkpoint" in line and steps_of(copied) == [1, 2, 3]
 
 
 def test_a_run_continues_after_its_terminal_was_closed(tmp_path, monkeypatch):
@@ -722,7 +702,8 @@ def test_fine_tuning_and_branching_from_the_same_weights_are_separate_runs(copie
     call_main("train.py", *flags(copied, resume=step, **other))
     call_main("train.py", *flags(copied, finetune=step, **other))
     new = [path for path in copied.iterdir() if path.name != "run"]
-    by_start = {newest_record(path).facts["start"].split()[0]: path.name for path in new}
+    starts = {path.name: read_record(step_folders(path)[0]).facts["start"] for path in new}
+    by_start = {start.split()[0]: name for name, start in starts.items()}
     assert sorted(by_start) == ["finetune", "resume"]
     other = {"run-name": by_start["resume"]}
     line = expect_error(capsys, "train.py", *flags(copied, finetune=step, **other))

@@ -528,7 +528,6 @@ def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = expect_error(capsys, "train.py", *flags(tmp_path, wandb="demo"))
     assert "--wandb" in line and "pip install wandb" in line
-    assert not any(tmp_path.iterdir())  # no run folder
 
 
 def test_a_checkpoint_stores_its_config_objective_and_data(finished, image_tree, tiny_vae):
