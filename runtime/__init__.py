@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 
-from runtime.errors import end_while_importing, print_uncaught
+from runtime.errors import end_while_importing
 
 __version__ = "0.2.0"  # version of the code; also in CITATION.cff and CHANGELOG.md
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
@@ -31,7 +31,6 @@ def handle_interrupts() -> None:
     if is_ours and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, end_while_importing)
-    sys.excepthook = print_uncaught
 
 
 handle_interrupts()

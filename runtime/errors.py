@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn, TextIO
 
 USER_ERROR = 2  # exit code
@@ -81,17 +81,6 @@ def end_while_importing(number: int, frame: FrameType | None) -> None:
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt
-
-
-earlier_hook = sys.excepthook  # the hook of the importing program
-
-
-def print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
-    """Prints one line for Ctrl-C during imports, as a sys.excepthook; later `run_main` does so."""
-    if issubclass(kind, KeyboardInterrupt):
-        print_safely("interrupted", file=sys.stderr)
-    else:
-        earlier_hook(kind, error, trace)
 
 
 def run_main(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:

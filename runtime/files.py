@@ -20,7 +20,7 @@ import yaml
 from runtime.errors import UserError, reported_as
 
 HUB_SECONDS = 5  # time limit for the first answer of the hub
-MAX_JSON_BYTES, MAX_YAML_BYTES, MAX_YAML_DEPTH = 50_000_000, 100_000, 20
+MAX_JSON_BYTES, MAX_YAML_BYTES = 50_000_000, 100_000
 NESTED = "it is nested too deeply"
 
 
@@ -64,21 +64,22 @@ def parse_json(text: str | bytes) -> dict:
 def read_yaml(path: Path | str) -> list[Any]:
     """Reads the documents of a YAML file of up to MAX_YAML_BYTES as text, lists and dicts.
 
-    Raises ValueError for other content, deep nesting, and aliases, which could expand to gigabytes.
+    Raises ValueError for other content.
     """
-    content, depth = read_bounded(path, MAX_YAML_BYTES), 0
-    for event in yaml.parse(content):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_YAML_DEPTH:
-            raise ValueError(NESTED)
-        if isinstance(event, yaml.AliasEvent):
+    try:
+        return [*yaml.load_all(read_bounded(path, MAX_YAML_BYTES), PlainLoader)]
+    except RecursionError:
+        raise ValueError(NESTED) from None
+
+
+class PlainLoader(yaml.BaseLoader):
+    """Reads text, lists and dicts. Raises ValueError for a key that a mapping has twice, and for an
+    alias, which could expand to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
             raise ValueError("got an alias (*NAME), expected the value itself")
-    return [*yaml.load_all(content, UniqueKeyLoader)]
-
-
-class UniqueKeyLoader(yaml.BaseLoader):
-    """Reads text, lists and dicts. Raises ValueError for a key that a mapping has twice."""
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         for key, times in Counter(str(key.value) for key, _ in node.value).items():

@@ -9,7 +9,7 @@ step: only the fp16 loss scale changes.
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -49,9 +49,7 @@ from training.schedule import rate_factor
 from training.start import Run, open_run
 from training.step import take_step
 
-ANNOUNCED_SIZE = 250_000_000  # parameters; the log announces saves of larger models
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
-SAVE_ERRORS = (OSError, ProcessError)  # warnings: training continues
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
@@ -298,19 +296,17 @@ class TrainingLoop:
         if step <= self.saved_step:
             return
         self.check_finite(step)
-        if count_parameters(self.config.model)[0] > ANNOUNCED_SIZE:
-            self.log.text(f"saving step {step}")
         is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
-        with self.warning_of(step, *SAVE_ERRORS):
+        with self.failure_logged(step):
             self.log.flush()  # a resumed run cuts the log at its checkpoint
             self.saver.start(step, self.run.record(step), replaceable=not is_kept)
         self.requests.saved()
 
-    def finish_save(self, *ignored: type[Exception]) -> None:
+    def finish_save(self) -> None:
         """Waits for the checkpoint in progress, if there is one, and logs the outcome."""
         if self.saver.writing is None:
             return
-        with self.warning_of(self.saver.step, *SAVE_ERRORS, *ignored):
+        with self.failure_logged(self.saver.step):
             not_deleted = self.saver.wait()
             self.saved_step = self.saver.step
             self.log.saved(self.saver.folder)
@@ -321,11 +317,11 @@ class TrainingLoop:
                 )
 
     @contextmanager
-    def warning_of(self, step: int, *kinds: type[Exception]) -> Iterator[None]:
-        """Logs an exception of these kinds as a failed save."""
+    def failure_logged(self, step: int) -> Iterator[None]:
+        """Turns an error of a save, which all processes raise, into a warning."""
         try:
             yield
-        except kinds as error:
+        except (OSError, ProcessError) as error:
             self.save_failure = f"the checkpoint of step {step} could not be written ({error})"
             self.log.text(f"WARNING: {self.save_failure}")
 
@@ -363,9 +359,7 @@ class TrainingLoop:
             )
 
     def close(self) -> None:
-        """Waits for the checkpoint in progress, and ends the signal handling.
-
-        A failed save is only logged, so that an error that ended the run stays visible.
-        """
-        self.finish_save(Exception)
+        """Waits for the checkpoint in progress, and ends the signal handling."""
+        with suppress(Exception):  # such as a lost process: the error that ended the run counts
+            self.finish_save()
         self.requests.close()
