@@ -239,7 +239,7 @@ def traffic_of(
         "weights": 4 * total / engine.layout.size,
     }  # fmt: skip
     return {
-        **dict.fromkeys(even, 0), **sent, "weights": sum(map(size_of, engine.shards)),
+        **dict.fromkeys(even, 0), **sent, "weights": sum(map(size_of, engine.local.values())),
         "root and two blocks": gathers[0] + 2 * max(gathers[1:]), "even": even, "plan": plan,
         "layout": layout,
     }  # fmt: skip

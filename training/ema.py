@@ -1,7 +1,7 @@
 """Moving averages of the weights, one class per kind; a run can track several at once.
 
     ema = EMAS["exponential"](decay=0.999)
-    ema.start(weights)                            # a list of fp32 tensors
+    ema.start(weights)                            # fp32 tensors
     ema.update(weights, step, skipped)            # after each optimizer step, from 1
     ema.averages                                  # like the weights
 
@@ -10,7 +10,7 @@ To add a kind of average, write a subclass of `EMA` with `decay_at` and `name`, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -46,11 +46,11 @@ class EMA(Component, ABC):
             fraction *= self.decay_at(step)
         return fraction
 
-    def start(self, weights: Sequence[Tensor]) -> None:
+    def start(self, weights: Iterable[Tensor]) -> None:
         self.averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, weights: Sequence[Tensor], step: int, skipped: Tensor | None = None) -> None:
+    def update(self, weights: Iterable[Tensor], step: int, skipped: Tensor | None = None) -> None:
         """Moves the averages towards the weights.
 
         skipped: bool on the device; True leaves the averages unchanged
@@ -62,7 +62,7 @@ class EMA(Component, ABC):
             average.lerp_(weight, new)
 
     @torch.no_grad()
-    def exchange(self, weights: Sequence[Tensor]) -> None:
+    def exchange(self, weights: Iterable[Tensor]) -> None:
         """Swaps the weights with the averages, in pieces to save memory."""
         for weight, average in zip(weights, self.averages, strict=True):
             pieces = (tensor.view(-1).split(PIECE) for tensor in (weight, average))

@@ -86,7 +86,8 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
         else:
             earlier = (t - 999 * k).clamp_min(0).long()
         teacher = DiT(model.config).eval()
-        teacher.load_state_dict(engine.averages(0), strict=False)
+        averages = dict(zip(engine.averaged, engine.emas[0].averages, strict=True))
+        teacher.load_state_dict(averages, strict=False)
         z = noised(x, noise, earlier)
         target = tokens_after(teacher, 1, z, earlier, y)[0].detach()
         difference = (model.projectors["sra"](tokens) - target).abs()

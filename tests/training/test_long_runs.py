@@ -35,7 +35,7 @@ def optimizer_steps(engine, scales: list[float]) -> list[bool]:
     """Takes steps with gradients of the given size; returns whether each step was skipped."""
     skipped = []
     for step, scale in enumerate(scales, start=1):
-        for weight in engine.trained.values():
+        for weight in engine.parameters.values():
             weight.grad = torch.full_like(weight, scale)
         skipped.append(bool(engine.optimizer_step(step, 1.0)["skipped"]))
     return skipped
@@ -49,9 +49,9 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     config = replace(flags, model=config_of("DiT-Ti/2", depth=1))
     engine = kind(ALONE, config, new_weights(config))
     assert optimizer_steps(engine, [1.0, 1.0]) == [False, False]
-    before = [tensor.clone() for tensor in (*engine.shards, *engine.emas[0].averages)]
+    before = [tensor.clone() for tensor in (*engine.averaged.values(), *engine.emas[0].averages)]
     assert optimizer_steps(engine, [4.0]) == [True]
-    after = (*engine.shards, *engine.emas[0].averages)
+    after = (*engine.averaged.values(), *engine.emas[0].averages)
     assert all(map(torch.equal, before, after))
     saver = Saver(tmp_path, engine)
     saver.start(3, Record(config=config.model))
@@ -60,7 +60,7 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     assert not resumed.is_finite()
     resumed.load_state(saver.folder)
     assert resumed.find_spikes.state_dict() == engine.find_spikes.state_dict()
-    assert all(map(torch.equal, (*resumed.shards, *resumed.emas[0].averages), after))
+    assert all(map(torch.equal, (*resumed.averaged.values(), *resumed.emas[0].averages), after))
     assert optimizer_steps(resumed, [4.0, 1.0]) == [True, False]
 
 

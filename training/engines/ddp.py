@@ -60,29 +60,33 @@ class DDPEngine:
         self.shapes = shapes_of(dict(self.model.named_parameters()))  # of the whole weights
         self.distribute()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        for name, value in chain(projectors.items(), weights):
-            self.set_weight(name, value)
+        # This process's shards, which share the memory of the parameters.
+        self.local: dict[str, nn.Parameter] = {
+            n: nn.Parameter(w.detach().to_local(), w.requires_grad) if isinstance(w, DTensor) else w
+            for n, w in self.parameters.items()
+        }
+        tensors = self.local_tensors()
+        for name, whole in chain(projectors.items(), weights):
+            tensors[name].copy_(whole[self.places.get(name, ...)])
         self.prepare()
-        self.accumulates, self.replica = False, self.model
-        self.replicate()
+        self.replica = self.replicated()
 
     def distribute(self) -> None:
         """Allocates the weights of this process, which may be shards, and the buffers."""
         self.model.to_empty(device=self.dist.device)
 
-    def replicate(self) -> None:
-        """Makes `replica` sum the gradients of all processes."""
+    def replicated(self) -> nn.Module:
+        """Returns the model to call, which sums the gradients of all processes."""
         if self.dist.world_size == 1:
-            return
-        self.accumulates = self.config.step.accum_iter > 1
-        if self.accumulates:
+            return self.model
+        if self.config.step.accum_iter > 1:
             # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
         device = self.dist.device
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            self.replica = DistributedDataParallel(
+            return DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
@@ -98,21 +102,14 @@ class DDPEngine:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
-        self.averaged = {n: w for n, w in self.parameters.items() if is_of_model(n)}  # by EMAs
-        # This process's shards, which share the memory of the parameters.
-        self.local: dict[str, nn.Parameter] = {
-            n: nn.Parameter(w.detach().to_local(), w.requires_grad) if isinstance(w, DTensor) else w
-            for n, w in self.parameters.items()
-        }
-        self.shards = [self.local[name].detach() for name in self.averaged]  # as EMAs need them
+        self.averaged = {n: w for n, w in self.local.items() if is_of_model(n)}  # by EMAs
         self.emas = self.config.emas
         for ema in self.emas:
-            ema.start(self.shards)
-        self.trained = {n: w for n, w in self.parameters.items() if w.requires_grad}
+            ema.start(self.averaged.values())
         # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.
-        moved = self.local if self.config.optimizer.is_elementwise else self.parameters
-        self.moved = {name: moved[name] for name in self.trained}
-        self.optimizer = self.config.optimizer.make(self.moved, step.lr, self.model.matrices())
+        tensors = self.local if self.config.optimizer.is_elementwise else self.parameters
+        self.trained = {n: w for n, w in tensors.items() if w.requires_grad}
+        self.optimizer = self.config.optimizer.make(self.trained, step.lr, self.model.matrices())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.find_spikes = SpikeDetector(step.grad_skip, self.dist.device)
         self.precision = DTYPES[step.precision]
@@ -129,14 +126,6 @@ class DDPEngine:
         """Returns the values of this process's shard of a parameter or EMA, with their position."""
         offset = tuple(limits.start for limits in self.places[name])
         return Box(tuple(self.shapes[name]), offset, values)
-
-    @torch.no_grad()
-    def set_weight(self, name: str, whole: Tensor) -> None:
-        """Stores this process's shard of a parameter, or a complete buffer."""
-        if name in self.parameters:
-            rows_of(self.parameters[name]).copy_(whole[self.places[name]])
-        else:
-            self.model.get_buffer(name).copy_(whole)
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -192,21 +181,21 @@ class DDPEngine:
         elif not skipped:  # the host waits for the value
             self.optimizer.step()
         self.scaler.update()
-        if self.accumulates:
+        if self.replica is not self.model and self.config.step.accum_iter > 1:
             self.optimizer.zero_grad(set_to_none=False)
         else:
-            for name, weight in self.trained.items():
-                weight.grad = self.local[name].grad = None
+            for name in self.trained:
+                self.parameters[name].grad = self.local[name].grad = None
         for ema in self.emas:
-            ema.update(self.shards, step, skipped)
+            ema.update(self.averaged.values(), step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
 
     def local_weights(self) -> list[nn.Parameter]:
         """Returns this process's shards of the weights that have a gradient, with the gradient."""
         weights = []
-        for name, weight in self.trained.items():
-            if weight.grad is not None:
-                self.local[name].grad = rows_of(weight.grad)
+        for name in self.trained:
+            if (gradient := self.parameters[name].grad) is not None:
+                self.local[name].grad = rows_of(gradient)
                 weights.append(self.local[name])
         return weights
 
@@ -216,7 +205,7 @@ class DDPEngine:
 
     def is_finite(self) -> Tensor:
         averages = (average for ema in self.emas for average in ema.averages)
-        tensors = [*self.shards, *averages, *self.model.buffers()]
+        tensors = [*self.averaged.values(), *averages, *self.model.buffers()]
         return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
 
     @contextmanager
@@ -238,15 +227,11 @@ class DDPEngine:
 
     def exchange(self, number: int) -> None:
         """Swaps the weights with an EMA."""
-        self.emas[number].exchange(self.shards)
-
-    def averages(self, number: int) -> dict[str, Tensor]:
-        """Returns this process's part of an EMA, by the name of the parameter."""
-        return dict(zip(self.averaged, self.emas[number].averages, strict=True))
+        self.emas[number].exchange(self.averaged.values())
 
     def average(self, number: int) -> dict[str, Box]:
-        averages = self.averages(number)
-        boxes = {name: self.box(name, averages[name]) for name in self.written & averages.keys()}
+        averages = zip(self.averaged, self.emas[number].averages, strict=True)
+        boxes = {name: self.box(name, values) for name, values in averages if name in self.written}
         return boxes | self.written_buffers()
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
@@ -254,7 +239,7 @@ class DDPEngine:
         numbers: dict[str, dict] = {}
         for name in self.written:
             box = boxes[f"model/{name}"] = self.box(name, self.local[name].detach())
-            kept = self.optimizer.state[self.moved[name]] if name in self.trained else {}
+            kept = self.optimizer.state[self.trained[name]] if name in self.trained else {}
             for key, value in kept.items():
                 if not torch.is_tensor(value):
                     numbers.setdefault(name, {})[key] = value
@@ -311,23 +296,23 @@ class DDPEngine:
             for name, tensor in local.items():
                 tensor.copy_(state["model"][name])
             for name in trained:
-                weight, kept = self.moved[name], state["optimizer"].get(name, {}).items()
+                weight, kept = self.trained[name], state["optimizer"].get(name, {}).items()
                 self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
         # The scale is missing after a save in another precision, and below 1 after many nan steps.
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         self.find_spikes.load_state_dict(state["spikes"])
         averages = averages_of(folder)  # a resumed run may have other EMAs, or another order
-        for number, ema in enumerate(self.emas):
+        for ema in self.emas:
             if ema.name not in averages:
-                ema.start(self.shards)
+                ema.start(self.averaged.values())
                 continue
             path = averages[ema.name]
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),
             ):
-                for name, average in self.averages(number).items():
+                for name, average in zip(self.averaged, ema.averages, strict=True):
                     if average.numel():
                         average.copy_(file.get_slice(name)[self.places[name]])
 

@@ -74,8 +74,8 @@ class FSDPEngine(DDPEngine):
         index = self.dist.rank % self.layout.size
         return {name: self.layout.place(name, shape, index) for name, shape in self.shapes.items()}
 
-    def replicate(self) -> None:
-        """Does nothing: FSDP2 sums the gradients."""
+    def replicated(self) -> DiT:
+        return self.model  # FSDP2 sums the gradients
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
