@@ -105,7 +105,7 @@ def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
         **({"guide_sha256": weights_digest(guide)} if guide else {}),
         **({"batch_size": config.batch_size} if model.depends_on_batch else {}),
         "checkpoint_sha256": weights_digest(model),
-        "model": pipeline.checkpoint.record.to_dict()["config"],
+        "model": pipeline.checkpoint.record.sections(),
         "vae_sha256": pipeline.vae.weights_sha256,
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,

@@ -12,12 +12,11 @@ Shape legend: S snapshots
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from checkpoints import Record, read_record, step_folders
+from checkpoints.meta import meta_model
 from checkpoints.weights import read_tensors
-from models import DiT
 from runtime.errors import UserError
 from training.ema import gamma_of
 from training.saving import SNAPSHOTS
@@ -81,8 +80,7 @@ def rebuild(
     steps, gammas = np.array([(at, gamma_of(of_file)) for at, of_file in used]).T
     parts, distance = coefficients(steps, gammas, step, gamma_of(length))
     record = read_record(list(used.values())[-1])
-    with torch.device("meta"):
-        names = dict(DiT(record.config).named_parameters())
+    names = dict(meta_model(record.config).named_parameters())
     total: dict[str, Tensor] = {}
     for path, part in zip(used.values(), parts, strict=True):
         weights, _ = read_tensors(path)

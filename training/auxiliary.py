@@ -4,8 +4,8 @@
 
 An auxiliary loss sees one forward pass of a training step: the tokens of one block, the network's
 output, the tensors of the batch, noise and times. A loss may map the tokens by a trained projector.
-During training the projectors are part of the model (`add_projectors`), so the engines handle them
-like other weights. EMAs and exported models have no projectors.
+During training the projectors are part of the model, so the engines handle them like other weights.
+EMAs and exported models have no projectors.
 
 To add a loss, write a subclass of `AuxiliaryLoss`, and add it to `AUXILIARY_LOSSES`.
 
@@ -303,17 +303,6 @@ def projectors_of(
         if (projector := one.projector(config, shapes)) is not None:
             found[one.name] = projector
     return nn.ModuleDict(found)
-
-
-def add_projectors(
-    model: DiT, auxiliary: Sequence[AuxiliaryLoss], shapes: Shapes, seed: int
-) -> dict[str, Tensor]:
-    """Adds the projectors of the losses, without data, to a model; returns their first weights."""
-    found = projectors_of(model.config, auxiliary, shapes, seed)
-    weights = {f"{PROJECTORS}.{name}": weight for name, weight in found.state_dict().items()}
-    if found:
-        setattr(model, PROJECTORS, found.to("meta"))
-    return weights
 
 
 def is_of_model(name: str) -> bool:

@@ -33,8 +33,8 @@ def planned_weights(config: TrainConfig) -> dict[str, nn.Parameter]:
         projectors = projectors_of(
             config.model, config.auxiliary, config.shapes, config.run.global_seed
         )
-    added = {f"{PROJECTORS}.{name}": weight for name, weight in projectors.named_parameters()}
-    return {**dict(meta_model(config.model).named_parameters()), **added}
+    model = meta_model(config.model)
+    return dict([*model.named_parameters(), *projectors.named_parameters(PROJECTORS)])
 
 
 def state_tensors(

@@ -27,7 +27,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import Distributed
 from runtime.tensor_file import Box
-from training.auxiliary import add_projectors, is_of_model
+from training.auxiliary import PROJECTORS, is_of_model, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, freeze, share_out
 from training.engines.layout import Place
@@ -54,10 +54,12 @@ class DDPEngine:
         with torch.device("meta"):
             self.model = DiT(config.model)
         freeze(self.model, config.step)
-        projectors = add_projectors(
-            self.model, config.auxiliary, config.shapes, config.run.global_seed
+        projectors = projectors_of(
+            config.model, config.auxiliary, config.shapes, config.run.global_seed
         )
-        self.shapes = shapes_of(dict(self.model.named_parameters()))  # of the whole weights
+        first = projectors.state_dict(prefix=f"{PROJECTORS}.")
+        self.model.add_module(PROJECTORS, projectors.to("meta"))
+        self.shapes = {n: weight.shape for n, weight in self.model.named_parameters()}  # whole
         self.distribute()
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         # This process's shards, which share the memory of the parameters.
@@ -66,7 +68,7 @@ class DDPEngine:
             for n, w in self.parameters.items()
         }
         tensors = self.local_tensors()
-        for name, whole in chain(projectors.items(), weights):
+        for name, whole in chain(first.items(), weights):
             tensors[name].copy_(whole[self.places.get(name, ...)])
         self.prepare()
         self.replica = self.replicated()
