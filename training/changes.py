@@ -1,6 +1,6 @@
 """What differs between a checkpoint and the command that goes on from it.
 
-found = compare(before, config, facts, {"lr"})
+found = compare(before, config, facts, said={"lr"})
 found.said                                           # ["--lr: was 0.0001, is 5e-05"]
 """
 
@@ -46,10 +46,12 @@ class Changes(NamedTuple):
     said: list[str]
 
 
-def compare(before: Record, config: TrainConfig, facts: dict[str, Any], named: set[str]) -> Changes:
+def compare(
+    before: Record, config: TrainConfig, facts: dict[str, Any], said: set[str] | None
+) -> Changes:
     """Compares the settings and the facts of a checkpoint with those of a command.
 
-    named: fields that flags of the command say
+    said: flags beside --resume, which change what they say; None: the same command
     """
     engine_flags, found = type(config.engine), Changes([], [], [])
     was = complete(stored_settings(before, training_flags(engine_flags))[0], {}, engine_flags)
@@ -57,12 +59,12 @@ def compare(before: Record, config: TrainConfig, facts: dict[str, Any], named: s
         found.state.append(difference("model", was.preset, config.preset))
     for section, part in config.by_section.items():
         for name, flag, old, new in differences(was.by_section[section], part):
-            result = found.said if flag.field.name in named else found.unsaid
+            result = found.unsaid if said is None else found.said
             lines = {"state": found.state, "result": result}.get(flag.change, [])
             lines.append(difference(name, old, new))
     for name, line in fact_differences(before, facts):
         _, fields = FACTS.get(name, ("", ()))
-        result = found.said if named & {*fields} else found.unsaid
+        result = found.said if said and said & {*fields} else found.unsaid
         (result if fields else found.state).append(line)
     return found
 
@@ -101,7 +103,7 @@ def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]
         if before.images and "sha256" in before.images:  # a digest of an earlier version
             now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
         try:
-            found = compare(before, config, now, set())
+            found = compare(before, config, now, None)
         except UserError:  # of a component that is not imported
             continue
         if found.state or found.unsaid:

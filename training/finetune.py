@@ -52,22 +52,21 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
 
     The flags may not change the shape of a weight that `adapt` does not replace.
     """
-    message = f"--finetune: {source.path} is a different model"
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
-    with reported_as(message, ValueError):
-        before = replace(source.config, **{name: getattr(config.model, name) for name in adapted})
-        kept = {name: getattr(source.config, name) for name in (*adapted, "absolute_positions")}
-        after = replace(config.model, **kept)
     found = [
         difference(name, was, now)
-        for name, flag, was, now in differences(before, config.model)
-        if flag.change == "state"
-    ]  # fmt: skip
+        for name, flag, was, now in differences(source.config, config.model)
+        if flag.change == "state" and name not in adapted
+    ]
     if source.record.objective not in (None, config.step.objective.name):
         found.append(difference("objective", source.record.objective, config.step.objective.name))
     if not found:
         return []
-    if shapes_of(meta_model(after).state_dict()) != shapes_of(source.state_dict):
+    message = f"--finetune: {source.path} is a different model"
+    kept = {name: getattr(source.config, name) for name in (*adapted, "absolute_positions")}
+    with reported_as(message, ValueError):
+        after = meta_model(replace(config.model, **kept))
+    if shapes_of(after.state_dict()) != shapes_of(source.state_dict):
         raise UserError(f"{message}: {'; '.join(found)}")
     return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
 

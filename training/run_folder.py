@@ -20,7 +20,6 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from textwrap import indent
 from typing import Any, BinaryIO
 
 import yaml
@@ -94,14 +93,6 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     return Path(config.run.results_dir, name)
 
 
-def beside_its_run(step: Path) -> Layer:
-    """Returns the results folder of a branch from RUN/checkpoints/STEP: that of RUN, also if the
-    step was deleted."""
-    if os.path.basename(os.path.dirname(os.path.abspath(step))) != "checkpoints":
-        return {}
-    return {"results_dir": os.path.normpath(os.path.join(step, *3 * [os.pardir]))}
-
-
 def is_step_folder(path: Path) -> bool:
     """Returns whether a run saved this folder. Exported weights have no manifest, nor has a damaged
     step folder, which has a number as its name."""
@@ -168,6 +159,13 @@ def enter_run_folder(run: Path) -> BinaryIO:
     return lock
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """Writes each list in one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
 def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool) -> None:
     """Writes config.yaml: settings and, after ---, the facts. That of a finished run stays."""
     if is_finished and os.path.isfile(run / CONFIG_FILE):
@@ -178,16 +176,8 @@ def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finis
         f"# To start a new run with the same settings: {script} --config FILE, with this file\n"
         "# (and --finetune, if the run began from weights).\n"
     )
-    style = {"default_flow_style": True, "width": 10_000, "sort_keys": False}
-    for section, settings in config.sections().items():
-        text += f"{section}:\n"
-        for name, value in settings.items():
-            line = yaml.safe_dump({name: value}, width=10_000)
-            if isinstance(value, list | tuple | dict):  # options stand in the line of a component
-                line = f"{name}: {yaml.safe_dump(value, **style)}"
-            text += indent(line, "  ")
-    facts = {"version": __version__, **facts}
-    text += yaml.safe_dump(facts, sort_keys=False, explicit_start=True)  # after a line ---
+    documents = [config.sections(), {"version": __version__, **facts}]
+    text += yaml.dump_all(documents, Dumper=ConfigDumper, sort_keys=False, width=10_000)
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)
 

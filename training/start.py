@@ -46,7 +46,6 @@ from training.log import RunLog
 from training.manifest import find_fault
 from training.run_folder import (
     CONFIG_FILE,
-    beside_its_run,
     default_folder,
     enter_run_folder,
     is_run,
@@ -108,7 +107,7 @@ class Plan:
     config: TrainConfig
     dataset: Source | None  # None with --dry-run, if the data are not on this machine
     notes: list[str]
-    named: set[str]  # fields that the flags set or make useless, or that follow from them
+    said: set[str]  # the flags
     folder: Path | None  # run folder; None for a run without a name
     found: list[Path]  # its checkpoints, the newest first
     resumes: bool  # --resume RUN
@@ -237,18 +236,18 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distributed) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    flags, source = training_flags(engine_flags), said.get("resume") and Path(said["resume"])
+    source = said.get("resume") and Path(said["resume"])
     resumes = source is not None and is_run(source)
     branch = None if resumes else source
-    said = said if branch is None else {**beside_its_run(branch), **said}
+    if branch and os.path.basename(os.path.dirname(os.path.abspath(branch))) == "checkpoints":
+        said = {"results_dir": os.path.normpath(branch / "../../.."), **said}  # beside its run
     folder = named_folder(said, source if resumes else None)
     found = dist.broadcast(step_folders(folder)) if folder else []
     own, stored = newest_record(found), None
     record, weights, start = source_of(said, resumes, branch, found, own)
-    follows = FOLLOWS if "latents_path" in said else ()
     if source is not None:
-        stored, _ = stored_settings(record, flags)
-        dropped = (*follows, *(BEGINNINGS if branch else ()))
+        stored, _ = stored_settings(record, training_flags(engine_flags))
+        dropped = (FOLLOWS if "latents_path" in said else ()) + (BEGINNINGS if branch else ())
         stored = {name: value for name, value in stored.items() if name not in dropped}
     if resumes:
         said = {name: value for name, value in said.items() if name != "resume"}
@@ -259,13 +258,11 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distrib
         data = replace(data, **has)
     config = complete(known, said, engine_flags, weights=record, data=data)
     check_model(config)
-    # What a flag makes useless, such as --val-path the share of --val-share, is named as well.
-    named = {*said} | (stored or {}).keys() - known.keys()
     return Plan(
         config=config, dataset=dataset,
         notes=[*data.notes, *(check_weights(config, weights) if weights else ())],
-        named={*follows, *(flags[name].field.name for name in named)},
-        folder=folder, found=found, resumes=resumes, branch=branch, weights=weights, start=start,
+        said={*said}, folder=folder, found=found, resumes=resumes, branch=branch, weights=weights,
+        start=start,
     )  # fmt: skip
 
 
@@ -307,8 +304,7 @@ def source_of(
 
 
 def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
-    """Refuses what the flags may not change in a run that goes on: the state, and what no flag
-    beside --resume says. Returns what they change.
+    """Refuses what the flags may not change in a run that goes on; returns what they change.
 
     facts: inputs besides the settings, or {} before they are known
     """
@@ -316,8 +312,8 @@ def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
     folder, step, before = plan.folder, plan.steps[0], newest_record(plan.steps)
     if not plan.found:  # a branch begins anew
         facts = {**facts, "start": None}
-    named = plan.named if plan.resumes or not plan.found else set()
-    found = compare(before, plan.config, facts, named)
+    said = plan.said if plan.resumes or not plan.found else None
+    found = compare(before, plan.config, facts, said)
     if found.state and not plan.found:
         raise UserError(
             f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "

@@ -261,7 +261,7 @@ BAD_FLAGS = [
     ({"finetune": "DENSE", "num_experts": 16}, "is a dense model; first add experts: python up"),
     (
         {"finetune": "CLASS", "conditions": "size", "class-tokens": 0},
-        "is a different model (class_t",
+        "is a different model: --class-tokens: was 2, is 0",
     ),
     ({"resume": "SOURCE"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),
     ({"resume": "EXPORT"}, "expected a run folder or RUN/checkpoints/STEP; to start from "),

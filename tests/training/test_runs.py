@@ -43,7 +43,6 @@ from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.run_folder import (
     CONFIG_FILE,
-    beside_its_run,
     default_folder,
     enter_run_folder,
     named_folder,
@@ -122,7 +121,7 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     """config.yaml is readable, works with --config, and equals the metadata of the weights."""
     path = finished / "run" / CONFIG_FILE
     sections, facts = yaml.safe_load_all(path.read_text())
-    assert "\n  objective: {rectified_flow: {times: logit-normal" in path.read_text()
+    assert "\n  objective:\n    rectified_flow:\n      times: logit-normal" in path.read_text()
     assert sections["step"]["ema"] == [{"exponential": {"decay": 0.9, "warmup": False}}]
     assert sections["model"]["depth"] == 2 and sections["step"]["lr"] == 1e-3
     assert sections["data"]["data_path"] == str(image_tree) and sections["data"]["flip"]
@@ -273,16 +272,17 @@ def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_pat
     assert f"{runs / '0000007'} is finished" in capsys.readouterr().out
 
 
-def test_a_branch_is_put_beside_its_run(tmp_path, monkeypatch):
+def test_a_branch_is_put_beside_its_run(copied, monkeypatch):
     """Also from a link or a copy of a step; without --resume, wherever the command is started."""
-    for step in ("0000003", "latest", "0000003-copy"):
-        run = tmp_path / "runs" / "run"
-        assert beside_its_run(run / "checkpoints" / step) == {"results_dir": str(run.parent)}
-    (tmp_path / "checkpoints" / "123").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "checkpoints" / "123")
-    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="")
-    config = start.plan_run({"depth": 1}, DDPFlags, lambda *_: (None, facts), ALONE).config
-    assert config.run.results_dir == "results"
+    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=16, vae_path="")
+    steps = copied / "run" / "checkpoints"
+    (steps / "latest").symlink_to("0000003")
+    plan = lambda **said: start.plan_run(said, DDPFlags, lambda *_: (None, facts), ALONE)  # noqa: E731
+    for step in ("0000003", "latest"):
+        assert plan(resume=str(steps / step)).config.run.results_dir == str(copied)
+    monkeypatch.chdir(steps / "0000003")
+    assert plan(depth=1).config.run.results_dir == "results"
+    assert plan(resume=".", run_name="new").folder.resolve() == copied / "new"
 
 
 def test_a_branch_that_would_train_no_steps_is_rejected_and_leaves_no_folder(copied, capsys):
@@ -367,7 +367,7 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
     del record.settings["step"]["optimizer"], record.settings["step"]["lr_schedule"]
     record.settings["step"]["ema"] = [{"exponential": {}}]
     now = config_of(read_record(step_folder(finished, 3)))
-    found = compare(record, now, {}, set())
+    found = compare(record, now, {}, None)
     assert found == ([], ["--ema-decay: was [0.9999], is [0.9]"], [])
     assert not stored_settings(record, flags)[1]
     record.settings["run"]["gone"] = record.settings["step"]["ema"][0]["exponential"]["gone"] = 1
@@ -380,7 +380,7 @@ def test_images_with_the_digest_of_an_earlier_version_go_on_with_data_path(finis
     config = config_of(record)
     before = replace(record, images={"count": 40, "sha256": 64 * "0"})
     facts = {"images": record.images}
-    (line,) = (x for x in compare(before, config, facts, set()).unsaid if "--data" in x)
+    (line,) = (x for x in compare(before, config, facts, None).unsaid if "--data" in x)
     assert "was 40 images" in line and "--data-path beside --resume" in line
     assert line in compare(before, config, facts, {"data_path"}).said
 
