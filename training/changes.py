@@ -24,7 +24,7 @@ from training.schedule import rate_factor
 FACTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "images": ("--data-path", ("data_path", "latents_path")),
     "vae_sha256": ("--vae-path: weights", ("vae_path",)),
-    "normalisation": ("--vae-path: normalisation", ("vae_path", "latents_norm")),
+    "normalisation": ("--vae-path: normalisation", ("vae_path", "latents_path", "latents_norm")),
     "latents_norm_sha256": (
         "--latents-path: mean and standard deviation per channel",
         ("latents_path", "latents_norm"),
@@ -97,16 +97,14 @@ def difference(name: str, was: Any, now: Any) -> str:
 def check_earlier_names(folder: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Refuses a new run without a name that repeats a run which an earlier version named."""
     for other in sorted(folder.parent.glob(glob.escape(folder.name[:-8]) + 8 * "[0-9a-f]")):
-        if (before := newest_record(step_folders(other))) is None:
-            continue
         now = facts
-        if before.images and "sha256" in before.images:  # a digest of an earlier version
-            now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
         try:
-            found = compare(before, config, now, None)
-        except UserError:  # of a component that is not imported
-            continue
-        if found.state or found.unsaid:
+            before = newest_record(step_folders(other))
+            if before and "sha256" in (before.images or {}):  # a digest of an earlier version
+                now = facts | {"images": before.images | {"count": facts["images"]["count"]}}
+            if before is None or any(compare(before, config, now, None)):
+                continue
+        except UserError:  # a damaged one, or one of a component that is not imported
             continue
         raise UserError(
             f"{other} has the same settings, under the name of an earlier version; "

@@ -113,11 +113,14 @@ def not_resumable(source: Path) -> UserError:
 
 
 def newest_record(steps: list[Path]) -> Record | None:
-    """Returns the record of the first readable checkpoint; None if there is none."""
+    """Returns the record of the first readable checkpoint; None without checkpoints.
+
+    If none is readable, the error says why, such as a router of a plugin.
+    """
     for step in steps:
         with suppress(UserError):
             return read_record(step)
-    return None
+    return read_record(steps[0]) if steps else None
 
 
 def known_options(choice: Option, value: Any) -> tuple[Any, list[str]]:

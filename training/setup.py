@@ -9,7 +9,7 @@ from checkpoints.meta import meta_model
 from checkpoints.record import NOTED_SHARE, start_of_average
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, PIXELS, Autoencoder
+from latents.autoencoder import DEFAULT_VAE, Autoencoder
 from latents.cache import CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_images, same_images
@@ -26,7 +26,6 @@ def open_dataset(settings: Layer, dist: Distributed = ALONE) -> tuple[Source, Da
 
     All processes call this function together; only the main process lists the files of a folder.
     """
-    vae_path = settings.get("vae_path")
     norm = settings.get("latents_norm", DataConfig.latents_norm)
     if settings.get("latents_path"):
         dataset: Source = CachedLatents(settings["latents_path"], norm=norm)
@@ -38,17 +37,12 @@ def open_dataset(settings: Layer, dist: Distributed = ALONE) -> tuple[Source, Da
         dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
     else:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
-    paths = {vae_path, dataset.vae_path}
-    if len(paths) == 2 and None not in paths and PIXELS in paths:  # weights are compared later
-        raise UserError(
-            f"--vae-path: got {vae_path}, expected {dataset.vae_path}, which encoded the latents "
-            f"of {settings['latents_path']}"
-        )
-    input_size, in_channels = dataset.geometry(vae_path or DEFAULT_VAE)
+    vae_path = settings.get("vae_path") or dataset.vae_path or DEFAULT_VAE
+    input_size, in_channels = dataset.geometry(vae_path)
     facts = DataFacts(
         num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
         image_size=dataset.image_size, can_flip=dataset.can_flip, shapes=dataset.shapes,
-        vae_path=vae_path or dataset.vae_path or DEFAULT_VAE,
+        vae_path=vae_path,
     )  # fmt: skip
     return dataset, facts
 

@@ -145,7 +145,6 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
         before = read_record(state_folder)
         facts["start"] = plan.start or before.facts.get("start")
         origin = before.initialized_from
-        notes += state_notes(config, before, state_folder)
     elif plan.weights is not None:
         notes += data_notes(plan.weights, config, facts)
         weights = start_weights(plan.weights, config, dataset, notes).state_dict.items()
@@ -168,7 +167,8 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
         notes.append(f"{plan.folder} has no checkpoint yet: {start}")
     if stream.start_step < stream.end_step:
         notes += length_notes(config, stream, is_pretrained=origin is not None)
-    notes += step_notes(config, before, stream) if before else []
+    if before:
+        notes += state_notes(config, before, state_folder) + step_notes(config, before, stream)
     if dist.is_main and isinstance(dataset, ImageSource):  # reads images
         notes += size_notes(dataset)
 
@@ -244,7 +244,7 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distrib
     folder = named_folder(said, source if resumes else None)
     found = dist.broadcast(step_folders(folder)) if folder else []
     own, stored = newest_record(found), None
-    record, weights, start = source_of(said, resumes, branch, found, own)
+    record, weights, start = source_of(said, resumes, branch, own)
     if source is not None:
         stored, _ = stored_settings(record, training_flags(engine_flags))
         dropped = (FOLLOWS if "latents_path" in said else ()) + (BEGINNINGS if branch else ())
@@ -267,19 +267,17 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distrib
 
 
 def source_of(
-    said: Layer, resumes: bool, branch: Path | None, found: list[Path], own: Record | None
+    said: Layer, resumes: bool, branch: Path | None, own: Record | None
 ) -> tuple[Record | None, Checkpoint | None, str | None]:
     """Returns the record whose settings the flags change, the weights of --finetune, and how a run
     begins, see `Plan.start`.
 
-    found, own: checkpoints of the run that the flags name, and the record of the newest
+    own: record of the newest checkpoint of the run that the flags name
     """
     weights, began = said.get("finetune"), own.settings.get("run", {}) if own else {}
     if resumes:
         if weights not in (None, began.get("finetune")):
             raise UserError("--resume: cannot be combined with the --finetune of another run")
-        if own is None and found:
-            read_record(found[0])  # says why it cannot be read, such as a router of a plugin
         if own is None:
             folder = said["resume"]
             raise UserError(

@@ -397,7 +397,7 @@ def test_cached_latents_need_the_autoencoder_only_to_sample(
     next(changed.decoder.parameters()).data += 1
     changed.save_pretrained(tmp_path / "vae")
     flags["vae-path"] = tmp_path / "vae"
-    for changes in ({}, {"vae-path": "pixels", "dry-run": True}):
+    for changes in ({}, {"vae-path": "pixels"}):
         with pytest.raises(UserError, match="which encoded the latents of"):
             call_main("train.py", *run_flags(tmp_path / "c", cached=True, **flags | changes))
 

@@ -385,6 +385,18 @@ def test_images_with_the_digest_of_an_earlier_version_go_on_with_data_path(finis
     assert line in compare(before, config, facts, {"data_path"}).said
 
 
+def test_a_fact_changes_with_a_flag_of_its_own(finished):
+    """Features that an auxiliary loss begins to read, or reads no longer, are no change."""
+    record = read_record(step_folder(finished, 3))
+    config, of_features = config_of(record), {**record.facts, "features_sha256": "a"}
+    assert not any(compare(record, config, of_features, None))
+    assert not any(compare(replace(record, facts=of_features), config, record.facts, None))
+    norm = {"normalisation": "of another cache"}
+    assert compare(record, config, norm, {"latents_path"}).said
+    assert compare(record, config, norm, {"data_path"}).unsaid
+    assert compare(record, config, {"start": "finetune a"}, {"finetune"}).state
+
+
 def test_an_autoencoder_with_another_scaling_is_rejected(copied, flags, tiny_vae, tmp_path, capsys):
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
