@@ -37,7 +37,7 @@ class Distributed:
     local_rank: int
     world_size: int
     device: torch.device
-    hosts: torch.distributed.ProcessGroup | None = None  # gloo, for what waits on files
+    hosts: torch.distributed.ProcessGroup | None = None  # gloo, for what does not wait for a GPU
 
     @property
     def is_main(self) -> bool:
@@ -172,8 +172,8 @@ def choose_gpu(local_rank: int, visible: int) -> torch.device:
 
 def needed_descriptors(world_size: int) -> int:
     """Returns the number of files and sockets that a process opens, among them a socket to every
-    other process for each of three groups of gloo (hosts, signals, saves)."""
-    return 3 * world_size + OTHER_DESCRIPTORS
+    other process for each of two groups of gloo (hosts, saves)."""
+    return 2 * world_size + OTHER_DESCRIPTORS
 
 
 def raise_descriptor_limit(dist: Distributed) -> None:

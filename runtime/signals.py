@@ -33,10 +33,9 @@ class Requests:
     """
 
     def __init__(self, dist: Distributed, save_seconds: float):
-        self.is_main, self.save_seconds = dist.is_main, save_seconds
+        self.dist, self.save_seconds = dist, save_seconds
         self.last_save = time.monotonic()
         self.is_signalled = False
-        self.group = torch.distributed.new_group(backend="gloo") if dist.world_size > 1 else None
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
         obeyed = set(SIGNALS)
         # nohup ignores SIGHUP. torchrun does not, and passes it on before it kills its processes.
@@ -64,7 +63,7 @@ class Requests:
             now = time.monotonic()
             if number in SIGNALS and first is None:
                 first = now
-                if self.is_main:
+                if self.dist.is_main:
                     name = signal.Signals(number).name
                     print_safely(
                         f"{name}: saving within two steps (again, after {REPEATED:g} seconds: stop "
@@ -84,9 +83,9 @@ class Requests:
         A single process answers its own current request; several processes answer the most urgent
         request of the previous step.
         """
-        is_due = self.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
+        is_due = self.dist.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
         own = 2 if self.is_signalled else int(is_due)  # index into ANSWERS
-        if self.group is None:
+        if self.dist.world_size == 1:
             return ANSWERS[own]
         if self.reduction is not None:
             number, work = self.reduction
@@ -95,7 +94,7 @@ class Requests:
             if number > 0:
                 return ANSWERS[number]
         number, largest = torch.tensor(own), torch.distributed.ReduceOp.MAX
-        work = torch.distributed.all_reduce(number, largest, self.group, async_op=True)
+        work = torch.distributed.all_reduce(number, largest, self.dist.hosts, async_op=True)
         self.reduction = number, work
         return None
 

@@ -79,7 +79,7 @@ def test_a_process_that_sees_one_gpu_uses_it():
 def test_the_limit_of_open_files_is_raised_or_named(monkeypatch, capsys):
     limit = resource.RLIMIT_NOFILE
     before = soft, hard = resource.getrlimit(limit)
-    dist = Distributed(0, 0, world_size=hard // 3, device=torch.device("cpu"))
+    dist = Distributed(0, 0, world_size=hard // 2, device=torch.device("cpu"))
     try:
         resource.setrlimit(limit, (256, hard))
         processes.raise_descriptor_limit(dist)
