@@ -10,13 +10,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from routers import ROUTERS
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++"
+    ),
+    pytest.mark.skipif(
+        torch.backends.cuda.is_built(), reason="needs a PyTorch for CPUs, without its own CUDA"
+    ),
+]
 SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 2}
 FLAGS = {"race": {"optimizer": "muon"}, "sigmoid": {"precision": "fp16"}}
 STEPS = {
