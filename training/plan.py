@@ -22,8 +22,8 @@ from runtime.processes import Distributed, read_environment
 from training.config import DataFacts, TrainConfig
 from training.engine import Bytes
 from training.memory import received_rows, state_bytes
-from training.setup import length_notes, open_dataset
-from training.start import check_changes, plan_run, remaining_steps
+from training.setup import length_notes, open_dataset, remaining_steps
+from training.start import check_changes, plan_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes

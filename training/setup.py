@@ -1,19 +1,22 @@
-"""The data of a run: the images or latents, the held-out ones, and notes on their number."""
+"""The data of a run: the images or latents, what encodes them, the held-out ones, and the steps."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from checkpoints import Record
 from checkpoints.meta import meta_model
 from checkpoints.record import NOTED_SHARE, start_of_average
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, Autoencoder
-from latents.cache import CachedLatents, check_networks, open_data
+from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
+from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_images, same_images
 from options.settings import Layer
+from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
 from training.config import DataFacts, TrainConfig
@@ -47,6 +50,36 @@ def open_dataset(settings: Layer, dist: Distributed = ALONE) -> tuple[Source, Da
     return dataset, facts
 
 
+def inputs_of(
+    config: TrainConfig, dataset: Source, dist: Distributed
+) -> tuple[dict[str, Any], Autoencoder | None]:
+    """Returns the digests of images, autoencoder and features; and the autoencoder, if needed."""
+    # One process reads the sizes of the files, which are slow to read on a shared file system.
+    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
+    digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
+    if digest is None or config.run.num_sample or path != dataset.vae_path:
+        moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
+        with nullcontext() if digest is None else reported_as(moved, UserError):
+            dtype = DTYPES[config.step.precision]
+            load = partial(load_autoencoder, path, dist.device, dtype, dataset.norm)
+            vae = dist.on_main(load) or load()  # the main process first: it may have to download
+            got = dist.broadcast(vae.weights_sha256)
+        if digest not in (None, got):
+            raise UserError(
+                f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
+                f"digest {digest[:12]} of {dataset.vae_path}, which encoded the latents of "
+                f"{config.data.latents_path}"
+            )
+        digest, dataset.norm = got, vae.norm
+    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
+    facts["normalisation"] = str(dataset.norm)
+    if dataset.norm.is_per_channel:
+        facts["latents_norm_sha256"] = dataset.norm.sha256
+    if set(FEATURES).intersection(tensors_of(config)):
+        facts["features_sha256"] = dataset.features_sha256
+    return facts, vae
+
+
 def check_model(config: TrainConfig) -> None:
     """Refuses a model that cannot be built, whose checkpoints would not load, or of which --freeze
     names no parameter."""
@@ -66,6 +99,27 @@ def tensors_of(config: TrainConfig) -> list[str]:
     """Returns the tensors of an image that training reads besides its latents and label."""
     conditions = [split_condition(word)[0] for word in config.model.conditions]
     return conditions + [name for one in config.auxiliary for name in one.needs]
+
+
+def remaining_steps(
+    config: TrainConfig, trained: np.ndarray, before: Record | None, dist: Distributed
+) -> BatchStream:
+    """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
+    micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
+    for one in config.auxiliary:
+        if one.compares_images and micro_batch < 2:
+            raise UserError(
+                f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
+                "two images (larger batches, or fewer --accum-iter)"
+            )
+    global_batch = micro_batch * config.step.accum_iter * dist.world_size
+    return BatchStream(
+        trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
+        rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
+        start_step=before.step if before else 0,
+        end_step=config.total_steps(len(trained), global_batch),
+        flip=config.data.flip,
+    )  # fmt: skip
 
 
 def held_out_batches(

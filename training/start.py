@@ -11,24 +11,21 @@ run = open_run(said, DDPFlags, dist)
 
 import os
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE, Checkpoint, Record, read_record, step_folders
 from checkpoints.weights import sampled_digest
-from latents.autoencoder import Autoencoder, load_autoencoder
-from latents.cache import FEATURES
+from latents.autoencoder import Autoencoder
 from latents.loading import BatchStream, split
 from latents.sources import Batch, ImageSource, Source, size_notes
 from options.settings import Layer, flat
-from runtime.devices import DTYPES, be_deterministic
+from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.processes import Distributed
 from training.changes import check_earlier_names, compare, state_notes, step_notes
@@ -59,8 +56,10 @@ from training.run_folder import (
 from training.setup import (
     check_model,
     held_out_batches,
+    inputs_of,
     length_notes,
     open_dataset,
+    remaining_steps,
     tensors_of,
 )
 
@@ -184,27 +183,6 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     )  # fmt: skip
 
 
-def remaining_steps(
-    config: TrainConfig, trained: np.ndarray, before: Record | None, dist: Distributed
-) -> BatchStream:
-    """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
-    micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
-    for one in config.auxiliary:
-        if one.compares_images and micro_batch < 2:
-            raise UserError(
-                f"--auxiliary: got {one.name} with micro-batches of one image, expected at least "
-                "two images (larger batches, or fewer --accum-iter)"
-            )
-    global_batch = micro_batch * config.step.accum_iter * dist.world_size
-    return BatchStream(
-        trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
-        rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
-        start_step=before.step if before else 0,
-        end_step=config.total_steps(len(trained), global_batch),
-        flip=config.data.flip,
-    )  # fmt: skip
-
-
 def open_folder(
     plan: Plan, facts: dict[str, Any], stream: BatchStream, dist: Distributed
 ) -> tuple[BinaryIO | None, RunLog]:
@@ -275,27 +253,25 @@ def source_of(
     own: record of the newest checkpoint of the run that the flags name
     """
     weights, began = said.get("finetune"), own.settings.get("run", {}) if own else {}
+    goes_on = weights is not None and began.get("finetune") == weights
+    if weights and (branch or resumes and not goes_on):
+        expected = "unless --resume names a run that began with it"
+        raise UserError(f"--resume: cannot be combined with --finetune, {expected}")
     if resumes:
-        if weights not in (None, began.get("finetune")):
-            raise UserError("--resume: cannot be combined with the --finetune of another run")
         if own is None:
-            folder = said["resume"]
+            run = said["resume"]
             raise UserError(
-                f"--resume {folder}: got a run without a checkpoint, expected one; run the command "
-                f"that began it again, or begin a new run: --config {folder}/{CONFIG_FILE}"
+                f"--resume {run}: got a run without a checkpoint, expected one; run the command "
+                f"that began it again, or begin a new run: --config {run}/{CONFIG_FILE}"
             )
         return own, None, None
     if branch is not None:
-        if weights:
-            raise UserError("--resume: cannot be combined with --finetune in a new run")
-        goes_on = began.get("resume") == said["resume"]
         if is_step_folder(branch):
-            start = None if goes_on else f"resume {sampled_digest(branch / MODEL_FILE)}"
-            return read_record(branch), None, start
-        if not goes_on:
+            return read_record(branch), None, f"resume {sampled_digest(branch / MODEL_FILE)}"
+        if began.get("resume") != said["resume"]:
             raise not_resumable(branch)
         return own, None, None  # the checkpoint was deleted after the branch had begun
-    if weights and began.get("finetune") != weights:
+    if weights and not goes_on:
         opened = open_weights(said)
         return opened.record, opened, f"finetune {sampled_digest(opened.path)}"
     return own if weights else None, None, None
@@ -326,36 +302,6 @@ def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
             f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
         )
     return found.said
-
-
-def inputs_of(
-    config: TrainConfig, dataset: Source, dist: Distributed
-) -> tuple[dict[str, Any], Autoencoder | None]:
-    """Returns the digests of images, autoencoder and features; and the autoencoder, if needed."""
-    # One process reads the sizes of the files, which are slow to read on a shared file system.
-    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
-    digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
-    if digest is None or config.run.num_sample or path != dataset.vae_path:
-        moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
-        with nullcontext() if digest is None else reported_as(moved, UserError):
-            dtype = DTYPES[config.step.precision]
-            load = partial(load_autoencoder, path, dist.device, dtype, dataset.norm)
-            vae = dist.on_main(load) or load()  # the main process first: it may have to download
-            got = dist.broadcast(vae.weights_sha256)
-        if digest not in (None, got):
-            raise UserError(
-                f"--vae-path: got {path}, whose weights have the digest {got[:12]}, expected the "
-                f"digest {digest[:12]} of {dataset.vae_path}, which encoded the latents of "
-                f"{config.data.latents_path}"
-            )
-        digest, dataset.norm = got, vae.norm
-    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
-    facts["normalisation"] = str(dataset.norm)
-    if dataset.norm.is_per_channel:
-        facts["latents_norm_sha256"] = dataset.norm.sha256
-    if set(FEATURES).intersection(tensors_of(config)):
-        facts["features_sha256"] = dataset.features_sha256
-    return facts, vae
 
 
 def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Path:
