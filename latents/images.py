@@ -46,7 +46,7 @@ FOLDERS_OF_OURS = {
 }
 
 # Larger images would take gigabytes in each worker.
-MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
+MAX_PIXELS = 90_000_000
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
@@ -56,9 +56,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
     folders = sorted(name for name in is_folder if is_folder[name])
-    files = [name for name in is_folder if not is_folder[name] and is_visible(name)]
-    loose = sorted(filter(is_image_name, files))
-    others.update(suffix_of(name) for name in files if not is_image_name(name))
+    loose = sorted(image_names((name for name in is_folder if not is_folder[name]), others))
     above = [root.resolve(), *root.resolve().parents]  # links to these would form a cycle
     classes = {
         name: images_below(root / name, above, others) for name in folders if is_visible(name)
@@ -102,6 +100,7 @@ def images_below(
     above: folders that are not visited
     others: receives the counts of visible files that are no images, by suffix
     """
+    others = Counter() if others is None else others
 
     def pass_over_locked(error: OSError) -> None:
         if not isinstance(error, PermissionError):
@@ -115,9 +114,7 @@ def images_below(
             continue
         seen.add(place)
         folders[:] = sorted(filter(is_visible, folders), reverse=True)  # same order on all systems
-        paths += [os.path.join(parent, name) for name in names if is_image_name(name)]
-        if others is not None:
-            others.update(suffix_of(n) for n in names if is_visible(n) and not is_image_name(n))
+        paths += [os.path.join(parent, name) for name in image_names(names, others)]
     return sorted(paths)
 
 
@@ -126,12 +123,15 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def suffix_of(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without a suffix"
-
-
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and is_visible(name)
+def image_names(names: Iterable[str], others: Counter[str]) -> list[str]:
+    """Returns the visible names with an image suffix, and counts the others by suffix."""
+    images = []
+    for name in filter(is_visible, names):
+        if (suffix := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES:
+            images.append(name)
+        else:
+            others[suffix or "without a suffix"] += 1
+    return images
 
 
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
@@ -166,9 +166,9 @@ def check_size(image: Image.Image) -> None:
     """Refuses an image that is too large, before its pixels are decoded."""
     if image.width * image.height > MAX_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
-    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-        got, most = f"{image.width:,} x {image.height:,} pixels", f"{MAX_PIXELS // 10**6} million"
-        raise ValueError(f"got {got}, the limit is {most}, and {MAX_SIDE:,} a side")
+    if image.width * image.height > MAX_PIXELS:
+        got = f"{image.width:,} x {image.height:,} pixels"
+        raise ValueError(f"got {got}, the limit is {MAX_PIXELS // 10**6} million")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

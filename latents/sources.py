@@ -48,7 +48,6 @@ from runtime.errors import UserError, pluralize, print_safely, printable, report
 from runtime.files import open_regular
 
 SIZES_READ = 1000  # images whose sizes are part of the fingerprint
-MAX_LABEL_BYTES = 1000  # largest .cls file
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
@@ -409,11 +408,6 @@ class ShardImages(ImageSource):
                             self.passed_over["images whose key a later image has"] += 1
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
-                        if member.size > MAX_LABEL_BYTES:
-                            expected = f"a label of at most {MAX_LABEL_BYTES} bytes"
-                            raise ValueError(
-                                f"{member.name}: got {member.size:,} bytes, expected {expected}"
-                            )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None
