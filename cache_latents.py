@@ -14,7 +14,9 @@ import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ct
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,6 @@ from latents.autoencoder import (
     DEFAULT_VAE,
     Autoencoder,
     load_autoencoder,
-    open_autoencoder,
     weights_digest,
 )
 from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
@@ -64,33 +65,42 @@ def parse_args() -> CacheConfig:
     return parse_config(CacheConfig, __doc__)
 
 
-def describe_features(config: CacheConfig, network: FeatureNetwork | None, size: Size) -> dict:
-    """Returns the facts about the network that `settings_of` records."""
-    if network is None:
+class Networks(NamedTuple):
+    vae: Autoencoder
+    features: FeatureNetwork | None
+
+
+def load_networks(config: CacheConfig, device: torch.device) -> Networks:
+    features = load_features(config.features, device) if config.features else None
+    vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, DTYPES[config.precision])
+    return Networks(vae, features)
+
+
+def describe_features(config: CacheConfig, networks: Networks, size: Size) -> dict:
+    """Returns the facts about the feature network that `settings_of` records."""
+    if (network := networks.features) is None:
         return {}
-    vector, tokens = network(torch.zeros(1, 3, *sides(size), dtype=torch.uint8))
+    image = torch.zeros(1, 3, *sides(size), dtype=torch.uint8, device=networks.vae.device)
+    vector, tokens = network(image)
     shapes = {"vector": list(vector.shape[1:])}
     if config.feature_tokens:
         shapes["tokens"] = list(tokens.shape[1:])
     return {"network": network.name, "sha256": weights_digest(network), **shapes}
 
 
-def bytes_of(settings: CacheSettings) -> dict[str, int]:
+def bytes_of(settings: CacheSettings, vae: Autoencoder) -> dict[str, int]:
     """Returns the sizes in bytes of latents and features in a cache."""
-    has_variance = open_autoencoder(settings.vae_path).has_variance
-    shapes = {"latents": (1 + has_variance, *settings.latent_shape), **settings.features}
+    shapes = {"latents": (1 + vae.has_variance, *settings.latent_shape), **settings.features}
     images = settings.num_images * (1 + settings.flip)
     names = [name for name in ("latents", *FEATURES) if name in shapes]
     return {name: 2 * images * math.prod(shapes[name]) for name in names}
 
 
-def encode_view(
-    vae: Autoencoder, network: FeatureNetwork | None, images: Tensor
-) -> dict[str, Tensor]:
+def encode_view(networks: Networks, images: Tensor) -> dict[str, Tensor]:
     """Encodes images (N, 3, H, W) uint8 to raw posterior and features, in fp16 on the CPU."""
-    tensors = {"moments": vae.posterior(images)}  # (N, M, h, w)
-    if network is not None:
-        tensors |= zip(FEATURES, network(images), strict=True)  # (N, F), (N, T, F)
+    tensors = {"moments": networks.vae.posterior(images)}  # (N, M, h, w)
+    if networks.features is not None:
+        tensors |= zip(FEATURES, networks.features(images), strict=True)  # (N, F), (N, T, F)
     return {name: value.half().cpu() for name, value in tensors.items()}
 
 
@@ -99,13 +109,11 @@ def write_shards(
     images: ImageSource,
     settings: CacheSettings,
     shards: dict[Path, range],
-    device: torch.device,
+    networks: Networks,
     bar: tqdm,
 ) -> None:
     """Encodes and writes the shards one after another. A batch never spans two shards."""
-    size = config.batch_size
-    vae = load_autoencoder(settings.vae_path, device, DTYPES[config.precision])
-    network = load_features(config.features, device) if config.features else None
+    size, device = config.batch_size, networks.vae.device
     num_unreadable = num_read = 0
     for path, indices in shards.items():
         keys = [(index, False) for index in indices]
@@ -114,9 +122,9 @@ def write_shards(
         unreadable, start = [], 0
         pin = device.type == "cuda"
         for batch, names in read_batches(images, batches, config.num_workers, pin):
-            pixels = batch["image"].to(vae.device, non_blocking=True)  # (N, 3, H, W) uint8
+            pixels = batch["image"].to(device, non_blocking=True)  # (N, 3, H, W) uint8
             views = [pixels, pixels.flip(-1)] if settings.flip else [pixels]
-            seen = [encode_view(vae, network, view) for view in views]
+            seen = [encode_view(networks, view) for view in views]
             stored = seen[0].keys() & set(settings.tensors)
             part = {name: torch.stack([one[name] for one in seen], dim=1) for name in stored}
             part["labels"] = batch["label"].to(torch.int32)
@@ -131,7 +139,7 @@ def write_shards(
             bar.write(printable(f"skipped an image that cannot be read: {name}"))
         num_unreadable, num_read = num_unreadable + len(unreadable), num_read + len(keys)
         check_unreadable("--data-path", num_unreadable, num_read)
-        write_shard(path, tensors, vae.channels)
+        write_shard(path, tensors, networks.vae.channels)
 
 
 def main(config: CacheConfig) -> None:
@@ -139,15 +147,15 @@ def main(config: CacheConfig) -> None:
         raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
     images = open_images(config.data_path, config.image_size or 256)
+    load = partial(load_networks, config, dist.device)
+    networks = dist.on_main(load) or load()  # the main process first: it may have to download
     plan = None
     if dist.is_main:
-        vae_path = config.vae_path or DEFAULT_VAE
-        network = load_features(config.features, "cpu") if config.features else None
         settings = settings_of(
-            images, vae_path, config.precision, config.flip, config.shard_images,
-            describe_features(config, network, images.image_size),
+            images, networks.vae, config.precision, config.flip, config.shard_images,
+            describe_features(config, networks, images.image_size),
         )  # fmt: skip
-        sizes = bytes_of(settings)
+        sizes = bytes_of(settings, networks.vae)
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
         missing = begin_cache(folder, settings)
         for note in size_notes(images):
@@ -165,7 +173,7 @@ def main(config: CacheConfig) -> None:
     shards = dict([*missing.items()][dist.rank :: dist.world_size])
     total = sum(map(len, shards.values()))
     with progress(total=total, unit="image", disable=not (dist.is_main and total)) as bar:
-        write_shards(config, images, settings, shards, dist.device, bar)
+        write_shards(config, images, settings, shards, networks, bar)
 
 
 if __name__ == "__main__":

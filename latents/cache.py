@@ -35,7 +35,6 @@ from latents.autoencoder import (
     Autoencoder,
     LatentNorm,
     NoiseFn,
-    load_autoencoder,
     sample_latents,
 )
 from latents.sources import (
@@ -110,7 +109,7 @@ class CacheSettings:
 
 
 def settings_of(
-    images: ImageSource, vae_path: str, precision: str, flip: bool, shard_images: int,
+    images: ImageSource, vae: Autoencoder, precision: str, flip: bool, shard_images: int,
     features: Mapping[str, Any],
 ) -> CacheSettings:  # fmt: skip
     """Returns the settings of a cache of these images.
@@ -118,7 +117,6 @@ def settings_of(
     features: name and digest of the network whose features are stored, and the shapes of the stored
         "vector" and "tokens" of one image; empty without features
     """
-    vae = load_autoencoder(vae_path, "cpu", torch.float32)
     size = images.image_size
     return CacheSettings(
         image_size=size,
