@@ -60,9 +60,9 @@ def local_folder(path: str, *names: str, local_files_only: bool = False) -> Path
     else:
         patterns = (*names, *(f"{VAE_FOLDER}/{name}" for name in names))
         folder = hub_folder(path, patterns, local_files_only=local_files_only)
-    is_pipeline = not (folder / CONFIG_FILE).is_file()
-    is_pipeline = is_pipeline and (folder / VAE_FOLDER / CONFIG_FILE).is_file()
-    return folder / VAE_FOLDER if is_pipeline else folder
+    part = folder / VAE_FOLDER
+    is_pipeline = not (folder / CONFIG_FILE).is_file() and (part / CONFIG_FILE).is_file()
+    return part if is_pipeline else folder
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes normalised latents (N, C, h, w) to uint8 images (N, 3, H, W)."""
-        z = self.norm.invert(latents.float())
-        with torch.autocast(z.device.type, enabled=False):
-            return to_uint8(self.decode_raw(z.to(self.dtype)))
-
-    def decode_to_host(self, latents: Tensor) -> Tensor:
-        """Decodes latents as `decode` does, a few at a time; returns images on the CPU."""
-        return torch.cat([self.decode(part).cpu() for part in latents.split(DECODED_AT_ONCE)])
+        """Decodes normalised latents (N, C, h, w), a few at a time; returns uint8 images
+        (N, 3, H, W) on the CPU."""
+        images = []
+        with torch.autocast(latents.device.type, enabled=False):
+            for part in latents.float().split(DECODED_AT_ONCE):
+                z = self.norm.invert(part).to(self.dtype)
+                images.append(to_uint8(self.decode_raw(z)).cpu())
+        return torch.cat(images)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         norm = (stored := info.get("latents_norm")) and LatentNorm(**stored)
         kind = AUTOENCODERS[type(self.vae).__name__] if self.vae else None
         vae = kind(self.vae.config, self.vae, norm) if kind else Pixels(norm)
-        images = vae.decode_to_host(latents)  # (N, 3, H, W) uint8
+        images = vae.decode(latents)  # (N, 3, H, W) uint8
         if output_type == "pt":
             return ImagePipelineOutput(images=images / 255)
         pixels = images.permute(0, 2, 3, 1).numpy()

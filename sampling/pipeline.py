@@ -141,7 +141,7 @@ class SamplingPipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (N, 3, H, W) uint8 on the CPU."""
-        return self.vae.decode_to_host(latents)
+        return self.vae.decode(latents)
 
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:

@@ -42,6 +42,6 @@ def draw_preview(run: Run, engine: Engine) -> Tensor | None:
         return None
     from sampling.grid import class_captions, image_grid  # imports matplotlib, which takes a second
 
-    images = run.vae.decode_to_host(latents)
+    images = run.vae.decode(latents)
     captions = class_captions(model, run.dataset.classes, labels)
     return image_grid(images, captions, len(labels) // shown)
