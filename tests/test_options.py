@@ -232,7 +232,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
         assert resolve(module.parse_args(), DDPFlags).model.sparse_layers == (1, 3, 5, 7, 9, 11)
     recipe.write_text("ema-decay: 0.99\nema-warmup: true\n")  # options of the default EMA
     with command_line("train.py", ("--config", recipe, "--ema", "power")) as module:
-        assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).emas] == ["power-0.1"]
+        assert [ema.name for ema in resolve(module.parse_args(), DDPFlags).ema] == ["power-0.1"]
     recipe.write_text(
         "auxiliary: [sra, dispersive]\nauxiliary-sra-weight: 0.3\n"
         "auxiliary-dispersive-weight: 0.4\nema-decay: 0.99\nrouter-scale: 2.5\n"
@@ -241,7 +241,7 @@ def test_command_line_flags_override_a_recipe_whose_values_are_parsed_as_flags(t
     with command_line("train.py", ("--config", recipe, *words, "--rf", "--router", "sigmoid")) as m:
         config = resolve(m.parse_args(), DDPFlags)
     assert [one.weight for one in config.auxiliary] == [0.4, 0.05]
-    assert [ema.name for ema in config.emas] == ["0.99", "power-0.1"]
+    assert [ema.name for ema in config.ema] == ["0.99", "power-0.1"]
     assert config.model.router_options["scale"] == 2.5
     recipe.write_text("# Starts with a marker.\n---\nrf: true\nobjective-mean: -0.4\n")
     for words, objective in ((("--objective", "flow_x"), "flow_x"), (("--rf", "0"), "gaussian")):
@@ -305,7 +305,7 @@ def test_a_flag_that_another_flag_makes_useless_is_dropped_from_recipe_and_store
     assert config.step.lr_schedule == Part("cosine", {"lr_floor": 0.0})
     kept = read_values({"lr_schedule": {"cosine": {"lr_floor": 0.1}}}, flags)
     config = resolve(override(kept, {"lr_schedule": "cosine"}, flags), DDPFlags)
-    assert config.schedule.lr_floor == 0.1
+    assert config.lr_schedule.lr_floor == 0.1
 
 
 def test_flags_beside_the_config_of_a_run_replace_what_follows_from_the_flags_of_the_run(tmp_path):
@@ -415,7 +415,7 @@ def test_several_files_override_each_other_in_order(tmp_path):
     recipes = [RECIPES / f"{name}.yaml" for name in names]
     for files, decays in ((recipes[:2], (0.9999, 0.9996)), (recipes[::2], (0.998,))):
         with command_line("train.py", ("--config", *files)) as module:
-            emas = resolve(module.parse_args(), DDPFlags).emas
+            emas = resolve(module.parse_args(), DDPFlags).ema
         assert [ema.decay for ema in emas] == [*decays]
 
 
@@ -520,14 +520,14 @@ def test_a_recipe_may_be_nested_or_flat():
     configs.append(resolve(stored, DDPFlags))
     for config in configs[1:]:
         assert config.sections() == stored
-        assert [ema.name for ema in config.emas] == ["0.9", "0.99"]
+        assert [ema.name for ema in config.ema] == ["0.9", "0.99"]
     assert stored["model"]["router"]["sigmoid"]["aux_loss_alpha"] == 0.1
 
 
 def test_several_values_of_an_option_go_to_one_component_each():
     def emas(*words, recipe=None):
         said = parse_training(DDPFlags, None, words)
-        emas = resolve(override(recipe or {}, said, training_flags(DDPFlags)), DDPFlags).emas
+        emas = resolve(override(recipe or {}, said, training_flags(DDPFlags)), DDPFlags).ema
         return [(ema.name, getattr(ema, "warmup", None)) for ema in emas]
 
     two = ("--ema-decay", "0.9", "0.99")
@@ -553,7 +553,7 @@ def test_several_values_of_an_option_go_to_one_component_each():
         decays = [f"0.{number}" for number in range(1, count + 1)]
         assert emas("--ema-decay", *decays, recipe=stored) == [(d, False) for d in decays]
     mixed = resolve({"ema": [pair[0], "power", pair[1]]}, DDPFlags)
-    assert [ema.name for ema in mixed.emas] == ["0.9", "power-0.1", "0.99"]
+    assert [ema.name for ema in mixed.ema] == ["0.9", "power-0.1", "0.99"]
     with pytest.raises(UserError, match="^--ema-warmup: got 3 values, expected one or 2$"):
         emas(*two, "--ema-warmup", "True", "False", "True")
     with pytest.raises(UserError, match="^--ema: got 0.9, 0.9, expected different averages$"):
@@ -569,7 +569,7 @@ def test_a_component_that_a_file_gives_no_value_has_its_own_default(monkeypatch)
     monkeypatch.setitem(EMAS, "late", LateEMA)
     pair = [{"exponential": {"decay": decay}} for decay in (0.9, 0.99)]
     config = resolve({"ema": [*pair, "late"]}, DDPFlags)
-    assert [ema.decay for ema in config.emas] == [0.9, 0.99, 0.5]
+    assert [ema.decay for ema in config.ema] == [0.9, 0.99, 0.5]
     assert resolve(config.sections(), DDPFlags).step == config.step
 
 

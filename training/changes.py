@@ -119,7 +119,7 @@ def state_notes(config: TrainConfig, before: Record, step: Path) -> list[str]:
     names = {*averages_of(step)}
     notes += [
         f"EMA {ema.name} starts from the weights: {step} does not have it"
-        for ema in config.emas if ema.name not in names
+        for ema in config.ema if ema.name not in names
     ]  # fmt: skip
     notes += [
         f"auxiliary loss {one.name} starts with new weights: {step} does not have it"
@@ -153,7 +153,7 @@ def step_notes(config: TrainConfig, before: Record, stream: BatchStream) -> list
     shorter = replace(config, run=replace(config.run, **length))
     end = shorter.total_steps(stream.num_images, batch)
     fallen, now = (
-        config.step.lr * rate_factor(config.schedule, config.step.warmup_steps, done, total)
+        config.step.lr * rate_factor(config.lr_schedule, config.step.warmup_steps, done, total)
         for total in (end, stream.end_step)
     )
     if now > 1.01 * fallen:

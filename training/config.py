@@ -95,16 +95,15 @@ class TrainConfig:
     objective: Objective = field(init=False, compare=False)
     auxiliary: list[AuxiliaryLoss] = field(init=False, compare=False)
     optimizer: Optimizer = field(init=False, compare=False)
-    schedule: Schedule = field(init=False, compare=False)
-    emas: list[EMA] = field(init=False, compare=False)
+    lr_schedule: Schedule = field(init=False, compare=False)
+    ema: list[EMA] = field(init=False, compare=False)
 
     def __post_init__(self):
-        renamed = {"lr_schedule": "schedule", "ema": "emas"}
         for name, one in options_of(StepConfig).items():
             if one.table is not None:
                 parts = as_tuple(getattr(self.step, name))
                 made = [one.table[part.name](**part.options) for part in parts]
-                object.__setattr__(self, renamed.get(name, name), made if one.is_list else made[0])
+                object.__setattr__(self, name, made if one.is_list else made[0])
         if self.objective.guides_in_training and not self.model.class_dropout_prob:
             raise ValueError(
                 "class_dropout_prob: got 0, expected a value above 0, because guidance in training "
@@ -113,7 +112,7 @@ class TrainConfig:
         for one in self.auxiliary:
             if expected := one.check(self.objective, self.shapes):
                 raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
-        names = [ema.name for ema in self.emas]
+        names = [ema.name for ema in self.ema]
         if len(set(names)) < len(names):
             raise ValueError(f"ema: got {', '.join(names)}, expected different averages")
 

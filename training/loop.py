@@ -183,7 +183,7 @@ class TrainingLoop:
         loaded: micro-batches, each with the images that cannot be read
         """
         config, end = self.config, self.run.stream.end_step
-        self.rate = rate_factor(config.schedule, config.step.warmup_steps, step + 1, end)
+        self.rate = rate_factor(config.lr_schedule, config.step.warmup_steps, step + 1, end)
         metrics = take_step(
             self.engine, self.objective, self.prepared(step, loaded), len(loaded),
             step=step + 1, rate=self.rate,

@@ -65,7 +65,7 @@ def state_bytes(config: TrainConfig, shapes: Shapes | None = None) -> Bytes:
     return {
         "weights": of_weights, "gradients": of_gradients,
         "optimizer": sum(sum(tensor_bytes(kept)) for kept in state.values()),
-        "EMA": of_weights * len(config.emas),
+        "EMA": of_weights * len(config.ema),
     }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def copied_bytes(config: TrainConfig, copies: int, shapes: Shapes | None = None)
     sizes = {name: weight.numel() for name, weight in planned_weights(config).items()}
     totals = [0] * copies
     for name, writer in share_out(sizes, copies).items():
-        weights = [4 * shapes[name].numel()] * (1 + len(config.emas))
+        weights = [4 * shapes[name].numel()] * (1 + len(config.ema))
         totals[writer] += sum(map(pinned_bytes, weights + tensor_bytes(state.get(name, {}))))
     return {"copy at a save": max(totals)}
 

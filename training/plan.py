@@ -152,10 +152,10 @@ def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]
     state: bytes of a checkpoint without the EMAs
     """
     average = 4 * count_parameters(config.model)[0]
-    checkpoint = state + len(config.emas) * average
+    checkpoint = state + len(config.ema) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
-    snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.emas)
+    snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.ema)
     at_once = kept + (config.run.save_minutes > 0) + (kept < written)
     parts = (("checkpoint", at_once, checkpoint), ("snapshot", snapshots, average))
     text = "; ".join(

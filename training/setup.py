@@ -172,7 +172,7 @@ def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) 
             f"--warmup-steps {warmup} is more than the {pluralize(steps, 'step')} of the run: the "
             f"learning rate reaches {config.step.lr * steps / warmup:.2g}, not {config.step.lr:.2g}"
         )
-    for ema in config.emas:
+    for ema in config.ema:
         if (share := ema.initial_fraction(steps)) >= NOTED_SHARE:
             notes.append(
                 f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be "

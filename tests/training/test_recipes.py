@@ -101,7 +101,7 @@ def test_a_published_recipe_has_the_published_training_settings(name):
     assert list(optimizer.betas) == training["betas"]
     assert optimizer.weight_decay == training["weight_decay"]
     assert step.grad_clip == (training["clip_grad_norm"] or 0)
-    assert [ema.decay for ema in config.emas] == [training["ema_decay"]]
+    assert [ema.decay for ema in config.ema] == [training["ema_decay"]]
     assert config.engine.global_batch_size == training["batch_size"]
     assert config.model.class_dropout_prob == training["label_dropout"]
     assert config.objective.times == training["time"].split()[0].replace(",", "")
@@ -114,7 +114,7 @@ def test_a_recipe_of_jit_has_the_published_training_settings(name):
     assert config.step.lr == 2e-4 and "2e-4 at 1024" in training["lr"]
     assert config.step.warmup_steps == 5 * 1_281_167 // 1024 and "5 epochs" in training["schedule"]
     assert list(config.optimizer.betas) == training["betas"]
-    assert [ema.decay for ema in config.emas] == training["ema_decay"]
+    assert [ema.decay for ema in config.ema] == training["ema_decay"]
     assert config.engine.global_batch_size == training["batch_size"]
     assert config.run.epochs == training["epochs_in_script"]
     assert config.model.class_dropout_prob == training["label_dropout"]

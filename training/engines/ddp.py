@@ -105,7 +105,7 @@ class DDPEngine:
             torch._dynamo.config.optimize_ddp = False
             self.model.compile_blocks()
         self.averaged = {n: w for n, w in self.local.items() if is_of_model(n)}  # by EMAs
-        self.emas = self.config.emas
+        self.emas = self.config.ema
         for ema in self.emas:
             ema.start(self.averaged.values())
         # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.

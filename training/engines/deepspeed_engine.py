@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         for name, value in weights:
             self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)
-        self.emas = config.emas
+        self.emas = config.ema
         self.ema = self.emas[0]
         self.ema.start(self.shards.masters)
 

@@ -54,9 +54,9 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
     for name in ("grad_skip", "selective_checkpointing"):
         if getattr(config.step, name):
             raise UserError(f"{spelling(name)}: given under DeepSpeed, expected train.py")
-    if len(config.emas) > 1:
+    if len(config.ema) > 1:
         raise UserError(
-            f"--ema: got {len(config.emas)} averages, expected one under DeepSpeed (train.py keeps "
+            f"--ema: got {len(config.ema)} averages, expected one under DeepSpeed (train.py keeps "
             "several)"
         )
     for one in config.auxiliary:
