@@ -288,20 +288,19 @@ def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
         facts = {**facts, "start": None}
     said = plan.said if plan.resumes or not plan.found else None
     found = compare(before, plan.config, facts, said)
-    if found.state and not plan.found:
+    if not (refused := "; ".join(found.state + found.unsaid)):
+        return found.said
+    if not plan.found:
+        other = "--finetune starts from the weights only"
+        expected = other if found.state else "expected the flags that are to change"
         raise UserError(
-            f"--resume {step}: the state was saved with other settings: {'; '.join(found.state)}; "
-            "--finetune starts from the weights only"
+            f"--resume {step}: the state was saved with other settings: {refused}; {expected}"
         )
-    if refused := found.state + found.unsaid:
-        expected = "the same settings, or a new run (--run-name NEW, without --resume)"
-        if not found.state:
-            expected += f", or --resume {folder} with the flags that are to change, or a branch "
-            expected += f"(--resume {step} --run-name NEW)"
-        raise UserError(
-            f"{folder} was created with other settings: {'; '.join(refused)}; expected {expected}"
-        )
-    return found.said
+    expected = "the same settings, or a new run (--run-name NEW, without --resume)"
+    if not found.state:
+        expected += f", or --resume {folder} with the flags that are to change, or a branch "
+        expected += f"(--resume {step} --run-name NEW)"
+    raise UserError(f"{folder} was created with other settings: {refused}; expected {expected}")
 
 
 def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Path:

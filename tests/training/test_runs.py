@@ -437,6 +437,9 @@ def test_resuming_with_different_images_or_classes_is_rejected(flags, image_tree
     assert snapshot(results) == before
     (step,) = re.findall(r"--resume (\S+) --run-name NEW", line)
     other = ["--run-name=other", f"--resume={step}"]
+    line = expect_error(capsys, "train.py", *other)  # one image has another name
+    assert "saved with other settings: --data-path: was 40 images" in line
+    assert line.endswith("expected the flags that are to change")
     shutil.copy(tmp_path / "00.png", one)
     call_main("train.py", *arguments, *other)
     assert step_folders(results / "other")
