@@ -44,34 +44,33 @@ class Distributed:
         return self.rank == 0
 
     def barrier(self) -> None:
-        if torch.distributed.is_initialized():
+        if self.world_size > 1:
             torch.distributed.barrier(self.hosts)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over all processes, in place, and returns it."""
-        if torch.distributed.is_initialized():
+        if self.world_size > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def broadcast(self, value: object) -> object:
         """Sends rank 0's value, which must be picklable, to all processes and returns it."""
         box = [value]
-        if torch.distributed.is_initialized():
-            device = torch.device("cpu") if self.hosts else self.device
-            torch.distributed.broadcast_object_list(box, group=self.hosts, device=device)
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, group=self.hosts)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
         """Returns every process's value, by rank, on all processes; anything that pickles."""
         values = [value] * self.world_size
-        if self.world_size > 1 and torch.distributed.is_initialized():
+        if self.world_size > 1:
             torch.distributed.all_gather_object(values, value, group=self.hosts)
         return values
 
     def gather_on_main(self, value: T) -> list[T] | None:
         """Returns every process's value, by rank, on the main process, and None on the others."""
         values = [value] * self.world_size if self.is_main else None
-        if self.world_size > 1 and torch.distributed.is_initialized():
+        if self.world_size > 1:
             torch.distributed.gather_object(value, values, group=self.hosts)
         return values
 

@@ -154,16 +154,17 @@ class TrainingLoop:
             if request == "stop":
                 self.stop(step)
                 return False
-            with self.tracker.paused():
-                if self.saver.is_done:
-                    self.finish_save()
-                if request == "save" or step % config.ckpt_every == 0:
-                    self.save(step)
-                if request == "save" or step and step % config.sample_every == 0:
-                    self.draw_samples(step)
-            began = time.perf_counter()
+            before = time.perf_counter()
+            if self.saver.is_done:
+                self.finish_save()
+            if request == "save" or step % config.ckpt_every == 0:
+                self.save(step)
+            if request == "save" or step and step % config.sample_every == 0:
+                self.draw_samples(step)
+            start = time.perf_counter()
             loaded = [next(batches) for _ in range(self.config.step.accum_iter)]
-            self.tracker.waited += time.perf_counter() - began
+            self.tracker.paused += start - before
+            self.tracker.waited += time.perf_counter() - start
             self.step(step, loaded)
             after_step()
 

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ class MetricTracker:
         self.sums: dict[str, Tensor] = {}
         self.good = torch.zeros((), device=dist.device)  # number of steps that were not skipped
         self.start, self.steps = time.perf_counter(), 0
-        self.pauses, self.waited = 0.0, 0.0  # seconds
+        # Seconds between the steps, which do not count, and seconds in which steps wait for data.
+        self.paused, self.waited = 0.0, 0.0
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Adds the numbers of a step: scalars, or one per layer. A skipped step counts only for the
@@ -39,15 +39,6 @@ class MetricTracker:
         self.good += torch.where(skipped, 0.0, 1.0)
         self.steps += 1
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time within this context from the time of the steps."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.pauses += time.perf_counter() - start
-
     def means(self) -> dict[str, float | list[float]]:
         """Returns the means over the steps and all processes; waits for the steps to finish."""
         values = torch.cat([total.flatten() for total in (*self.sums.values(), self.good)])
@@ -60,7 +51,7 @@ class MetricTracker:
 
     def seconds(self) -> float:
         """Returns the time of the steps so far. Call `means` first, which waits for the steps."""
-        return time.perf_counter() - self.start - self.pauses
+        return time.perf_counter() - self.start - self.paused
 
 
 def round_number(most: float) -> int:
