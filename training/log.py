@@ -9,7 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are 
 STEP = "global_step"  # the axis of the curves in Weights & Biases
 
 
-class RunLog:
+class RunLog(AbstractContextManager):
     """Writes the logs of a run on the main process, and nothing on other processes.
 
     On a full disk, log lines are lost with a warning, and training continues. TensorBoard's writer
@@ -150,9 +150,6 @@ class RunLog:
             for file in (self.rows_file, self.text_file):
                 with warns_if_lost(file.name):
                     os.fsync(file.fileno())
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_main:

@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from models import DiT
 from runtime import processes
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from training import loop
 from training.config import resolve
 from training.engines import fsdp
 from training.engines.flags import DDPFlags
@@ -135,26 +133,19 @@ def test_an_error_of_one_process_reaches_the_error_file_of_torchrun(tmp_path, mo
     assert "in fail" in stored["extraInfo"]["py_callstack"] and "in fail" in capsys.readouterr().err
 
 
-def test_a_rank_prints_why_its_sample_grid_failed_before_it_waits_for_the_others(
-    tmp_path, monkeypatch, capsys
-):
-    """The others wait in a collective of the grid, until it times out."""
+def test_a_rank_prints_an_unexpected_error_before_it_waits_for_the_others(capsys):
+    """As in a sample grid: the others wait in a collective of the grid, until it times out."""
 
     class WaitsForever(Distributed):
         def gather(self, value):
             raise KeyboardInterrupt
 
-    def fail(*_):
+    def fail():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "draw_preview", fail)
-    run = SimpleNamespace(folder=tmp_path)
     dist = WaitsForever(rank=3, local_rank=3, world_size=4, device=torch.device("cpu"))
-    rank = SimpleNamespace(
-        run=run, dist=dist, engine=None, config=SimpleNamespace(run=SimpleNamespace(num_sample=1))
-    )
     with pytest.raises(KeyboardInterrupt):
-        loop.TrainingLoop.draw_samples(rank, step=7)
+        dist.run_on_all(fail)
     assert capsys.readouterr().err == "rank 3: OutOfMemoryError: CUDA out of memory\n"
 
 
