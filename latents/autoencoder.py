@@ -148,11 +148,14 @@ class Autoencoder:
     has_variance = True  # whether the raw posterior has a variance
     path: str | None = None  # as checkpoints store it: an absolute folder, or a hub id
     weights_sha256: str | None = None  # digest of the fp32 weights
+    device, dtype = torch.device("cpu"), torch.float32  # of the weights
 
     def __init__(
         self, config: Mapping, model: nn.Module | None = None, norm: LatentNorm | None = None
     ):
         self.config, self.model = config, model
+        if model is not None:
+            self.device, self.dtype = model.device, model.dtype
         self.channels, self.downsampling = self.dimensions()
         self.norm = norm if norm or model is None else self.default_norm()
 
@@ -193,9 +196,10 @@ class Autoencoder:
             self.model, self.config = model, model.config  # with diffusers' defaults
             self.norm = norm or self.default_norm()  # before the cast: it stays fp32
         self.weights_sha256 = weights_digest(model)
+        self.device, self.dtype = torch.device(device), dtype
         nn.Module.to(model, device, dtype)  # diffusers' `to` warns about fp32
         model.eval().requires_grad_(False)
-        if torch.device(device).type == "cuda":
+        if self.device.type == "cuda":
             nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
 
     def latent_side(self, pixels: int) -> int:
@@ -229,14 +233,6 @@ class Autoencoder:
     def decode_raw(self, z: Tensor) -> Tensor:
         """Decodes samples (N, C, h, w) of the raw posterior; returns images (N, 3, H, W)."""
         return self.model.decode(z).sample
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:
@@ -354,7 +350,6 @@ class Pixels(Autoencoder):
 
     has_variance = False
     path, weights_sha256 = PIXELS, hashlib.sha256(b"pixels").hexdigest()
-    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, norm: LatentNorm | None = None):
         super().__init__({"_class_name": "Pixels"}, norm=norm or LatentNorm())
