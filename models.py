@@ -616,12 +616,12 @@ class DiT(nn.Module):
                 tensor.fill_(math.nan if tensor.is_floating_point() else 0)
             if reset := getattr(type(module), "reset_parameters", None):
                 INITIAL.get(reset, reset)(module)
+            if is_meta:
+                module.to_empty(device="meta", recurse=False)
             if unset := [name for name, tensor in own.items() if tensor.isnan().any()]:
                 raise ValueError(f"{unset[0]}: has no initial value, expected "
                                  f"{type(module).__name__}.reset_parameters to set every parameter "
                                  "and buffer of the module")
-            if is_meta:
-                module.to_empty(device="meta", recurse=False)
             yield from ((name, tensor.detach()) for name, tensor in own.items())
 
     def matrices(self) -> dict[str, int]:

@@ -310,11 +310,13 @@ def test_train_py_refuses_to_resume_a_deepspeed_run(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
-    from checkpoints.meta import initial_weights
+    from checkpoints.meta import initial_weights, meta_model
 
-    config = DiTConfig(**TINY_MODEL, router=router)
+    config, drawn = DiTConfig(**TINY_MODEL, router=router), {}
     reseed(3)
-    drawn = dict(initial_weights(config))
+    for name, weight in initial_weights(config):
+        drawn[name] = weight
+        assert all(tensor.is_meta for tensor in meta_model(config).state_dict().values())
     reference = DiT(**vars(config))
     reseed(3)
     reference.initialize_weights()

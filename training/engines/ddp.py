@@ -276,15 +276,18 @@ class DDPEngine:
 
     def load_state(self, folder: Path) -> None:
         self.dist.run_on_all(lambda: self.read_state(folder))
+        self.dist.run_on_all(lambda: self.read_averages(folder))
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
         state, stored = read_state(folder, self.shapes, self.places, self.dist.device)
+        tensors = self.local_tensors()
         # A branch may add or drop auxiliary losses, with their projectors.
-        tensors = self.local_tensors().items()
-        local = {n: tensor for n, tensor in tensors if is_of_model(n) or n in stored}
+        changed = {n for n in tensors.keys() ^ stored.keys() if not is_of_model(n)}
+        local, stored = (
+            {n: value for n, value in has.items() if n not in changed} for has in (tensors, stored)
+        )
         expected = {name: self.shapes.get(name, tensor.shape) for name, tensor in local.items()}
-        stored = {n: shape for n, shape in stored.items() if is_of_model(n) or n in local}
         projectors = [name for name in local if not is_of_model(name)]
         trained = {name: local[name].shape for name in self.trained if name in local}
         planned = planned_state(self.config.optimizer, trained, self.model.matrices())
@@ -304,12 +307,14 @@ class DDPEngine:
         if state["scaler"].get("scale", 0) >= 1:
             self.scaler.load_state_dict(state["scaler"])
         self.find_spikes.load_state_dict(state["spikes"])
-        averages = averages_of(folder)  # a resumed run may have other EMAs, or another order
+
+    def read_averages(self, folder: Path) -> None:
+        stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
         for ema in self.emas:
-            if ema.name not in averages:
+            if ema.name not in stored:
                 ema.start(self.averaged.values())
                 continue
-            path = averages[ema.name]
+            path = stored[ema.name]
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),
