@@ -43,7 +43,7 @@ def optimizer_steps(engine, scales: list[float]) -> list[bool]:
 
 @pytest.mark.parametrize("kind", [DDPEngine, FSDPEngine])
 def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeypatch):
-    """A resumed engine draws no initial weights: they are nan until the state is loaded."""
+    """A resumed engine draws no initial weights: the state replaces all of them."""
     monkeypatch.setattr(spikes, "STEPS", 2)
     flags = resolve({"grad_skip": 3.0, "shard": kind is FSDPEngine}, DDPFlags)
     config = replace(flags, model=config_of("DiT-Ti/2", depth=1))
@@ -57,8 +57,11 @@ def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeyp
     saver.start(3, Record(config=config.model))
     saver.wait()
     resumed = kind(ALONE, config, ())
+    for tensor in (*resumed.local_tensors().values(), *resumed.emas[0].averages):
+        tensor.fill_(math.nan)  # memory without a value may hold any
     assert not resumed.is_finite()
     resumed.load_state(saver.folder)
+    assert resumed.is_finite()
     assert resumed.find_spikes.state_dict() == engine.find_spikes.state_dict()
     assert all(map(torch.equal, (*resumed.averaged.values(), *resumed.emas[0].averages), after))
     assert optimizer_steps(resumed, [4.0, 1.0]) == [True, False]
