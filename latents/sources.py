@@ -430,12 +430,16 @@ class ShardImages(ImageSource):
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
 
 
-def open_images(path: str, image_size: Size, flag: str = "--data-path") -> ImageSource:
-    """Opens the images that a flag names."""
+def open_images(path: str, image_size: Size, flag: str | None = None) -> ImageSource:
+    """Opens images.
+
+    flag: the flag that names them; None: --data-path, or the argument of `train.run`
+    """
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
+    flag = flag or kind.flag
     with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
         images = kind(path, image_size)
-    images.flag = kind.flag if kind is GivenImages else flag
+    images.flag = flag
     if images.left_out and os.environ.get("RANK", "0") == "0":
         print_safely(printable(f"{flag} {path}: ignored {'; '.join(images.left_out)}"))
     return images
