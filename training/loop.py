@@ -157,7 +157,7 @@ class TrainingLoop:
             before = time.perf_counter()
             if self.saver.is_done:
                 self.finish_save()
-            if request == "save" or step % config.ckpt_every == 0:
+            if request == "save" or step and step % config.ckpt_every == 0:
                 self.save(step)
             if request == "save" or step and step % config.sample_every == 0:
                 self.draw_samples(step)
