@@ -109,15 +109,10 @@ class Plan:
     said: set[str]  # the flags
     folder: Path | None  # run folder; None for a run without a name
     found: list[Path]  # its checkpoints, the newest first
+    steps: list[Path]  # checkpoints to go on from: `found`, or else that of a branch
     resumes: bool  # --resume RUN
-    branch: Path | None  # step folder that a new run goes on from
     weights: Checkpoint | None  # of --finetune, unless the run has a checkpoint already
-    start: str | None  # kind and digest of `branch` or `weights`
-
-    @property
-    def steps(self) -> list[Path]:
-        """The checkpoints to go on from, the best first."""
-        return self.found or ([self.branch] if self.branch else [])
+    start: str | None  # kind and digest of the checkpoint of a branch, or of `weights`
 
 
 def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
@@ -135,6 +130,7 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
     if plan.folder is None:
         plan.folder = default_folder(config, facts)
         plan.found = dist.broadcast(step_folders(plan.folder))
+        plan.steps = plan.found or plan.steps
         if not plan.found:
             dist.on_main(partial(check_earlier_names, plan.folder, config, facts))
     state_folder, before, changed, weights, origin = None, None, [], (), None
@@ -239,8 +235,8 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distrib
     return Plan(
         config=config, dataset=dataset,
         notes=[*data.notes, *(check_weights(config, weights) if weights else ())],
-        said={*said}, folder=folder, found=found, resumes=resumes, branch=branch, weights=weights,
-        start=start,
+        said={*said}, folder=folder, found=found, steps=found or ([branch] if branch else []),
+        resumes=resumes, weights=weights, start=start,
     )  # fmt: skip
 
 
