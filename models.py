@@ -599,8 +599,8 @@ class DiT(nn.Module):
         at zero, so the prediction is zero.
 
         `reset_parameters` of a module sets what the module itself owns. Raises ValueError with the
-        name of a tensor that it does not set; integers are then 0. If the model is on the meta
-        device, only one module at a time has data, on the CPU.
+        name of a tensor that it does not set. If the model is on the meta device, only one module
+        at a time has data, on the CPU.
         """
         routers = [module for module in self.modules() if isinstance(module, Router)]
         in_routers = {module for router in routers for module in router.modules()}
@@ -613,12 +613,16 @@ class DiT(nn.Module):
             own = dict(module.named_parameters(prefix, recurse=False))
             own |= module.named_buffers(prefix, recurse=False)
             for tensor in own.values():
-                tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+                tensor.fill_(unset_value(tensor.dtype))
             if reset := getattr(type(module), "reset_parameters", None):
                 INITIAL.get(reset, reset)(module)
             if is_meta:
                 module.to_empty(device="meta", recurse=False)
-            if unset := [name for name, tensor in own.items() if tensor.isnan().any()]:
+            if unset := [
+                name for name, tensor in own.items()
+                if (tensor.isnan() | (tensor == unset_value(tensor.dtype))).any()
+                and tensor.dtype.is_signed
+            ]:  # fmt: skip
                 raise ValueError(f"{unset[0]}: has no initial value, expected "
                                  f"{type(module).__name__}.reset_parameters to set every parameter "
                                  "and buffer of the module")
@@ -799,6 +803,13 @@ INITIAL = {
     nn.Conv2d.reset_parameters: xavier,
     nn.Embedding.reset_parameters: lambda layer: nn.init.normal_(layer.weight, std=0.02),
 }
+
+
+def unset_value(dtype: torch.dtype) -> float | int:
+    """Returns the value that marks an element as not initialised; 0, no mark, if unsigned."""
+    if dtype.is_floating_point:
+        return math.nan
+    return torch.iinfo(dtype).min if dtype.is_signed else 0
 
 
 def recomputed_in_training(

@@ -161,6 +161,7 @@ class TableBlock(models.DiTBlock):
     "place, kind, name",
     [
         ((ROUTERS, "topk"), Forgetful, "blocks.0.moe.gate.noise: .* Forgetful.reset_parameters"),
+        ((ROUTERS, "topk"), ForgetfulCounter, "blocks.0.moe.gate.steps: .*"),
         ((vars(models), "DiTBlock"), TableBlock, "blocks.0.table: .* TableBlock.reset_parameters"),
     ],
 )
@@ -179,10 +180,17 @@ def test_a_parameter_or_buffer_without_initial_value_is_an_error_with_its_name(
         dict(initial_weights(config))
 
 
-def test_a_buffer_of_integers_without_initial_value_is_zero(monkeypatch):
-    monkeypatch.setitem(ROUTERS, "topk", ForgetfulCounter)
-    config, name = DiTConfig(**TINY_MODEL), "blocks.0.moe.gate.steps"
-    assert DiT(config).get_buffer(name) == dict(initial_weights(config))[name] == 0
+def test_a_buffer_of_unsigned_integers_may_be_zero(monkeypatch):
+    class MaskedBlock(models.DiTBlock):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.register_buffer("mask", torch.ones(3, dtype=torch.uint8))
+
+        def reset_parameters(self) -> None:
+            self.mask.zero_()
+
+    monkeypatch.setattr(models, "DiTBlock", MaskedBlock)
+    assert not DiT(**TINY_MODEL).blocks[0].mask.any()
 
 
 def test_fp16_loss_scaling_does_not_scale_the_balance_loss():
