@@ -723,8 +723,8 @@ class DiT(nn.Module):
             count = self.config.class_tokens
             rotation = rotary_positions(width, self.config.grid, x.device, count)       # (T, d)
         routings, rates = [], []                                            # one per sparse layer
-        is_recomputed = self.training and self.recomputed != "nothing"
-        is_recomputed = is_recomputed and not self.recomputes_in_graphs
+        is_recomputed = self.recomputed != "nothing" and not self.recomputes_in_graphs
+        is_recomputed = is_recomputed and self.training and torch.is_grad_enabled()
         options = self.checkpoint_options() if is_recomputed else {}
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
@@ -745,7 +745,7 @@ class DiT(nn.Module):
         self.experts_per_token = rates
         metrics = {
             name: torch.stack([routing.metrics[name] for routing in routings])  # (L,) or (L, 1)
-            for name in routings[0].metrics
+            for name in routings[0].metrics or ()
         }
         self.router_metrics = {
             f"router_{name}": values.mean() if values.dim() == 1 else values.flatten()
@@ -816,7 +816,8 @@ def recomputed_in_training(
     block: DiTBlock, forward: Callable, options: dict[str, Any], *inputs: Any
 ) -> tuple[Tensor, Routing | None]:
     """Calls the forward of a block, whose activations are recomputed during training."""
-    return checkpoint(forward, *inputs, **options) if block.training else forward(*inputs)
+    is_recomputed = block.training and torch.is_grad_enabled()
+    return checkpoint(forward, *inputs, **options) if is_recomputed else forward(*inputs)
 
 
 def compiled_or_eager(

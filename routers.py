@@ -18,7 +18,6 @@ Shape legend:
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ class Routing(NamedTuple):
     observed: Tensor | None = None
     # Numbers to log, by name: scalars, which are averaged over the layers, or (1,), of which each
     # layer's is logged. The block may add its own.
-    metrics: Mapping[str, Tensor] = MappingProxyType({})
+    metrics: Mapping[str, Tensor] | None = None
     is_even: bool = False  # whether every expert has exactly R / E rows
 
 
