@@ -48,10 +48,11 @@ JIT = [  # class tokens and experts with biases
     "--norm=rms", "--class-tokens=3", "--class-tokens-start=1", "--patch-bottleneck=6",
     "--mlp-type=swiglu_bias",
 ]  # fmt: skip
+OBJECTIVE = "mean_flow" if torch.__version__ >= (2, 13) else "rectified_flow"  # see check
 OTHERS = {  # the other flags that interact with sharding, with one router each
     "topk": [],
     "sigmoid": ["--accum-iter=1", *JIT, "--val-share=0.5", "--val-images=20", "--val-every=2",
-                "--num-sample=4", "--ema-decay", "0.9", "0.5", "--objective=mean_flow",
+                "--num-sample=4", "--ema-decay", "0.9", "0.5", f"--objective={OBJECTIVE}",
                 "--grad-clip=0"],
     "expert_choice": ["--rf", "--auxiliary", "repa", "sra", "dispersive", "contrastive",
                       "--auxiliary-repa-width=24"],

@@ -82,6 +82,13 @@ class FSDPEngine(DDPEngine):
         if config.step.precision == "fp16":
             expected = "bf16 or fp32: --shard does not support the loss scaling of fp16"
             raise UserError(f"--precision: got fp16 with --shard, expected {expected}")
+        # Older versions allocate and fill the gathered weights within the transform, which fails.
+        if config.objective.uses_jvp and torch.__version__ < (2, 13):
+            raise UserError(
+                f"--objective: got {config.step.objective} with --shard and torch "
+                f"{torch.__version__}, expected torch 2.13 or newer, whose FSDP2 supports "
+                "torch.func.jvp"
+            )
         layout = layout_of(config, world_size)
         if layout.size > 1:
             check_state(config)
