@@ -614,19 +614,21 @@ class DiT(nn.Module):
             own |= module.named_buffers(prefix, recurse=False)
             for tensor in own.values():
                 tensor.fill_(unset_value(tensor.dtype))
-            if reset := getattr(type(module), "reset_parameters", None):
-                INITIAL.get(reset, reset)(module)
-            if is_meta:
-                module.to_empty(device="meta", recurse=False)
-            if unset := [
-                name for name, tensor in own.items()
-                if (tensor.isnan() | (tensor == unset_value(tensor.dtype))).any()
-                and tensor.dtype.is_signed
-            ]:  # fmt: skip
-                raise ValueError(f"{unset[0]}: has no initial value, expected "
-                                 f"{type(module).__name__}.reset_parameters to set every parameter "
-                                 "and buffer of the module")
-            yield from ((name, tensor.detach()) for name, tensor in own.items())
+            try:
+                if reset := getattr(type(module), "reset_parameters", None):
+                    INITIAL.get(reset, reset)(module)
+            finally:
+                if is_meta:
+                    module.to_empty(device="meta", recurse=False)
+            for name, tensor in own.items():
+                unset = unset_value(tensor.dtype)
+                is_unset = tensor.isnan() if math.isnan(unset) else tensor == unset
+                if tensor.dtype.is_signed and is_unset.any():
+                    raise ValueError(
+                        f"{name}: has no initial value, expected {type(module).__name__}."
+                        "reset_parameters to set every parameter and buffer of the module"
+                    )
+                yield name, tensor.detach()
 
     def matrices(self) -> dict[str, int]:
         """Returns the number of hidden matrices in each parameter that is no vector.

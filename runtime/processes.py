@@ -78,18 +78,21 @@ class Distributed:
         """Calls action() on every process. All raise the error of one, so that no process waits for
         a failed one: an OSError or UserError as it is, another one as a ProcessError.
         """
-        result = failure = cause = None
+        result = failure = None
         try:
             result = action()
         except (OSError, UserError) as error:
             failure = error
         except Exception as error:
-            failure = ProcessError(printable(f"{type(error).__name__}: {error}")[:300])
-            cause = error  # shown in the traceback of this process
-            if self.world_size > 1:  # the others may wait in a collective of the action
-                print_safely(f"rank {self.rank}: {failure}", file=sys.stderr)
-        for error in filter(None, self.gather(failure)):
-            raise error from cause
+            rank = f"rank {self.rank}: " if self.world_size > 1 else ""
+            failure = ProcessError(rank + printable(f"{type(error).__name__}: {error}")[:300])
+            failure.__cause__ = error  # shown in the traceback of this process
+            if rank:  # the others may wait in a collective of the action
+                print_safely(str(failure), file=sys.stderr)
+        failures = self.gather(failure)
+        failures[self.rank] = failure  # with its cause, which does not travel
+        for error in filter(None, failures):
+            raise error
         return result
 
     def on_main(self, action: Callable[[], T]) -> T | None:
@@ -155,6 +158,7 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
         torch.distributed.init_process_group(
             backend, device_id=bound, timeout=timedelta(minutes=10)
         )
+    if torch.distributed.is_initialized():
         hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
         dist = replace(dist, hosts=hosts)
     return replace(dist, device=device)

@@ -266,12 +266,12 @@ def without_preset(recipe: Layer, preset: str | None, flags: Flags) -> Layer:
     before, kept = recipe.get("model", PresetConfig.model), recipe
     if not recipe or preset in (None, before):
         return recipe
-    if "model" in recipe:
-        old = flat(DiTConfig.of(DiT_models[before].keywords))
-        own = {flags[n].field.name for n, value in recipe.items()
-               if n in DERIVED or (n, value) not in old.items()}  # fmt: skip
-        kept = {name: value for name, value in recipe.items() if flags[name].field.name in own}
     new, sizes = (read(DiT_models[name].keywords, flags) for name in (preset, before))
+    if "model" in recipe:
+        old = flat(DiTConfig.of(sizes))
+        old = {name: value for name, value in old.items() if name not in DERIVED} | sizes
+        own = {flags[n].field.name for n, value in recipe.items() if (n, value) not in old.items()}
+        kept = {name: value for name, value in recipe.items() if flags[name].field.name in own}
     sizes |= recipe
     changes = {n for n, value in new.items() if sizes.get(n, flags[n].field.default) != value}
     if changes and changes <= kept.keys():

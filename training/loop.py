@@ -9,7 +9,7 @@ step: only the fp16 loss scale changes.
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -173,7 +173,9 @@ class TrainingLoop:
             if done % self.log_every == 0 or is_first or is_last or evaluates:
                 self.log_metrics(done, with_held_out=evaluates)
             if is_first:
+                start = time.perf_counter()
                 self.check_disk()
+                self.tracker.paused += time.perf_counter() - start
         self.save_last(stream.end_step, least=stream.end_step)
         self.draw_samples(stream.end_step)
         return True
@@ -361,6 +363,8 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Waits for the checkpoint in progress, and ends the signal handling."""
-        with suppress(Exception):  # such as a lost process: the error that ended the run counts
+        try:
             self.finish_save()
+        except Exception as error:  # such as a lost process; the error that ended the run counts
+            self.log.text(f"WARNING: step {self.saver.step} may not be saved ({error})")
         self.requests.close()

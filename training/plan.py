@@ -18,7 +18,7 @@ from moe import width_of
 from options.settings import Layer
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.processes import Distributed, read_environment
+from runtime.processes import ALONE, Distributed, read_environment
 from training.config import DataFacts, TrainConfig
 from training.engine import Bytes
 from training.memory import received_rows, state_bytes
@@ -36,7 +36,7 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
     if not (dist := read_environment()).is_main:
         return
-    plan = plan_run(said, engine_flags, open_planned, dist)
+    plan = plan_run(said, engine_flags, open_planned, ALONE)  # there is no process group
     config = plan.config
     world_size = config.run.gpus or dist.world_size
     config.engine.engine_class().check(config, world_size)

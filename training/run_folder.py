@@ -39,6 +39,7 @@ CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
 def is_run(path: Path) -> bool:
+    """Returns whether a path is a run folder."""
     # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
     return os.path.isfile(path / CONFIG_FILE) or bool(step_folders(path))
 
@@ -74,7 +75,7 @@ def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """
     flags, parts = training_flags(type(config.engine)), config.by_section.values()
     defaults = flat(*(type(part)() for part in parts))
-    for section in parts:  # and of the options of components that are no defaults
+    for section in parts:  # the defaults of the options of other components
         for one in options_of(type(section)).values():
             chosen = as_tuple(getattr(section, one.name)) if one.table else ()
             if chosen:
@@ -113,14 +114,11 @@ def not_resumable(source: Path) -> UserError:
 
 
 def newest_record(steps: list[Path]) -> Record | None:
-    """Returns the record of the first readable checkpoint; None without checkpoints.
-
-    If none is readable, the error says why, such as a router of a plugin.
-    """
+    """Returns the record of the first readable checkpoint; None if there is none."""
     for step in steps:
         with suppress(UserError):
             return read_record(step)
-    return read_record(steps[0]) if steps else None
+    return None
 
 
 def known_options(choice: Option, value: Any) -> tuple[Any, list[str]]:

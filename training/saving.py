@@ -2,7 +2,7 @@
 
     saver = Saver(folder, engine)
     saver.start(step, record)                            # copies the state and returns
-    saver.wait()                                         # OSError if it could not be written
+    saver.wait()                                         # raises the error of a failed write
 
 A folder is filled under a temporary name, with the manifest last, and then renamed. Folders named
 *.tmp, which a crash left half written or half deleted, are ignored.
@@ -56,7 +56,7 @@ class Saver:
         if self.dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
             self.dist = replace(self.dist, hosts=hosts)
-        self.thread = ThreadPoolExecutor(1)
+        self.writer = ThreadPoolExecutor(1)
         self.writing: Future | None = None  # the checkpoint in progress
 
     def start(self, step: int, record: Record, *, replaceable: bool = False) -> None:
@@ -79,7 +79,7 @@ class Saver:
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
         self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
-        self.writing = self.thread.submit(self.write, temporary, writes)
+        self.writing = self.writer.submit(self.write, temporary, writes)
 
     def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
         """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""

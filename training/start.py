@@ -135,8 +135,8 @@ def open_run(said: Layer, engine_flags: type, dist: Distributed) -> Run:
             dist.on_main(partial(check_earlier_names, plan.folder, config, facts))
     state_folder, before, changed, weights, origin = None, None, [], (), None
     if plan.steps:
+        state_folder = newest_intact(plan, dist)
         changed = check_changes(plan, facts)
-        state_folder = newest_intact(plan.steps, notes, dist)
         before = read_record(state_folder)
         facts["start"] = plan.start or before.facts.get("start")
         origin = before.initialized_from
@@ -210,7 +210,7 @@ def open_folder(
 
 def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distributed) -> Plan:
     """Opens the data and the weights that the flags name, and builds the config."""
-    source = said.get("resume") and Path(said["resume"])
+    source = Path(said["resume"]) if said.get("resume") else None
     resumes = source is not None and is_run(source)
     branch = None if resumes else source
     if branch and os.path.basename(os.path.dirname(os.path.abspath(branch))) == "checkpoints":
@@ -218,6 +218,8 @@ def plan_run(said: Layer, engine_flags: type, open_data: OpenData, dist: Distrib
     folder = named_folder(said, source if resumes else None)
     found = dist.broadcast(step_folders(folder)) if folder else []
     own, stored = newest_record(found), None
+    if resumes and found and own is None:
+        read_record(found[0])  # says why it cannot be read, such as a router of a plugin
     record, weights, start = source_of(said, resumes, branch, own)
     if source is not None:
         stored, _ = stored_settings(record, training_flags(engine_flags))
@@ -279,7 +281,8 @@ def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
     facts: inputs besides the settings, or {} before they are known
     """
     # The settings of the newest checkpoint hold, even if it is damaged.
-    folder, step, before = plan.folder, plan.steps[0], newest_record(plan.steps)
+    folder, step = plan.folder, plan.steps[0]
+    before = newest_record(plan.steps) or read_record(step)
     if not plan.found:  # a branch begins anew
         facts = {**facts, "start": None}
     said = plan.said if plan.resumes or not plan.found else None
@@ -299,15 +302,17 @@ def check_changes(plan: Plan, facts: dict[str, Any]) -> list[str]:
     raise UserError(f"{folder} was created with other settings: {refused}; expected {expected}")
 
 
-def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Path:
-    """Returns the first intact checkpoint; notes the damaged ones before it."""
+def newest_intact(plan: Plan, dist: Distributed) -> Path:
+    """Returns the first intact checkpoint to go on from; notes the damaged ones before it."""
     faults = []
-    for folder in steps:
+    for folder in plan.steps:
         if (fault := find_fault(folder, dist)) is None:
-            notes += faults
+            plan.notes += faults
             return folder
+        if not plan.found:
+            raise UserError(f"--resume {folder}: {fault}")
         faults.append(f"skipped the checkpoint {folder}: {fault}")
     raise UserError(
-        f"{steps[0].parent.parent}: got no intact checkpoint: {'; '.join(faults)}; expected one: "
-        "restore the damaged files from a copy, or start a new run with a different --run-name"
+        f"{plan.folder}: got no intact checkpoint: {'; '.join(faults)}; expected one: restore the "
+        "damaged files from a copy, or start a new run with a different --run-name"
     )

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from latents.loading import BatchStream
 from models import DiT
 from runtime import processes
 from runtime.errors import UserError
-from runtime.processes import Distributed
+from runtime.processes import ALONE, Distributed, ProcessError
 from training.config import resolve
 from training.engines import fsdp
 from training.engines.flags import DDPFlags
@@ -112,6 +113,21 @@ def test_a_launched_process_without_a_usable_gpu_is_an_error(
         monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match="cannot use the GPU of this machine: got a build for"):
         processes.setup_distributed()
+
+
+def test_an_error_of_one_process_names_its_rank_and_keeps_its_cause(monkeypatch):
+    def fail(kind):
+        try:
+            {}["a missing name"]
+        except KeyError as error:
+            raise kind("a failure") from error
+
+    monkeypatch.setattr(Distributed, "gather", lambda self, value: [value, None])
+    for kind, words in ((OSError, "^a failure$"), (ValueError, "^rank 0: ValueError: a failure$")):
+        with pytest.raises((OSError, ProcessError), match=words) as raised:
+            replace(ALONE, world_size=2).run_on_all(partial(fail, kind))
+        cause = raised.value.__cause__
+        assert isinstance(cause if kind is OSError else cause.__cause__, KeyError)
 
 
 def test_an_error_of_one_process_reaches_the_error_file_of_torchrun(tmp_path, monkeypatch, capsys):

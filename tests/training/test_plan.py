@@ -63,12 +63,17 @@ def test_a_run_notes_that_its_disk_is_too_small(tmp_path, monkeypatch):
         assert len(notes) == count and all("--keep-last" in note for note in notes)
 
 
-def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys):
+def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys, monkeypatch):
+    """Also under a launcher, without the other processes."""
     for number, name in enumerate(("train", "held-out")):
         (tmp_path / f"s-{number}.tar").symlink_to(ROOT / "assets" / "emoji" / f"{name}.tar")
     data = ("--data-path", tmp_path / "s-{0..1}.tar", "--image-size", 64)
     call_main("train.py", "--dry-run", *data, "--vae-path", ROOT / "assets" / "vae-emoji")
     assert "epochs of 3,391 images" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    named = (*data, "--results-dir", tmp_path, "--run-name", "new")
+    call_main("train.py", "--dry-run", *named, "--vae-path", ROOT / "assets" / "vae-emoji")
+    assert "(2 processes x " in capsys.readouterr().out
 
 
 def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):

@@ -612,6 +612,26 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
     assert "0000003" in line and STATE_FILE in line and "expected" in line
     assert snapshot(copied) == before
+    for step in range(1, 4):  # not even the settings can be read
+        step_folder(copied, step).joinpath(MODEL_FILE).write_bytes(b"{" * 100)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert "got no intact checkpoint" in line and "restore the damaged files" in line
+    damaged = step_folder(copied, 3)
+    line = expect_error(capsys, "train.py", "--resume", only_run(copied))
+    assert f"{damaged / MODEL_FILE}" in line
+
+
+def test_a_branch_from_a_damaged_checkpoint_names_it(copied, capsys):
+    damaged = step_folder(copied, 3)
+    truncate(damaged / STATE_FILE)
+    line = expect_error(capsys, "train.py", "--resume", damaged, "--run-name", "branch")
+    assert line.startswith(f"error: --resume {damaged}: ") and STATE_FILE in line
+
+
+def test_an_empty_resume_is_none(copied, flags, capsys):
+    """As of --resume "$LAST" in a script whose variable is empty."""
+    call_main("train.py", *flags(copied), "--resume", "")
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_saves_by_time_replace_only_earlier_saves_by_time(flags, tmp_path, monkeypatch):
