@@ -46,7 +46,7 @@ FOLDERS_OF_OURS = {
 }
 
 # Larger images would take gigabytes in each worker.
-MAX_PIXELS = 90_000_000
+MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
 
 
@@ -166,9 +166,9 @@ def check_size(image: Image.Image) -> None:
     """Refuses an image that is too large, before its pixels are decoded."""
     if image.width * image.height > MAX_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
-    if image.width * image.height > MAX_PIXELS:
-        got = f"{image.width:,} x {image.height:,} pixels"
-        raise ValueError(f"got {got}, the limit is {MAX_PIXELS // 10**6} million")
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        got, most = f"{image.width:,} x {image.height:,} pixels", f"{MAX_PIXELS // 10**6} million"
+        raise ValueError(f"got {got}, the limit is {most}, and {MAX_SIDE:,} a side")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

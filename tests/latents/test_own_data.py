@@ -167,11 +167,13 @@ def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path):
 def test_the_size_of_an_image_is_checked_before_its_pixels_are_read(tmp_path, monkeypatch):
     """A JPEG above the limit is read at half its size."""
     monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
-    for name, size in (("many.png", (101, 100)), ("photo.jpg", (150, 99))):
+    monkeypatch.setattr(images_module, "MAX_SIDE", 1000)
+    for name, size in (("thin.png", (1, 1001)), ("many.png", (101, 100)), ("photo.jpg", (150, 99))):
         Image.effect_noise(size, 50).save(tmp_path / name)
-    (tmp_path / "many.png").write_bytes((tmp_path / "many.png").read_bytes()[:50])
-    with pytest.raises(ValueError, match="the limit is"):
-        read_rgb(tmp_path / "many.png")
+    for name in ("thin.png", "many.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+        with pytest.raises(ValueError, match="the limit is"):
+            read_rgb(tmp_path / name)
     assert read_rgb(tmp_path / "photo.jpg").size == (75, 50)
 
 
