@@ -62,10 +62,7 @@ def parse_json(text: str | bytes) -> dict:
 
 
 def read_yaml(path: Path | str) -> list[Any]:
-    """Reads the documents of a YAML file of up to MAX_YAML_BYTES as text, lists and dicts.
-
-    Raises ValueError for other content.
-    """
+    """Reads the documents of a YAML file of up to MAX_YAML_BYTES as text, lists and dicts."""
     try:
         return [*yaml.load_all(read_bounded(path, MAX_YAML_BYTES), PlainLoader)]
     except RecursionError:

@@ -81,8 +81,7 @@ def inputs_of(
 
 
 def check_model(config: TrainConfig) -> None:
-    """Refuses a model that cannot be built, whose checkpoints would not load, or of which --freeze
-    names no parameter."""
+    """Refuses a model that cannot be built or resumed, and a --freeze that matches nothing."""
     with reported_as(f"{config.name} cannot be built", ValueError):
         model = meta_model(config.model)
         names, buffers = model.state_dict().keys(), dict(model.named_buffers()).keys()
