@@ -32,7 +32,7 @@ class AppConfig(SamplingConfig):
 
 
 def parse_args() -> AppConfig:
-    flags = flags_of((AppConfig,))
+    flags = flags_of(AppConfig)
     del flags["batch_size"]
     return AppConfig(**parse_flags(flags, __doc__))
 

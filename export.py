@@ -103,7 +103,7 @@ def without_experts(config: ExportConfig, checkpoint):
     model = build_model(checkpoint, dtype=dtype)
     if settings.get("checkpoint_sha256") != weights_digest(model):
         raise UserError(f"{path}: was measured with other weights than {checkpoint.path}")
-    shape = len(checkpoint.config.sparse_layers), checkpoint.config.num_experts
+    shape = len(checkpoint.config.sparse_blocks), checkpoint.config.num_experts
     with reported_as("--drop-experts", ValueError):
         return drop_experts(checkpoint, least_damage(rows, number, shape))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_o
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
-from options.parts import Part, Size, option, options_of, sides
-from options.settings import Layer, build, flags_of, flattened, merge, read
+from options.parts import Part, Settings, Size, option, sides
 from routers import ROUTERS, Router, Routing
 
 
@@ -58,10 +57,8 @@ QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Settings):
     """Hyperparameters that define a DiT, stored with its weights."""
-
-    change: ClassVar = "state"  # a resumed run has the same values, see `Option.change`
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
     # numbers is rejected before any memory is allocated for it.
@@ -113,7 +110,7 @@ class DiTConfig:
     )
     dense_mlp_ratio: float | None = option(
         None, help="width of the dense blocks' feed-forward layers, in units of the model's width "
-        "(default: mlp_ratio; in a new run that also has sparse blocks, the width of a token's "
+        "(default: mlp_ratio; in a model that also has sparse blocks, the width of a token's "
         "experts, num_experts_per_tok x mlp_ratio + n_shared_experts)",
         gt=0, le=1000,
     )
@@ -122,10 +119,14 @@ class DiTConfig:
         "(default: mlp_type)",
         choices=tuple(MLP_TYPES),
     )
-    router: Part | None = option(  # None for a dense model
-        Part("topk"), table=ROUTERS,
+    router: Part = option(
+        "topk", table=ROUTERS,
         help="assignment of tokens to experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
         "expert_choice of EC-DiT, race of Expert Race, batch_pool of DiffMoE, prototype of ProMoE",
+    )
+    aux_loss_alpha: float | None = option(
+        None, ge=0, help="weight of the router's loss (default: 0.01, or 1 for batch_pool and "
+        "prototype)"
     )
     class_tokens: int = option(
         0, ge=0, le=4096,
@@ -148,9 +149,9 @@ class DiTConfig:
     qk_norm_eps: float = option(
         1e-6, help="epsilon of the query and key norms; ProMoE uses 1e-5", gt=0
     )
-    class_dropout_prob: float = option(
-        0.1, help="probability that the conditions of an image are dropped, for guidance (default: "
-        "0.1, or 0 without a condition that can be dropped)", ge=0, lt=1,
+    class_dropout_prob: float | None = option(
+        None, help="probability that the conditions of an image are dropped, for guidance "
+        "(default: 0.1, or 0 without a condition that can be dropped)", ge=0, lt=1,
     )
     learn_sigma: bool = option(True, help="also predict the variance, which doubles the channels")
     mlp_norm_eps: float = option(
@@ -166,33 +167,21 @@ class DiTConfig:
         "0 to n - 1; DiT uses 0, and diffusers' DiT uses 1",
     )
     expert_backend: str = option(
-        "grouped", choices=tuple(EXPERT_BACKENDS), change="how",
+        "grouped", choices=tuple(EXPERT_BACKENDS),
         help="computation of the experts: grouped is fast, loop is the reference",
     )
 
     def __post_init__(self):
-        for name, declared in options_of(DiTConfig).items():
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, declared.read(value))
-        # Canonical form, so that equal configs compare equal.
-        dense, declared = self.num_experts == 0, options_of(DiTConfig)["router"]
-        layers = self.sparse_layers or "all"  # a dense config stores ()
-        mlp_type = self.mlp_type or ("gelu" if dense else "swiglu")
-        values = {
-            "mlp_type": mlp_type,
-            "dense_mlp_type": None if self.dense_mlp_type == mlp_type else self.dense_mlp_type,
-            "sparse_layers": () if dense else select_layers(layers, self.depth),
-            "dense_mlp_ratio": self.dense_mlp_ratio or self.mlp_ratio,
-            "router": None if dense else declared.complete(self.router or declared.default),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        super().__post_init__()
         given = dict(map(split_condition, self.conditions))
         lacking = [name for name, shape in given.items() if CONDITIONS[name].axes and not shape]
+        layers = self.sparse_blocks
         width, heads, patch = self.hidden_size, self.num_heads, self.patch_size
         experts, k = self.num_experts, self.num_experts_per_tok
         rules = (  # field, whether its value is valid, expected value
             ("num_experts_per_tok", k <= experts or not experts, f"at most num_experts, {experts}"),
+            ("sparse_layers", {*layers} <= {*range(self.depth)} if layers else not experts,
+             f"{', '.join(named_layers(1))} or numbers from 0 to {self.depth - 1}"),
             ("input_size", not any(side % patch for side in sides(self.input_size)),
              f"a multiple of {patch}"),
             ("hidden_size", width % heads == 0, f"a multiple of {heads}"),
@@ -208,28 +197,34 @@ class DiTConfig:
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
-    @classmethod
-    def of(cls, *sources: Mapping[str, Any]) -> "DiTConfig":
-        """Builds a config from fields, nested as in a file or flat: router_scale, aux_loss_alpha.
-
-        A later source overrides an earlier one; another router takes its options with it.
-        """
-        flags = flags_of((cls,))
-        layer: Layer = {}
-        for values in (flattened(source, flags) for source in sources):
-            if unknown := sorted(values.keys() - flags.keys()):
-                names = f"{', '.join(unknown):.200}"
-                raise ValueError(f"{names}: unknown, expected fields of DiTConfig")
-            layer = merge(layer, read(values, flags), flags)
-        if layer.get("num_experts") == 0:
-            layer = {name: value for name, value in layer.items()
-                     if flags[name].field.name != "router"}  # fmt: skip
-        return build(cls, layer, flags)
+    @property
+    def sparse_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with experts."""
+        return select_layers(self.sparse_layers, self.depth) if self.num_experts else ()
 
     @property
-    def router_options(self) -> dict[str, Any]:
-        """Options of the router by name; empty for a dense model."""
-        return self.router.options if self.router else {}
+    def expert_mlp(self) -> str:
+        return self.mlp_type or ("swiglu" if self.num_experts else "gelu")
+
+    @property
+    def dense_mlp(self) -> str:
+        return self.dense_mlp_type or self.expert_mlp
+
+    @property
+    def dense_ratio(self) -> float:
+        """Width of the dense feed-forward layers, by default that of a token's experts, if any."""
+        active = self.num_experts_per_tok * self.mlp_ratio + self.n_shared_experts
+        return self.dense_mlp_ratio or (active if self.num_experts else self.mlp_ratio)
+
+    @property
+    def dropout(self) -> float:
+        """Probability that the conditions of an image are dropped; by default 0 if guidance can
+        drop no condition, neither the label of several classes nor one such as vector:768."""
+        names = [split_condition(word)[0] for word in self.conditions]
+        has_labels = "label" in names and self.num_classes > 1
+        if self.class_dropout_prob is not None:
+            return self.class_dropout_prob
+        return 0.1 if has_labels or any(CONDITIONS[name].axes for name in names) else 0.0
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -262,7 +257,7 @@ class DiTConfig:
     @property
     def experts_per_layer(self) -> int:
         """Number of experts per sparse layer: routed experts and the router's extra experts."""
-        return self.num_experts + (ROUTERS[self.router.name].extra_experts if self.router else 0)
+        return self.num_experts + ROUTERS[self.router.name].extra_experts if self.num_experts else 0
 
 
 def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -271,29 +266,16 @@ def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     chosen: "all", "every-second" (1, 3, ...), "shallow-half", "deep-half", or indices such as
         "6,8,10". The paper found that experts help most in the deep half (arXiv 2407.11633).
     """
-    ranges, indices = named_layers(depth), chosen
     if isinstance(chosen, str):  # text that is not a number becomes `depth`, which is out of range
         numbers = [int(n) if n.isdecimal() else depth for n in chosen.split(",")]
-        indices = ranges.get(chosen, numbers)
-    if chosen and not indices or not set(indices) <= set(range(depth)):
-        raise ValueError(
-            f"sparse_layers: got {chosen!r}, expected {', '.join(ranges)} or numbers from 0 to "
-            f"{depth - 1}"
-        )
-    return tuple(sorted(set(indices)))
+        chosen = named_layers(depth).get(chosen, numbers)
+    return tuple(sorted(set(chosen)))
 
 
 def named_layers(depth: int) -> dict[str, range]:
     half = depth // 2
     return {"all": range(depth), "every-second": range(1, depth, 2),
             "shallow-half": range(half), "deep-half": range(half, depth)}  # fmt: skip
-
-
-def name_of_layers(chosen: str | Sequence[int], depth: int) -> str | tuple[int, ...]:
-    """Returns the name that `select_layers` has for these blocks, such as "all", or the indices."""
-    layers = select_layers(chosen, depth)
-    names = [name for name, indices in named_layers(depth).items() if (*indices,) == layers]
-    return names[0] if names[:1] == ["all"] or len(names) == 1 else layers
 
 
 class PatchEmbed(nn.Module):
@@ -414,7 +396,7 @@ class DiTBlock(nn.Module):
         )
         self.norm2 = NORMS[config.norm](config.hidden_size, eps=config.mlp_norm_eps)
         self.moe = self.mlp = None
-        if layer in config.sparse_layers:
+        if layer in config.sparse_blocks:
             self.moe = SparseMoEBlock(
                 config.hidden_size,
                 num_experts=config.num_experts,
@@ -422,17 +404,16 @@ class DiTBlock(nn.Module):
                 mlp_ratio=config.mlp_ratio,
                 n_shared_experts=config.n_shared_experts,
                 expert_backend=config.expert_backend,
-                mlp_type=config.mlp_type,
-                router=config.router.name,
-                router_options=config.router.options,
+                mlp_type=config.expert_mlp,
+                router=config.router,
             )
             gate, known = self.moe.gate, self.router_context
             if unknown := [name for name in gate.asks_for if name not in known]:
                 raise ValueError(f"{type(gate).__name__}.asks_for: got {', '.join(unknown)}, "
                                  f"expected {' or '.join(known)}")
         else:
-            self.mlp = MLP_TYPES[config.dense_mlp_type or config.mlp_type](
-                config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
+            self.mlp = MLP_TYPES[config.dense_mlp](
+                config.hidden_size, width_of(config.hidden_size, config.dense_ratio)
             )
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), ZeroLinear(config.hidden_size, 6 * config.hidden_size)
@@ -495,7 +476,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with sparse experts.
 
-    Takes a `DiTConfig`, or its fields and the options of the router (router_scale) as keywords.
+    Takes a `DiTConfig`, or its fields as keywords.
 
     Each forward pass of a sparse model sets, except under torch.func.jvp:
         expert_load         (L, config.experts_per_layer), see `Routing.load`
@@ -511,7 +492,7 @@ class DiT(nn.Module):
         super().__init__()
         if config is not None and fields:
             raise TypeError(f"got a config and {', '.join(fields)}, expected one or the other")
-        self.config = config = config or DiTConfig.of(fields)
+        self.config = config = config or DiTConfig(**fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.recomputed = "nothing"
         self.kept_operators = KEPT_OPERATORS  # if `recomputed` is "selective"
@@ -528,7 +509,7 @@ class DiT(nn.Module):
         for spec in config.conditions:
             name, shape = split_condition(spec)
             of_embedder = EmbedderConfig(
-                config.hidden_size, config.num_classes, config.class_dropout_prob,
+                config.hidden_size, config.num_classes, config.dropout,
                 config.time_scale, shape,
             )
             self.add_module(embedder_of(name), CONDITIONS[name](of_embedder))
@@ -567,7 +548,7 @@ class DiT(nn.Module):
         All conditions of an image are dropped together, with probability class_dropout_prob.
         Training calls this method once per micro-batch.
         """
-        none, probability = self.without_conditions(y), self.config.class_dropout_prob
+        none, probability = self.without_conditions(y), self.config.dropout
         if not probability or not none:
             return {name: y[name] for name in none}
         count, device = next((len(value), value.device) for value in none.values())
@@ -739,7 +720,9 @@ class DiT(nn.Module):
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
-        alpha = self.config.router_options["aux_loss_alpha"]
+        alpha = self.config.aux_loss_alpha
+        if alpha is None:
+            alpha = ROUTERS[self.config.router.name].loss_weight
         loss = alpha * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
@@ -882,7 +865,7 @@ JIT_SIZES = {
 }
 JIT_SPARSE = dict(
     num_experts=16, num_experts_per_tok=2, sparse_layers="every-second", dense_mlp_ratio=8 / 3,
-    router="sigmoid", router_scale=2.5, router_bias_step=0.0,
+    router="sigmoid:scale=2.5,bias_step=0",
 )  # fmt: skip
 JIT_DEPTHS = {"B": (12, 10, 2.0), "L": (24, 20, 2.0), "H": (32, 28, 1.6)}
 for size, (depth, sparse_depth, ratio) in JIT_DEPTHS.items():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts, has_tangent
 from moe_kernels.quantized import QuantizedWeight, quantize
+from options.parts import Part
 from routers import ROUTERS, Routing
 
 
@@ -266,8 +267,7 @@ class SparseMoEBlock(nn.Module):
     n_shared_experts: width of the shared expert, in units of D; 0 for none
     expert_backend: a key of `EXPERT_BACKENDS`
     mlp_type: type of all experts, swiglu, swiglu_bias or gelu
-    router: a key of `routers.ROUTERS`
-    router_options: options of that router
+    router: a word such as "sigmoid:scale=2.5", see `options.parts.Part`
     """
 
     def __init__(
@@ -280,13 +280,12 @@ class SparseMoEBlock(nn.Module):
         n_shared_experts: float = 2,
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
-        router: str = "topk",
-        router_options: dict | None = None,
+        router: str | Part = "topk",
     ):
         super().__init__()
-        self.gate = ROUTERS[router](
-            hidden_size=hidden_size, num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok, **(router_options or {}),
+        self.gate = Part.parse(router, ROUTERS).make(
+            ROUTERS, hidden_size=hidden_size, num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
         )  # fmt: skip
         self.experts = Experts(
             hidden_size,

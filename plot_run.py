@@ -68,7 +68,7 @@ def series(rows: list[dict], name: str) -> tuple[list[int], list]:
 def block_numbers(run: Path, layers: int) -> list[str]:
     """Returns the numbers of the blocks with experts, from config.yaml; without it, 0, 1, ..."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        numbers = read_yaml(run / CONFIG_FILE)[0]["model"]["sparse_layers"]
+        numbers = read_yaml(run / CONFIG_FILE)[1]["sparse_blocks"]
         if len(numbers) == layers:
             return numbers
     return [str(number) for number in range(layers)]

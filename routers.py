@@ -8,7 +8,7 @@ A router returns a `Routing`: the rows that the experts compute and the recorder
 `Router.update` updates the state of the router from the observed statistics.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add it to `ROUTERS`. A
-field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
+field made by `option` can be set: --router sigmoid:scale=2.5.
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the gate's input
@@ -18,7 +18,7 @@ Shape legend:
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,6 @@ from torch import Tensor, nn
 from options.parts import Component, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
-
-
-def loss_weight(default: float) -> Any:
-    """Declares `aux_loss_alpha`, the weight of a router's loss, under the published flag."""
-    return option(
-        default, ge=0, is_bare=True, change="result", help="weight of the router's loss"
-    )
 
 
 class Routing(NamedTuple):
@@ -65,7 +58,6 @@ class Router(Component, nn.Module):
         checkpointing then need not restore the state of the generators.
     """
 
-    change = "state"  # see `Option.change`
     draws_nothing = False
 
     def __init_subclass__(cls, draws_nothing: bool = False, **kwargs):
@@ -82,8 +74,7 @@ class Router(Component, nn.Module):
         "embedding of the time, as in arXiv 2604.12163",
     )
 
-    aux_loss_alpha: float = loss_weight(0.01)
-
+    loss_weight: ClassVar = 0.01  # of `Routing.loss`, unless `DiTConfig.aux_loss_alpha` is set
     extra_experts = 0  # number of experts in addition to the E routed experts
     weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
@@ -383,7 +374,7 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
         "threshold; count, as many with the largest scores in the batch, as in DiffMoE's released "
         "code, so that an image depends on the rest of the batch",
     )
-    aux_loss_alpha: float = loss_weight(1.0)
+    loss_weight = 1.0
 
     weight_std = 0.006
 
@@ -457,7 +448,7 @@ class PrototypeRouter(Router, draws_nothing=True):
     unconditional_expert: bool = option(
         True, help="route the tokens of images without a class to one extra expert"
     )
-    aux_loss_alpha: float = loss_weight(1.0)
+    loss_weight = 1.0
 
     extra_experts = 1
     weight_std = 0.02

@@ -10,7 +10,8 @@ Every process holds the complete model (distributed data parallelism) or, with -
     torchrun --nproc_per_node=8 train.py --shard --model DiT-XL/2 --rf --data-path IMAGENET/train
     python train.py --resume results/RUN
 
-After an interruption, run the same command again to resume.
+A new run gets the next number; --run-name NAME names it. A command that may be restarted goes on
+with --run-name NAME --resume auto.
 """
 
 import signal
@@ -21,15 +22,22 @@ import torch
 from torch.utils.data import Dataset
 
 from latents.sources import GivenImages
-from options.settings import Layer
+from options.settings import Settings
 from runtime.errors import UserError
-from runtime.processes import close_distributed, run_process, setup_distributed
+from runtime.processes import (
+    ALONE,
+    close_distributed,
+    read_environment,
+    run_process,
+    setup_distributed,
+)
 from runtime.signals import SIGNALS
 from training.config import parse_training
 from training.engines.flags import DDPFlags
+from training.flags import CommandFlags
 
 
-def parse_args() -> Layer:
+def parse_args() -> tuple[CommandFlags, Settings]:
     return parse_training(DDPFlags, __doc__)
 
 
@@ -40,8 +48,8 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     flags: flags by name; a flag with the value None is ignored
 
     Call this function from the main thread. During training, Ctrl-C saves and stops. Training
-    changes PyTorch's global seed. Returns the exit code, see `training.loop.train`. A mistake of
-    the user raises UserError.
+    changes PyTorch's global seed. Returns the exit code, see `training.loop.TrainingLoop.run`. A
+    mistake of the user raises UserError.
     """
     if data is not None:
         if flags.get("data_path") is not None:
@@ -66,15 +74,14 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
             signal.signal(number, handler)
 
 
-def main(said: Layer) -> int:
-    """Returns the exit code, see `training.loop.train`."""
-    from training.loop import train  # imported here: takes seconds
-    from training.plan import print_plan
+def main(parsed: tuple[CommandFlags, Settings]) -> int:
+    """Returns the exit code, see `training.loop.TrainingLoop.run`."""
+    command, said = parsed
+    from training.start import train  # imported here: takes seconds
 
-    if said.get("dry_run"):
-        print_plan(said, DDPFlags)
-        return 0
-    code = train(said, DDPFlags, setup_distributed())
+    if command.dry_run:
+        return train(command, said, DDPFlags, ALONE) if read_environment().is_main else 0
+    code = train(command, said, DDPFlags, setup_distributed())
     close_distributed()
     return code
 

@@ -6,27 +6,34 @@ r"""Trains a DiT-MoE with DeepSpeed's ZeRO, for models that are too large for da
     python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3.json \
         --model DiT-G/2 --num_experts 16 --train_batch_size 8 --gradient-checkpointing
 
-After an interruption, run the same command again to resume.
+A command that may be restarted goes on with --run-name NAME --resume auto.
 """
 
 import os
 
-from options.settings import Layer
-from runtime.processes import close_distributed, run_process, setup_distributed
+from options.settings import Settings
+from runtime.processes import (
+    ALONE,
+    close_distributed,
+    read_environment,
+    run_process,
+    setup_distributed,
+)
 from training.config import parse_training
 from training.engines.flags import DeepSpeedFlags
+from training.flags import CommandFlags
 
 
-def parse_args() -> Layer:
+def parse_args() -> tuple[CommandFlags, Settings]:
     return parse_training(DeepSpeedFlags, __doc__)
 
 
-def main(said: Layer) -> int:
-    """Returns the exit code, see `training.loop.train`."""
+def main(parsed: tuple[CommandFlags, Settings]) -> int:
+    """Returns the exit code, see `training.loop.TrainingLoop.run`."""
+    command, said = parsed
     import torch  # imported here: takes seconds
 
-    from training.loop import train
-    from training.plan import print_plan
+    from training.start import train
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
@@ -34,11 +41,9 @@ def main(said: Layer) -> int:
 
     if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", "")):
         said = {**said, "precision": "fp16"}
-    if said.get("dry_run"):
-        print_plan(said, DeepSpeedFlags)
-        return 0
-    dist = setup_distributed(always_group=True)
-    code = train(said, DeepSpeedFlags, dist)
+    if command.dry_run:
+        return train(command, said, DeepSpeedFlags, ALONE) if read_environment().is_main else 0
+    code = train(command, said, DeepSpeedFlags, setup_distributed(always_group=True))
     close_distributed()
     return code
 

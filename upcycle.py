@@ -87,7 +87,7 @@ def main(config: UpcycleConfig) -> None:
     state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
-        initialized_from=dense.origin, settings={}, facts={}, micro_batch=None, images=None,
+        initialized_from=dense.origin, settings={}, facts={}, micro_batch=None, num_images=None,
         ema=None, ema_start_share=None,
     )  # fmt: skip
     sparse = Checkpoint(config.output / MODEL_FILE, state_dict, record)
@@ -98,7 +98,7 @@ def main(config: UpcycleConfig) -> None:
     total, active = count_parameters(sparse.config)
     print(
         f"{config.output}: {total / 1e6:.1f}M parameters ({active / 1e6:.1f}M active), experts in "
-        f"layers {', '.join(map(str, sparse.config.sparse_layers))}"
+        f"layers {', '.join(map(str, sparse.config.sparse_blocks))}"
     )
     kept = "same function as" if error < 1e-5 else "different function from"
     print(f"{kept} the dense model: predictions differ by {error:.1e} of their norm")

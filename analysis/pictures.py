@@ -86,7 +86,7 @@ class ExpertPicture:
         self.num_experts = model.config.experts_per_layer
         self.grid, self.num_patches = model.config.grid, model.config.num_patches
         self.recorded_steps = set(evenly_spaced(num_steps, FRAMES))
-        self.numbers = model.config.sparse_layers
+        self.numbers = model.config.sparse_blocks
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
         self.experts: dict[int, Tensor] = {}  # experts (N, P) of the current step, by layer
         self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # t (); (N, C, h, w); (L, N, P)

@@ -191,7 +191,7 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     """
     if isinstance(model, DiT):
         config = model.config
-        return [DiTLayer(f"block {i}", model.blocks[i], config) for i in config.sparse_layers]
+        return [DiTLayer(f"block {i}", model.blocks[i], config) for i in config.sparse_blocks]
     if type(model).__name__ not in TRANSFORMERS:
         known = ", ".join(["DiT", *TRANSFORMERS])
         raise UserError(f"got a {type(model).__name__}, expected a model with experts: {known}")

@@ -19,7 +19,6 @@ from checkpoints.weights import check_shapes, shapes_of
 from conditions import split_condition
 from models import DiTConfig, embedder_of, position_embedding
 from moe import MLP_TYPES, width_of
-from options.parts import Part
 from runtime.errors import reported_as
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
@@ -46,7 +45,7 @@ def adapt(
         state_dict = change_conditions(state_dict, before, config, seed)
         drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
         notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
-    had_null, has_null = before.class_dropout_prob > 0, config.class_dropout_prob > 0
+    had_null, has_null = before.dropout > 0, config.dropout > 0
     # If the source has no class names, the classes are assumed to be the same.
     same_classes = before.num_classes == config.num_classes
     same_classes = same_classes and source.record.class_names in ((), tuple(class_names))
@@ -104,13 +103,13 @@ def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkp
     The router must be a linear gate.
     """
     config, state_dict = source.config, dict(source.state_dict)
-    if config.router is None or config.router.name not in LINEAR_ROUTERS:
-        got = config.router and config.router.name
+    if not config.num_experts or config.router.name not in LINEAR_ROUTERS:
+        got = config.router.name if config.num_experts else "a dense model"
         raise ValueError(f"router: got {got}, expected {', '.join(LINEAR_ROUTERS)}")
     if (number := len(dropped[0])) > (most := config.num_experts - config.num_experts_per_tok):
         raise ValueError(f"got {number} experts, expected at most {most}")
     smaller = replace(config, num_experts=config.num_experts - number)
-    for layer, gone in zip(config.sparse_layers, dropped, strict=True):
+    for layer, gone in zip(config.sparse_blocks, dropped, strict=True):
         kept = torch.tensor([i for i in range(config.num_experts) if i not in gone])
         for name, weight in state_dict.items():
             if name.startswith((f"blocks.{layer}.moe.gate.", f"blocks.{layer}.moe.experts.")):
@@ -132,19 +131,19 @@ def upcycled_config(
     """Returns the config of the model that `upcycle` makes of a dense one, if that is possible."""
     if config.num_experts:
         raise ValueError(f"num_experts: got {config.num_experts}, expected 0, a dense model")
-    if config.dense_mlp_type is not None:
+    if config.dense_mlp != config.expert_mlp:
         raise ValueError(
             f"dense_mlp_type: got {config.dense_mlp_type}, expected the type of the experts"
         )
-    hidden_units = width_of(config.hidden_size, config.dense_mlp_ratio)
+    hidden_units = width_of(config.hidden_size, config.dense_ratio)
     counts = {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
     for name, value in (counts | {"hidden units": hidden_units}).items():
         if value % split or value < 1:
             raise ValueError(f"{name}: got {value}, expected a multiple of the split, {split}")
     return replace(
         config, **counts, n_shared_experts=n_shared_experts, sparse_layers=layers,
-        mlp_ratio=hidden_units / split / config.hidden_size,
-        router=Part("topk", {"renormalize": renormalize}),
+        mlp_type=config.expert_mlp, mlp_ratio=hidden_units / split / config.hidden_size,
+        dense_mlp_ratio=config.dense_ratio, router=f"topk:renormalize={renormalize}",
     )  # fmt: skip
 
 
@@ -155,7 +154,7 @@ def upcycle(
     """Converts dense weights to the weights of a sparse model that computes the same function.
 
     Every expert of a layer is a copy of the dense feed-forward layer, the top-k weights sum to 1
-    (`router_renormalize`), and the output of the shared expert is zero. A token therefore gets the
+    (`renormalize`), and the output of the shared expert is zero. A token therefore gets the
     output of the dense layer, whatever the router chooses (Komatsuzaki et al. 2023, arXiv
     2212.05055). The router is new, so the copies diverge during training.
 
@@ -167,7 +166,7 @@ def upcycle(
     """
     generator, bound = Generator().manual_seed(seed), sparse.hidden_size**-0.5
     result = dict(state_dict)
-    for layer in sparse.sparse_layers:
+    for layer in sparse.sparse_blocks:
         prefix = f"blocks.{layer}.mlp."
         dense = {k.removeprefix(prefix): result.pop(k) for k in state_dict if k.startswith(prefix)}
         rows = torch.empty(sparse.num_experts // split, sparse.hidden_size)
@@ -189,7 +188,7 @@ def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> d
         parts = torch.stack((scale * dense[name].float()).chunk(split, dim))
         return parts.repeat(config.num_experts // split, *[1] * dense[name].dim())
 
-    if config.mlp_type == "gelu":
+    if config.expert_mlp == "gelu":
         return {
             "experts.up_proj": stack("fc1.weight"),
             "experts.up_bias": stack("fc1.bias"),
@@ -200,7 +199,7 @@ def copied_experts(dense: dict[str, Tensor], config: DiTConfig, split: int) -> d
     gate_up = torch.cat([stack("gate_proj.weight"), stack("up_proj.weight")], dim=1)
     down = stack("down_proj.weight", dim=1, scale=split)
     experts = {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
-    if config.mlp_type == "swiglu_bias":
+    if config.expert_mlp == "swiglu_bias":
         bias = torch.cat([stack("gate_proj.bias"), stack("up_proj.bias")], dim=1)
         down_bias = dense["down_proj.bias"].float().repeat(config.num_experts, 1)
         experts |= {"experts.gate_up_bias": bias, "experts.down_bias": down_bias}
@@ -213,7 +212,7 @@ def silent_shared_expert(config: DiTConfig, generator: Generator) -> dict[str, T
         return {}
     width = width_of(config.hidden_size, config.n_shared_experts)
     with torch.device("meta"):
-        shapes = MLP_TYPES[config.mlp_type](config.hidden_size, width).state_dict()
+        shapes = MLP_TYPES[config.expert_mlp](config.hidden_size, width).state_dict()
     weights = {}
     for name, like in shapes.items():
         weights[f"shared_experts.{name}"] = value = torch.zeros(like.shape)

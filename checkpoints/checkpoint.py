@@ -23,7 +23,7 @@ from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
 from checkpoints.quantized import quantization_of, quantize_state_dict
-from checkpoints.record import METADATA_KEY, Record
+from checkpoints.record import METADATA_KEY, Record, with_overrides
 from checkpoints.weights import (
     as_user_error,
     check_weights,
@@ -35,7 +35,6 @@ from latents.autoencoder import PIXELS
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
-from options.settings import nested
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
@@ -124,8 +123,8 @@ def read_checkpoint(
     hints: fields of DiTConfig and "objective", which fill gaps of the file
     ema: name of an EMA of a run (see `average_file`) or of a .pt file; None: the first EMA
     quantize: int8 or int4 quantises the expert weights; a file may store quantised weights, too
-    overrides: fields of DiTConfig, and options of the router such as router_scale, that replace the
-        values of the file
+    overrides: fields of DiTConfig that replace the values of the file; a router such as
+        "batch_pool:inference=count" replaces the options that it says
     """
     path, source = fetch(path)
     is_pickled = os.path.isfile(path) and path.suffix != ".safetensors"
@@ -239,7 +238,7 @@ def read_file(
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            config = DiTConfig.of(nested(record.config), overrides)
+            config = with_overrides(record.config, overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
@@ -312,6 +311,6 @@ def step_folders(run: Path) -> list[Path]:
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides."""
     try:
-        return DiTConfig.of(DiT_models[model].keywords, overrides)
+        return DiTConfig(**DiT_models[model].keywords | overrides)
     except ValueError as error:
         raise UserError(str(error)) from None

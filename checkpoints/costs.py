@@ -25,7 +25,6 @@ from checkpoints.meta import meta_model
 from models import DiTConfig
 from moe import Experts, width_of
 from moe_kernels.attention import fused_attention
-from options.parts import Part
 
 NEEDS_DATA = (DynamicOutputShapeException, DataDependentOutputException)
 
@@ -72,8 +71,8 @@ def count_macs(config: DiTConfig, experts_per_token: Sequence[float] = ()) -> in
     """
     macs, counted = macs_and_experts(config)
     matrix = config.hidden_size * width_of(config.hidden_size, config.mlp_ratio)
-    per_row = (2 if config.mlp_type == "gelu" else 3) * matrix
-    layers = zip(config.sparse_layers, experts_per_token or counted, counted, strict=True)
+    per_row = (2 if config.expert_mlp == "gelu" else 3) * matrix
+    layers = zip(config.sparse_blocks, experts_per_token or counted, counted, strict=True)
     more = sum(config.tokens_of(layer) * (got - expected) for layer, got, expected in layers)
     return macs + round(per_row * more)
 
@@ -95,7 +94,7 @@ def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
         with fake_pass(config, 1) as (forward, _), counter:
             forward()
     except NEEDS_DATA:  # the rows of top-k are about as many, K per token
-        return macs_and_experts(replace(config, router=Part("topk")))
+        return macs_and_experts(replace(config, router="topk"))
     return counter.get_total_flops() // 2, meta_model(config).experts_per_token
 
 

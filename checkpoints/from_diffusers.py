@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.record import Record
+from checkpoints.record import Record, as_words, with_overrides
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
 from models import DiTConfig, position_embedding
 from runtime.errors import reported_as
@@ -64,7 +64,8 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         else:
             kinds = " or ".join(DIFFUSERS_CLASSES)
             raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
-        record = Record.of_weights(DiTConfig.of(fields, overrides), facts)
+        config = with_overrides(DiTConfig(**as_words(fields, "router")), overrides)
+        record = Record.of_weights(config, facts)
     return weights, record
 
 
@@ -96,7 +97,7 @@ def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, 
         "mlp_norm_eps": config.get("norm_eps", 1e-5),
         "timestep_frequency_shift": 1,
     }
-    state_dict["pos_embed"] = position_embedding(DiTConfig.of(fields))
+    state_dict["pos_embed"] = position_embedding(DiTConfig(**fields))
     return state_dict, fields
 
 

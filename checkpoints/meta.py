@@ -17,7 +17,7 @@ def meta_model(config: DiTConfig) -> DiT:
     """Returns the model of a config on the meta device, the same one until its router or a
     condition is another class, as after the cell of a notebook that defines it ran again."""
     names = [split_condition(word)[0] for word in config.conditions]
-    kinds = (config.router and ROUTERS[config.router.name], *(CONDITIONS[name] for name in names))
+    kinds = (ROUTERS[config.router.name], *(CONDITIONS[name] for name in names))
     return build_meta(config, kinds)
 
 

@@ -67,17 +67,17 @@ def from_moe_dit(
     patches = state_dict["x_embedder.proj.weight"]  # (D, C, p, p)
     width, tokens = len(patches), state_dict.get("pos_embed", patches).shape[1]
     fields = router_of(state_dict, known)
-    if fields.get("router") == "batch_pool" and (width, tokens) == (384, 64):
+    if fields.get("router", "").startswith("batch_pool") and (width, tokens) == (384, 64):
         fields["num_heads"] = 16  # the published DiffMoE-S for 128 x 128 pixels
     heads = known.get("num_heads", fields.get("num_heads", HEADS.get(width)))
-    if fields.get("router") == "sigmoid" and "pos_embed" not in state_dict:
+    if fields.get("router", "").startswith("sigmoid") and "pos_embed" not in state_dict:
         if not heads:
             raise ValueError(f"num_heads: is required, because no preset has width {width}")
         fields |= {"rope": True, "absolute_positions": False}
         fields["input_size"] = known.get("input_size", 32)  # the size of all published models
         state_dict = reorder_heads(state_dict, heads, DSMOE_PAIRS)
         state_dict["pos_embed"] = torch.zeros(1, 1, width)
-    if fields.get("router") == "prototype" or known.get("time_scale", 1) != 1:
+    if fields.get("router", "").startswith("prototype") or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
         facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
     elif known.get("objective") == "gaussian" or "DDPM" in str(known.get("config")):
@@ -96,20 +96,18 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
     if "cluster_centers" in inner:
         rows = len(state_dict["y_embedder.embedding_table.weight"])
         return {
-            "router": "prototype", "num_experts_per_tok": 1,
             # The published code treats label 1000 as "no class" for any number of classes.
-            "router_unconditional_expert": rows == 1001,
+            "router": f"prototype:unconditional_expert={rows == 1001}", "num_experts_per_tok": 1,
         }  # fmt: skip
     if "capacity_predictor.0.weight" in inner:
         return {
-            "router": "batch_pool", "num_experts_per_tok": 1,
-            "router_momentum": round(state_dict[inner["ema_decay"]].item(), 6),
+            "router": f"batch_pool:momentum={round(state_dict[inner['ema_decay']].item(), 6)}",
+            "num_experts_per_tok": 1,
             # ProMoE's code trains DiffMoE, as a baseline, with 0.01.
             "aux_loss_alpha": 0.01 if known.get("time_scale", 1) != 1 else 1.0,
         }  # fmt: skip
     if "gate_weight" in inner:
-        rounding = {"router_capacity_rounding": "down"}
-        return {"router": "expert_choice", "num_experts_per_tok": 1, **rounding}
+        return {"router": "expert_choice:capacity_rounding=down", "num_experts_per_tok": 1}
     if "gate.e_score_correction_bias" not in inner:
         return {"router": "topk", "num_experts_per_tok": 1}
     if not any(name.startswith("shared_experts.") for name in inner):
@@ -120,8 +118,8 @@ def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
     is_e48 = len(state_dict[inner["gate.weight"]]) == 48
     chosen = known.get("num_experts_per_tok", 5 if is_e48 else 2)
     return {
-        "router": "sigmoid", "num_experts_per_tok": chosen, "router_bias_step": 0.0,
-        "router_scale": 2.5 if chosen == 5 else 2.0, "dense_mlp_type": "silu",
+        "router": f"sigmoid:scale={2.5 if chosen == 5 else 2.0},bias_step=0",
+        "num_experts_per_tok": chosen, "dense_mlp_type": "silu",
     }  # fmt: skip
 
 
@@ -133,7 +131,7 @@ def renamed(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             block, name = match.groups()
             theirs = next(filter(name.startswith, NAMES), "")
             key = f"{block}moe.{NAMES.get(theirs, '')}{name.removeprefix(theirs)}"
-        if not key.endswith(".moe.ema_decay"):  # already read as router_momentum
+        if not key.endswith(".moe.ema_decay"):  # already read as an option of the router
             result[key] = value
     return result
 
@@ -217,8 +215,7 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
     fields["rope"] = True
     if sparse:
         fields |= {
-            "router": "sigmoid", "num_experts_per_tok": 2, "router_scale": 2.5,
-            "router_bias_step": 0.0,
+            "router": "sigmoid:scale=2.5,bias_step=0", "num_experts_per_tok": 2,
         }  # fmt: skip
     options = {
         "mean": -known.get("P_mean", -0.8), "std": known.get("P_std", 0.8),

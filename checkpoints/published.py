@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
-from options.parts import Part
-from options.settings import differences
+from options.parts import Part, options_of
+from routers import ROUTERS
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -24,7 +24,7 @@ NEEDED = (
 SAID = (
     "input_size", "in_channels", "num_classes", "patch_size", "hidden_size", "depth", "num_heads",
     "num_experts", "num_experts_per_tok", "n_shared_experts", "mlp_ratio", "dense_mlp_ratio",
-    "qk_norm", "class_dropout_prob", "learn_sigma", "expert_backend",
+    "qk_norm", "class_dropout_prob", "learn_sigma", "expert_backend", "aux_loss_alpha",
 )  # fmt: skip
 
 
@@ -79,11 +79,17 @@ def infer_config(
     if (positions := state_dict.get("class_tokens.positions")) is not None:  # (1, tokens, D)
         known["class_tokens"] = positions.shape[1]
     known |= fields
-    undetermined = ("num_heads", "num_experts_per_tok", "router_choice", "router_scale")
-    known |= {name: arguments[name] for name in undetermined if name in arguments} | overrides
+    undetermined = ("num_heads", "num_experts_per_tok")
+    known |= {name: arguments[name] for name in undetermined if name in arguments}
+    router = Part.parse(known.pop("router", "topk"), ROUTERS)
+    for word in filter(None, (arguments.get("router"), overrides.get("router"))):
+        if (said := Part.parse(word, ROUTERS)).name != router.name:
+            raise ValueError(f"router: got {said}, expected {router.name}")
+        router = said.over(router)
+    known |= overrides | {"router": router}
     if "num_heads" not in known:
         raise ValueError(f"num_heads: is required, because no preset has width {hidden_size}")
-    return DiTConfig.of(known)
+    return DiTConfig(**known)
 
 
 def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:
@@ -125,12 +131,13 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     with QK-norm, flash-attn's names, as in the published scripts. A dense tanh-GELU model gets the
     layout of the official DiT. Refuses a model that no published code can compute.
     """
-    alpha = config.router_options.get("aux_loss_alpha", 0.0)  # of no effect on the function
-    said = {name: getattr(config, name) for name in SAID}
-    plain = DiTConfig(router=Part("topk", {"aux_loss_alpha": alpha}), **said)
+    plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
+    follows = ("expert_mlp", "dense_mlp", "sparse_blocks", "router")  # their fields may be None
+    names = {*options_of(DiTConfig)} - {*SAID, "mlp_type", "dense_mlp_type", "sparse_layers"}
     if differing := [
-        f"{name}: got {got}, expected {expected}"
-        for name, _, got, expected in differences(config, plain)
+        f"{name}: got {getattr(config, name)}, expected {getattr(plain, name)}"
+        for name in sorted(names | {*follows} if config.num_experts else names - {"router"})
+        if getattr(config, name) != getattr(plain, name)
     ]:
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):

@@ -9,14 +9,15 @@ absurd size, raises ValueError.
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
-from options.parts import Option, Size, convert
-from options.settings import nested
+from options.parts import Part, Size, convert
+from options.settings import stored
+from routers import ROUTERS
 from runtime.files import parse_json
 
 METADATA_KEY = "dit_moe"
@@ -24,7 +25,6 @@ MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes p
 TYPED = {  # the settings that are fields of a Record, and their sections
     "model": "model", "objective": "step", "image_size": "data", "vae_path": "data",
 }  # fmt: skip
-OBJECTIVE = Option(help="", name="objective", table=OBJECTIVES)
 NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this fraction of an EMA
 
 
@@ -53,7 +53,7 @@ class Record:
     settings: dict = field(default_factory=dict)  # the rest of config.yaml, by section
     facts: dict = field(default_factory=dict)  # facts that are no flags, such as the script
     micro_batch: int | None = None  # images per micro-step and rank
-    images: dict | None = None  # fingerprint of the data set, see `Source.fingerprint`
+    num_images: int | None = None  # of the data set
     ema: str | None = None  # name of the EMA, such as 0.9999
     ema_start_share: float | None = None  # fraction of the EMA that the initial weights make up
 
@@ -74,8 +74,8 @@ class Record:
 
         `expert_backend` is omitted, because it does not affect the function of the model.
         """
-        model = {k: v for k, v in nested(self.config).items() if k != "expert_backend"}
-        objective = self.objective and {self.objective: self.objective_options}
+        model = {k: v for k, v in stored(self.config).items() if k != "expert_backend"}
+        objective = self.objective and str(Part(self.objective, self.objective_options))
         typed = {
             "model": {"model": self.model, **model},
             "data": {"image_size": self.image_size, "vae_path": self.vae_path},
@@ -83,8 +83,8 @@ class Record:
         }
         joined = {name: typed.get(name, {}) | self.settings.get(name, {})
                   for name in (typed | self.settings)}  # fmt: skip
-        stored = {k: {n: v for n, v in s.items() if v is not None} for k, s in joined.items()}
-        return {name: section for name, section in stored.items() if section}
+        known = {k: {n: v for n, v in s.items() if v is not None} for k, s in joined.items()}
+        return {name: section for name, section in known.items() if section}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as "config", and the known facts."""
@@ -105,32 +105,35 @@ class Record:
         settings, facts = {k: dict(s) for k, s in sections.items()}, dict(values)
         facts |= {name: settings[section].pop(name, None)
                   for name, section in TYPED.items() if section in settings}  # fmt: skip
-        step, objective = settings.get("step", {}), facts.get("objective")
-        # The options stood beside the name until version 0.2: {"objective": ..., "objective_mean"}.
-        beside = [name for name in step if name.startswith("objective_")]
-        options = {name.removeprefix("objective_"): step.pop(name) for name in beside}
-        if isinstance(objective, dict) and len(objective) == 1:
-            ((facts["objective"], options),) = objective.items()
-        facts["objective_options"] = options
-        model = settings.pop("model")
+        model = as_words(settings.pop("model"), "router")
+        facts["objective"] = as_words(
+            {"objective": facts.get("objective"), **settings.get("step", {})}, "objective"
+        )["objective"]
         facts["settings"] = {name: section for name, section in settings.items() if section}
+        if images := facts.pop("images", None):  # until version 0.3: {"count", digests}
+            facts["num_images"] = images.get("count")
         return cls.of_weights(model, {k: v for k, v in facts.items() if k != "config"})
 
     @classmethod
     def of_weights(cls, fields: dict[str, Any] | DiTConfig, facts: dict[str, Any]) -> "Record":
         """Builds a record from the fields of the model, nested or flat, and known facts."""
-        config = fields if isinstance(fields, DiTConfig) else DiTConfig.of(fields)
+        if isinstance(fields, DiTConfig):
+            config = fields
+        else:
+            config = DiTConfig(**{n: value for n, value in fields.items() if value is not None})
         facts = {name: value for name, value in facts.items() if value is not None}
         hints = get_type_hints(cls)
         for name, value in facts.items():
             try:
-                facts[name] = convert(value, hints[name])
+                facts[name] = value if isinstance(value, Part) else convert(value, hints[name])
             except (KeyError, ValueError):
                 expected = "a fact of a Record"
                 raise ValueError(f"{name!s:.80}: got {value!r:.80}, expected {expected}") from None
-        if (objective := facts.get("objective")) is not None:
-            options = facts.get("objective_options", {})
-            OBJECTIVE.read({objective: options})  # ValueError if wrong
+        if (word := facts.get("objective")) is not None:
+            options = facts.get("objective_options")
+            objective = Part.parse(Part(word, options) if options else word, OBJECTIVES)
+            objective = objective.complete(OBJECTIVES)
+            facts |= {"objective": objective.name, "objective_options": objective.options}
         if (norm := facts.get("latents_norm")) is not None:
             LatentNorm(**norm).check_channels(config.in_channels)  # ValueError or TypeError
         if (names := facts.get("class_names")) and len(names) != config.num_classes:
@@ -148,3 +151,30 @@ class Record:
     def from_metadata(cls, metadata: dict[str, str] | None) -> "Record":
         """Reads the metadata of a weight file."""
         return cls.from_dict(parse_json((metadata or {}).get(METADATA_KEY, "{}")))
+
+
+def as_words(section: dict[str, Any], name: str) -> dict[str, Any]:
+    """Translates the component `name` of an earlier version: {"router": {"sigmoid": {"scale": 2}}},
+    or until version 0.2 {"router": "sigmoid", "router_scale": 2}."""
+    said = {k: v for k, v in section.items() if not k.startswith(f"{name}_")}
+    options = {k.removeprefix(f"{name}_"): v for k, v in section.items() if k not in said}
+    value = said.get(name)
+    if isinstance(value, dict) and len(value) == 1:
+        ((value, options),) = value.items()
+    if isinstance(options, dict) and "aux_loss_alpha" in options:
+        options = dict(options)
+        said["aux_loss_alpha"] = options.pop("aux_loss_alpha")
+    if isinstance(value, str) and options:
+        said[name] = Part(value, options)
+    elif isinstance(value, str):
+        said[name] = value
+    return said
+
+
+def with_overrides(config: DiTConfig, overrides: dict) -> DiTConfig:
+    if "router" in overrides:
+        router = Part.parse(overrides["router"], ROUTERS).over(config.router)
+        if router.name != config.router.name:
+            raise ValueError(f"router: got {router}, expected {config.router.name}")
+        overrides = {**overrides, "router": router}
+    return replace(config, **overrides)

@@ -1,9 +1,8 @@
 """Flags of the scripts that read images and an autoencoder."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from options.parts import Size, option
+from options.parts import Settings, Size, option
 
 IMAGES_HELP = (
     "images: a folder with one sub-folder per class, or of images without classes; "
@@ -12,9 +11,7 @@ IMAGES_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesConfig:
-    change: ClassVar = "how"  # images may move; see `Option.change`
-
+class ImagesConfig(Settings):
     data_path: str | None = option(None, group="data", help=IMAGES_HELP)
     vae_path: str | None = option(
         None,
@@ -23,13 +20,12 @@ class ImagesConfig:
         "stabilityai/sd-vae-ft-mse, or the autoencoder of cached latents)",
     )
     image_size: Size | None = option(
-        None, ge=1, change="result",
+        None, ge=1,
         help="pixels per side of a square, or height and width (default: 256, or the size of "
         "cached latents)",
     )  # fmt: skip
     flip: bool = option(
         True,
-        change="result",
         help="also use mirrored images; pass False if left and right have a meaning",
     )
     num_workers: int | None = option(

@@ -11,7 +11,6 @@ access by index, so that a run can resume at any step.
 Shape legend: H x W pixels
 """
 
-import hashlib
 import io
 import math
 import os
@@ -20,7 +19,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -47,7 +45,6 @@ from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.files import open_regular
 
-SIZES_READ = 1000  # images whose sizes are part of the fingerprint
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
@@ -57,7 +54,6 @@ class Source(Protocol):
     classes: list[str]  # names, by label
     image_size: Size  # pixels
     can_flip: bool  # whether mirrored images are available
-    fingerprint: dict  # fingerprint of the images, independent of their location
     vae_path: str | None  # autoencoder of cached latents; None for images
     vae_sha256: str | None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None  # digest of the network that computed cached features
@@ -89,19 +85,6 @@ class Source(Protocol):
         """
 
 
-def same_images(one: dict | None, other: dict | None) -> bool:
-    """Returns whether two fingerprints are equal in what both of them have, at least a digest."""
-    one, other = one or {}, other or {}
-    both = one.keys() & other.keys()
-    return both > {"count"} and all(one[name] == other[name] for name in both)
-
-
-def images_name(fingerprint: dict) -> str:
-    """Returns a short name of a fingerprint for errors: "131 images (e4cefcfb, 87819fd0)"."""
-    digests = [value[:8] for value in fingerprint.values() if isinstance(value, str)]
-    return f"{fingerprint.get('count')} images ({', '.join(digests)})"
-
-
 class ImageSource(Dataset):
     """Base class of sources of labelled images, which are cropped and converted to uint8.
 
@@ -124,7 +107,6 @@ class ImageSource(Dataset):
     image_size: Size
     can_flip = True
     vae_path = vae_sha256 = features_sha256 = norm = None
-    root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
     shapes = {"label": (), "size": (4,)}
     requested = ()
@@ -143,23 +125,6 @@ class ImageSource(Dataset):
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
         self.is_held_out = is_held_out
         return is_held_out
-
-    @cached_property
-    def fingerprint(self) -> dict:
-        """Fingerprint: the numbers of images and classes, a digest of labels and names below
-        `root`, and a digest of the sizes of 1000 images that the first digest chooses."""
-        sha = hashlib.sha256()
-        for index, label in enumerate(self.labels):
-            sha.update(b"%b\0%d\n" % (os.fsencode(self.name(index).removeprefix(self.root)), label))
-        draw = np.random.default_rng([*sha.digest()])
-        some = draw.choice(len(self), min(len(self), SIZES_READ), replace=False)
-        sizes = hashlib.sha256(str([self.num_bytes(index) for index in some]).encode())
-        return {"count": len(self), "classes": len(self.classes), "names": sha.hexdigest(),
-                "sizes": sizes.hexdigest()}  # fmt: skip
-
-    def num_bytes(self, index: int) -> int:
-        """Returns the stored size of an image; -1 if it is unknown without reading the image."""
-        return -1
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
@@ -231,18 +196,12 @@ class ImageTree(ImageSource):
         if not classes:
             raise ValueError("; ".join(["no images", *self.left_out]))
         self.classes, self.image_size = class_names(classes), image_size
-        self.root = os.path.join(Path(path), "")
         # Arrays, because reference counting in workers would copy the memory of lists.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
         self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
-
-    def num_bytes(self, index: int) -> int:
-        with suppress(OSError):  # a broken link
-            return os.stat(self.paths[index]).st_size
-        return -1
 
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
@@ -264,9 +223,6 @@ class HubImages(ImageSource):
             import datasets
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix("datasets:").partition(":")
-        if os.path.isdir(name):  # the fingerprint contains the folder's name, but not its location
-            self.path = path.replace(name, name.rstrip("/"), 1)
-            self.root = "datasets:" + os.path.join(os.path.dirname(name.rstrip("/")), "")
         try:
             rows = datasets.load_dataset(name, split=split or "train")
         except Exception as error:  # the package raises many kinds
@@ -385,7 +341,6 @@ class ShardImages(ImageSource):
         places, labels = zip(*samples, strict=True)
         self.places = np.array(places)  # (images, 3): shard, offset, bytes
         folder = Path(self.shards[0]).parent
-        self.root = os.path.join(folder, "")
         self.classes, self.labels = number_labels(labels, one_class=folder.resolve().name)
 
     def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:
@@ -416,9 +371,6 @@ class ShardImages(ImageSource):
     def name(self, index: int) -> str:
         shard, offset, _ = self.places[index]
         return f"{self.shards[shard]}, offset {offset}"
-
-    def num_bytes(self, index: int) -> int:
-        return self.places[index][2]
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]

@@ -4,21 +4,26 @@
         temperature: float = option(1.0, help="temperature of the softmax", gt=0)
 
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
-    router = ROUTERS["mine"](temperature=0.5, hidden_size=64, ...)
 
-An option is declared once, as a typed field with default, help and range. Flag, config.yaml,
-metadata of checkpoints and error messages follow from the field.
+A component is one word: "mine:temperature=0.5", with options after the colon. It is the same word
+in a command, a recipe, config.yaml and the metadata of a checkpoint. A config holds it as a `Part`:
+
+    part = Part.parse("mine:temperature=0.5", ROUTERS).complete(ROUTERS)
+    str(part)                                            # "mine:input=modulated,temperature=0.5"
+    router = part.make(ROUTERS, hidden_size=64, ...)
+
+An option is declared once, as a typed field with default, help and range.
 """
 
 import math
 import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
-from typing import Any, ClassVar, Literal
+from functools import cache, partial
+from typing import Any
 
 Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
@@ -37,13 +42,72 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """A chosen component: its name, and its options (in a config all, elsewhere those given)."""
+    """A chosen component: its name, and its options."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return self.name
+        text = ",".join(f"{key}={spelled(value)}" for key, value in self.options.items())
+        return f"{self.name}:{text}" if text else self.name
+
+    @classmethod
+    def parse(cls, word: Any, table: Registry) -> "Part":
+        """Reads "sigmoid:scale=2.5" or, as earlier versions stored it, {"sigmoid": {"scale": 2.5}}.
+
+        A value with commas is a tuple: "adamw:betas=0.9,0.95,weight_decay=0.1".
+        """
+        if isinstance(word, Part):
+            name, said = word.name, word.options
+        elif isinstance(word, Mapping) and len(word) == 1:
+            ((name, said),) = word.items()
+        else:
+            name, said = split_word(str(word))
+        if name not in table:
+            known = ", ".join(table)
+            raise ValueError(f"got {name!r:.200}, expected one of {known}, or one of your own with "
+                             "--plugin FILE.py")  # fmt: skip
+        has, found = options_of(table[name]), {}
+        for key, value in (said or {}).items():
+            if (key := key.replace("-", "_")) not in has:
+                known = ", ".join(has) or "no options"
+                raise ValueError(f"got {name}:{key}, but {name} has {known}")
+            is_tuple = typing.get_origin(has[key].hint) is tuple and isinstance(value, str)
+            found[key] = has[key].read(value.split(",") if is_tuple else value, f"{name}:{key}")
+        return cls(name, found)
+
+    def over(self, beneath: "Part | Sequence[Part]") -> "Part":
+        """Adds the options that only `beneath` says, if it is, or has once, the same component."""
+        parts = [beneath] if isinstance(beneath, Part) else beneath
+        same = [part for part in parts if part.name == self.name]
+        return replace(self, options=same[0].options | self.options) if len(same) == 1 else self
+
+    def complete(self, table: Registry) -> "Part":
+        """Adds the defaults of the other options, in their order."""
+        has = options_of(table[self.name])
+        return replace(self, options={k: self.options.get(k, has[k].default) for k in has})
+
+    def make(self, table: Registry, **arguments: Any) -> Any:
+        return table[self.name](**self.options, **arguments)
+
+
+def split_word(word: str) -> tuple[str, dict[str, str]]:
+    """Splits "muon:betas=0.9,0.95,momentum=0.9" into a name and the text of its options."""
+    name, _, text = word.partition(":")
+    options: dict[str, str] = {}
+    key = ""
+    for piece in text.split(",") if text else ():
+        before, is_named, value = piece.partition("=")
+        if is_named and (key := before.strip()) in options:
+            raise ValueError(f"got {word!r:.200}, which has {key} twice")
+        if not is_named and not key:
+            raise ValueError(f"got {word!r:.200}, expected {name}:OPTION=VALUE,OPTION=VALUE")
+        options[key] = value.strip() if is_named else f"{options[key]},{piece.strip()}"
+    return name, options
+
+
+def spelled(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -61,24 +125,19 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the field can name; the field is then a `Part` or a tuple of them. Their
-    # options are flags too: router_scale, or with by_component auxiliary_repa_weight.
+    # The components that the field can name; the field is then a `Part`, or a tuple of them.
     table: Registry | None = None
-    by_component: bool = False  # several components, each at most once
-    is_bare: bool = False  # an option of a component whose flag is its name alone
-    # What a resumed run may change, by default what the class says: "state" shapes the weights or
-    # the optimizer's state and never changes. "result" decides the result and changes if a flag
-    # beside --resume says so. "how" changes freely. "command" holds for one command and is not
-    # stored.
-    change: Literal["state", "result", "how", "command"] | None = None
+    each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
     # Filled in by `options_of`:
     name: str = ""
     hint: Any = None  # the annotation
     default: Any = None
-    is_list: bool = False  # whether the field names several components
-    repeats: bool = False  # and one of them several times, with other options
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.hint) is tuple
 
     def read(self, value: Any, name: str | None = None) -> Any:
         """Converts a value and checks its limits; a string is converted like a word of a command.
@@ -106,8 +165,6 @@ class Option:
 
     def expected(self) -> str:
         """Describes the allowed values, such as "a number above 0 and below 1"."""
-        if self.table:
-            return f"one of {', '.join(self.table)}, or one of your own with --plugin FILE.py"
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         if self.suffixes:
@@ -117,46 +174,33 @@ class Option:
         return f"{words_for(self.hint)} {ranges}".strip()
 
     def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
-        """Reads "sigmoid", {"sigmoid": {"scale": 2.5}}, a `Part`, or for `is_list` several of them.
-
-        Only the given options are in the result; `complete` adds the others.
-        """
-        pairs: list[tuple[Any, Any]] = []
-        for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, Part):
-                pairs.append((item.name, item.options))
-            else:
-                pairs += item.items() if isinstance(item, Mapping) else [(item, {})]
-        found = []
-        for kind, given in pairs:
-            if not isinstance(kind, str) or kind not in self.table:
-                raise ValueError(f"{name}: got {kind!r:.200}, expected {self.expected()}")
-            if not isinstance(given or {}, Mapping):
-                raise ValueError(f"{name}: got {given!r:.80} for {kind}, expected its options")
-            has, options = options_of(self.table[kind]), {}
-            prefix = f"{name}_{kind}".replace("-", "_") if self.by_component else name
-            for key, one in (given or {}).items():
-                key = str(key).replace("-", "_")
-                if key not in has:
-                    known = ", ".join(has) or "none"
-                    raise ValueError(f"{prefix}_{key}: unknown option; {name} {kind} has {known}")
-                options[key] = has[key].read(one, key if has[key].is_bare else f"{prefix}_{key}")
-            found.append(Part(kind, options))
-        kinds = [one.name if self.by_component else one for one in found]
-        # A layer, which has tuples, repeats a name: the options of the components stand apart.
-        may_repeat = self.repeats and isinstance(value, tuple)
-        if not may_repeat and any(one in kinds[:number] for number, one in enumerate(kinds)):
-            raise ValueError(f"{name}: got {', '.join(map(str, found))}, expected different ones")
-        if self.by_component:  # their order has no meaning
+        """Reads a word, a `Part`, or for a list several of them, which must differ."""
+        try:
+            if not self.is_list:
+                return Part.parse(value, self.table)
+            items = value if isinstance(value, list | tuple) else [value]
+            found = [Part.parse(item, self.table) for item in items]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        kinds = [part.name if self.each_once else str(part) for part in found]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"{name}: got {', '.join(kinds)}, expected different ones")
+        if self.each_once:
             found.sort(key=lambda part: [*self.table].index(part.name))
-        if not self.is_list and len(found) != 1:
-            raise ValueError(f"{name}: got {len(found)} components, expected one")
-        return tuple(found) if self.is_list else found[0]
+        return tuple(found)
 
-    def complete(self, part: Part) -> Part:
-        """Returns a component with all options, with defaults for missing ones."""
-        has = options_of(self.table[part.name])
-        return replace(part, options={k: part.options.get(k, has[k].default) for k in has})
+
+class Settings:
+    """Base class of configs: frozen dataclasses, whose fields are read and checked."""
+
+    def __post_init__(self):
+        for name, one in options_of(type(self)).items():
+            if (value := getattr(self, name)) is not None:
+                value = one.read(value)
+                if one.table is not None:
+                    complete = partial(Part.complete, table=one.table)
+                    value = tuple(map(complete, value)) if one.is_list else complete(value)
+                object.__setattr__(self, name, value)
 
 
 class Component:
@@ -165,8 +209,6 @@ class Component:
     Users set fields made by `option`; other fields are constructor arguments. Every subclass is a
     dataclass, initialised in `__post_init__`, which calls that of the base class first.
     """
-
-    change: ClassVar = "result"  # see `Option.change`
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -192,15 +234,14 @@ def options_of(kind: type) -> dict[str, Option]:
         if rules := one.metadata.get("option"):
             default, help = one.default, rules.help
             if str(default) not in ("None", "False", "()") and default is not MISSING:
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                names = (
+                    [getattr(o, "name", o) for o in default] if isinstance(default, tuple) else []
+                )
+                shown = " ".join(map(str, names)) or getattr(default, "name", default)
                 help += "" if "default" in help else f" (default: {shown})"
-            hint = hints[one.name]
-            is_list = rules.table is not None and typing.get_origin(hint) is tuple
             found[one.name] = replace(
-                rules, name=one.name, hint=hint, default=default, help=help,
-                change=rules.change or getattr(kind, "change", "how"),
-                is_list=is_list, repeats=is_list and not rules.by_component,
-            )  # fmt: skip
+                rules, name=one.name, hint=hints[one.name], default=default, help=help
+            )
     return found
 
 

@@ -1,22 +1,21 @@
 """Command lines derived from dataclasses: each field made by `option` becomes a flag.
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     lr: float = option(1e-4, help="learning rate", ge=0, group="optimisation")
     output: Path = option(help="folder of the results")     # without a default: required
 
-config = parse_config(Config, __doc__)                 # from sys.argv, with defaults
-flags = flags_of((Config,))
-layer = parse_flags(flags, __doc__)                    # the same, without defaults
-layer = read_values({"lr": "1e-3"}, flags)             # from Python or a recipe file
+config = parse_config(Config, __doc__)                 # from sys.argv
+said = parse_flags(flags_of(Config), __doc__)          # the same, only what the command says
+said = read_values({"lr": "1e-3"}, flags)              # from Python or a recipe file
 
-The options of components are flags too: `router` gives --router, and --router-scale for the routers
-that have a scale. The words of a flag are joined by - or _. settings.py merges layers and makes
-configs of them.
+The words of a flag are joined by - or _. A component is one word with its options, such as
+--router sigmoid:scale=2.5.
 """
 
 import argparse
 import sys
+import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from options.parts import Option, options_of
-from options.settings import Flags, Layer, build, flags_of, flattened, read, spelling
+from options.settings import Flags, Settings, flags_of, flattened, read, spelling
 from runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -35,10 +34,10 @@ def parse_config(
     kind: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
     """Parses a command line, by default sys.argv, and returns a config."""
-    flags = flags_of((kind,))
-    layer = parse_flags(flags, description, arguments)
+    flags = flags_of(kind)
+    said = parse_flags(flags, description, arguments)
     with naming_flags(flags):
-        return build(kind, layer, flags)
+        return kind(**said)
 
 
 def parse_flags(
@@ -46,7 +45,7 @@ def parse_flags(
     description: str | None,
     arguments: Sequence[str] | None = None,
     first: Sequence[str] = (),
-) -> Layer:
+) -> Settings:
     """Parses a command line and returns the given flags; see `parse_config` and `read_values`.
 
     first: the flags that --help shows, while --help all shows all of them; (): all
@@ -67,7 +66,7 @@ def parse_flags(
         parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
     # The bare flag of a tuple of bools: True.
     found = {
-        name: [True] if value == [] and not flags[name].field.by_component else value
+        name: [True] if value == [] and not flags[name].table else value
         for name, value in vars(values).items()
     }
     return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
@@ -82,6 +81,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
     parser = Parser(
         usage=" ".join([*usage, "[flags]"]),
         description=description,
+        epilog=component_help(flags),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # flags that are not given get no entry
         allow_abbrev=False,
@@ -95,7 +95,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
         if is_tuple:
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
-            if bool in parts or one.by_component:  # True, or no component
+            if bool in parts or one.each_once:  # True, or no component
                 rules["nargs"] = "*"
             if flag_name in ("config", "plugin"):  # files add up; of other flags, the last counts
                 rules["action"] = "extend"
@@ -114,7 +114,9 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
     True|False, PATH, or the last word of the flag."""
     if one.metavar:
         return one.metavar
-    if allowed := one.choices or one.table:
+    if one.table:
+        return "NAME[:OPTION=VALUE,...]"
+    if allowed := one.choices:
         return f"{{{','.join(map(str, allowed))}}}"
     kinds = {one.hint, *typing.get_args(one.hint)}
     if Path in kinds:
@@ -124,6 +126,21 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
     return "True|False" if bool in kinds else "N" if int in kinds else "X"
 
 
+def component_help(flags: Flags) -> str:
+    """Lists the components that flags can name, with their options."""
+    lines = []
+    for name, flag in flags.items():
+        for component, kind in (flag.table or {}).items():
+            lines.append(f"  {spelling(name)} {component}")
+            for one in options_of(kind).values():
+                word = f"{one.name}={value_name(one.name, one)}"
+                lines += textwrap.wrap(
+                    one.help, 100, initial_indent=f"      {word:<34} ", subsequent_indent=" " * 41,
+                    break_on_hyphens=False,
+                )  # fmt: skip
+    return "\n".join(["components, and their options:", *lines]) if lines else ""
+
+
 class Parser(argparse.ArgumentParser):
     """Parser whose errors are one line, without the usage text."""
 
@@ -131,7 +148,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
 
-def read_values(values: Mapping[str, Any], flags: Flags) -> Layer:
+def read_values(values: Mapping[str, Any], flags: Flags) -> Settings:
     """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`."""
     with naming_flags(flags):
         values = flattened(values, flags)
@@ -148,6 +165,11 @@ def suggestion(name: str, flags: Flags) -> str:
     """
     if name == "device":
         return "; the device is a GPU if there is one, and CUDA_VISIBLE_DEVICES= chooses the CPU"
+    for known, flag in flags.items():  # such as router_scale, a flag until version 0.3
+        for component, kind in (flag.table or {}).items():
+            for option in options_of(kind):
+                if name in (option, f"{known}_{option}", f"{known}_{component}_{option}"):
+                    return f": now {spelling(known)} {component}:{option}=VALUE"
     words = set(name.split("_"))
     if close := [known for known in flags if words <= set(known.split("_"))][:3]:
         return f"; did you mean {' or '.join(map(spelling, close))}?"

@@ -9,9 +9,8 @@ from options.parts import Size, option, options_of
 from runtime.flags import naming_flags
 from runtime.plugins import import_plugins
 
-# Flags that describe the model of --ckpt: fields of `DiTConfig`, and options of its router.
+# Flags that describe the model of --ckpt: fields of `DiTConfig`.
 MODEL_FLAGS = ("num_experts", "num_experts_per_tok", "num_classes", "num_heads", "input_size")
-ROUTER_FLAGS = ("router_choice", "router_scale", "router_inference")
 CKPT_HELP = (
     "run or step folder, .safetensors, a published .pt file, diffusers' DiT folder, or a hub id, "
     "OWNER/NAME[@REVISION][:FILE]"
@@ -52,15 +51,12 @@ class SamplingConfig:
         ge=1,
         help="latent height and width, for DSMoE's files (default: 32)",
     )
-    router_choice: str | None = option(
-        None, choices=("token", "expert"),
-        help="expert for ProMoE-EC (default: token, for ProMoE-TC)",
-    )  # fmt: skip
-    router_scale: float | None = option(None, gt=0, help="factor of DSMoE's expert weights")
-    router_inference: str | None = option(
-        None, choices=("threshold", "count"),
-        help="DiffMoE: count reproduces the released code, in which an image depends on its batch",
-    )  # fmt: skip
+    router: str | None = option(
+        None,
+        help="options of the model's router: prototype:choice=expert for ProMoE-EC, "
+        "sigmoid:scale=X for DSMoE, or batch_pool:inference=count for DiffMoE as released, in "
+        "which an image depends on its batch",
+    )
     vae_path: str | None = option(
         None, help="autoencoder: a folder in diffusers' format, or a hub id"
     )

@@ -15,7 +15,7 @@ from checkpoints.weights import write_pickle
 from diffusion import OBJECTIVES
 from latents.autoencoder import PIXELS
 from options.parts import options_of
-from options.settings import nested
+from options.settings import stored
 from runtime.errors import printable
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         facts={},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,
-        images=None,
+        num_images=None,
     )
     return replace(checkpoint, record=record, state_dict=dict(checkpoint.state_dict))
 
@@ -83,7 +83,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
-    model = {k: v for k, v in nested(checkpoint.config).items() if k != "expert_backend"}
+    model = {k: v for k, v in stored(checkpoint.config).items() if k != "expert_backend"}
     with torch.device("meta"):
         transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
@@ -164,7 +164,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
     total, active = count_parameters(config)
     experts = "none, a dense model"
     if config.num_experts:
-        layers = f"{len(config.sparse_layers)} of {config.depth} layers"
+        layers = f"{len(config.sparse_blocks)} of {config.depth} layers"
         experts = f"{config.num_experts}, {config.num_experts_per_tok} per token, in {layers}"
         experts += f", stored in {kind}" if (kind := checkpoint.quantization) else ""
     names = record.class_names

@@ -50,7 +50,7 @@ def resolve_settings(
         )
     settings = replace(settings, sampler=name)
     times = times_of(settings, objective)
-    can_guide = config.class_dropout_prob > 0 or guide is not None
+    can_guide = config.dropout > 0 or guide is not None
     cfg_scale = settings.cfg_scale
     if cfg_scale is None:
         cfg_scale = 1.5 if can_guide and not objective.guides_in_training else 1.0

@@ -42,7 +42,7 @@ def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
     images: number of images per pass
     """
     tokens = images * max(map(config.tokens_of, range(config.depth)))
-    width, gated = config.hidden_size, config.mlp_type.startswith("swiglu")
+    width, gated = config.hidden_size, config.expert_mlp.startswith("swiglu")
     hidden = width_of(width, config.mlp_ratio) * (3 if gated else 2)
     rows = tokens * (config.num_experts_per_tok if config.num_experts else 1)
     return (3 * tokens * width + rows * (width + hidden)) * dtype.itemsize

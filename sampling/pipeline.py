@@ -18,12 +18,11 @@ from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
 from moe_kernels.cpu import keep_freed_memory
 from options.parts import sides
-from options.settings import flat
+from options.settings import spelling
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize
-from runtime.flags import spelling
 from sampling.conditions import read_conditions, rows_for
-from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
+from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
 
@@ -151,12 +150,9 @@ def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     """Reads --ckpt, which flags must not contradict."""
-    expected, options = (
-        {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        for names in (MODEL_FLAGS, ROUTER_FLAGS)
-    )
-    changes = {name: value for name, value in options.items() if name == "router_inference"}
-    expected |= {name: value for name, value in options.items() if name not in changes}
+    given = {name: getattr(config, name) for name in MODEL_FLAGS}
+    expected = {name: value for name, value in given.items() if value is not None}
+    changes = {"router": config.router} if config.router else {}
     if config.model:
         if config.model not in DiT_models:
             raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
@@ -168,18 +164,16 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     checkpoint = read_checkpoint(
         config.ckpt, hints, ema=config.ema, quantize=config.quantize, **changes
     )
-    model, values = checkpoint.config, flat(checkpoint.config)
-    for name in options:
-        if not model.num_experts or name not in values:
-            kind = f"a model with router {model.router}" if model.num_experts else "a dense model"
-            raise UserError(f"{spelling(name)}: has no effect on {kind}")
+    model = checkpoint.config
+    if config.router and not model.num_experts:
+        raise UserError("--router: has no effect on a dense model")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
             f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still "
             f"{start_of_average(bool(record.initialized_from))}"
         )
-    stored = {name: values[name] for name in expected}
+    stored = {name: getattr(model, name) for name in expected}
     check_same(f"{checkpoint.path}: the flags describe a different model", expected, stored)
     return checkpoint
 

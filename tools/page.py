@@ -21,7 +21,7 @@ from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import averages_of
 from diffusion import OBJECTIVES
 from runtime.errors import UserError, did_you_mean, printable, reported_as
-from sampling.config import MODEL_FLAGS, ROUTER_FLAGS, SamplingConfig
+from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
 
 # Arguments of gr.HTML. The `value` in the view is the result of `draw`; Handlebars escapes it.
@@ -37,7 +37,7 @@ LAYOUT = """
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
 # Flags that describe --ckpt and are reset for --compare.
 ABOUT_CKPT = dict.fromkeys(
-    (*MODEL_FLAGS, *ROUTER_FLAGS, "ema", "model", "vae_path", "image_size", "guide_ckpt")
+    (*MODEL_FLAGS, "router", "ema", "model", "vae_path", "image_size", "guide_ckpt")
 )
 INTRODUCTION = (
     "Choose a class and press Draw: an image forms out of noise, and its patches go to experts."
@@ -75,8 +75,8 @@ def png(image: Tensor) -> str:
 def describe(pipeline: SamplingPipeline, path: str) -> dict:
     """Returns title and subtitle of one side."""
     config, title = pipeline.model.config, pipeline.checkpoint.record.model_name
-    experts = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router}"
-    title += experts if config.router else ", dense"
+    experts = f"-{config.num_experts}E{config.num_experts_per_tok}A, {config.router.name}"
+    title += experts if config.num_experts else ", dense"
     return {"title": title, "about": f"{path}: {pipeline.describe()}"}
 
 
@@ -98,7 +98,7 @@ def draw_image(
     with pictures, `after_step` gets a function that returns the same for this step only.
     """
     config, num_steps = pipeline.model.config, pipeline.settings.num_steps
-    layers, hooks = config.sparse_layers, ExitStack()
+    layers, hooks = config.sparse_blocks, ExitStack()
     pictures = [trajectory := Trajectory(num_steps)]
     if layers:
         pictures.append(experts := ExpertPicture(pipeline.model, num_steps, range(len(layers))))

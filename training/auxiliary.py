@@ -1,6 +1,6 @@
 """Auxiliary losses: losses that training adds to the objective's loss, one class per loss.
 
-    train.py --auxiliary repa dispersive --auxiliary-dispersive-weight 0.25
+    train.py --auxiliary repa dispersive:weight=0.25
 
 An auxiliary loss sees one forward pass of a training step: the tokens of one block, the network's
 output, the tensors of the batch, noise and times. A loss may map the tokens by a trained projector.
@@ -121,11 +121,10 @@ class Repa(AuxiliaryLoss):
         gt=0, le=1,
     )  # fmt: skip
     width: int = option(
-        2048, help="width of the projector, three layers with SiLU", ge=1, change="state"
+        2048, help="width of the projector, three layers with SiLU", ge=1
     )
     spatial: bool = option(
         False,
-        change="state",
         help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens",
     )
     gamma: float = option(1.0, help="with spatial: fraction of the mean to subtract", ge=0, le=1)

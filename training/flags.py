@@ -1,15 +1,15 @@
 """Flags of both training scripts, by section of config.yaml; `DiTConfig` declares the model's.
 
-What a resumed run may change follows from the class of a field, see `options.parts.Option.change`.
+A `TrainConfig` has the other sections, and a checkpoint stores them.
+`CommandFlags` hold for one command.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from diffusion import OBJECTIVES
 from latents.config import ImagesConfig
 from models import DiT_models
-from options.parts import Part, option
+from options.parts import Part, Settings, option
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
@@ -20,33 +20,30 @@ EPOCHS = 1400  # without --epochs and --max-steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetConfig:
-    change: ClassVar = "state"
-
+class PresetConfig(Settings):
     model: str = option("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig:
+class StepConfig(Settings):
     """Settings of an optimizer step, which decide the result."""
 
-    change: ClassVar = "result"
-
-    objective: Part = option(Part("gaussian"), table=OBJECTIVES, help="training objective",
-                           change="state", group="optimisation")  # fmt: skip
+    objective: Part = option(
+        "gaussian", table=OBJECTIVES, help="training objective", group="optimisation"
+    )
     auxiliary: tuple[Part, ...] = option(
         (),
         table=AUXILIARY_LOSSES,
-        by_component=True,
+        each_once=True,
         help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: Part = option(Part("adamw"), table=OPTIMIZERS, change="state", help="optimizer")
+    optimizer: Part = option("adamw", table=OPTIMIZERS, help="optimizer")
     lr: float = option(1e-4, ge=0, help="learning rate")
     lr_schedule: Part = option(
-        Part("constant"), table=SCHEDULES,
-        help="schedule after the warm-up: constant; cosine or linear, which decay to --lr-floor; "
-        "or trapezoid, which is constant and decays over the last --decay-share of the steps",
+        "constant", table=SCHEDULES,
+        help="schedule after the warm-up: constant; cosine or linear, which decay to lr_floor; "
+        "or trapezoid, which is constant and decays over the last decay_share of the steps",
     )  # fmt: skip
     warmup_steps: int = option(
         0, ge=0, help="steps over which the learning rate rises linearly to --lr"
@@ -58,10 +55,10 @@ class StepConfig:
         "steps; 0 for never",
     )  # fmt: skip
     ema: tuple[Part, ...] = option(
-        (Part("exponential"),), table=EMAS,
+        ("exponential",), table=EMAS,
         help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
-    accum_iter: int = option(1, ge=1, change="how", help="micro-batches per optimizer step")
+    accum_iter: int = option(1, ge=1, help="micro-batches per optimizer step")
     precision: str = option(
         "bf16",
         choices=tuple(DTYPES),
@@ -71,20 +68,20 @@ class StepConfig:
         False,
         help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
     )
-    compile: bool = option(False, change="how", help="compile each block with torch.compile")
+    compile: bool = option(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = option(
-        False, change="how",
+        False,
         help="recompute each block in the backward pass instead of storing its activations",
     )  # fmt: skip
     selective_checkpointing: bool = option(
-        False, change="how",
+        False,
         help="as --gradient-checkpointing, but store the outputs of attention and of experts",
     )  # fmt: skip
     freeze: tuple[str, ...] = option(
-        (), metavar="PATTERN", change="state",
+        (), metavar="PATTERN",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
     )  # fmt: skip
-    train_router_only: bool = option(False, change="state", help="train only the routers")
+    train_router_only: bool = option(False, help="train only the routers")
 
     @property
     def recomputed(self) -> str:
@@ -103,7 +100,7 @@ class DataConfig(ImagesConfig):
         "--image-size; the autoencoder is then used only for sample grids and images of --val-path",
     )
     latents_norm: str = option(
-        "autoencoder", choices=("autoencoder", "data"), change="result",
+        "autoencoder", choices=("autoencoder", "data"),
         help="normalisation of latents: autoencoder, as the autoencoder defines it; or data, mean "
         "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
@@ -114,7 +111,7 @@ class DataConfig(ImagesConfig):
         group="held-out loss",
     )
     val_share: float = option(
-        0.0, ge=0, lt=1, metavar="FRACTION", change="result",
+        0.0, ge=0, lt=1, metavar="FRACTION",
         help="in place of --val-path: fraction of the training images to hold out, the same ones "
         "in all runs on these images",
     )  # fmt: skip
@@ -127,37 +124,29 @@ class DataConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Location, start, length and output of a run: how and where it trains."""
-
-    change: ClassVar = "how"
+class CommandFlags(Settings):
+    """What holds for one command and is not stored."""
 
     config: tuple[str, ...] = option(
-        (), metavar="RECIPE", group="run", change="command",
+        (), metavar="RECIPE", group="run",
         help="YAML files of flags, such as config/recipes/stable.yaml or a run's config.yaml; a "
         "file overrides those before it, and the other flags of the command override all of them",
     )  # fmt: skip
     plugin: tuple[str, ...] = option(
-        (), metavar="FILE.py", change="command",
+        (), metavar="FILE.py",
         help="Python files to import, which define components of your own, such as a router; a "
         "recipe cannot name them",
     )  # fmt: skip
-    results_dir: str = option("results", help="folder of the run folders")
-    run_name: str | None = option(
-        None,
-        help="name of the run folder (default: model, objective and a digest of settings and data)",
+    results_dir: str | None = option(
+        None, help="folder of the run folders (default: results, or that of the run of a branch)"
     )
-    rf: bool | None = option(
-        None, change="command",
-        help="train a rectified flow: published spelling of --objective rectified_flow",
-    )  # fmt: skip
-    pretraining_tp: int = option(
-        1, change="command", help="has no effect; published commands pass it"
+    run_name: str | None = option(
+        None, help="name of the run folder (default: number, model and objective)"
     )
     resume: str | None = option(
         None, metavar="RUN",
-        help="run folder to resume with its stored settings; other flags change settings. With "
-        "RUN/checkpoints/STEP and --run-name NEW: start a branch beside RUN, a new run from there",
+        help="run folder to go on in, with its stored settings, which other flags change; "
+        "RUN/checkpoints/STEP: a new run from there, see also --run-name",
     )  # fmt: skip
     finetune: str | None = option(
         None, metavar="WEIGHTS",
@@ -165,40 +154,46 @@ class RunConfig:
         "diffusers' format. They determine the model, but classes, conditions, objective and "
         "image size may change",
     )  # fmt: skip
+    dry_run: bool = option(False, help="print model, parameters, memory and steps, and stop")
+    gpus: int | None = option(
+        None,
+        ge=1,
+        help="with --dry-run: number of GPUs to plan for (default: as launched)",
+    )
+    gpu_memory: float | None = option(
+        None,
+        gt=0,
+        help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
+    )
+    rf: bool | None = option(
+        None, help="train a rectified flow: published spelling of --objective rectified_flow",
+    )  # fmt: skip
+    pretraining_tp: int = option(1, help="has no effect; published commands pass it")
+    deepspeed: bool = option(False, help="has no effect; published commands pass it")
+    local_rank: int | None = option(None, help="has no effect; launchers pass it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """Length, seed and output of a run."""
+
     epochs: int | None = option(
         None, ge=1, help=f"passes over the images (default: {EPOCHS}, without --max-steps)"
     )
     max_steps: int | None = option(
         None, ge=1, le=10**12, help="number of optimizer steps, in place of --epochs"
     )
-    global_seed: int = option(
-        0, ge=0, change="result", help="seed of the random numbers in training"
-    )
+    global_seed: int = option(0, ge=0, help="seed of the random numbers in training")
     deterministic: bool = option(
         False,
         help="make runs on the same number and kind of GPUs bit-identical, by slower algorithms "
         "(on a CPU, they always are)",
-    )
-    dry_run: bool = option(
-        False, change="command", help="print model, parameters, memory and steps, and stop"
-    )
-    gpus: int | None = option(
-        None,
-        ge=1,
-        change="command",
-        help="with --dry-run: number of GPUs to plan for (default: as launched)",
     )
     gpus_per_node: int | None = option(
         None,
         ge=1,
         help="GPUs per node, for sharding (default: the launcher's value, or the number of "
         "processes, at most 8)",
-    )
-    gpu_memory: float | None = option(
-        None,
-        gt=0,
-        change="command",
-        help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
     log_every: int | None = option(
         None, ge=1,

@@ -1,6 +1,6 @@
-"""The training loop, which train.py and train_deepspeed.py run with their engines.
+"""The training loop, which `training.start` begins.
 
-    code = train(said, DDPFlags, dist)
+    code = TrainingLoop(config=config, folder=folder, ..., engine=engine).run()
 
 If the loss or the gradient of a step is infinite or nan on any process, all processes skip the
 step: only the fp16 loss scale changes.
@@ -10,16 +10,20 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from checkpoints import Record
 from checkpoints.costs import count_macs, count_parameters
-from latents.loading import check_unreadable, read_batches
-from latents.sources import Batch
+from latents.autoencoder import Autoencoder
+from latents.loading import BatchStream, check_unreadable, read_batches
+from latents.sources import Batch, Source
 from moe_kernels.attention import flash_attention_fault
 from moe_kernels.cpu import keep_freed_memory, lacks_instructions
-from options.settings import Layer
 from runtime.devices import DTYPES, memory_in_use
 from runtime.errors import (
     STOPPED,
@@ -28,9 +32,10 @@ from runtime.errors import (
     print_safely,
     printable,
 )
-from runtime.processes import Distributed, ProcessError, reseed
+from runtime.processes import ProcessError, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
+from training.config import TrainConfig
 from training.engine import Engine
 from training.log import RunLog
 from training.metrics import (
@@ -46,108 +51,111 @@ from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
 from training.schedule import rate_factor
-from training.start import Run, open_run
 from training.step import take_step
 
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
-def train(said: Layer, engine_flags: type, dist: Distributed) -> int:
-    """Trains to the last step, starting from the newest checkpoint of the run if there is one.
-
-    said: flags of the recipe and the command, see `training.config.parse_training`
-    engine_flags: class that declares the flags of the engine, such as `DDPFlags`
-
-    Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run earlier.
-    """
-    run = open_run(said, engine_flags, dist)
-    with run.log:
-        if run.stream.start_step >= run.stream.end_step:
-            run.log.text(f"{run.folder} is finished: step {run.stream.start_step}, nothing to do")
-            return 0
-        engine = run.config.engine.engine_class()(dist, run.config, run.weights)
-        run.weights = ()  # the engine holds the weights; free this copy
-        if folder := run.state_folder:
-            engine.load_state(folder)
-            run.log.text(f"resumed from {folder}")
-        keep_freed_memory(dist.device)
-        loop = TrainingLoop(run, engine)
-        describe(run, engine)
-        profile, first = run.config.run.profile if dist.is_main else None, run.stream.start_step
-        start = time.monotonic()
-        try:
-            with profiling(profile, run.folder / "profile", first) as after_step:
-                finished = loop.take_steps(after_step)
-        finally:
-            loop.close()
-        if finished:
-            elapsed = timedelta(seconds=round(time.monotonic() - start))
-            command = f"python sample.py --ckpt {shlex.quote(str(run.folder))}"
-            run.log.text(f"finished after {elapsed}; to generate images: {command}")
-        dist.barrier()
-    return 0 if finished else STOPPED
-
-
-def describe(run: Run, engine: Engine) -> None:
-    """Logs the model, its parameters, the images and the steps of the run."""
-    config, stream, dist = run.config, run.stream, engine.dist
-    total, active = count_parameters(config.model)
-    counts = f"{active / 1e6:.1f}M active"
-    parameters = [*engine.model.parameters()]
-    if not all(parameter.requires_grad for parameter in parameters):
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        counts += f", {trained / 1e6:.2f}M trained"
-    run.log.text(
-        f"{run.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
-        f"{stream.num_images} images of {pluralize(len(run.dataset.classes), 'class')}, steps "
-        f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, on "
-        f"{pluralize(dist.world_size, f'{dist.device.type} process')}"
-    )
-    if flash_attention_fault:
-        reason = printable(flash_attention_fault)[:300]
-        run.log.text(
-            f"note: flash-attn is installed but does not load ({reason}); PyTorch's attention is "
-            "used instead"
-        )
-    precisions = {"--precision": config.step.precision}
-    precisions["--optimizer-precision"] = config.step.optimizer.options.get("precision")
-    slow = [
-        f"{flag} {name}"
-        for flag, name in precisions.items()
-        if name and lacks_instructions(dist.device, DTYPES[name])
-    ]
-    if slow:
-        run.log.text(
-            f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
-            "training is several times faster"
-        )
-
-
+@dataclass(kw_only=True)
 class TrainingLoop:
     """Takes the steps of a run; writes the log lines, sample grids and checkpoints."""
 
-    def __init__(self, run: Run, engine: Engine):
-        self.run, self.engine, self.dist = run, engine, engine.dist
-        self.config, self.objective = run.config, run.config.objective
-        self.log: RunLog = run.log
+    config: TrainConfig
+    folder: Path
+    facts: dict[str, Any]  # about the data and the script, for the records of checkpoints
+    origin: dict | None  # provenance of the weights that training began from, if any
+    dataset: Source
+    vae: Autoencoder | None  # None if no step needs it
+    held_out: list[Batch] | None  # latents of --val-path or --val-share
+    stream: BatchStream  # the remaining steps
+    log: RunLog
+    engine: Engine
+
+    def __post_init__(self):
+        self.dist, self.objective = self.engine.dist, self.config.objective
         self.requests = Requests(self.dist, 60 * self.config.run.save_minutes)
-        self.saver = Saver(run.folder, engine)
-        self.saved_step, self.save_failure = run.stream.start_step, ""
+        self.saver = Saver(self.folder, self.engine)
+        self.saved_step, self.save_failure = self.stream.start_step, ""
         self.unreadable: set[str] = set()  # "name (reason)" of the skipped images
         self.num_read = 0  # images
         # Numbers of skipped steps: total, consecutive.
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.dist.device)
-        self.alarms = Alarms(run.config.model.sparse_layers)
+        self.alarms = Alarms(self.config.model.sparse_blocks)
         self.tracker = MetricTracker(self.dist)
-        self.log_every: int = run.config.run.log_every or 1
+        self.log_every: int = self.config.run.log_every or 1
+
+    def run(self) -> int:
+        """Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run."""
+        keep_freed_memory(self.dist.device)
+        self.describe()
+        profile = self.config.run.profile if self.dist.is_main else None
+        start = time.monotonic()
+        try:
+            with profiling(profile, self.folder / "profile", self.stream.start_step) as after_step:
+                finished = self.take_steps(after_step)
+        finally:
+            self.close()
+        if finished:
+            elapsed = timedelta(seconds=round(time.monotonic() - start))
+            command = f"python sample.py --ckpt {shlex.quote(str(self.folder))}"
+            self.log.text(f"finished after {elapsed}; to generate images: {command}")
+        self.dist.barrier()
+        return 0 if finished else STOPPED
+
+    def describe(self) -> None:
+        """Logs the model, its parameters, the images and the steps of the run."""
+        config, stream, dist = self.config, self.stream, self.dist
+        total, active = count_parameters(config.model)
+        counts = f"{active / 1e6:.1f}M active"
+        parameters = [*self.engine.model.parameters()]
+        if not all(parameter.requires_grad for parameter in parameters):
+            trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            counts += f", {trained / 1e6:.2f}M trained"
+        self.log.text(
+            f"{self.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
+            f"{stream.num_images} images of {pluralize(len(self.dataset.classes), 'class')}, steps "
+            f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, "
+            f"on {pluralize(dist.world_size, f'{dist.device.type} process')}"
+        )
+        if flash_attention_fault:
+            reason = printable(flash_attention_fault)[:300]
+            self.log.text(
+                f"note: flash-attn is installed but does not load ({reason}); PyTorch's attention "
+                "is used instead"
+            )
+        precisions = {"--precision": config.step.precision}
+        precisions["--optimizer muon:precision"] = config.step.optimizer.options.get("precision")
+        slow = [
+            f"{flag} {name}"
+            for flag, name in precisions.items()
+            if name and lacks_instructions(dist.device, DTYPES[name])
+        ]
+        if slow:
+            self.log.text(
+                f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
+                "training is several times faster"
+            )
+
+    def record(self, step: int) -> Record:
+        """Returns the metadata of the checkpoint of a step: the config and the facts."""
+        dataset, facts = self.dataset, dict(self.facts)
+        sections = self.config.sections()
+        # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
+        sections["data"]["vae_path"] = self.vae.path if self.vae else dataset.vae_path
+        typed = {name: facts.pop(name) for name in ("num_images", "vae_sha256")}
+        return Record.from_dict({
+            "config": sections, "facts": facts, **typed, "step": step,
+            "class_names": dataset.classes, "initialized_from": self.origin,
+            "micro_batch": self.stream.micro_batch, "latents_norm": dataset.norm.to_dict(),
+        })  # fmt: skip
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
         """Takes the remaining steps and saves the last one. If a signal stops the run, saves the
         step before and returns False."""
-        config, stream, data = self.config.run, self.run.stream, self.config.data
+        config, stream, data = self.config.run, self.stream, self.config.data
         pin = self.dist.device.type == "cuda"
-        batches = read_batches(self.run.dataset, stream, data.num_workers, pin)
+        batches = read_batches(self.dataset, stream, data.num_workers, pin)
         last = stream.end_step - 1
         for step in range(stream.start_step, stream.end_step):
             request = self.requests.poll()
@@ -169,7 +177,7 @@ class TrainingLoop:
             after_step()
 
             done, is_first, is_last = step + 1, step == stream.start_step, step == last
-            evaluates = bool(self.run.held_out) and (done % config.val_every == 0 or is_last)
+            evaluates = bool(self.held_out) and (done % config.val_every == 0 or is_last)
             if done % self.log_every == 0 or is_first or is_last or evaluates:
                 self.log_metrics(done, with_held_out=evaluates)
             if is_first:
@@ -185,7 +193,7 @@ class TrainingLoop:
 
         loaded: micro-batches, each with the images that cannot be read
         """
-        config, end = self.config, self.run.stream.end_step
+        config, end = self.config, self.stream.end_step
         self.rate = rate_factor(config.lr_schedule, config.step.warmup_steps, step + 1, end)
         metrics = take_step(
             self.engine, self.objective, self.prepared(step, loaded), len(loaded),
@@ -211,7 +219,7 @@ class TrainingLoop:
                 report(printable(f"skipped an image that cannot be read: {name}"))
             batch = {n: tensor.to(dist.device, non_blocking=True) for n, tensor in batch.items()}
             reseed(self.config.run.global_seed, step, number * dist.world_size + dist.rank)
-            yield self.run.dataset.to_latents(self.run.vae, batch)
+            yield self.dataset.to_latents(self.vae, batch)
 
     def log_metrics(self, done: int, with_held_out: bool) -> None:
         """Logs the metrics, averaged over all processes and over the steps since the last log line.
@@ -219,7 +227,7 @@ class TrainingLoop:
         Waits until these steps are computed. Ends the run after `MAX_SKIPPED` skipped steps in a
         row.
         """
-        model, stream = self.engine.model, self.run.stream
+        model, stream = self.engine.model, self.stream
         values = self.tracker.means()
         seconds = self.tracker.seconds()
         steps_per_second = self.tracker.steps / seconds
@@ -239,7 +247,7 @@ class TrainingLoop:
         counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
-            values |= held_out_metrics(self.engine, self.run.held_out)
+            values |= held_out_metrics(self.engine, self.held_out)
         self.log.metrics(done, values, steps_per_second)
         for line in self.alarms.check(values):
             self.log.text(line)
@@ -256,7 +264,7 @@ class TrainingLoop:
         _, tensors, _ = self.engine.state()
         size = sum(self.dist.gather(sum(tensor.nbytes for tensor in tensors.values())))
         if self.dist.is_main:
-            folder, steps = self.run.folder / "checkpoints", self.run.stream.end_step
+            folder, steps = self.folder / "checkpoints", self.stream.end_step
             for note in disk_notes(self.config, steps, size, folder):
                 self.log.text(f"note: {note}")
 
@@ -270,19 +278,19 @@ class TrainingLoop:
         raise UserError(
             f"the loss or the gradient was infinite or nan{spike} in steps {good + 1} to {done}: "
             f"got {in_a_row} such steps in a row, expected fewer than {MAX_SKIPPED}; the newest "
-            f"checkpoint in {self.run.folder}, if there is one, holds the weights before these "
+            f"checkpoint in {self.folder}, if there is one, holds the weights before these "
             f"steps; try a lower --lr{hint} in a branch (--resume "
-            f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
+            f"{self.folder}/checkpoints/STEP --run-name NEW)"
         )
 
     def draw_samples(self, step: int) -> None:
         """Generates and writes a grid of samples; a failure is logged as a warning."""
-        path = self.run.folder / f"samples-{step:07d}.png"
+        path = self.folder / f"samples-{step:07d}.png"
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
 
         try:
-            grid = self.dist.run_on_all(lambda: draw_preview(self.run, self.engine))
+            grid = self.dist.run_on_all(lambda: draw_preview(self))
         except (OSError, UserError, ProcessError) as error:
             self.log.text(f"WARNING: no sample grid of step {step} ({error})")
         else:
@@ -299,10 +307,10 @@ class TrainingLoop:
         if step <= self.saved_step:
             return
         self.check_finite(step)
-        is_kept = step == self.run.stream.end_step or step % self.config.run.ckpt_every == 0
+        is_kept = step == self.stream.end_step or step % self.config.run.ckpt_every == 0
         with self.failure_logged(step):
             self.log.flush()  # a resumed run cuts the log at its checkpoint
-            self.saver.start(step, self.run.record(step), replaceable=not is_kept)
+            self.saver.start(step, self.record(step), replaceable=not is_kept)
         self.requests.saved()
 
     def finish_save(self) -> None:
@@ -335,8 +343,8 @@ class TrainingLoop:
         self.finish_save()
         if self.saved_step < least:
             raise UserError(
-                f"{self.save_failure}, and no later save will replace it: fix the cause and run "
-                f"the same command again, which resumes from step {self.saved_step}"
+                f"{self.save_failure}, and no later save will replace it: fix the cause and go on "
+                f"from step {self.saved_step}: --resume {self.folder}"
             )
 
     def stop(self, step: int) -> None:
@@ -345,10 +353,10 @@ class TrainingLoop:
         Raises UserError if no step of this command could be saved: a launcher that restarts stopped
         runs would repeat the same steps forever.
         """
-        self.save_last(step, least=min(step, self.run.stream.start_step + 1))
+        self.save_last(step, least=min(step, self.stream.start_step + 1))
         self.log.text(
-            f"stopped after step {step}; run the same command again to resume from step "
-            f"{self.saved_step}"
+            f"stopped after step {step}; to go on from step {self.saved_step}: "
+            f"--resume {self.folder}"
         )
 
     def check_finite(self, step: int) -> None:
@@ -356,9 +364,9 @@ class TrainingLoop:
         if not all(self.dist.gather(bool(self.engine.is_finite()))):
             raise UserError(
                 f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
-                f"was not saved; the newest checkpoint in {self.run.folder}, if there is one, "
+                f"was not saved; the newest checkpoint in {self.folder}, if there is one, "
                 "holds earlier, finite weights; try a lower --lr in a branch (--resume "
-                f"{self.run.folder}/checkpoints/STEP --run-name NEW)"
+                f"{self.folder}/checkpoints/STEP --run-name NEW)"
             )
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ from checkpoints.costs import NEEDS_DATA, fake_pass
 from checkpoints.meta import meta_model
 from models import DiTConfig
 from moe_kernels.recomputation import KEPT_OPERATORS
-from options.parts import Part
 from runtime.devices import DTYPES, pinned_bytes
 from training.auxiliary import PROJECTORS, projectors_of
 from training.config import TrainConfig
@@ -93,7 +92,7 @@ def received_rows(config: TrainConfig, micro_batch: int) -> int:
     """Returns the number of rows that a process receives under --expert-parallel and keeps for the
     backward pass, for an even load."""
     model, kept = config.model, max if config.step.recomputed == "all" else sum
-    tokens = kept(map(model.tokens_of, model.sparse_layers))
+    tokens = kept(map(model.tokens_of, model.sparse_blocks))
     return micro_batch * tokens * model.num_experts_per_tok
 
 
@@ -165,7 +164,7 @@ def forward_bytes(
                 hooks.enter_context(block.register_forward_hook(note))
             forward()
     except NEEDS_DATA:  # the rows of top-k are about as many, K per token
-        return forward_bytes(replace(config, router=Part("topk")), batch, precision)
+        return forward_bytes(replace(config, router="topk"), batch, precision)
     of_weights = {weight.untyped_storage() for weight in weights.values()}
     blocks, outside = [], saved - of_weights
     for (size, *before), (_, *after) in zip(places[::2], places[1::2], strict=True):

@@ -1,6 +1,6 @@
 """--dry-run: prints what a command would train, the memory and the disk that it needs.
 
-print_plan(said, DDPFlags)
+print_plan(command, config, trained, notes, world_size)
 """
 
 import shutil
@@ -11,19 +11,20 @@ import numpy as np
 import torch
 
 from checkpoints.costs import count_macs, count_parameters
-from latents.autoencoder import DEFAULT_VAE, AutoencoderKL, open_autoencoder
-from latents.loading import BatchStream, split
+from latents.autoencoder import AutoencoderKL, open_autoencoder
+from latents.loading import BatchStream
 from latents.sources import GivenImages, Source, expand_range
 from moe import width_of
-from options.settings import Layer
+from options.parts import Size
+from options.settings import Settings
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
-from runtime.processes import ALONE, Distributed, read_environment
-from training.config import DataFacts, TrainConfig
+from runtime.processes import ALONE, read_environment
+from training.config import TrainConfig
 from training.engine import Bytes
+from training.flags import CommandFlags, DataConfig
 from training.memory import received_rows, state_bytes
 from training.setup import length_notes, open_dataset, remaining_steps
-from training.start import check_changes, plan_run
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -32,23 +33,19 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def print_plan(said: Layer, engine_flags: type) -> None:
+def planned_processes(command: CommandFlags) -> int:
+    return command.gpus or read_environment().world_size
+
+
+def print_plan(
+    command: CommandFlags, config: TrainConfig, trained: np.ndarray, notes: list[str],
+    world_size: int,
+) -> None:  # fmt: skip
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
-    if not (dist := read_environment()).is_main:
-        return
-    plan = plan_run(said, engine_flags, open_planned, ALONE)  # there is no process group
-    config = plan.config
-    world_size = config.run.gpus or dist.world_size
-    config.engine.engine_class().check(config, world_size)
-    if plan.steps:
-        check_changes(plan, {})
-    trained = np.arange(IMAGENET[0])
-    if plan.dataset is not None:
-        trained, _ = split(plan.dataset, config.data.val_share)
-    stream = remaining_steps(config, trained, None, replace(dist, world_size=world_size))
-    lines = describe_model(config) | describe_memory(config, stream)
+    stream = remaining_steps(config, trained, True, 0, replace(ALONE, world_size=world_size))
+    lines = describe_model(config) | describe_memory(config, stream, command.gpu_memory)
     lines |= describe_steps(config, stream)
-    notes = plan.notes + length_notes(config, stream, is_pretrained=plan.weights is not None)
+    notes = notes + length_notes(config, stream, is_pretrained=bool(command.finetune))
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 
@@ -64,11 +61,13 @@ def describe_model(config: TrainConfig) -> dict[str, str]:
     }
 
 
-def describe_memory(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
+def describe_memory(
+    config: TrainConfig, stream: BatchStream, gpu_memory: float | None
+) -> dict[str, str]:
     """Describes the memory of a process, and whether it fits."""
     engine, micro_batch = config.engine.engine_class(), stream.micro_batch
     gpu, host, layout = engine.memory(config, stream.world_size)
-    needed, usable, source = in_gib(gpu), *usable_memory(config)
+    needed, usable, source = in_gib(gpu), *usable_memory(gpu_memory)
     tips = {
         "--gradient-checkpointing": config.step.recomputed == "nothing",
         "smaller micro-batches": micro_batch > 1,
@@ -83,7 +82,7 @@ def describe_memory(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
         f"usable of {source}{advice}",
     }
-    if getattr(config.engine, "expert_parallel", 1) > 1 and config.model.sparse_layers:
+    if getattr(config.engine, "expert_parallel", 1) > 1 and config.model.sparse_blocks:
         lines["load"] = load_that_fits(config, micro_batch, GIB * (usable - needed))
     return lines
 
@@ -108,9 +107,9 @@ def listed(parts: Bytes) -> str:
     return f"{in_gib(parts):.2f} GiB: {sizes}"
 
 
-def usable_memory(config: TrainConfig) -> tuple[float, str]:
+def usable_memory(size: float | None) -> tuple[float, str]:
     """Returns the usable GiB of GPU memory, and a description of the GPU."""
-    if size := config.run.gpu_memory:
+    if size:
         return USABLE * size, f"{size:g} (--gpu-memory)"
     if not torch.cuda.is_available():
         return USABLE * ASSUMED, f"{ASSUMED:g} (assumed, no GPU here)"
@@ -119,30 +118,48 @@ def usable_memory(config: TrainConfig) -> tuple[float, str]:
     return USABLE * size, f"{size:.1f} of this {properties.name}"
 
 
-def open_planned(settings: Layer, dist: Distributed) -> tuple[Source | None, DataFacts]:
-    """Opens the data that the flags name. Assumes ImageNet's sizes for missing data, with notes."""
-    path = settings.get("latents_path") or settings.get("data_path")
+class AssumedImages:
+    """Stands in for data that are not on this machine: those of a run or weights, or ImageNet's."""
+
+    can_flip, shapes, vae_path = True, {}, None
+
+    def __init__(self, data: DataConfig, num_classes: int, like: TrainConfig | None, notes: list):
+        self.image_size, self.like, self.notes = data.image_size or 256, like, notes
+        self.classes = [""] * (like.model.num_classes if like else num_classes)
+
+    def __len__(self) -> int:
+        return IMAGENET[0]
+
+    def geometry(self, vae_path: str) -> tuple[Size, int]:
+        if self.like:
+            return self.like.model.input_size, self.like.model.in_channels
+        try:
+            vae = open_autoencoder(vae_path, local_files_only=True)
+        except UserError:
+            vae = AutoencoderKL(STABLE_DIFFUSION)
+            self.notes.append(
+                f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents"
+            )
+        return vae.latent_size(self.image_size), vae.channels
+
+    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
+        return is_held_out
+
+
+def open_planned(
+    data: DataConfig, said: Settings, like: TrainConfig | None, notes: list[str]
+) -> Source:
+    """Opens the data that the flags name, or stands in for missing ones.
+
+    like: the config of the checkpoint or weights that the run begins from, if any
+    """
+    path = data.latents_path or data.data_path
     is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
-    if settings.get("latents_path") or is_there:
-        return open_dataset(settings, dist)
+    if data.latents_path or is_there:
+        return open_dataset(data)
     missing = f"{path} is not on this machine" if path else "no --data-path"
-    notes = [f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images"]
-    image_size = settings.get("image_size", 256)
-    vae_path = settings.get("vae_path") or DEFAULT_VAE
-    try:
-        vae = open_autoencoder(vae_path, local_files_only=True)
-    except UserError:
-        vae = AutoencoderKL(STABLE_DIFFUSION)
-        notes.append(
-            f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents, unless a "
-            "run or weights have others"
-        )
-    facts = DataFacts(
-        num_classes=settings.get("num_classes", IMAGENET[1]), in_channels=vae.channels,
-        input_size=vae.latent_size(image_size), image_size=image_size, vae_path=vae_path,
-        notes=tuple(notes),
-    )  # fmt: skip
-    return None, facts
+    notes.append(f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images")
+    return AssumedImages(data, said.get("num_classes", IMAGENET[1]), like, notes)
 
 
 def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]:
@@ -186,7 +203,7 @@ def load_that_fits(config: TrainConfig, micro_batch: int, free: float) -> str:
     """
     model = config.model
     width = model.hidden_size + width_of(model.hidden_size, model.mlp_ratio) * (
-        2 if model.mlp_type.startswith("swiglu") else 1
+        2 if model.expert_mlp.startswith("swiglu") else 1
     )
     size = received_rows(config, micro_batch) * width * DTYPES[config.step.precision].itemsize
     return (

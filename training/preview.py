@@ -1,24 +1,27 @@
 """Sample grids of a training run, generated with the first EMA.
 
-grid = draw_preview(run, engine)     # (3, H, W) uint8 on the CPU
+grid = draw_preview(loop)            # (3, H, W) uint8 on the CPU
 """
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from latents.loading import collate, evenly_spaced
 from sampling.generate import SamplerSettings, generate
-from training.engine import Engine
-from training.start import Run
+
+if TYPE_CHECKING:
+    from training.loop import TrainingLoop
 
 
-def draw_preview(run: Run, engine: Engine) -> Tensor | None:
+def draw_preview(run: "TrainingLoop") -> Tensor | None:
     """Generates images from fixed seeds, with labels spread over the classes.
 
     Several images of a class form a row. A model with feature conditions uses the features of
     training images. All processes call this function. Returns the grid (3, H, W) uint8 on the main
     process and None on the others.
     """
-    config, model = run.config, engine.model
+    config, model, engine = run.config, run.engine.model, run.engine
     count, classes = config.run.num_sample, model.config.num_classes
     shown, conditions = min(count, classes), {}
     labels = [i * classes // shown for i in range(shown) for _ in range(count // shown)]
@@ -29,7 +32,7 @@ def draw_preview(run: Run, engine: Engine) -> Tensor | None:
         conditions = {
             name: conditions[name] for name in conditions.keys() & model.conditions.keys()
         }
-    is_guided = model.config.class_dropout_prob and not config.objective.guides_in_training
+    is_guided = model.config.dropout and not config.objective.guides_in_training
     settings = SamplerSettings(
         config.step.objective.name,
         sampler=config.objective.preview_sampler,

@@ -1,6 +1,6 @@
-"""Run folders, named after the settings, so that the same command finds the same run again.
+"""Run folders: their names, their lock and what --resume finds in them.
 
-    results/DiT-S-2-8E2A-1a2b3c4d/
+    results/007-DiT-S-2-8E2A-rectified_flow/
         config.yaml                            all settings
         run.lock                               locked during training
         checkpoints/0050000/
@@ -11,8 +11,6 @@ Only one run trains in a folder at a time. The run never writes its files throug
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,74 +22,39 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from checkpoints import MODEL_FILE, Record, read_record, step_folders
-from options.parts import Option, Part, options_of
-from options.settings import Flags, Layer, as_tuple, flat, flattened, unfolded
+from checkpoints import MODEL_FILE, step_folders
 from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
-from runtime.flags import read_values
-from training.config import DATA_FACTS, TrainConfig, training_flags
-from training.flags import RunConfig
+from training.config import OF_DATA, TrainConfig
+from training.flags import CommandFlags
 from training.manifest import MANIFEST_FILE
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
-def is_run(path: Path) -> bool:
-    """Returns whether a path is a run folder."""
-    # For a name that is too long, os.path.isfile returns False, and Path.is_file raises OSError.
-    return os.path.isfile(path / CONFIG_FILE) or bool(step_folders(path))
+def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
+    """Returns the run folder to go on in, or None for a new run; and the checkpoints to go on from,
+    the newest first.
 
-
-def named_folder(said: Layer, run: Path | None) -> Path | None:
-    """Returns the run folder that the flags name; None for a run without a name.
-
-    run: the run that --resume names, if any
+    A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
+    from a checkpoint of another run.
     """
-    name = said.get("run_name")
-    is_plain = name is None or re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name)
-    if not is_plain or len(os.fsencode(name or "")) > 150:
-        expected = "a plain folder name of at most 150 bytes"
-        raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
-    if run is None:
-        return name and Path(said.get("results_dir", RunConfig.results_dir), name)
-    resolved = run.resolve()
-    named = Path(said.get("results_dir", resolved.parent), name or resolved.name)
-    if named.resolve() != resolved:
-        other = f"--resume {run}/checkpoints/STEP --run-name NEW"
-        raise UserError(
-            f"--resume {run}: --run-name or --results-dir names {named}, expected the same "
-            f"folder; to start a separate run: {other}"
-        )
-    return run
-
-
-def default_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
-    """Returns the folder of a run without a name: model, objective if not Gaussian, digest.
-
-    The digest is that of the facts and of the settings that decide the result and differ from
-    their defaults, so that a new setting renames no run.
-    """
-    flags, parts = training_flags(type(config.engine)), config.by_section.values()
-    defaults = flat(*(type(part)() for part in parts))
-    for section in parts:  # the defaults of the options of other components
-        for one in options_of(type(section)).values():
-            chosen = as_tuple(getattr(section, one.name)) if one.table else ()
-            if chosen:
-                bare = (one.complete(Part(part.name)) for part in chosen)
-                defaults = unfolded(one, tuple(bare)) | defaults
-    special = {
-        name: value for name, value in flat(*parts).items()
-        if flags[name].change in ("state", "result") and name not in DATA_FACTS
-        and value not in (None, defaults[name])
-    }  # fmt: skip
-    content = json.dumps([special, facts], sort_keys=True, default=str)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    objective = config.step.objective.name
-    objective = "" if objective == "gaussian" else f"-{objective}"
-    name = re.sub(r"[^\w.+-]", "-", f"{config.name}{objective}-{digest}")
-    return Path(config.run.results_dir, name)
+    if command.run_name and (steps := step_folders(folder := named_folder(command))):
+        return folder, steps
+    if not command.resume:  # an empty variable of a shell names nothing
+        return None, []
+    path = Path(command.resume)
+    if command.finetune:
+        raise UserError("--resume: cannot be combined with --finetune")
+    if is_step_folder(path):
+        return None, [path]
+    if not (steps := step_folders(path)):
+        raise not_resumable(path)
+    if command.run_name or command.results_dir:
+        branch = f"--resume {steps[0]} --run-name NEW"
+        raise UserError(f"--resume {path}: the run keeps its folder; to begin a new run: {branch}")
+    return path, steps
 
 
 def is_step_folder(path: Path) -> bool:
@@ -103,7 +66,7 @@ def is_step_folder(path: Path) -> bool:
 
 def not_resumable(source: Path) -> UserError:
     """Describes the error for a --resume that names neither a run nor a checkpoint."""
-    expected = "expected a run folder or RUN/checkpoints/STEP"
+    expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
     if os.path.exists(source):
         weights = f"to start from weights: --finetune {source}"
         return UserError(f"--resume: got {source}, {expected}; {weights}")
@@ -113,41 +76,39 @@ def not_resumable(source: Path) -> UserError:
     return UserError(f"--resume: {source} does not exist, {expected}")
 
 
-def newest_record(steps: list[Path]) -> Record | None:
-    """Returns the record of the first readable checkpoint; None if there is none."""
-    for step in steps:
-        with suppress(UserError):
-            return read_record(step)
-    return None
+def parent_folder(command: CommandFlags) -> Path:
+    """Returns the folder of the run's folder: that of the run whose checkpoint --resume names, or
+    --results-dir."""
+    if command.resume and not command.results_dir and is_step_folder(step := Path(command.resume)):
+        return Path(os.path.normpath(step / "../../.."))
+    return Path(command.results_dir or "results")
 
 
-def known_options(choice: Option, value: Any) -> tuple[Any, list[str]]:
-    """Returns stored components without the options that this version does not know."""
-    unknown: list[str] = []
-    kept = []
-    for one in value if isinstance(value, list) else [value]:
-        for name, options in one.items() if isinstance(one, dict) else [(one, {})]:
-            has = options_of(choice.table[name]) if name in choice.table else options
-            unknown += [f"{choice.name}: {name}: {key}" for key in options if key not in has]
-            kept.append({name: {key: v for key, v in options.items() if key in has}})
-    return kept, unknown
+def named_folder(command: CommandFlags) -> Path:
+    name = command.run_name
+    if not re.fullmatch(r"(?!\.\.?$)[^/\x00-\x1f]+", name) or len(os.fsencode(name)) > 150:
+        expected = "a plain folder name of at most 150 bytes"
+        raise UserError(f"--run-name: got {name[:200]!r}, expected {expected}")
+    return parent_folder(command) / name
 
 
-def stored_settings(record: Record, flags: Flags) -> tuple[Layer, list[str]]:
-    """Returns the settings of a checkpoint, and a note on those that this version does not know."""
-    known: dict[str, Any] = {}
-    unknown: list[str] = []
-    for name, value in flattened(record.sections(), flags).items():
-        if name not in flags:
-            unknown.append(name)
-            continue
-        if flags[name].table:
-            value, gone = known_options(flags[name].field, value)
-            unknown += gone
-        known[name] = value
-    note = f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}"
-    stored = {"model": record.model_name} | read_values(known, flags)
-    return stored, [note] if unknown else []
+def new_folder(command: CommandFlags, config: TrainConfig) -> Path:
+    """Creates the folder of a new run: --run-name, or the next number, the model and the objective.
+    """
+    parent, objective = parent_folder(command), config.step.objective.name
+    ending = "" if objective == "gaussian" else f"-{objective}"
+    ending = re.sub(r"[^\w.+-]", "-", config.name + ending)
+    with reported_as(f"--results-dir: cannot write to {parent}", OSError):
+        parent.mkdir(parents=True, exist_ok=True)
+        if command.run_name:  # it may exist, without a checkpoint
+            (folder := named_folder(command)).mkdir(exist_ok=True)
+            return folder
+        while True:
+            found = [re.match(r"(\d{3,6})-(?:DiT|JiT)", name) for name in os.listdir(parent)]
+            number = 1 + max((int(match[1]) for match in found if match), default=-1)
+            with suppress(FileExistsError):
+                (folder := parent / f"{number:03d}-{ending}").mkdir()
+                return folder
 
 
 def enter_run_folder(run: Path) -> BinaryIO:
@@ -167,17 +128,18 @@ class ConfigDumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def write_config(run: Path, config: TrainConfig, facts: dict[str, Any], is_finished: bool) -> None:
-    """Writes config.yaml: settings and, after ---, the facts. That of a finished run stays."""
-    if is_finished and os.path.isfile(run / CONFIG_FILE):
-        return
+def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    """Writes config.yaml: the settings, which are a recipe, and, after ---, what the data set."""
     script = facts["script"]
     text = (
         f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
         f"# To start a new run with the same settings: {script} --config FILE, with this file\n"
         "# (and --finetune, if the run began from weights).\n"
     )
-    documents = [config.sections(), {"version": __version__, **facts}]
+    sections = config.sections()
+    of_data = {name: sections["model"].pop(name) for name in OF_DATA}
+    of_data["sparse_blocks"] = [*config.model.sparse_blocks]
+    documents = [sections, {"version": __version__, **facts, **of_data}]
     text += yaml.dump_all(documents, Dumper=ConfigDumper, sort_keys=False, width=10_000)
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)

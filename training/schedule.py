@@ -23,7 +23,7 @@ class Decaying(Schedule):
     """Decays to `lr_floor` at the last step; a subclass defines how, from 1 to 0."""
 
     lr_floor: float = option(
-        0.0, ge=0, lt=1, metavar="FRACTION", is_bare=True,
+        0.0, ge=0, lt=1, metavar="FRACTION",
         help="final learning rate, as a fraction of --lr",
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ class Trapezoid(Decaying):
     """Constant, then a linear decay at the end (arXiv 2405.18392)."""
 
     decay_share: float = option(
-        0.2, gt=0, le=1, is_bare=True,
+        0.2, gt=0, le=1,
         help="fraction of the steps over which the learning rate decays",
     )  # fmt: skip
 

@@ -1,61 +1,48 @@
 """The data of a run: the images or latents, what encodes them, the held-out ones, and the steps."""
 
+import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from checkpoints import Record
 from checkpoints.meta import meta_model
 from checkpoints.record import NOTED_SHARE, start_of_average
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
-from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
+from latents.autoencoder import Autoencoder, load_autoencoder
 from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
-from latents.sources import Batch, Source, open_images, same_images
-from options.settings import Layer
+from latents.sources import Batch, Source, open_images
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
-from training.config import DataFacts, TrainConfig
+from training.config import TrainConfig
 from training.engine import frozen_names
 from training.flags import DataConfig
 
 
-def open_dataset(settings: Layer, dist: Distributed = ALONE) -> tuple[Source, DataFacts]:
-    """Opens --latents-path or --data-path; returns the source and its facts.
+def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
+    """Opens --latents-path or --data-path.
 
     All processes call this function together; only the main process lists the files of a folder.
     """
-    norm = settings.get("latents_norm", DataConfig.latents_norm)
-    if settings.get("latents_path"):
-        dataset: Source = CachedLatents(settings["latents_path"], norm=norm)
-    elif norm == "data":
+    if data.latents_path:
+        return CachedLatents(data.latents_path, norm=data.latents_norm)
+    if data.latents_norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
-    elif path := settings.get("data_path"):
-        read = partial(open_images, path, settings.get("image_size", 256))
-        is_local = ":" not in path  # files, not a dataset on the hub
-        dataset = dist.broadcast(dist.on_main(read)) if is_local else read()
-    else:
+    if data.data_path is None:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
-    vae_path = settings.get("vae_path") or dataset.vae_path or DEFAULT_VAE
-    input_size, in_channels = dataset.geometry(vae_path)
-    facts = DataFacts(
-        num_classes=len(dataset.classes), input_size=input_size, in_channels=in_channels,
-        image_size=dataset.image_size, can_flip=dataset.can_flip, shapes=dataset.shapes,
-        vae_path=vae_path,
-    )  # fmt: skip
-    return dataset, facts
+    read = partial(open_images, data.data_path, data.image_size or 256)
+    is_local = ":" not in data.data_path  # files, not a dataset on the hub
+    return dist.broadcast(dist.on_main(read)) if is_local else read()
 
 
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[dict[str, Any], Autoencoder | None]:
-    """Returns the digests of images, autoencoder and features; and the autoencoder, if needed."""
-    # One process reads the sizes of the files, which are slow to read on a shared file system.
-    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
+    """Returns the facts of the data, and the autoencoder, if needed."""
     digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
@@ -71,10 +58,7 @@ def inputs_of(
                 f"{config.data.latents_path}"
             )
         digest, dataset.norm = got, vae.norm
-    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
-    facts["normalisation"] = str(dataset.norm)
-    if dataset.norm.is_per_channel:
-        facts["latents_norm_sha256"] = dataset.norm.sha256
+    facts = {"num_images": len(dataset), "vae_sha256": digest}
     if set(FEATURES).intersection(tensors_of(config)):
         facts["features_sha256"] = dataset.features_sha256
     return facts, vae
@@ -101,9 +85,9 @@ def tensors_of(config: TrainConfig) -> list[str]:
 
 
 def remaining_steps(
-    config: TrainConfig, trained: np.ndarray, before: Record | None, dist: Distributed
+    config: TrainConfig, trained: np.ndarray, flip: bool, done: int, dist: Distributed
 ) -> BatchStream:
-    """Returns the steps after those of a checkpoint, over the images with the indices `trained`."""
+    """Returns the steps after the first `done`, over the images with the indices `trained`."""
     micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
@@ -115,9 +99,7 @@ def remaining_steps(
     return BatchStream(
         trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
-        start_step=before.step if before else 0,
-        end_step=config.total_steps(len(trained), global_batch),
-        flip=config.data.flip,
+        start_step=done, end_step=config.total_steps(len(trained), global_batch), flip=flip,
     )  # fmt: skip
 
 
@@ -127,7 +109,7 @@ def held_out_batches(
 ) -> list[Batch]:  # fmt: skip
     """Returns the batches of --val-path or --val-share, which are the same in every run.
 
-    facts: fingerprint of the training images, digests of the autoencoder and the features
+    facts: digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
     notes: receives a note if --val-path has the training images
     """
@@ -135,10 +117,7 @@ def held_out_batches(
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
-        # The fingerprint reads sizes of files, so equal numbers come first.
-        if len(images) == facts["images"].get("count") and same_images(
-            images.fingerprint, facts["images"]
-        ):
+        if os.path.realpath(data.val_path) == os.path.realpath(data.latents_path or data.data_path):
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
@@ -175,7 +154,7 @@ def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) 
         if (share := ema.initial_fraction(steps)) >= NOTED_SHARE:
             notes.append(
                 f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be "
-                f"{start_of_average(is_pretrained)} (use a smaller --ema-decay, or --ema-warmup "
-                "True)"
+                f"{start_of_average(is_pretrained)} (use a smaller decay, or --ema "
+                "exponential:warmup=True)"
             )
     return notes

@@ -43,7 +43,7 @@ from tools.benchmarks.common import (
     report,
     train_step,
 )
-from training.config import resolve
+from training.config import TrainConfig
 from training.engines.ddp import DDPEngine
 from training.engines.flags import DDPFlags
 from training.optimizers import OPTIMIZERS
@@ -74,9 +74,8 @@ def build_engine(
         "expert_parallel": config.expert_parallel, "accum_iter": config.micro_batches,
         "global_batch_size": config.batch_size * config.micro_batches * dist.world_size,
     }  # fmt: skip
-    engine = make_engine(
-        replace(resolve(user_flags, DDPFlags), model=config.dit_config(backend)), dist
-    )
+    training = TrainConfig.default(DDPFlags).changed(user_flags)
+    engine = make_engine(replace(training, model=config.dit_config(backend)), dist)
     reseed(dist.rank)
     return engine
 

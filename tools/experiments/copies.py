@@ -60,7 +60,7 @@ def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]
     found: dict[str, list[float]] = {
         "cosine": [], "change_cosine": [], "change": [], "unchanged": []
     }  # fmt: skip
-    for layer in checkpoint.config.sparse_layers:
+    for layer in checkpoint.config.sparse_blocks:
         now, before = experts_of(checkpoint, layer), experts_of(start, layer)
         if torch.equal(now, rounded(now)):
             before = rounded(before)

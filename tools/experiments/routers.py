@@ -35,15 +35,15 @@ from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
 from latents.loading import available_cores
 from options.parts import option
+from options.settings import spelling
 from runtime.errors import STOPPED, UserError, check_same, run_main
 from runtime.files import read_json, write_durably
-from runtime.flags import parse_config, spelling
+from runtime.flags import parse_config
 from tools.benchmarks.common import best_times, make_engine, open_processes, train_step
 from tools.experiments.arms import QUESTIONS, arm_flags
 from tools.experiments.report import add_row, read_lines, write_report
-from training.config import TrainConfig, parse_training, resolve
+from training.config import TrainConfig, fitted, parse_training
 from training.engines.flags import DDPFlags
-from training.setup import open_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,7 +105,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
         "--val-images", str(config.val_images), "--val-times", "uniform",
         "--val-every", every, "--log-every", every, "--max-steps", str(steps),
         "--global-batch-size", str(config.batch_size), "--lr", str(config.lr),
-        "--warmup-steps", "50", "--ema-decay", ema_decay_of(steps),
+        "--warmup-steps", "50", "--ema", f"exponential:decay={ema_decay_of(steps)}",
         "--precision", config.precision, *words,  # the last value of a flag counts
         "--num-sample", "0", "--global-seed", str(seed), "--save-minutes", "2",
         "--results-dir", str(config.output / "runs"), "--run-name", f"{arm}-{seed}",
@@ -113,9 +113,9 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
-    user_flags = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
-    _, facts = open_dataset(user_flags)
-    return resolve(user_flags, DDPFlags, data=facts)
+    command, said = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
+    base, dataset = TrainConfig.default(DDPFlags), CachedLatents(config.latents_path)
+    return base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
 
 
 def check_protocol(config: ExperimentConfig) -> None:
@@ -127,7 +127,7 @@ def check_protocol(config: ExperimentConfig) -> None:
         if getattr(config, name) is None:
             continue
         latents = CachedLatents(getattr(config, name), spelling(name))
-        protocol[f"images of {name}"] = latents.fingerprint
+        protocol[f"images of {name}"] = len(latents)
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():

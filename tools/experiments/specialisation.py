@@ -147,7 +147,7 @@ def measure(
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if spans and "span" not in model.config.conditions:
         raise UserError(f"--spans: {path} was trained with {objective}, expected mean_flow")
-    if not model.config.sparse_layers:
+    if not model.config.sparse_blocks:
         print(f"{path}: skipped, because the model is dense")
         return {}
     chosen = evenly_spaced(len(images), num_images)

@@ -45,6 +45,7 @@ from training.spikes import SpikeDetector
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
+    script = "train.py"  # the checkpoints of the scripts differ
     copy_size = 1  # processes that together hold one copy of the model
 
     def __init__(

@@ -39,6 +39,7 @@ class DeepSpeedEngine:
     See `training.engine.Engine`. This engine tracks one EMA.
     """
 
+    script = "train_deepspeed.py"  # the checkpoints of the scripts differ
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
     ):
@@ -67,8 +68,8 @@ class DeepSpeedEngine:
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
         if config.objective.uses_jvp:
             raise UserError(
-                f"--objective: got {config.step.objective}, which needs torch.func.jvp; DeepSpeed "
-                "does not support it, use train.py, with --shard for a large model"
+                f"--objective: got {config.step.objective.name}, which needs torch.func.jvp; "
+                "DeepSpeed does not support it, use train.py, with --shard for a large model"
             )
         ds_config = complete_config(config, world_size)
         batch = ds_config["train_batch_size"]

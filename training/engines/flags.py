@@ -7,15 +7,15 @@ the engine's module, which takes seconds.
 from dataclasses import dataclass
 from pathlib import Path
 
-from options.parts import option
+from options.parts import Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPFlags:
+class DDPFlags(Settings):
     """Additional flags of train.py."""
 
     global_batch_size: int = option(
-        256, ge=1, change="result", group="batch",
+        256, ge=1, group="batch",
         help="images of one optimizer step, over all processes and micro-batches",
     )  # fmt: skip
     shard: bool = option(
@@ -55,7 +55,7 @@ class DDPFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeepSpeedFlags:
+class DeepSpeedFlags(Settings):
     """Additional flags of train_deepspeed.py."""
 
     deepspeed_config: str = option(
@@ -66,13 +66,6 @@ class DeepSpeedFlags:
     train_batch_size: int = option(
         32, ge=1,
         help="images per micro-step and GPU; a step has this number x --accum-iter x GPUs images",
-    )  # fmt: skip
-    deepspeed: bool = option(
-        False, change="command", help="accepted for published commands, without effect"
-    )
-    local_rank: int | None = option(
-        None, change="command",
-        help="set by launchers, without effect: the environment variable is used",
     )  # fmt: skip
 
     def engine_class(self) -> type:

@@ -8,10 +8,10 @@ rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest
 import json
 from pathlib import Path
 
+from options.settings import spelling
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
-from runtime.flags import spelling
 from training.config import TrainConfig
 from training.engine import Bytes
 from training.memory import activation_bytes, planned_weights
@@ -26,9 +26,9 @@ FLAGS = {
     "bf16.enabled": "--precision",
     "fp16.enabled": "--precision",
     "optimizer.params.lr": "--lr",
-    "optimizer.params.betas": "--optimizer-betas",
-    "optimizer.params.weight_decay": "--optimizer-weight-decay",
-    "optimizer.params.eps": "--optimizer-eps",
+    "optimizer.params.betas": "--optimizer adamw:betas",
+    "optimizer.params.weight_decay": "--optimizer adamw:weight_decay",
+    "optimizer.params.eps": "--optimizer adamw:eps",
 }
 
 
@@ -44,12 +44,13 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
     """Completes --deepspeed_config by the flags, which must not contradict it."""
     if not isinstance(config.optimizer, AdamW):
         raise UserError(
-            f"--optimizer: got {config.step.optimizer}, expected adamw, which DeepSpeed "
+            f"--optimizer: got {config.step.optimizer.name}, expected adamw, which DeepSpeed "
             "runs here (train.py has the others)"
         )
     if not config.optimizer.decay_vectors:
         raise UserError(
-            "--optimizer-decay-vectors: got False under DeepSpeed, expected True (train.py has it)"
+            "--optimizer adamw:decay_vectors: got False under DeepSpeed, expected True "
+            "(train.py has it)"
         )
     for name in ("grad_skip", "selective_checkpointing"):
         if getattr(config.step, name):
