@@ -36,7 +36,8 @@ from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_o
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
-from options.parts import Part, Settings, Size, option, sides
+from options.parts import Config, Part, Size, option, sides
+from options.settings import check_names
 from routers import ROUTERS, Router, Routing
 
 
@@ -57,7 +58,7 @@ QK_NORMS = {"layer": nn.LayerNorm, "rms": RMSNorm}
 
 
 @dataclass(frozen=True)
-class DiTConfig(Settings):
+class DiTConfig(Config):
     """Hyperparameters that define a DiT, stored with its weights."""
 
     # Each upper bound is far above any real model, so that a damaged or hostile file with larger
@@ -492,6 +493,7 @@ class DiT(nn.Module):
         super().__init__()
         if config is not None and fields:
             raise TypeError(f"got a config and {', '.join(fields)}, expected one or the other")
+        check_names(fields, DiTConfig)
         self.config = config = config or DiTConfig(**fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.recomputed = "nothing"

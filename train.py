@@ -10,8 +10,8 @@ Every process holds the complete model (distributed data parallelism) or, with -
     torchrun --nproc_per_node=8 train.py --shard --model DiT-XL/2 --rf --data-path IMAGENET/train
     python train.py --resume results/RUN
 
-A new run gets the next number; --run-name NAME names it. A command that may be restarted goes on
-with --run-name NAME --resume auto.
+A run without --run-name gets the next number. The same command with --run-name goes on with the run
+of this name, if it has saved a checkpoint.
 """
 
 import signal
@@ -33,12 +33,11 @@ from runtime.processes import (
 )
 from runtime.signals import SIGNALS
 from training.config import parse_training
-from training.engines.flags import DDPFlags
-from training.flags import CommandFlags
+from training.flags import TRAIN, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
-    return parse_training(DDPFlags, __doc__)
+    return parse_training(TRAIN, __doc__)
 
 
 def run(data: Dataset | None = None, **flags: Any) -> int:
@@ -64,7 +63,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         said = {name: value for name, value in flags.items() if value is not None}
-        return main(parse_training(DDPFlags, arguments=said))
+        return main(parse_training(TRAIN, arguments=said))
     finally:
         GivenImages.datasets.pop("python:data", None)
         close_distributed()
@@ -80,8 +79,8 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
     from training.start import train  # imported here: takes seconds
 
     if command.dry_run:
-        return train(command, said, DDPFlags, ALONE) if read_environment().is_main else 0
-    code = train(command, said, DDPFlags, setup_distributed())
+        return train(command, said, TRAIN, ALONE) if read_environment().is_main else 0
+    code = train(command, said, TRAIN, setup_distributed())
     close_distributed()
     return code
 

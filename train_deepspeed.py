@@ -6,7 +6,7 @@ r"""Trains a DiT-MoE with DeepSpeed's ZeRO, for models that are too large for da
     python train_deepspeed.py --dry-run --gpus 32 --deepspeed_config config/zero3.json \
         --model DiT-G/2 --num_experts 16 --train_batch_size 8 --gradient-checkpointing
 
-A command that may be restarted goes on with --run-name NAME --resume auto.
+The same command with --run-name goes on with the run of this name, if it has saved a checkpoint.
 """
 
 import os
@@ -20,12 +20,11 @@ from runtime.processes import (
     setup_distributed,
 )
 from training.config import parse_training
-from training.engines.flags import DeepSpeedFlags
-from training.flags import CommandFlags
+from training.flags import DEEPSPEED, ZERO2, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
-    return parse_training(DeepSpeedFlags, __doc__)
+    return parse_training(DEEPSPEED, __doc__)
 
 
 def main(parsed: tuple[CommandFlags, Settings]) -> int:
@@ -39,11 +38,11 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
     from training.engines.zero_config import asks_for_fp16
 
-    if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", "")):
+    if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", ZERO2)):
         said = {**said, "precision": "fp16"}
     if command.dry_run:
-        return train(command, said, DeepSpeedFlags, ALONE) if read_environment().is_main else 0
-    code = train(command, said, DeepSpeedFlags, setup_distributed(always_group=True))
+        return train(command, said, DEEPSPEED, ALONE) if read_environment().is_main else 0
+    code = train(command, said, DEEPSPEED, setup_distributed(always_group=True))
     close_distributed()
     return code
 

@@ -16,7 +16,7 @@ from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
 from options.parts import Part, Size, convert
-from options.settings import stored
+from options.settings import check_names, stored
 from routers import ROUTERS
 from runtime.files import parse_json
 
@@ -25,14 +25,7 @@ MODEL_NAME = re.compile(r"\w[\w.+-]{0,99}(/\d{1,3})?", re.ASCII)  # it becomes p
 TYPED = {  # the settings that are fields of a Record, and their sections
     "model": "model", "objective": "step", "image_size": "data", "vae_path": "data",
 }  # fmt: skip
-NOTED_SHARE = 0.05  # print a note if the initial weights make up at least this fraction of an EMA
-
-
-def start_of_average(is_pretrained: bool) -> str:
-    """Describes the initial weights of an EMA, and samples while these weights dominate the EMA."""
-    if is_pretrained:
-        return "the weights that the run started from, and samples look like theirs"
-    return "the initial weights, so samples look like noise"
+NOTED_SHARE = 0.05  # print a note if its first weights make up at least this fraction of an EMA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +46,9 @@ class Record:
     settings: dict = field(default_factory=dict)  # the rest of config.yaml, by section
     facts: dict = field(default_factory=dict)  # facts that are no flags, such as the script
     micro_batch: int | None = None  # images per micro-step and rank
-    num_images: int | None = None  # of the data set
+    images: dict | None = None  # of the data set, see `ImageSource.fingerprint`
     ema: str | None = None  # name of the EMA, such as 0.9999
-    ema_start_share: float | None = None  # fraction of the EMA that the initial weights make up
+    ema_start_share: float | None = None  # fraction of the EMA that its first weights make up
 
     @property
     def norm(self) -> LatentNorm | None:
@@ -110,8 +103,6 @@ class Record:
             {"objective": facts.get("objective"), **settings.get("step", {})}, "objective"
         )["objective"]
         facts["settings"] = {name: section for name, section in settings.items() if section}
-        if images := facts.pop("images", None):  # until version 0.3: {"count", digests}
-            facts["num_images"] = images.get("count")
         return cls.of_weights(model, {k: v for k, v in facts.items() if k != "config"})
 
     @classmethod
@@ -172,6 +163,11 @@ def as_words(section: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def with_overrides(config: DiTConfig, overrides: dict) -> DiTConfig:
+    """Replaces fields of a config; of the router only the options that a word says.
+
+    Raises ValueError for an unknown field or another router.
+    """
+    check_names(overrides, DiTConfig)
     if "router" in overrides:
         router = Part.parse(overrides["router"], ROUTERS).over(config.router)
         if router.name != config.router.name:

@@ -18,7 +18,7 @@ from diffusion import Objective, PerImageNoise
 from latents.autoencoder import Autoencoder
 from latents.cache import check_networks, open_data, read_settings
 from latents.loading import collate, evenly_spaced, split
-from latents.sources import Batch, Source
+from latents.sources import Batch, Source, same_images
 from models import DiT
 from options.parts import Size, convert
 from runtime.errors import UserError
@@ -119,7 +119,7 @@ def open_held_out(
     images.requested = list(pipeline.model.conditions)
     facts = {"images": data_path or latents_path}
     indices, path = np.arange(len(images)), pipeline.checkpoint.path
-    if len(images) == record.num_images and tuple(images.classes) == record.class_names:
+    if same_images(images.fingerprint, record.images):
         if share:
             _, indices = split(images, share)
             facts["val_share"] = share

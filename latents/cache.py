@@ -41,6 +41,7 @@ from latents.sources import (
     Batch,
     ImageSource,
     Source,
+    images_name,
     open_images,
 )
 from options.parts import Size, convert, sides
@@ -67,7 +68,7 @@ class CacheSettings:
     precision: str  # precision that the autoencoder computed in
     flip: bool  # whether the cache also has each image mirrored
     shard_images: int
-    listing: dict  # {"count"}: the number of images
+    listing: dict  # fingerprint of the source
     classes: tuple[str, ...]
     features: dict = field(default_factory=dict)  # see `settings_of`
     tensors: tuple[str, ...] = ("labels", "moments")  # names in a shard
@@ -78,6 +79,7 @@ class CacheSettings:
                 object.__setattr__(self, name, convert(getattr(self, name), hint))
         with reported_as("listing", ValueError):
             counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
+            convert(self.listing.get("names", self.listing.get("sha256")), str)
         if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
             raise ValueError("got a size or a number below 1")
         if (shards := -(-self.num_images // self.shard_images)) > MAX_SHARDS:
@@ -125,7 +127,7 @@ def settings_of(
         precision=precision,
         flip=flip,
         shard_images=shard_images,
-        listing={"count": len(images)},
+        listing=images.fingerprint,
         classes=tuple(images.classes),
         features=dict(features),
         tensors=(*REQUIRED, "size", *(name for name in FEATURES if name in features)),
@@ -184,7 +186,7 @@ class CachedLatents(Dataset):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = list(settings.classes), settings.image_size
-        self.can_flip = settings.flip
+        self.can_flip, self.fingerprint = settings.flip, settings.listing
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")
@@ -311,7 +313,7 @@ def begin_cache(folder: Path, settings: CacheSettings) -> dict[Path, range]:
     if len(stored.classes) == len(settings.classes) == 1:  # the name of the folder, which may move
         moved = replace(moved, classes=settings.classes)
     message = f"--output: {folder} was created with other settings"
-    named = [asdict(s) | {"listing": s.num_images} for s in (settings, moved)]
+    named = [asdict(s) | {"listing": images_name(s.listing)} for s in (settings, moved)]
     check_same(message, *named)
     missing = {}
     for path, images in settings.shards(folder).items():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from options.parts import Settings, Size, option
+from options.parts import Config, Size, option
 
 IMAGES_HELP = (
     "images: a folder with one sub-folder per class, or of images without classes; "
@@ -11,7 +11,7 @@ IMAGES_HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesConfig(Settings):
+class ImagesConfig(Config):
     data_path: str | None = option(None, group="data", help=IMAGES_HELP)
     vae_path: str | None = option(
         None,

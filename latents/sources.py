@@ -11,6 +11,7 @@ access by index, so that a run can resume at any step.
 Shape legend: H x W pixels
 """
 
+import hashlib
 import io
 import math
 import os
@@ -19,6 +20,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -54,6 +56,7 @@ class Source(Protocol):
     classes: list[str]  # names, by label
     image_size: Size  # pixels
     can_flip: bool  # whether mirrored images are available
+    fingerprint: dict  # fingerprint of the images, independent of their location
     vae_path: str | None  # autoencoder of cached latents; None for images
     vae_sha256: str | None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None  # digest of the network that computed cached features
@@ -85,6 +88,17 @@ class Source(Protocol):
         """
 
 
+def same_images(one: dict | None, other: dict | None) -> bool:
+    """Returns whether two fingerprints, see `ImageSource`, are of the same images."""
+    keys = "count", "names"
+    return all(one and other and one.get(key) == other.get(key) is not None for key in keys)
+
+
+def images_name(fingerprint: dict) -> str:
+    """Returns a short name of a fingerprint: "131 images (e4cefcfb)"."""
+    return f"{fingerprint.get('count')} images ({str(fingerprint.get('names'))[:8]})"
+
+
 class ImageSource(Dataset):
     """Base class of sources of labelled images, which are cropped and converted to uint8.
 
@@ -107,6 +121,7 @@ class ImageSource(Dataset):
     image_size: Size
     can_flip = True
     vae_path = vae_sha256 = features_sha256 = norm = None
+    root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
     shapes = {"label": (), "size": (4,)}
     requested = ()
@@ -125,6 +140,14 @@ class ImageSource(Dataset):
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
         self.is_held_out = is_held_out
         return is_held_out
+
+    @cached_property
+    def fingerprint(self) -> dict:
+        """Number of images, and digest of their labels and of their names below `root`."""
+        sha = hashlib.sha256()
+        for index, label in enumerate(self.labels):
+            sha.update(b"%b\0%d\n" % (os.fsencode(self.name(index).removeprefix(self.root)), label))
+        return {"count": len(self), "names": sha.hexdigest()}
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         index, flip = key
@@ -196,6 +219,7 @@ class ImageTree(ImageSource):
         if not classes:
             raise ValueError("; ".join(["no images", *self.left_out]))
         self.classes, self.image_size = class_names(classes), image_size
+        self.root = os.path.join(Path(path), "")
         # Arrays, because reference counting in workers would copy the memory of lists.
         self.paths = np.array([os.fsencode(path) for paths in classes.values() for path in paths])
         self.labels = np.repeat(range(len(classes)), [len(paths) for paths in classes.values()])
@@ -223,6 +247,9 @@ class HubImages(ImageSource):
             import datasets
         self.path, self.image_size = path, image_size
         name, _, split = path.removeprefix("datasets:").partition(":")
+        if os.path.isdir(name):  # the fingerprint contains the folder's name, but not its location
+            self.path = path.replace(name, name.rstrip("/"), 1)
+            self.root = "datasets:" + os.path.join(os.path.dirname(name.rstrip("/")), "")
         try:
             rows = datasets.load_dataset(name, split=split or "train")
         except Exception as error:  # the package raises many kinds
@@ -341,6 +368,7 @@ class ShardImages(ImageSource):
         places, labels = zip(*samples, strict=True)
         self.places = np.array(places)  # (images, 3): shard, offset, bytes
         folder = Path(self.shards[0]).parent
+        self.root = os.path.join(folder, "")
         self.classes, self.labels = number_labels(labels, one_class=folder.resolve().name)
 
     def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:

@@ -17,9 +17,10 @@ An option is declared once, as a typed field with default, help and range.
 
 import math
 import operator
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
@@ -28,6 +29,7 @@ from typing import Any
 Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+QUOTES = ("'", '"')
 WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
 LIMITS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
@@ -53,27 +55,36 @@ class Part:
 
     @classmethod
     def parse(cls, word: Any, table: Registry) -> "Part":
-        """Reads "sigmoid:scale=2.5" or, as earlier versions stored it, {"sigmoid": {"scale": 2.5}}.
-
-        A value with commas is a tuple: "adamw:betas=0.9,0.95,weight_decay=0.1".
-        """
+        """Reads a word such as "muon:betas=0.9,0.95,momentum=0.9", or a `Part`."""
         if isinstance(word, Part):
             name, said = word.name, word.options
-        elif isinstance(word, Mapping) and len(word) == 1:
-            ((name, said),) = word.items()
+        elif isinstance(word, str):
+            name, said = split_word(word)
         else:
-            name, said = split_word(str(word))
+            example = f"{next(iter(table))}:OPTION=VALUE"
+            raise ValueError(f"got {word!r:.200}, expected a word such as {example}")
         if name not in table:
+            if "=" in name:  # of a list in one line, YAML splits the words
+                raise ValueError(
+                    f"got {name!r:.200} without its component: write a component without spaces, "
+                    "and in YAML in quotes or on a line of its own"
+                )
             known = ", ".join(table)
-            raise ValueError(f"got {name!r:.200}, expected one of {known}, or one of your own with "
-                             "--plugin FILE.py")  # fmt: skip
+            raise ValueError(
+                f"got {name!r:.200}, expected one of {known}, or one of your own with "
+                "--plugin FILE.py"
+            )
         has, found = options_of(table[name]), {}
-        for key, value in (said or {}).items():
+        for key, value in said.items():
             if (key := key.replace("-", "_")) not in has:
                 known = ", ".join(has) or "no options"
                 raise ValueError(f"got {name}:{key}, but {name} has {known}")
-            is_tuple = typing.get_origin(has[key].hint) is tuple and isinstance(value, str)
-            found[key] = has[key].read(value.split(",") if is_tuple else value, f"{name}:{key}")
+            is_tuple = typing.get_origin(has[key].hint) is tuple
+            if isinstance(word, str) and not is_tuple and len(value) == 1:
+                value = value[0]
+            elif value == [""]:
+                value = []
+            found[key] = has[key].read(value, f"{name}:{key}")
         return cls(name, found)
 
     def over(self, beneath: "Part | Sequence[Part]") -> "Part":
@@ -91,23 +102,43 @@ class Part:
         return table[self.name](**self.options, **arguments)
 
 
-def split_word(word: str) -> tuple[str, dict[str, str]]:
-    """Splits "muon:betas=0.9,0.95,momentum=0.9" into a name and the text of its options."""
+def split_word(word: str) -> tuple[str, dict[str, list[str]]]:
+    """Splits "muon:betas=0.9,0.95,momentum=0.9" into a name and the values of its options.
+
+    Text with a comma or an equals sign is quoted: "name:path='a,b'". "name:betas=" is an empty text
+    or tuple.
+    """
     name, _, text = word.partition(":")
-    options: dict[str, str] = {}
-    key = ""
-    for piece in text.split(",") if text else ():
-        before, is_named, value = piece.partition("=")
-        if is_named and (key := before.strip()) in options:
-            raise ValueError(f"got {word!r:.200}, which has {key} twice")
-        if not is_named and not key:
+    pieces = re.findall(r"""(?:^|,)((?:[^,'"]|'[^']*'|"[^"]*")*)""", text) if text else []
+    if ",".join(pieces) != text:
+        raise ValueError(f"got {word!r:.200}, which has a quote without its end")
+    options: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for piece in pieces:
+        if named := re.match(r"\s*([\w-]+)\s*=", piece):
+            if named[1] in options:
+                raise ValueError(f"got {word!r:.200}, which has {named[1]} twice")
+            values = options[named[1]] = []
+            piece = piece[named.end() :]
+        if values is None:
             raise ValueError(f"got {word!r:.200}, expected {name}:OPTION=VALUE,OPTION=VALUE")
-        options[key] = value.strip() if is_named else f"{options[key]},{piece.strip()}"
+        piece = piece.strip()
+        is_quoted = len(piece) > 1 and piece[0] == piece[-1] and piece[0] in QUOTES
+        values.append(piece[1:-1] if is_quoted else piece)
     return name, options
 
 
 def spelled(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """Returns the text that `split_word` reads as this value of an option."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelled, value))
+    text = str(value)
+    if not re.search(r"""[,=:'"]|^\s|\s$""", text):
+        return text
+    quote = next((one for one in QUOTES if one not in text), None)
+    if quote is None:
+        raise ValueError(f"got {text!r:.200}, expected text without both kinds of quotes")
+    return f"{quote}{text}{quote}"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -130,6 +161,7 @@ class Option:
     each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
     positional: bool = False  # a positional argument, not a flag
+    script: str | None = None  # the only script that has the flag
     # Filled in by `options_of`:
     name: str = ""
     hint: Any = None  # the annotation
@@ -190,7 +222,7 @@ class Option:
         return tuple(found)
 
 
-class Settings:
+class Config:
     """Base class of configs: frozen dataclasses, whose fields are read and checked."""
 
     def __post_init__(self):
@@ -267,7 +299,7 @@ def convert(value: Any, hint: Any) -> Any:
         kinds = parts[:1] * len(items) if parts[-1] is ... else parts
         return tuple(convert(item, kind) for item, kind in zip(items, kinds, strict=True))
     if parts and origin is not dict:  # a union: the first type that fits
-        if value is None and types.NoneType in parts:
+        if value in (None, "None") and types.NoneType in parts:
             return None
         is_size = hint in (Size, Size | None)
         if is_size and is_list and len(value) in (1, 2) and value[0] == value[-1]:

@@ -40,6 +40,27 @@ def flattened(values: Mapping[str, Any], flags: Flags) -> Settings:
     return found
 
 
+def word_for(name: str, flags: Flags) -> tuple[str, str] | None:
+    """Returns flag and word of an option that was a flag until version 0.3: ("router",
+    "sigmoid:scale=VALUE") for router_scale."""
+    for known, flag in flags.items():
+        for component, kind in (flag.table or {}).items():
+            for option in options_of(kind):
+                if name in (option, f"{known}_{option}", f"{known}_{component}_{option}"):
+                    return known, f"{component}:{option}=VALUE"
+    return None
+
+
+def check_names(values: Mapping[str, Any], kind: type) -> None:
+    """Raises ValueError if a value is no field of a config class."""
+    flags = flags_of(kind)
+    for name in sorted(values.keys() - flags.keys()):
+        expected = f"fields of {kind.__name__}"
+        if found := word_for(name, flags):
+            expected = '{}="{}"'.format(*found)
+        raise ValueError(f"{name:.200}: unknown, expected {expected}")
+
+
 def read(values: Mapping[str, Any], flags: Flags) -> Settings:
     """Reads values by name; None says nothing."""
     return {name: flags[name].read(value) for name, value in values.items() if value is not None}

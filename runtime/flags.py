@@ -1,7 +1,7 @@
 """Command lines derived from dataclasses: each field made by `option` becomes a flag.
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(Config):
     lr: float = option(1e-4, help="learning rate", ge=0, group="optimisation")
     output: Path = option(help="folder of the results")     # without a default: required
 
@@ -23,8 +23,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from options.parts import Option, options_of
-from options.settings import Flags, Settings, flags_of, flattened, read, spelling
+from options.parts import LIMITS, Option, options_of
+from options.settings import Flags, Settings, flags_of, flattened, read, spelling, word_for
 from runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -45,19 +45,26 @@ def parse_flags(
     description: str | None,
     arguments: Sequence[str] | None = None,
     first: Sequence[str] = (),
+    hidden: Sequence[str] = (),
 ) -> Settings:
     """Parses a command line and returns the given flags; see `parse_config` and `read_values`.
 
     first: the flags that --help shows, while --help all shows all of them; (): all
+    hidden: flags that no help shows
     """
     words = []
     for word in sys.argv[1:] if arguments is None else arguments:
         name, *value = word.split("=", 1)  # the name of a flag may contain _ for -
         words.append("=".join([name.replace("_", "-"), *value]) if name[:2] == "--" else word)
+    shown = {name: flag for name, flag in flags.items() if name not in hidden}
     if first and words[-1:] in (["--help"], ["-h"]):
-        shown = {name: flags[name] for name in first if name in flags}
-        print(make_parser(shown, description, grouped=False).format_help(), end="")
-        print(f"\n--help all shows all {len(flags)} flags")
+        few = {name: shown[name] for name in first if name in shown}
+        print(make_parser(few, description, grouped=False).format_help(), end="")
+        print(f"\n--help all shows all {len(shown)} flags, --help WORD those with a word")
+        sys.exit()
+    if "--help" in words[-2:-1]:
+        chosen = shown if words[-1] == "all" else about(words[-1], shown)
+        print(make_parser(chosen, description).format_help() + component_help(chosen), end="")
         sys.exit()
     parser = make_parser(flags, description)
     values, unknown = parser.parse_known_args(words)
@@ -81,7 +88,6 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
     parser = Parser(
         usage=" ".join([*usage, "[flags]"]),
         description=description,
-        epilog=component_help(flags),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # flags that are not given get no entry
         allow_abbrev=False,
@@ -126,19 +132,34 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
     return "True|False" if bool in kinds else "N" if int in kinds else "X"
 
 
+def about(word: str, flags: Flags) -> Flags:
+    """Returns the flags whose name, group or components contain a word."""
+    found, group, part = {}, "", word.lower().strip("-").replace("-", "_")
+    for name, flag in flags.items():
+        group = flag.group or group
+        if any(part in text for text in (name, group.lower(), *(flag.table or ()))):
+            found[name] = flag
+    if not found:
+        raise UserError(f"--help: got {word}, expected all, a part of a flag, or a group of flags")
+    return found
+
+
 def component_help(flags: Flags) -> str:
-    """Lists the components that flags can name, with their options."""
+    """Lists the components that flags can name, with the options, ranges and defaults."""
     lines = []
     for name, flag in flags.items():
         for component, kind in (flag.table or {}).items():
             lines.append(f"  {spelling(name)} {component}")
             for one in options_of(kind).values():
                 word = f"{one.name}={value_name(one.name, one)}"
+                has_range = any(getattr(one, limit) is not None for limit in LIMITS)
                 lines += textwrap.wrap(
-                    one.help, 100, initial_indent=f"      {word:<34} ", subsequent_indent=" " * 41,
+                    f"{one.help}; {one.expected()}" if has_range else one.help, 100,
+                    initial_indent=f"      {word:<28} ", subsequent_indent=" " * 35,
                     break_on_hyphens=False,
                 )  # fmt: skip
-    return "\n".join(["components, and their options:", *lines]) if lines else ""
+    title = "\ncomponents, with their options (NAME:OPTION=VALUE,OPTION=VALUE):"
+    return "\n".join([title, *lines, ""]) if lines else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -165,11 +186,8 @@ def suggestion(name: str, flags: Flags) -> str:
     """
     if name == "device":
         return "; the device is a GPU if there is one, and CUDA_VISIBLE_DEVICES= chooses the CPU"
-    for known, flag in flags.items():  # such as router_scale, a flag until version 0.3
-        for component, kind in (flag.table or {}).items():
-            for option in options_of(kind):
-                if name in (option, f"{known}_{option}", f"{known}_{component}_{option}"):
-                    return f": now {spelling(known)} {component}:{option}=VALUE"
+    if found := word_for(name, flags):
+        return f"; it is an option of a component: {spelling(found[0])} {found[1]}"
     words = set(name.split("_"))
     if close := [known for known in flags if words <= set(known.split("_"))][:3]:
         return f"; did you mean {' or '.join(map(spelling, close))}?"

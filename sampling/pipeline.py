@@ -12,7 +12,7 @@ from torch import Tensor
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized import describe, quantize_state_dict
-from checkpoints.record import NOTED_SHARE, start_of_average
+from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT, DiT_models
@@ -170,8 +170,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
-            f"note: after {record.step} steps {share:.0%} of EMA {record.ema} are still "
-            f"{start_of_average(bool(record.initialized_from))}"
+            f"note: at step {record.step} {share:.0%} of EMA {record.ema} are still the weights that "
+            "it began with; samples look like theirs, which is noise for new weights"
         )
     stored = {name: getattr(model, name) for name in expected}
     check_same(f"{checkpoint.path}: the flags describe a different model", expected, stored)

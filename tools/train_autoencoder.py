@@ -368,7 +368,7 @@ def main(config: AutoencoderConfig) -> int | None:
     source = open_images(config.data_path, config.image_size)
     fraction = max(HELD_OUT, min(0.2, 16 / len(source)))
     indices, held_out = split(source, 0.0 if config.eval_data else fraction)
-    settings = asdict(config) | {"data_path": len(source), "output": None}
+    settings = asdict(config) | {"data_path": source.fingerprint, "output": None}
     stored = read_state(config.output / STATE_FILE, settings)
     unseen = source
     if config.eval_data:

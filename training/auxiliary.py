@@ -120,9 +120,7 @@ class Repa(AuxiliaryLoss):
         0.3, help="depth of the block whose tokens are aligned, as a fraction: 0.3 is 8 of 28",
         gt=0, le=1,
     )  # fmt: skip
-    width: int = option(
-        2048, help="width of the projector, three layers with SiLU", ge=1
-    )
+    width: int = option(2048, help="width of the projector, three layers with SiLU", ge=1)
     spatial: bool = option(
         False,
         help="as in iREPA: project by a 3 x 3 convolution, normalise features over tokens",

@@ -1,7 +1,7 @@
 """The config of a run: nested frozen dataclasses, which are always whole.
 
-    command, said = parse_training(DDPFlags, __doc__)        # recipes and command
-    base = TrainConfig.default(DDPFlags)                     # or of_record, or of_weights
+    command, said = parse_training("train.py", __doc__)      # recipes and command
+    base = TrainConfig.default()                             # or of_record, or of_weights
     config = base.changed(fitted(base, said, dataset))       # with what follows from the data
     config.sections()                                        # the content of config.yaml
 
@@ -32,14 +32,29 @@ from runtime.flags import Parser, naming_flags, parse_flags, read_values
 from runtime.plugins import import_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS
-from training.flags import EPOCHS, CommandFlags, DataConfig, PresetConfig, RunConfig, StepConfig
+from training.flags import (
+    DEEPSPEED,
+    EPOCHS,
+    TRAIN,
+    ZERO2,
+    CommandFlags,
+    DataConfig,
+    EngineConfig,
+    PresetConfig,
+    RunConfig,
+    StepConfig,
+)
 from training.optimizers import OPTIMIZERS, Optimizer
 from training.schedule import SCHEDULES, Schedule
 
+SECTIONS = {  # of a config.yaml
+    "model": DiTConfig, "data": DataConfig, "step": StepConfig, "engine": EngineConfig,
+    "run": RunConfig,
+}  # fmt: skip
 RECIPES = Path(__file__).parent.parent / "config" / "recipes"
 FIRST_FLAGS = (  # what a newcomer needs
-    "data_path", "vae_path", "image_size", "model", "num_experts", "rf", "config",
-    "global_batch_size", "train_batch_size", "max_steps", "resume",
+    "config", "data_path", "vae_path", "image_size", "model", "num_experts", "router", "rf",
+    "global_batch_size", "train_batch_size", "lr", "epochs", "max_steps", "run_name", "resume",
 )  # fmt: skip
 OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model that the data set
 OF_EXPERTS = (
@@ -58,7 +73,7 @@ class TrainConfig:
     model: DiTConfig
     data: DataConfig
     step: StepConfig
-    engine: Any  # the flags of the engine's script
+    engine: EngineConfig
     run: RunConfig
     # Shapes of one image's tensors, by name; empty without data
     shapes: Shapes = field(default_factory=dict, compare=False)
@@ -97,27 +112,28 @@ class TrainConfig:
         return [part.make(EMAS) for part in self.step.ema]
 
     @classmethod
-    def default(cls, engine_flags: type) -> "TrainConfig":
-        kinds = sections_of(engine_flags).items()
-        config = cls(preset=PresetConfig().model, **{name: kind() for name, kind in kinds})
-        return config.changed(DiT_models[config.preset].keywords)
+    def default(cls, script: str = TRAIN) -> "TrainConfig":
+        config = cls(
+            preset=PresetConfig().model, **{name: kind() for name, kind in SECTIONS.items()}
+        )
+        engine = {"deepspeed_config": ZERO2} if script == DEEPSPEED else {}
+        return config.changed({**DiT_models[config.preset].keywords, **engine})
 
     @classmethod
-    def of_record(cls, record: Record, engine_flags: type) -> "TrainConfig":
+    def of_record(cls, record: Record) -> "TrainConfig":
         """Returns the settings of a checkpoint; those that this version lacks are left out."""
-        flags = flags_of(*sections_of(engine_flags).values())
+        flags = flags_of(*SECTIONS.values())
         values = flattened(record.sections(), flags)
-        known = {name: value for name, value in values.items() if name in flags}
-        config = cls.default(engine_flags).changed(known)
+        config = cls.default().changed({k: v for k, v in values.items() if k in flags})
         return replace(config, preset=record.model_name, model=record.config)
 
     @classmethod
-    def of_weights(cls, record: Record, engine_flags: type) -> "TrainConfig":
+    def of_weights(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
         """Returns the model, objective and autoencoder of weights, and otherwise the defaults."""
-        values = {"vae_path": record.vae_path}
+        values: Settings = {"vae_path": record.vae_path}
         if record.objective:
             values["objective"] = Part(record.objective, record.objective_options)
-        config = cls.default(engine_flags).changed(values)
+        config = cls.default(script).changed(values)
         return replace(config, preset=record.model_name, model=record.config)
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
@@ -137,7 +153,7 @@ class TrainConfig:
     @property
     def by_section(self) -> dict[str, Any]:
         """The config of each section of a file."""
-        return {name: getattr(self, name) for name in sections_of(type(self.engine))}
+        return {name: getattr(self, name) for name in SECTIONS}
 
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them."""
@@ -151,22 +167,14 @@ class TrainConfig:
         return self.run.max_steps or max(1, epochs * num_images // global_batch)
 
 
-def sections_of(engine_flags: type) -> dict[str, type]:
-    """Returns the config classes of the sections of a file."""
-    return {
-        "model": DiTConfig, "data": DataConfig, "step": StepConfig, "engine": engine_flags,
-        "run": RunConfig,
-    }  # fmt: skip
-
-
-def training_flags(engine_flags: type) -> Flags:
-    """Returns the flags of a training script."""
-    flags = flags_of(PresetConfig, *sections_of(engine_flags).values(), CommandFlags)
+def training_flags() -> Flags:
+    """Returns the flags of the training scripts."""
+    flags = flags_of(PresetConfig, *SECTIONS.values(), CommandFlags)
     return {name: flag for name, flag in flags.items() if name not in OF_DATA[1:]}
 
 
 def parse_training(
-    engine_flags: type,
+    script: str,
     description: str | None = None,
     arguments: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> tuple[CommandFlags, Settings]:
@@ -186,15 +194,16 @@ def parse_training(
         early.add_argument("--plugin", nargs="+", action="extend", default=[])
         plugins = early.parse_known_args(arguments)[0].plugin
     import_plugins(plugins)
-    flags = training_flags(engine_flags)
+    flags = training_flags()
     if is_mapping:
         given = read_values(arguments, flags)
     else:
-        given = parse_flags(flags, description, arguments, FIRST_FLAGS)
+        hidden = [name for name, flag in flags.items() if flag.script not in (None, script)]
+        given = parse_flags(flags, description, arguments, FIRST_FLAGS, hidden)
     of_command = options_of(CommandFlags)
     with naming_flags(flags):
         command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
-        layers = [read_recipe(Path(path), engine_flags) for path in command.config]
+        layers = [read_recipe(Path(path)) for path in command.config]
         layers.append({n: v for n, v in given.items() if n == "rf" or n not in of_command})
         layers = [once(layer) for layer in layers]
         named = [number for number, layer in enumerate(layers) if "model" in layer]
@@ -206,12 +215,15 @@ def parse_training(
             if layer.get("num_experts") == 0:  # of no use to a dense model
                 said = {n: v for n, v in said.items() if n not in OF_EXPERTS}
             said = over(layer, over(read(sizes, flags_of(DiTConfig)), said))
+        for name, value in said.items():
+            if flags[name].script not in (None, script) and value != flags[name].default:
+                raise ValueError(f"{name}: is a flag of {flags[name].script}, not of {script}")
     return command, said
 
 
-def read_recipe(path: Path, engine_flags: type) -> Settings:
-    """Reads a recipe of these flags, or the config.yaml of a run."""
-    flags, sections = training_flags(engine_flags), sections_of(engine_flags)
+def read_recipe(path: Path) -> Settings:
+    """Reads a recipe, or the config.yaml of a run."""
+    flags = training_flags()
     with reported_as(f"--config {path}", OSError, ValueError, UserError):
         if not path.exists():
             recipes = {one.stem: os.path.relpath(one) for one in RECIPES.glob("*.yaml")}
@@ -224,8 +236,8 @@ def read_recipe(path: Path, engine_flags: type) -> Settings:
         if not isinstance(values := values or {}, dict):
             raise ValueError(f"got a {type(values).__name__}, expected {expected}")
         for key, value in values.items():
-            if isinstance(value, Mapping) and key not in (*sections, *flags):
-                expected = f"a flag or one of {', '.join(sections)}"
+            if isinstance(value, Mapping) and key not in (*SECTIONS, *flags):
+                expected = f"a flag or one of {', '.join(SECTIONS)}"
                 raise ValueError(f"{key}: got a section, expected {expected}")
         recipe = read_values(values, flags)
         for name in recipe.keys() & options_of(CommandFlags).keys() - {"rf"}:

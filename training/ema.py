@@ -26,6 +26,7 @@ class EMA(Component, ABC):
     """Base class of moving averages; a subclass defines the decay of each step."""
 
     averages: Sequence[Tensor] = ()  # fp32, with the shapes of the weights
+    start_share = 1.0  # fraction of the averages that the weights of `start` make up
     is_rebuilt_from = False  # whether snapshots are kept, from which other EMAs can be rebuilt
 
     @property
@@ -48,6 +49,7 @@ class EMA(Component, ABC):
 
     def start(self, weights: Iterable[Tensor]) -> None:
         self.averages = [weight.detach().clone() for weight in weights]
+        self.start_share = 1.0
 
     @torch.no_grad()
     def update(self, weights: Iterable[Tensor], step: int, skipped: Tensor | None = None) -> None:
@@ -55,7 +57,9 @@ class EMA(Component, ABC):
 
         skipped: bool on the device; True leaves the averages unchanged
         """
-        new = 1 - self.decay_at(step)
+        decay = self.decay_at(step)
+        self.start_share *= decay
+        new = 1 - decay
         if skipped is not None:
             new = torch.where(skipped, 0.0, new)
         for average, weight in zip(self.averages, weights, strict=True):

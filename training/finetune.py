@@ -1,15 +1,17 @@
 """--finetune: the weights that a run starts from."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from checkpoints import Checkpoint, read_checkpoint
+from checkpoints import Checkpoint, Record, read_checkpoint
 from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
-from latents.sources import Source
+from latents.sources import Source, same_images
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig
@@ -50,7 +52,8 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     """
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
     found = [
-        line for name, line in differences(source.config, config.model)
+        line
+        for name, line in differences(source.config, config.model)
         if name not in (*adapted, "expert_backend", "aux_loss_alpha")
     ]
     if source.record.objective not in (None, config.step.objective.name):
@@ -79,3 +82,30 @@ def start_weights(
     for note in more:
         log.text(f"note: {note}")
     return adapted.state_dict
+
+
+def weights_notes(
+    source: Checkpoint, config: TrainConfig, facts: Mapping[str, Any], dataset: Source
+) -> list[str]:
+    """Returns notes if the latents differ from those that the weights were trained on, or if images
+    are held out that they were trained on."""
+    notes, path, before = [], source.path, source.record
+    if found := latent_changes(before, facts, dataset):
+        notes.append(f"{path} was trained on other latents: {'; '.join(found)}")
+    share, wanted = before.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    if share < wanted and same_images(before.images, facts["images"]):
+        notes.append(
+            f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
+            f"was trained with --val-share {share:g}"
+        )
+    return notes
+
+
+def latent_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> list[str]:
+    """Returns lines on the autoencoder and the normalisation that differ from those of weights."""
+    lines, was, now = [], before.vae_sha256, facts["vae_sha256"]
+    if None not in (was, now) and was != now:
+        lines.append(f"the autoencoder: was {was:.12}, is {now:.12}")
+    if before.norm and before.norm != dataset.norm:
+        lines.append(f"the normalisation of latents: was {before.norm}, is {dataset.norm}")
+    return lines

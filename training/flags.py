@@ -1,15 +1,15 @@
-"""Flags of both training scripts, by section of config.yaml; `DiTConfig` declares the model's.
+"""Flags of the training scripts, by section of config.yaml; `DiTConfig` declares the model's.
 
-A `TrainConfig` has the other sections, and a checkpoint stores them.
-`CommandFlags` hold for one command.
+A `TrainConfig` has the sections, and a checkpoint stores them. `CommandFlags` hold for one command.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffusion import OBJECTIVES
 from latents.config import ImagesConfig
 from models import DiT_models
-from options.parts import Part, Settings, option
+from options.parts import Config, Part, option
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
@@ -17,16 +17,18 @@ from training.optimizers import OPTIMIZERS
 from training.schedule import SCHEDULES
 
 EPOCHS = 1400  # without --epochs and --max-steps
+TRAIN, DEEPSPEED = SCRIPTS = "train.py", "train_deepspeed.py"
+ZERO2 = str(Path(__file__).parents[1] / "config" / "zero2.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetConfig(Settings):
+class PresetConfig(Config):
     model: str = option("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
                       group="model")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepConfig(Settings):
+class StepConfig(Config):
     """Settings of an optimizer step, which decide the result."""
 
     objective: Part = option(
@@ -124,7 +126,68 @@ class DataConfig(ImagesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandFlags(Settings):
+class EngineConfig(Config):
+    """The distribution of the work: by train.py, or by DeepSpeed if `deepspeed_config` is set."""
+
+    global_batch_size: int = option(
+        256, ge=1, group="batch", script=TRAIN,
+        help="images of one optimizer step, over all processes and micro-batches",
+    )  # fmt: skip
+    train_batch_size: int = option(
+        32, ge=1, script=DEEPSPEED,
+        help="images per micro-step and GPU; a step has this number x --accum-iter x GPUs images",
+    )  # fmt: skip
+    shard: bool = option(
+        False, group="sharding", script=TRAIN,
+        help="shard weights, optimizer state and EMAs over the processes (FSDP2)",
+    )  # fmt: skip
+    shard_size: int | None = option(
+        None, ge=1, script=TRAIN,
+        help="with --shard: number of processes that hold one copy of the model (default: the "
+        "processes of a node); the number of copies follows",
+    )  # fmt: skip
+    reshard_after_forward: bool = option(
+        True, script=TRAIN,
+        help="with --shard: free a block's gathered weights after the forward pass and gather them "
+        "again for the backward pass; False needs more memory and less traffic, as ZeRO-2",
+    )  # fmt: skip
+    expert_parallel: int = option(
+        1, ge=1, script=TRAIN,
+        help="with --shard: number of processes that share the experts of a layer; each process "
+        "computes about the same number of experts, and receives the tokens of these experts from "
+        "the other processes",
+    )  # fmt: skip
+    copies_precision: str = option(
+        "fp32", choices=("fp32", "bf16"), script=TRAIN,
+        help="with --shard: precision of the sum of gradients between copies of the model; the sum "
+        "within a copy is fp32",
+    )  # fmt: skip
+    deepspeed_config: str | None = option(
+        None, group="DeepSpeed", script=DEEPSPEED,
+        help="JSON file with ZeRO stage, offload and so on (default: config/zero2.json)",
+    )  # fmt: skip
+
+    @property
+    def script(self) -> str:
+        return DEEPSPEED if self.deepspeed_config else TRAIN
+
+    def engine_class(self) -> type:
+        """Returns the engine, whose module takes seconds to import."""
+        if self.deepspeed_config:
+            from training.engines.deepspeed_engine import DeepSpeedEngine
+
+            return DeepSpeedEngine
+        if self.shard:
+            from training.engines.fsdp import FSDPEngine
+
+            return FSDPEngine
+        from training.engines.ddp import DDPEngine
+
+        return DDPEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandFlags(Config):
     """What holds for one command and is not stored."""
 
     config: tuple[str, ...] = option(
@@ -174,7 +237,7 @@ class CommandFlags(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Settings):
+class RunConfig(Config):
     """Length, seed and output of a run."""
 
     epochs: int | None = option(

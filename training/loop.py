@@ -143,7 +143,7 @@ class TrainingLoop:
         sections = self.config.sections()
         # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
         sections["data"]["vae_path"] = self.vae.path if self.vae else dataset.vae_path
-        typed = {name: facts.pop(name) for name in ("num_images", "vae_sha256")}
+        typed = {name: facts.pop(name) for name in ("images", "vae_sha256")}
         return Record.from_dict({
             "config": sections, "facts": facts, **typed, "step": step,
             "class_names": dataset.classes, "initialized_from": self.origin,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoints import Record
 from checkpoints.costs import count_macs, count_parameters
 from latents.autoencoder import AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream
@@ -39,13 +40,19 @@ def planned_processes(command: CommandFlags) -> int:
 
 def print_plan(
     command: CommandFlags, config: TrainConfig, trained: np.ndarray, notes: list[str],
-    world_size: int,
+    before: Record | None, world_size: int,
 ) -> None:  # fmt: skip
-    """Prints the model, its parameters, the memory per process, whether it fits, and the steps."""
+    """Prints the model, its parameters, the memory per process, whether it fits, and the steps.
+
+    before: record of the checkpoint from which the run would go on, or None
+    """
     stream = remaining_steps(config, trained, True, 0, replace(ALONE, world_size=world_size))
     lines = describe_model(config) | describe_memory(config, stream, command.gpu_memory)
     lines |= describe_steps(config, stream)
-    notes = notes + length_notes(config, stream, is_pretrained=bool(command.finetune))
+    if before:
+        lines["goes on"] = f"after step {before.step:,}"
+    else:
+        notes = notes + length_notes(config, stream)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print(f"{name:<12} {text}")
 

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 import yaml
 
 from checkpoints import MODEL_FILE, step_folders
-from runtime import __version__
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from training.config import OF_DATA, TrainConfig
@@ -40,21 +39,29 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
     A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
     from a checkpoint of another run.
     """
-    if command.run_name and (steps := step_folders(folder := named_folder(command))):
-        return folder, steps
-    if not command.resume:  # an empty variable of a shell names nothing
-        return None, []
-    path = Path(command.resume)
-    if command.finetune:
+    named = named_folder(command) if command.run_name else None
+    resumed = Path(command.resume) if command.resume else None  # an empty variable names nothing
+    is_branch = resumed is not None and is_step_folder(resumed)
+    if command.finetune and resumed:
         raise UserError("--resume: cannot be combined with --finetune")
-    if is_step_folder(path):
-        return None, [path]
-    if not (steps := step_folders(path)):
-        raise not_resumable(path)
-    if command.run_name or command.results_dir:
-        branch = f"--resume {steps[0]} --run-name NEW"
-        raise UserError(f"--resume {path}: the run keeps its folder; to begin a new run: {branch}")
-    return path, steps
+    if resumed and not is_branch:
+        if not (steps := step_folders(resumed)):
+            raise not_resumable(resumed)
+        place = named or Path(command.results_dir or resumed.parent, resumed.resolve().name)
+        if place.resolve() != resumed.resolve():
+            branch = f"--resume {steps[0]} --run-name NEW"
+            raise UserError(
+                f"--resume {resumed}: a run keeps its folder, got {place}; for a new run: {branch}"
+            )
+        return resumed, steps
+    if named and (steps := step_folders(named)):
+        return named, steps
+    if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError(
+            "--run-name: is required with --max-restarts: a restarted command goes on with the run "
+            "of its name"
+        )
+    return None, [resumed] if is_branch else []
 
 
 def is_step_folder(path: Path) -> bool:
@@ -93,8 +100,8 @@ def named_folder(command: CommandFlags) -> Path:
 
 
 def new_folder(command: CommandFlags, config: TrainConfig) -> Path:
-    """Creates the folder of a new run: --run-name, or the next number, the model and the objective.
-    """
+    """Creates the folder of a new run, named by --run-name, or by the next number, the model and
+    the objective."""
     parent, objective = parent_folder(command), config.step.objective.name
     ending = "" if objective == "gaussian" else f"-{objective}"
     ending = re.sub(r"[^\w.+-]", "-", config.name + ending)
@@ -130,7 +137,7 @@ class ConfigDumper(yaml.SafeDumper):
 
 def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     """Writes config.yaml: the settings, which are a recipe, and, after ---, what the data set."""
-    script = facts["script"]
+    script = config.engine.script
     text = (
         f"# To resume the run: {script} --resume FOLDER, where FOLDER is the folder of this file.\n"
         f"# To start a new run with the same settings: {script} --config FILE, with this file\n"
@@ -139,7 +146,7 @@ def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     sections = config.sections()
     of_data = {name: sections["model"].pop(name) for name in OF_DATA}
     of_data["sparse_blocks"] = [*config.model.sparse_blocks]
-    documents = [sections, {"version": __version__, **facts, **of_data}]
+    documents = [sections, {**facts, **of_data}]
     text += yaml.dump_all(documents, Dumper=ConfigDumper, sort_keys=False, width=10_000)
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)

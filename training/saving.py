@@ -75,7 +75,7 @@ class Saver:
         writes = [Write(TensorFile(temporary / name, kinds, metadata), boxes, with_header=True)]
         for number, ema in enumerate(self.engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
-            of_ema = replace(record, ema=ema.name, ema_start_share=ema.initial_fraction(step))
+            of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share)
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
         self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))

@@ -1,6 +1,5 @@
 """The data of a run: the images or latents, what encodes them, the held-out ones, and the steps."""
 
-import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -8,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from checkpoints.meta import meta_model
-from checkpoints.record import NOTED_SHARE, start_of_average
+from checkpoints.record import NOTED_SHARE
 from conditions import split_condition
 from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import Autoencoder, load_autoencoder
 from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
-from latents.sources import Batch, Source, open_images
+from latents.sources import Batch, Source, open_images, same_images
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
@@ -43,6 +42,7 @@ def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[dict[str, Any], Autoencoder | None]:
     """Returns the facts of the data, and the autoencoder, if needed."""
+    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
     digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"
@@ -58,7 +58,7 @@ def inputs_of(
                 f"{config.data.latents_path}"
             )
         digest, dataset.norm = got, vae.norm
-    facts = {"num_images": len(dataset), "vae_sha256": digest}
+    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
     if set(FEATURES).intersection(tensors_of(config)):
         facts["features_sha256"] = dataset.features_sha256
     return facts, vae
@@ -109,7 +109,7 @@ def held_out_batches(
 ) -> list[Batch]:  # fmt: skip
     """Returns the batches of --val-path or --val-share, which are the same in every run.
 
-    facts: digests of the autoencoder and the features
+    facts: fingerprint of the training images, digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
     notes: receives a note if --val-path has the training images
     """
@@ -117,7 +117,7 @@ def held_out_batches(
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
-        if os.path.realpath(data.val_path) == os.path.realpath(data.latents_path or data.data_path):
+        if same_images(images.fingerprint, facts["images"]):
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
@@ -134,11 +134,8 @@ def held_out_batches(
     return list(latent_batches(images, chosen, vae, dataset.classes, batch_size=32))
 
 
-def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) -> list[str]:
-    """Returns notes on a run with few images for its batches, or few steps for its warm-up or EMAs.
-
-    is_pretrained: whether training begins from weights
-    """
+def length_notes(config: TrainConfig, stream: BatchStream) -> list[str]:
+    """Returns notes on a run with few images for its batches, or few steps for its warm-up or EMAs."""
     notes, batch, steps = [], stream.global_batch, stream.end_step
     if batch > stream.num_images:
         notes.append(
@@ -153,8 +150,8 @@ def length_notes(config: TrainConfig, stream: BatchStream, is_pretrained: bool) 
     for ema in config.ema:
         if (share := ema.initial_fraction(steps)) >= NOTED_SHARE:
             notes.append(
-                f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be "
-                f"{start_of_average(is_pretrained)} (use a smaller decay, or --ema "
+                f"after {pluralize(steps, 'step')} {share:.0%} of EMA {ema.name} will still be the "
+                "weights that it began with (use a smaller decay, or --ema "
                 "exponential:warmup=True)"
             )
     return notes

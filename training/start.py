@@ -1,10 +1,11 @@
 """From a command to the training loop: one function, read from top to bottom.
 
-    command, said = parse_training(DDPFlags, __doc__)
-    code = train(command, said, DDPFlags, dist)
+command, said = parse_training("train.py", __doc__)
+code = train(command, said, "train.py", dist)
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,26 @@ from typing import Any
 import torch
 
 from checkpoints import Record, read_record, step_folders
+from checkpoints.checkpoint import averages_of
 from latents.loading import split
-from latents.sources import ImageSource, Source, size_notes
-from models import DiTConfig
+from latents.sources import ImageSource, Source, images_name, same_images, size_notes
+from models import DiT_models, DiTConfig
 from options.parts import options_of
-from options.settings import Settings, difference, differences, spelling, stored
+from options.settings import Settings, difference, differences, flattened, spelling, stored
+from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
-from training.config import OF_EXPERTS, TrainConfig, fitted, training_flags
+from training.config import OF_DATA, OF_EXPERTS, TrainConfig, fitted, training_flags
 from training.engine import new_weights
-from training.finetune import check_weights, open_weights, start_weights
+from training.finetune import (
+    check_weights,
+    latent_changes,
+    open_weights,
+    start_weights,
+    weights_notes,
+)
 from training.flags import CommandFlags, DataConfig
 from training.log import RunLog
 from training.loop import TrainingLoop
@@ -48,36 +57,35 @@ from training.setup import (
     tensors_of,
 )
 
-# What a run cannot change, because it shapes the state: the model, except for these fields, and
-FREE = ("expert_backend", "aux_loss_alpha")
-SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")  # of components the name
+# A run cannot change what shapes its state: the model, except for the first two, and the others, of
+# components only the name.
+FREE_IN_MODEL = ("expert_backend", "aux_loss_alpha")
+SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
 SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 
 
-def train(command: CommandFlags, said: Settings, engine_flags: type, dist: Distributed) -> int:
-    """Trains to the last step, from the newest checkpoint of --resume, from the weights of
-    --finetune, or from new weights.
+def train(command: CommandFlags, said: Settings, script: str, dist: Distributed) -> int:
+    """Trains to the last step, from the newest checkpoint of a run, from the weights of --finetune,
+    or from new weights.
 
     command, said: see `training.config.parse_training`
     Returns the exit code, see `TrainingLoop.run`.
     """
     notes: list[str] = []
-    flags = training_flags(engine_flags)
-    # The config: that of a checkpoint, of weights or the default; then the recipes and the command;
-    # then what follows from the data.
-    folder, steps = find_start(command)
-    steps = dist.broadcast(steps)
+    # The config: that of a checkpoint, of weights or the default; over it the recipes and the
+    # command; over these what follows from the data.
+    folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
     step_folder = newest_intact(steps, notes, dist) if steps else None
     before = read_record(step_folder) if step_folder else None
     weights = None
     if before:  # the settings of the newest checkpoint hold, even if it is damaged
-        base = TrainConfig.of_record(newest_record(steps) or before, engine_flags)
+        base = TrainConfig.of_record(newest_record(steps) or before)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
-        base = TrainConfig.of_weights(weights.record, engine_flags)
+        base = TrainConfig.of_weights(weights.record, script)
     else:
-        base = TrainConfig.default(engine_flags)
-    with naming_flags(flags):
+        base = TrainConfig.default(script)
+    with naming_flags(training_flags()):
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
         if command.dry_run:
             dataset = open_planned(data, said, base if before or weights else None, notes)
@@ -86,14 +94,19 @@ def train(command: CommandFlags, said: Settings, engine_flags: type, dist: Distr
         config = base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
         refuse_idle_flags(command, said, config)
     check_model(config)
-    notes += check_weights(config, weights) if weights else []
+    changes: list[str] = []
+    if before:
+        check_origin(command, before, folder)
+        changes = check_changes(before, base, config, script, dataset)
+        changes += changed_state(base, config, step_folder)
+        notes += kept_settings(before, config, said)
+    elif weights:
+        notes += check_weights(config, weights)
     world_size = planned_processes(command) if command.dry_run else dist.world_size
-    facts = config.engine.engine_class().check(config, world_size)
-    changes = check_changes(before, base, config, dataset) if before else []
-    notes += kept_settings(config, said) if before else []
+    of_engine = config.engine.engine_class().check(config, world_size)
     trained, held_out = split(dataset, config.data.val_share)
     if command.dry_run:
-        print_plan(command, config, trained, notes + changes, world_size)
+        print_plan(command, config, trained, notes + changes, before, world_size)
         return 0
 
     # The data, their autoencoder, and the steps that are left.
@@ -101,34 +114,36 @@ def train(command: CommandFlags, said: Settings, engine_flags: type, dist: Distr
         be_deterministic()
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
-    found, vae = inputs_of(config, dataset, dist)
-    facts |= {**found, "origin": origin_of(command, before if folder else None)}
+    of_data, vae = inputs_of(config, dataset, dist)
+    facts = {"version": __version__, "origin": origin_of(command, before, folder)}
+    facts |= {**of_engine, **of_data}
     if before:
         changes += data_changes(before, facts, dataset)
     elif weights:
-        notes += data_changes(weights.record, facts, dataset)
+        notes += weights_notes(weights, config, facts, dataset)
     flip = config.data.flip and dataset.can_flip
     stream = remaining_steps(config, trained, flip, before.step if before else 0, dist)
     if before and stream.start_step >= stream.end_step:
-        at = f"step {stream.start_step} of {stream.end_step}"
-        if dist.is_main:
-            print(f"{folder or step_folder} is at {at}, nothing to do; --max-steps adds steps")
-        return 0
+        return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
     batches = None
     if config.data.val_path or config.data.val_share:
         batches = held_out_batches(config, dataset, vae, facts, held_out, notes)
     dataset.requested = tensors_of(config)
     origin = before.initialized_from if before else weights and weights.origin
-    notes += length_notes(config, stream, is_pretrained=origin is not None)
+    if before is None:
+        notes += length_notes(config, stream)
     if dist.is_main and isinstance(dataset, ImageSource):
         notes += size_notes(dataset)
 
     # The run folder and its log.
-    if not (goes_on := folder is not None):
+    goes_on = folder is not None
+    if not goes_on:
         folder = dist.broadcast(dist.on_main(partial(new_folder, command, config)))
     lock = dist.on_main(partial(enter_run_folder, folder))
-    if goes_on and dist.broadcast(step_folders(folder)) != steps:  # listed without the lock
-        raise UserError(f"{folder}: another process saved a checkpoint meanwhile")
+    if dist.broadcast(step_folders(folder)) != (steps if goes_on else []):  # listed without a lock
+        raise UserError(
+            f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
+        )
     dist.on_main(partial(write_config, folder, config, facts))
     if not os.path.isfile(folder / CONFIG_FILE):
         raise UserError(
@@ -140,17 +155,15 @@ def train(command: CommandFlags, said: Settings, engine_flags: type, dist: Distr
         log = dist.run_on_all(
             lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
         )
-    for note in notes:
-        log.text(printable(f"note: {note}"))
-    log.changes(stream.start_step, changes)
 
-    # The engine, with its state or with weights.
-    start = ()
-    if weights is not None:
-        start = start_weights(weights, config, dataset, log).items()
-    elif before is None:
-        start = new_weights(config)
+    # The engine, with its state or with weights; then the steps.
     with log:
+        for note in notes:
+            log.text(printable(f"note: {note}"))
+        log.changes(stream.start_step, changes)
+        start = () if before else new_weights(config)
+        if weights is not None:
+            start = start_weights(weights, config, dataset, log).items()
         engine = config.engine.engine_class()(dist, config, start)
         start, weights = (), None  # the engine holds the weights; free this copy
         if before:
@@ -165,40 +178,6 @@ def train(command: CommandFlags, said: Settings, engine_flags: type, dist: Distr
     return code
 
 
-def origin_of(command: CommandFlags, before: Record | None) -> str | None:
-    """Returns what the run began from: the words of --finetune or --resume, or None.
-
-    before: record of the checkpoint from which the run goes on in its own folder, or None
-    """
-    resumed = command.resume if command.resume and is_step_folder(Path(command.resume)) else None
-    said = command.finetune or resumed
-    if before is None:
-        return said
-    began = before.facts.get("origin")
-    if said not in (None, began):
-        raise UserError(
-            f"--run-name: {command.run_name} began with {began or 'new weights'} and has a "
-            f"checkpoint, so it does not begin with {said}; for that, choose another name"
-        )
-    return began
-
-
-def kept_settings(config: TrainConfig, said: Settings) -> list[str]:
-    """Returns a line on the settings that a run keeps, without being said and not the defaults."""
-    default, kept = TrainConfig.default(type(config.engine)), []
-    for section in ("step", "run"):
-        part, other = config.by_section[section], default.by_section[section]
-        kept += [
-            f"{spelling(name)} {in_words(getattr(part, name))}" for name in options_of(type(part))
-            if name not in said and getattr(part, name) != getattr(other, name)
-        ]  # fmt: skip
-    return [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
-
-
-def in_words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Path:
     """Returns the first intact checkpoint to go on from; notes the damaged ones before it."""
     faults = []
@@ -207,7 +186,10 @@ def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Pat
             notes += faults
             return folder
         faults.append(f"skipped the checkpoint {folder}: {fault}")
-    raise UserError(f"--resume: got no intact checkpoint: {'; '.join(faults)}")
+    raise UserError(
+        f"got no intact checkpoint: {'; '.join(faults)}; expected one: restore the damaged files "
+        "from a copy, or start a new run with another --run-name"
+    )
 
 
 def newest_record(steps: list[Path]) -> Record | None:
@@ -218,8 +200,37 @@ def newest_record(steps: list[Path]) -> Record | None:
     return None
 
 
+def origin_of(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
+    """Returns what a run began from: the words of --finetune or --resume, or None."""
+    if before and folder:
+        return before.facts.get("origin")
+    return command.finetune or command.resume
+
+
+def check_origin(command: CommandFlags, before: Record, folder: Path | None) -> None:
+    """Refuses a checkpoint of an earlier version, and --finetune or a branch beside the name of a
+    run that began from something else."""
+    if "version" not in before.facts:
+        raise UserError(
+            f"{folder or command.resume} was saved by a version before 0.3, whose runs do not go "
+            "on; start from its weights in a new run (--finetune), or use that version"
+        )
+    is_branch = command.resume and is_step_folder(Path(command.resume))
+    said = command.finetune or (command.resume if is_branch else None)
+    began = before.facts.get("origin")
+    if folder and said and not same_path(said, began):
+        raise UserError(
+            f"--run-name: {folder} began with {began or 'new weights'} and has a checkpoint, so it "
+            f"does not begin with {said}; expected another name for a new run"
+        )
+
+
+def same_path(one: str, other: str | None) -> bool:
+    return other is not None and (one == other or os.path.realpath(one) == os.path.realpath(other))
+
+
 def check_changes(
-    before: Record, was: TrainConfig, now: TrainConfig, dataset: Source
+    before: Record, was: TrainConfig, now: TrainConfig, script: str, dataset: Source
 ) -> list[str]:
     """Returns what the command changes, as "--lr: was 0.0001, is 5e-05"; refuses what shapes the
     state."""
@@ -227,30 +238,86 @@ def check_changes(
     for section, part in now.by_section.items():
         for name, line in differences(was.by_section[section], part):
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
-            is_renamed = getattr(old, "name", old) != getattr(new, "name", new)
-            shapes = name not in FREE if section == "model" else name in SHAPES_STATE and is_renamed
-            (refused if shapes else changes).append(line)
-    names = before.class_names
-    if len(names) > 1 and any(dataset.classes) and names != tuple(dataset.classes):
-        refused.append(difference("classes", names[:5], tuple(dataset.classes[:5])))
-    script = now.engine.engine_class().script
-    if before.facts.get("script", script) != script:
-        refused.append(f"the script: was {before.facts['script']}, is {script}")
+            is_other = getattr(old, "name", old) != getattr(new, "name", new)
+            if section == "model":
+                shapes_state = name not in FREE_IN_MODEL
+            else:
+                shapes_state = name in SHAPES_STATE and is_other
+            (refused if shapes_state else changes).append(line)
+    names, classes = before.class_names, tuple(dataset.classes)
+    if any(classes) and len(names) > 1 and names != classes:
+        pair = next(((a, b) for a, b in zip(names, classes, strict=False) if a != b), ("", ""))
+        refused.append(difference("classes", *pair))
+    if was.engine.script != script:
+        refused.append(f"the script: was {was.engine.script}, is {script}")
     if refused:
-        raise UserError(f"--resume: {'; '.join(refused)}; --finetune starts from the weights only")
+        raise UserError(
+            f"a run keeps what its state depends on: {'; '.join(refused)}; expected the same, or a "
+            "new run, which --finetune starts from the weights of this one"
+        )
     return changes
 
 
-def data_changes(before: Record, facts: dict[str, Any], dataset: Source) -> list[str]:
-    """Returns lines on the data that differ from those of a checkpoint."""
+def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list[str]:
+    """Returns a line for each EMA and auxiliary loss that begins or ends."""
+    pairs = (
+        ("EMA", {*averages_of(step_folder)}, {ema.name for ema in now.ema}, "from these weights"),
+        ("auxiliary loss", *({one.name for one in c.auxiliary} for c in (was, now)), "anew"),
+    )
     lines = []
-    for name in ("num_images", "vae_sha256", "features_sha256"):
-        was, now = getattr(before, name, before.facts.get(name)), facts.get(name)
-        if None not in (was, now) and was != now:
-            lines.append(f"{name}: was {was!s:.12}, is {now!s:.12}")
-    if before.norm and before.norm != dataset.norm:
-        lines.append(f"normalisation of latents: was {before.norm}, is {dataset.norm}")
+    for kind, before, after, how in pairs:
+        lines += [f"{kind} {name} begins {how}" for name in sorted(after - before)]
+        lines += [f"{kind} {name} ends" for name in sorted(before - after)]
     return lines
+
+
+def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
+    """Returns a line on the settings that are kept from the run without being said, and one on
+    those that this version does not know."""
+    preset = DiT_models[config.preset].keywords if config.preset in DiT_models else {}
+    default, kept = TrainConfig.default(config.engine.script).changed(preset), []
+    follow = {*OF_DATA, "image_size", "vae_path", "conditions", *said}  # from the data
+    for section, part in config.by_section.items():
+        other = stored(default.by_section[section])
+        kept += [
+            f"{spelling(name)} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in stored(part).items()
+            if name not in follow and value != other.get(name)
+        ]
+    flags = training_flags()
+    unknown = flattened(before.sections(), flags).keys() - flags.keys() - {*OF_DATA}
+    notes = [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
+    if unknown:
+        notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
+    return notes
+
+
+def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> list[str]:
+    """Returns lines on the images, their latents and the images of a step, where they differ from
+    those of a checkpoint."""
+    lines = latent_changes(before, facts, dataset)
+    if before.images and not same_images(before.images, facts["images"]):
+        was, now = images_name(before.images), images_name(facts["images"])
+        lines.append(f"the images: was {was}, is {now}")
+    labels = {"features_sha256": "the network of the features",
+              "global_batch_size": "the images of a step"}  # fmt: skip
+    for name, label in labels.items():
+        was, now = before.facts.get(name), facts.get(name)
+        if None not in (was, now) and was != now:
+            lines.append(f"{label}: was {was!s:.12}, is {now!s:.12}")
+    return lines
+
+
+def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -> int:
+    """Says that a run is finished; returns the exit code. A branch without steps is an error."""
+    if folder is None:
+        raise UserError(
+            f"--max-steps: the branch would end at step {end}, expected a later step than that of "
+            f"its checkpoint, {step}"
+        )
+    if dist.is_main:
+        print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")
+    return 0
 
 
 def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig) -> None:
@@ -259,8 +326,8 @@ def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig
         if getattr(command, name) and not command.dry_run:
             raise ValueError(f"{name}: has no effect without --dry-run")
     for name in SHARDING:
-        default = getattr(type(config.engine), name, None)
-        if not getattr(config.engine, "shard", True) and said.get(name, default) != default:
+        default = getattr(type(config.engine), name)
+        if not config.engine.shard and said.get(name, default) != default:
             raise ValueError(f"{name}: has no effect without --shard")
     if not config.model.num_experts:
         for name in said.keys() & OF_EXPERTS:

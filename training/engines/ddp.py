@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints.checkpoint import averages_of
+from checkpoints.checkpoint import averages_of, read_record
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -45,7 +45,6 @@ from training.spikes import SpikeDetector
 class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
-    script = "train.py"  # the checkpoints of the scripts differ
     copy_size = 1  # processes that together hold one copy of the model
 
     def __init__(
@@ -132,7 +131,7 @@ class DDPEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
-        return {"script": "train.py"}
+        return {}
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
@@ -316,6 +315,7 @@ class DDPEngine:
                 ema.start(self.averaged.values())
                 continue
             path = stored[ema.name]
+            ema.start_share = read_record(path).ema_start_share
             with (
                 open_safetensors(path) as file,
                 as_user_error(path, "damaged, or of a different model"),

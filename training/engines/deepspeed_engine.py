@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import MODEL_FILE
-from checkpoints.checkpoint import averages_of
+from checkpoints.checkpoint import averages_of, read_record
 from checkpoints.weights import (
     as_user_error,
     check_shapes,
@@ -39,7 +39,6 @@ class DeepSpeedEngine:
     See `training.engine.Engine`. This engine tracks one EMA.
     """
 
-    script = "train_deepspeed.py"  # the checkpoints of the scripts differ
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
     ):
@@ -72,8 +71,7 @@ class DeepSpeedEngine:
                 "DeepSpeed does not support it, use train.py, with --shard for a large model"
             )
         ds_config = complete_config(config, world_size)
-        batch = ds_config["train_batch_size"]
-        return {"script": "train_deepspeed.py", "global_batch_size": batch}
+        return {"global_batch_size": ds_config["train_batch_size"]}
 
     @classmethod
     def micro_batch(cls, config: TrainConfig, world_size: int) -> int:
@@ -238,6 +236,7 @@ class DeepSpeedEngine:
             if self.ema.name not in stored:
                 self.ema.start(shards.masters)
                 return
+            self.ema.start_share = read_record(path).ema_start_share
             for name in shards.shapes:
                 shards.scatter(name, file.get_tensor(name), self.ema.averages)
 
