@@ -35,6 +35,7 @@ from latents.autoencoder import PIXELS
 from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
+from options.settings import check_names, flags_of, over, read
 from runtime.errors import UserError, reported_as
 from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
@@ -238,7 +239,7 @@ def read_file(
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            config = with_overrides(record.config, overrides)
+            config = with_overrides(vars(record.config), overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
@@ -310,7 +311,9 @@ def step_folders(run: Path) -> list[Path]:
 
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides."""
+    flags = flags_of(DiTConfig)
     try:
-        return DiTConfig(**DiT_models[model].keywords | overrides)
+        check_names(overrides, DiTConfig)
+        return DiTConfig(**over(read(overrides, flags), read(DiT_models[model].keywords, flags)))
     except ValueError as error:
         raise UserError(str(error)) from None

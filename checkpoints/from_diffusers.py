@@ -64,7 +64,7 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         else:
             kinds = " or ".join(DIFFUSERS_CLASSES)
             raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
-        config = with_overrides(DiTConfig(**as_words(fields, "router")), overrides)
+        config = with_overrides(as_words(fields, "router"), overrides)
         record = Record.of_weights(config, facts)
     return weights, record
 

@@ -8,10 +8,10 @@ import math
 
 from torch import Tensor
 
+from checkpoints.record import with_overrides
 from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
-from options.parts import Part, options_of
-from routers import ROUTERS
+from options.parts import options_of
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -81,15 +81,9 @@ def infer_config(
     known |= fields
     undetermined = ("num_heads", "num_experts_per_tok")
     known |= {name: arguments[name] for name in undetermined if name in arguments}
-    router = Part.parse(known.pop("router", "topk"), ROUTERS)
-    for word in filter(None, (arguments.get("router"), overrides.get("router"))):
-        if (said := Part.parse(word, ROUTERS)).name != router.name:
-            raise ValueError(f"router: got {said}, expected {router.name}")
-        router = said.over(router)
-    known |= overrides | {"router": router}
-    if "num_heads" not in known:
+    if "num_heads" not in known | overrides:
         raise ValueError(f"num_heads: is required, because no preset has width {hidden_size}")
-    return DiTConfig(**known)
+    return with_overrides({"router": "topk", **known}, overrides)
 
 
 def infer_feed_forward(state_dict: dict[str, Tensor], hidden_size: int) -> dict:

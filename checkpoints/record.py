@@ -9,15 +9,15 @@ absurd size, raises ValueError.
 
 import json
 import re
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import SIZES, DiTConfig
 from options.parts import Part, Size, convert
-from options.settings import check_names, stored
-from routers import ROUTERS
+from options.settings import check_names, flags_of, over, read, stored
 from runtime.files import parse_json
 
 METADATA_KEY = "dit_moe"
@@ -162,15 +162,16 @@ def as_words(section: dict[str, Any], name: str) -> dict[str, Any]:
     return said
 
 
-def with_overrides(config: DiTConfig, overrides: dict) -> DiTConfig:
-    """Replaces fields of a config; of the router only the options that a word says.
+def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> DiTConfig:
+    """Builds a config of fields and overrides; of the router, a word overrides the options that it
+    says.
 
     Raises ValueError for an unknown field or another router.
     """
     check_names(overrides, DiTConfig)
-    if "router" in overrides:
-        router = Part.parse(overrides["router"], ROUTERS).over(config.router)
-        if router.name != config.router.name:
-            raise ValueError(f"router: got {router}, expected {config.router.name}")
-        overrides = {**overrides, "router": router}
-    return replace(config, **overrides)
+    flags = flags_of(DiTConfig)
+    beneath, top = read(fields, flags), read(overrides, flags)
+    config = DiTConfig(**over(top, beneath))
+    if "router" in beneath and config.router.name != beneath["router"].name:
+        raise ValueError(f"router: got {top['router']}, expected {beneath['router'].name}")
+    return config

@@ -186,7 +186,8 @@ class CachedLatents(Dataset):
         self.folder, self.flag = Path(folder), flag
         settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = list(settings.classes), settings.image_size
-        self.can_flip, self.fingerprint = settings.flip, settings.listing
+        self.can_flip = settings.flip
+        self.fingerprint = {name: settings.listing.get(name) for name in ("count", "names")}
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")

@@ -41,7 +41,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         facts={},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,
-        num_images=None,
+        images=None,
     )
     return replace(checkpoint, record=record, state_dict=dict(checkpoint.state_dict))
 

@@ -170,8 +170,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
         print(
-            f"note: at step {record.step} {share:.0%} of EMA {record.ema} are still the weights that "
-            "it began with; samples look like theirs, which is noise for new weights"
+            f"note: at step {record.step} {share:.0%} of EMA {record.ema} are the weights that it "
+            "began with; samples look like theirs, which is noise for new weights"
         )
     stored = {name: getattr(model, name) for name in expected}
     check_same(f"{checkpoint.path}: the flags describe a different model", expected, stored)

@@ -98,7 +98,8 @@ class RunLog(AbstractContextManager):
         """Logs the settings that a resumed run changes after a step, "--lr: was 1, is 2"."""
         if self.is_main and changed and step < self.total_steps:  # otherwise they have no effect
             self.write(self.rows_file, json.dumps({"step": step, "changed": changed}))
-            self.text(f"changed: {'; '.join(changed)}")
+            for line in changed:
+                self.text(f"changed: {line}")
 
     def advance(self) -> None:
         if self.is_main:

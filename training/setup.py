@@ -135,7 +135,7 @@ def held_out_batches(
 
 
 def length_notes(config: TrainConfig, stream: BatchStream) -> list[str]:
-    """Returns notes on a run with few images for its batches, or few steps for its warm-up or EMAs."""
+    """Returns notes on few images for a batch, or few steps for the warm-up or an EMA."""
     notes, batch, steps = [], stream.global_batch, stream.end_step
     if batch > stream.num_images:
         notes.append(
