@@ -99,7 +99,8 @@ def remaining_steps(
     return BatchStream(
         trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
-        start_step=done, end_step=config.total_steps(len(trained), global_batch), flip=config.data.flip,
+        start_step=done, end_step=config.total_steps(len(trained), global_batch),
+        flip=config.data.flip,
     )  # fmt: skip
 
 
