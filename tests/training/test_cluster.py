@@ -24,22 +24,28 @@ from training.log import RunLog
 from training.plan import load_that_fits
 
 
-@pytest.mark.parametrize("status, saves, requeued, code", [
-    (0, "this", False, 0),
-    (1, None, False, 1),  # without progress the job would fail again
-    (1, "another", False, 1),
-    (1, "this", True, 75),
+@pytest.mark.parametrize("status, saves, is_signalled, requeued, code", [
+    (0, "this", False, False, 0),
+    (1, None, False, False, 1),  # without progress the job would fail again
+    (1, "another", False, False, 1),
+    (1, "this", False, True, 75),
+    (1, "this", True, True, 75),
+    (1, None, True, False, 1),  # or be stopped again before its first save
+    (0, "this", True, False, 0),
 ])  # fmt: skip
-def test_a_failed_slurm_job_requeues_itself_if_its_run_saved_a_checkpoint(
-    tmp_path, status, saves, requeued, code
+def test_a_slurm_job_that_fails_or_is_stopped_requeues_itself_if_its_run_saved_a_checkpoint(
+    tmp_path, status, saves, is_signalled, requeued, code
 ):
-    """Shell scripts replace Slurm's programs: srun fails while this or another run saves."""
+    """Shell scripts replace Slurm's programs: srun ends while this or another run saves, also after
+    the signal before a time limit."""
     (tmp_path / "results" / "other" / "checkpoints").mkdir(parents=True)
     save = {
         "this": 'mkdir -p elsewhere/run/checkpoints/0000002; echo "$_" > "$DIT_MOE_SAVED"',
         "another": "mkdir results/other/checkpoints/0000002",
         None: "true",
     }[saves]
+    if is_signalled:
+        save += "; trap stop=1 USR1; kill -USR1 $PPID; until [ $stop ]; do sleep 0.02; done"
     for name, line in (
         ("srun", f"echo $@ > {tmp_path}/srun.txt; {save}; exit {status}"),
         ("scontrol", f"echo $@ >> {tmp_path}/scontrol.txt; echo node0"),
@@ -66,6 +72,18 @@ def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, m
             log.saved(tmp_path / "checkpoints" / "0000002")
         assert (tmp_path / "slurm-7.saved").exists() == (not rank)
     assert (tmp_path / "slurm-7.saved").read_text() == f"{tmp_path}/checkpoints/0000002\n"
+
+
+def test_encoding_notes_each_shard_in_the_file_of_the_slurm_job(
+    image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    """Otherwise a time limit while the images are encoded would end the job for good."""
+    monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
+    flags = "--image-size=16", "--shard-images=20", "--num-workers=0", f"--vae-path={tiny_vae}"
+    cache = f"--output={tmp_path / 'latents'}"
+    call_main("cache_latents.py", f"--data-path={image_tree}", cache, *flags)
+    shards = [tmp_path / "latents" / f"shard-0000{n}.safetensors" for n in (0, 1)]
+    assert (tmp_path / "slurm-7.saved").read_text().split() == list(map(str, shards))
 
 
 def test_a_process_that_sees_one_gpu_uses_it():
