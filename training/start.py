@@ -27,6 +27,7 @@ from latents.sources import Batch, ImageSource, Source, size_notes
 from options.settings import Layer, flat
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
+from runtime.files import wait_for_file
 from runtime.processes import Distributed
 from training.changes import check_earlier_names, compare, state_notes, step_notes
 from training.config import (
@@ -195,7 +196,7 @@ def open_folder(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
     dist.on_main(partial(write_config, folder, config, facts, is_finished))
-    if not os.path.isfile(folder / CONFIG_FILE):
+    if not wait_for_file(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"

@@ -1,21 +1,24 @@
 """Cluster jobs: the Slurm job script, and faults that only one process meets."""
 
+import errno
 import json
 import os
 import resource
 import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from conftest import ROOT, call_main, in_processes, step_folder, train_on
 
 from checkpoints import config_of
 from latents.loading import BatchStream
 from models import DiT
 from runtime import processes
 from runtime.errors import UserError
+from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
 from training.config import resolve
 from training.engines import fsdp
@@ -84,6 +87,47 @@ def test_encoding_notes_each_shard_in_the_file_of_the_slurm_job(
     call_main("cache_latents.py", f"--data-path={image_tree}", cache, *flags)
     shards = [tmp_path / "latents" / f"shard-0000{n}.safetensors" for n in (0, 1)]
     assert (tmp_path / "slurm-7.saved").read_text().split() == list(map(str, shards))
+
+
+def remember_missing_paths() -> None:
+    """Makes this process look up paths as an NFS client does: a path that was missing stays missing
+    until the folder that lacked it is listed."""
+    missing, stat, listdir = set(), os.stat, os.listdir
+
+    def lookup(path, *args, **named):
+        whole = Path(path).absolute()
+        for part in (*reversed(whole.parents), whole):
+            if part in missing or not os.access(part, os.F_OK):
+                missing.add(part)
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(part))
+        return stat(path, *args, **named)
+
+    def list_again(path="."):
+        lookup(path)
+        missing.difference_update([p for p in missing if p.parent == Path(path).absolute()])
+        return listdir(path)
+
+    os.stat, os.listdir = lookup, list_again
+
+
+def train_on_two_nodes(dist: Distributed, arguments: list[str]) -> None:
+    if not dist.is_main:
+        remember_missing_paths()
+    train_on(dist, arguments)
+
+
+@pytest.mark.parametrize("name", ["run", None])
+def test_a_second_node_finds_the_run_folder_that_it_has_looked_up_before(
+    train_flags, tmp_path, name
+):
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": name}
+    in_processes(train_on_two_nodes, train_flags(tmp_path / "new" / "results", **flags))
+    assert step_folder(tmp_path / "new" / "results", 1).exists()
+
+
+def test_a_folder_that_other_nodes_do_not_share_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert not wait_for_file(tmp_path / "run" / "config.yaml", seconds=0.1)
 
 
 def test_a_process_that_sees_one_gpu_uses_it():
