@@ -5,13 +5,22 @@ import json
 import os
 import resource
 import subprocess
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call_main, in_processes, step_folder, train_on
+from conftest import (
+    ROOT,
+    call_main,
+    in_processes,
+    running,
+    step_folder,
+    train_on,
+    wait_for,
+)
 
 from checkpoints import config_of
 from latents.loading import BatchStream
@@ -225,6 +234,42 @@ def test_a_rank_prints_an_unexpected_error_before_it_waits_for_the_others(capsys
     with pytest.raises(KeyboardInterrupt):
         dist.run_on_all(fail)
     assert capsys.readouterr().err == "rank 3: OutOfMemoryError: CUDA out of memory\n"
+
+
+FAILS_ON_ONE_RANK = """
+import os
+
+from routers import ROUTERS, TopKRouter
+from runtime import processes
+
+processes.PATIENCE = 1
+
+
+class Fragile(TopKRouter):
+    def forward(self, *inputs):
+        if not self.training and os.environ["RANK"] == "1":
+            raise ValueError("this GPU is out of order")
+        return super().forward(*inputs)
+
+
+ROUTERS["fragile"] = Fragile
+"""
+
+
+def test_a_sample_grid_that_fails_on_one_rank_ends_all_processes(train_flags, tmp_path):
+    """The others wait in a collective. The save before the grid is completed."""
+    (tmp_path / "fragile.py").write_text(FAILS_ON_ONE_RANK)
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run", "shard": True,
+        "router": "fragile", "plugin": tmp_path / "fragile.py", "num-sample": 4, "rf": True,
+    }  # fmt: skip
+    with running("train.py", train_flags(tmp_path / "results", **flags), 2) as process:
+        output = wait_for(process, "rank 1: ValueError: this GPU is out of order")
+        start = time.monotonic()
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - start < 30, output + rest
+    assert "this GPU is out of order; the other processes wait for this one" in rest
+    assert step_folder(tmp_path / "results", 1).exists()
 
 
 @pytest.mark.parametrize("model, experts", [("DiT-G/2", 16), ("DiT-XL/2", 8)])
