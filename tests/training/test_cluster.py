@@ -278,9 +278,21 @@ def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, ex
     with torch.device("meta"):
         weights = dict(DiT(config_of(model, num_experts=experts, depth=2)).named_parameters())
     with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
-        fsdp.check_runs(fsdp.Layout(256), weights)
+        fsdp.check_layout(fsdp.Layout(256), weights)
     for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
-        fsdp.check_runs(layout, weights)
+        fsdp.check_layout(layout, weights)
+
+
+@pytest.mark.parametrize("size, expected", [
+    (1024, "pads .*experts.* by 19..% of .*; expected 128 or fewer"),
+    (12, "pads .*experts.* by 46% of .*; expected 4 or fewer"),  # 16 experts become 24
+    (7, "pads .*experts.* by 29% of .*; expected another number of processes"),
+])  # fmt: skip
+def test_the_plan_refuses_shards_that_are_mostly_padding(size, expected):
+    flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"
+    batch = f"--gpus={size}", f"--global-batch-size={size}"
+    with pytest.raises(UserError, match=f"^--shard-size: got {size}, which {expected}"):
+        call_main("train.py", "--dry-run", *flags, *batch)
 
 
 def test_the_plan_refuses_what_training_would_refuse(monkeypatch):
