@@ -1,7 +1,9 @@
-"""Progress bars that also suit a log file."""
+"""Progress bars that also suit a log file, and the progress that a cluster job reads."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -33,3 +35,14 @@ def print_progress(done: int, number: int, things: str) -> None:
     """
     if not sys.stderr.isatty() and done * 10 // number > (done - 1) * 10 // number:
         print_safely(f"{done:,} of {number:,} {things}")
+
+
+def note_saved(path: Path) -> None:
+    """Tells scripts/slurm.sh that the job has made progress: appends a path to a file, where
+    several processes may write."""
+    if file := os.environ.get("DIT_MOE_SAVED"):
+        try:
+            with open(file, "a") as saved:
+                saved.write(f"{path}\n")
+        except OSError as error:
+            print_safely(f"WARNING: {file} cannot be written ({error.strerror})", file=sys.stderr)

@@ -290,13 +290,16 @@ class TrainingLoop:
         )
 
     def draw_samples(self, step: int) -> None:
-        """Generates and writes a grid of samples; a failure is logged as a warning."""
+        """Generates and writes a grid of samples. A failure is logged as a warning, unless other
+        processes wait for a failed one, which ends the run."""
         path = self.folder / f"samples-{step:07d}.png"
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
 
         try:
-            grid = self.dist.run_on_all(lambda: draw_preview(self))
+            grid = self.dist.run_on_all(
+                lambda: draw_preview(self), has_collectives=self.engine.copy_size > 1
+            )
         except (OSError, UserError, ProcessError) as error:
             self.log.text(f"WARNING: no sample grid of step {step} ({error})")
         else:

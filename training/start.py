@@ -24,6 +24,7 @@ from options.settings import Settings, difference, differences, flattened, spell
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
+from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
 from training.config import OF_DATA, OF_EXPERTS, TrainConfig, fitted, training_flags
@@ -145,7 +146,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
     dist.on_main(partial(write_config, folder, config, facts))
-    if not os.path.isfile(folder / CONFIG_FILE):
+    if not wait_for_file(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
