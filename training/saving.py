@@ -13,8 +13,9 @@ even if the training steps of a process have failed.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -68,7 +69,14 @@ class Saver:
         """
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
         temporary = self.folder.with_name(f"writing-{self.folder.name}.tmp")
-        self.dist.on_main(lambda: begin(temporary, replaceable))
+        with self.removed_after_failure(temporary):
+            self.dist.on_main(lambda: begin(temporary, replaceable))
+            writes = self.parts(temporary, record)
+            self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
+        self.writing = self.writer.submit(self.write, temporary, writes)
+
+    def parts(self, temporary: Path, record: Record) -> list[Write]:
+        """Returns this process's parts of the files: the state and the EMAs."""
         name, tensors, metadata = self.engine.state()
         kinds = {title: (tensor.dtype, tensor.shape) for title, tensor in tensors.items()}
         boxes = {title: Box.of_all(tensor) for title, tensor in tensors.items()}
@@ -78,19 +86,24 @@ class Saver:
             of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share)
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
-        self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
-        self.writing = self.writer.submit(self.write, temporary, writes)
+        return writes
 
-    def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
-        """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
+    @contextmanager
+    def removed_after_failure(self, temporary: Path) -> Iterator[None]:
+        """Deletes the folder if the block, which all processes enter together, raises."""
         try:
-            pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
-            every = self.dist.gather_on_main(pieces)
-            return self.dist.on_main(lambda: self.complete(temporary, every))
+            yield
         except BaseException:
             if self.dist.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
+        """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
+        with self.removed_after_failure(temporary):
+            pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
+            every = self.dist.gather_on_main(pieces)
+            return self.dist.on_main(lambda: self.complete(temporary, every))
 
     def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> OSError | None:
         """Gives the filled folder its final name, which makes it the newest checkpoint; returns

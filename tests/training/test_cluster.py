@@ -2,7 +2,9 @@
 
 import errno
 import json
+import math
 import os
+import re
 import resource
 import subprocess
 import time
@@ -25,10 +27,12 @@ from conftest import (
 from checkpoints import config_of
 from latents.loading import BatchStream
 from models import DiT
+from routers import ROUTERS, TopKRouter
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
+from training.alarms import LINES
 from training.config import resolve
 from training.engines import fsdp
 from training.engines.flags import DDPFlags
@@ -270,6 +274,38 @@ def test_a_sample_grid_that_fails_on_one_rank_ends_all_processes(train_flags, tm
         assert process.returncode == 1 and time.monotonic() - start < 30, output + rest
     assert "this GPU is out of order; the other processes wait for this one" in rest
     assert step_folder(tmp_path / "results", 1).exists()
+
+
+class Faulty(TopKRouter):
+    """On rank 1, takes long, and returns nan in step 3."""
+
+    def forward(self, *inputs):
+        routing = super().forward(*inputs)
+        if self.training and torch.distributed.get_rank() == 1:
+            self.calls = getattr(self, "calls", 0) + 1
+            time.sleep(0.1)
+            if self.calls == 3:
+                return routing._replace(loss=routing.loss * math.nan)
+        return routing
+
+
+def train_with_a_faulty_rank(dist: Distributed, arguments: list[str]) -> None:
+    ROUTERS["faulty"] = Faulty
+    train_on(dist, arguments)
+
+
+def test_the_log_names_a_rank_that_is_slow_or_whose_loss_is_nan(train_flags, tmp_path):
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": LINES, "run-name": "run",
+        "router": "faulty", "log-every": 1, "global-batch-size": 8,
+    }  # fmt: skip
+    in_processes(train_with_a_faulty_rank, train_flags(tmp_path, **flags))
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    warnings = [line.split("WARNING: ")[1] for line in lines if "WARNING: " in line]
+    (nan,) = [line for line in warnings if "nan" in line]
+    assert re.fullmatch(r"the loss was infinite or nan in up to 1 step .* on rank 1 \(.+\)", nan)
+    (slow,) = [line for line in warnings if "median" in line]
+    assert slow.startswith("for 10 log lines, rank 1 (")
 
 
 @pytest.mark.parametrize("model, experts", [("DiT-G/2", 16), ("DiT-XL/2", 8)])

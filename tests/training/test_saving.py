@@ -56,16 +56,18 @@ def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_pat
     engine = make_engine(
         replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
     )
-    saver = saving.Saver(tmp_path, engine)
+    saver, left = saving.Saver(tmp_path, engine), tmp_path / "checkpoints" / "writing-0000001.tmp"
     for owner, name in ((TensorFile, "write"), (saving, "write_manifest")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, **named: {}["a missing name"])
             saver.start(1, Record(config=engine.model.config))
             with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
                 saver.wait()
+        assert not left.exists()
     with monkeypatch.context() as patch:  # as when no more memory can be pinned
         patch.setattr(saving, "on_host", lambda tensor: {}["a missing name"])
         with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
             saver.start(1, Record(config=engine.model.config))
+    assert left.parent.exists() and not left.exists()
     saver.start(1, Record(config=engine.model.config))
     assert saver.wait() is None and saver.folder.exists()
