@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 from conftest import (
     ROOT,
     call_main,
@@ -23,10 +24,13 @@ from conftest import (
     train_on,
     wait_for,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoints import config_of
+from checkpoints import config_of, read_record
+from checkpoints.weights import open_safetensors
 from latents.loading import BatchStream
 from models import DiT
+from options.parts import Part
 from routers import ROUTERS, TopKRouter
 from runtime import processes
 from runtime.errors import UserError
@@ -34,7 +38,7 @@ from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
 from training.alarms import LINES
 from training.config import resolve
-from training.engines import fsdp
+from training.engines import ddp, fsdp, state
 from training.engines.flags import DDPFlags
 from training.log import RunLog
 from training.plan import load_that_fits
@@ -306,6 +310,76 @@ def test_the_log_names_a_rank_that_is_slow_or_whose_loss_is_nan(train_flags, tmp
     assert re.fullmatch(r"the loss was infinite or nan in up to 1 step .* on rank 1 \(.+\)", nan)
     (slow,) = [line for line in warnings if "median" in line]
     assert slow.startswith("for 10 log lines, rank 1 (")
+
+
+class FakeRank(Distributed):
+    def gather(self, value):
+        return [value] * self.world_size
+
+
+class CountedFile:
+    """A safetensors file that adds the bytes of the tensors that are read to a list."""
+
+    def __init__(self, path: Path, read: list[int]):
+        self.file, self.read = open_safetensors(path), read
+        self.metadata = self.file.metadata
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+    def counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.read.append(tensor.nbytes)
+        return tensor
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.counted(self.file.get_tensor(name))
+
+    def get_slice(self, name: str):
+        return CountedSlice(self, self.file.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, file: CountedFile, content):
+        self.file, self.content, self.get_shape = file, content, content.get_shape
+
+    def __getitem__(self, place) -> torch.Tensor:
+        return self.file.counted(self.content[place])
+
+
+@pytest.mark.parametrize("layout, readers", [({}, 1), ({"shard": True, "shard_size": 2}, 2)])
+def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
+    train_flags, tmp_path, monkeypatch, layout, readers
+):
+    """Eight fake ranks. tests/training/test_fsdp.py compares what the other copies receive."""
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run"}
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    folder = step_folder(tmp_path, 1)
+    stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    files, read, by_rank = [], [], []
+
+    def open_counted(path: Path) -> CountedFile:
+        files.append(path)
+        return CountedFile(path, read)
+
+    for module in (state, ddp):
+        monkeypatch.setattr(module, "open_safetensors", open_counted)
+    monkeypatch.setattr(ddp.DDPEngine, "share_state", lambda *_: None, raising=False)
+    config = resolve({**layout, "ema": [Part("exponential", {"decay": 0.9})]}, DDPFlags)
+    config = replace(config, model=read_record(folder).config)
+    for rank in range(8):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+        try:
+            dist = FakeRank(rank, rank, 8, torch.device("cpu"))
+            config.engine.engine_class()(dist, config, ()).load_state(folder)
+        finally:
+            torch.distributed.destroy_process_group()
+        by_rank.append((len(files), sum(read)))
+        files.clear()
+        read.clear()
+    assert [rank for rank, (count, _) in enumerate(by_rank) if count] == [*range(readers)]
+    assert 0.9 * stored < sum(size for _, size in by_rank) < 1.01 * stored
 
 
 @pytest.mark.parametrize("model, experts", [("DiT-G/2", 16), ("DiT-XL/2", 8)])
