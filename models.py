@@ -653,10 +653,7 @@ class DiT(nn.Module):
 
     def checkpoint_options(self) -> dict[str, Any]:
         """Returns the options with which torch recomputes a block."""
-        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
-        draws_nothing = all(gate.draws_nothing for gate in gates)
-        kept = {"all": (), "selective": self.kept_operators}[self.recomputed]
-        return checkpoint_options(kept, draws_nothing=draws_nothing)
+        return checkpoint_options({"all": (), "selective": self.kept_operators}[self.recomputed])
 
     def compile_blocks(self) -> None:
         """Compiles each block separately. Blocks of the same structure share one compiled graph.

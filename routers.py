@@ -60,17 +60,9 @@ class Router(Component, nn.Module):
 
     `DiTBlock.router_input` appends to the token (D) what `asks_for` names: "time", the
     embedding of the time (D), or "no_class" (1), true without a class, which the gate ignores.
-
-    draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient
-        checkpointing then need not restore the state of the generators.
     """
 
     change = "state"  # see `Option.change`
-    draws_nothing = False
-
-    def __init_subclass__(cls, draws_nothing: bool = False, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.draws_nothing = draws_nothing
 
     hidden_size: int
     num_experts: int
@@ -147,7 +139,7 @@ def gate_scores(logits: Tensor, gating: str) -> Tensor:
     return logits.sigmoid() if gating == "sigmoid" else logits
 
 
-class TopKRouter(Router, draws_nothing=True):
+class TopKRouter(Router):
     """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
 
     p = softmax(W x) over all experts. Each token goes to the K experts with the largest p, and the
@@ -183,7 +175,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
 
 
-class SigmoidRouter(Router, draws_nothing=True):
+class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
     equations 12 to 16). DSMoE uses this router for diffusion; DSMoE's code never updates the bias.
 
@@ -231,7 +223,7 @@ class SigmoidRouter(Router, draws_nothing=True):
         self.e_score_correction_bias += torch.where(skipped, 0.0, step)
 
 
-class ExpertChoiceRouter(Router, draws_nothing=True):
+class ExpertChoiceRouter(Router):
     """Expert choice (Zhou et al. 2022, arXiv 2202.09368) within each image, as in EC-DiT (arXiv
     2410.02098).
 
@@ -298,7 +290,7 @@ class ThresholdRouter(Router):
         self.threshold.lerp_(observed, 1 - self.momentum)
 
 
-class RaceRouter(ThresholdRouter, draws_nothing=True):
+class RaceRouter(ThresholdRouter):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
 
     z = W gelu(W1 x). Of the S E pairs (token, expert) of a process's micro-batch, those with the
@@ -361,7 +353,7 @@ class RaceRouter(ThresholdRouter, draws_nothing=True):
         return (weight * similarity).sum() / tokens
 
 
-class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
+class BatchPoolRouter(ThresholdRouter):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
     p = softmax(W x). Among the S tokens of a process's micro-batch, every expert takes the
@@ -423,7 +415,7 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
         return Routing(*rows, loss, load, observed, is_even=True)
 
 
-class PrototypeRouter(Router, draws_nothing=True):
+class PrototypeRouter(Router):
     """ProMoE's prototype routing (ICLR 2026), by token choice (ProMoE-TC) or expert choice
     (ProMoE-EC).
 

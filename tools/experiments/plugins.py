@@ -33,7 +33,7 @@ def round_weights(optimizer: torch.optim.Optimizer, *_) -> None:
             weight.copy_(weight.bfloat16())
 
 
-class NucleusRouter(ExpertChoiceRouter, draws_nothing=True):
+class NucleusRouter(ExpertChoiceRouter):
     """Expert choice whose weights of a token sum to `scale` (Nucleus-Image, arXiv 2604.12163).
 
     With --router-input normalised_time, the router of Nucleus-Image.
