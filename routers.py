@@ -1,23 +1,25 @@
 """Routers: the assignment of tokens to experts, one class per method.
 
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
-    routing = router(x)
+    routing = router(x, context)
 
-A router returns a `Routing`: the rows that the experts compute and the recorder
-(analysis/recorder.py) counts, a loss for training, and the load. After each optimizer step,
-`Router.update` updates the state of the router from the observed statistics.
+A router reads the tokens and the `Context` of its block. It returns a `Routing`: the rows that the
+experts compute and the recorder (analysis/recorder.py) counts, a loss for training, and the load.
+After each optimizer step, `Router.update` updates the state of the router from the observed
+statistics.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add it to `ROUTERS`. A
 field made by `option` is a flag: `scale` of `sigmoid` is --router-scale.
 
 Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the gate's input
+    N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the router's input
     (D, or 2D with the time), E experts, K experts per token on average, R chosen rows, C rows per
     expert and image; x router input, z logits, W gate weight (E, F)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -34,6 +36,46 @@ def loss_weight(default: float) -> Any:
     return option(
         default, ge=0, is_bare=True, change="result", help="weight of the router's loss"
     )
+
+
+# A dataclass and a node of pytree: FSDP2 and torch.compile then find the tensors in it. All methods
+# of MutableMapping that write raise the error of `__setitem__`.
+@dataclass(frozen=True, eq=False)
+class Context(MutableMapping[str, Tensor]):
+    """Tensors by name that a block and its router read besides the tokens; see `DiTBlock.forward`.
+
+    It is read-only: the backward pass may compute blocks again, the last one first, and would find
+    what another block has written. `context | {name: tensor}` is a new context.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise KeyError(f"context: got {name}, expected one of {', '.join(self.tensors)}")
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __or__(self, more: Mapping[str, Tensor]) -> "Context":
+        return Context({**self.tensors, **more})
+
+    def __setitem__(self, name: str, value: Tensor | None = None) -> None:
+        raise TypeError(
+            f"context: got a change of {name!r}, but a block and its router only read the context, "
+            "because the backward pass may compute them again; what later blocks shall read, a "
+            "router returns as Routing.passed_on, and a block returns to DiT.forward"
+        )
+
+    __delitem__ = __setitem__
+
+
+torch.export.register_dataclass(Context)
+NOTHING = Context({})
 
 
 class Routing(NamedTuple):
@@ -53,14 +95,12 @@ class Routing(NamedTuple):
     # layer's is logged. The block may add its own.
     metrics: Mapping[str, Tensor] | None = None
     is_even: bool = False  # whether every expert has exactly R / E rows
+    # Tensors by name that the blocks after this one, and their routers, find in `context`.
+    passed_on: Mapping[str, Tensor] | None = None
 
 
 class Router(Component, nn.Module):
-    """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
-
-    `DiTBlock.router_input` appends to the token (D) what `asks_for` names: "time", the
-    embedding of the time (D), or "no_class" (1), true without a class, which the gate ignores.
-    """
+    """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast."""
 
     change = "state"  # see `Option.change`
 
@@ -84,8 +124,7 @@ class Router(Component, nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
-        self.width = self.hidden_size * (1 + len(self.asks_for))            # F
+        self.width = self.hidden_size * (2 if self.input == "normalised_time" else 1)  # F
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
         Router.reset_parameters(self)
 
@@ -97,10 +136,24 @@ class Router(Component, nn.Module):
         else:
             nn.init.normal_(self.weight, std=self.weight_std)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Routes the tokens, given the router's input x (N, T, F).
+    def select_input(self, x: Tensor, context: Context) -> Tensor:
+        """Returns the router's input (N, T, F), as the option `input` says.
 
-        A router that asks for "no_class" overrides this method: its input has one more channel.
+        x: modulated tokens (N, T, D)
+        """
+        if self.input == "modulated":
+            return x
+        x = context["unmodulated"]                                          # (N, T, D)
+        if self.input == "normalised":
+            return x
+        time = context["time"].unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)
+        return torch.cat([x, time], dim=-1)                                 # (N, T, 2D)
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Routes the tokens.
+
+        x: the router's input (N, T, F), see `select_input`
+        context: what the block knows besides, by name; see `DiTBlock.forward`
         """
         return self.choose(self.score(x.flatten(0, 1)))
 
@@ -243,7 +296,7 @@ class ExpertChoiceRouter(Router):
 
     weight_std = 0.006
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
@@ -322,7 +375,7 @@ class RaceRouter(ThresholdRouter):
         super().reset_parameters()
         nn.init.xavier_uniform_(self.hidden)
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.gelu(F.linear(x.flatten(0, 1).float(), self.hidden.float()))
         logits = self.score(hidden)                                         # (S, E)
@@ -390,7 +443,7 @@ class BatchPoolRouter(ThresholdRouter):
     def depends_on_batch(self) -> bool:
         return self.inference == "count"
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         x = x.flatten(0, 1)                                                 # (S, F)
         scores = self.score(x).softmax(dim=-1)                              # (S, E)
         with torch.autocast(x.device.type, enabled=False):
@@ -459,15 +512,10 @@ class PrototypeRouter(Router):
     def varies_in(self) -> tuple[str, ...]:
         return ("training", "evaluation") if self.choice == "expert" else ()
 
-    def __post_init__(self):
-        super().__post_init__()
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # (N,)
         if self.unconditional_expert:
-            self.asks_for += ("no_class",)
-
-    def forward(self, x: Tensor) -> Routing:
-        x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
-        # The first token speaks for its image. Without the expert the width is 0: `any` is False.
-        unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
+            unconditional = context.get("no_class", unconditional)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, F)
             prototypes = self.weight.float()  # cast once: gradients of both uses add up in fp32

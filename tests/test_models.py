@@ -329,7 +329,7 @@ def compiled(quick_compile):
 )  # fmt: skip
 def test_a_compiled_block_has_no_graph_break_and_the_same_gradients(compiled, fields, autocast):
     blocks = randomised(**fields).blocks[0], compiled(**fields).blocks[0]
-    about = {"time": torch.randn(2, 32), "no_class": torch.tensor([[False], [True]])}
+    about = {"time": torch.randn(2, 32), "no_class": torch.tensor([False, True])}
     for _ in range(3):  # different values and a different choice of experts need no new graph
         x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
         results = []
