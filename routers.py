@@ -38,8 +38,8 @@ def loss_weight(default: float) -> Any:
     )
 
 
-# A dataclass and a node of pytree: FSDP2 and torch.compile then find the tensors in it. All methods
-# of MutableMapping that write raise the error of `__setitem__`.
+# FSDP2 finds tensors in a dataclass, and before torch 2.13 in a node of pytree. All methods of
+# MutableMapping that write raise the error of `__setitem__`.
 @dataclass(frozen=True, eq=False)
 class Context(MutableMapping[str, Tensor]):
     """Tensors by name that a block and its router read besides the tokens; see `DiTBlock.forward`.

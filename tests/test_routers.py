@@ -1,11 +1,14 @@
 """Routers: chosen experts, weights, loss, gradients and state follow the papers' equations."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_MODEL, relative_error
 from test_models import gradients_of, randomised
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import models
 import routers
@@ -440,3 +443,11 @@ def test_writing_into_the_context_is_an_error_that_says_what_to_do(
 def test_the_error_for_an_unknown_name_lists_the_context():
     with pytest.raises(KeyError, match="got labels, expected one of time, no_class"):
         Context({"time": torch.zeros(1), "no_class": torch.zeros(1)})["labels"]
+
+
+def test_sharding_finds_the_tensors_of_a_context():
+    """FSDP2 puts hooks on them: from torch 2.13 it searches dataclasses, before that pytrees."""
+    context = Context({"time": torch.zeros(1)})
+    assert dataclasses.is_dataclass(context)
+    (found,) = tree_leaves(tree_map(torch.ones_like, context))
+    assert torch.equal(found, torch.ones(1))
