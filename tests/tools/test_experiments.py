@@ -26,7 +26,7 @@ from scipy import stats
 from checkpoints import step_folders
 from checkpoints.costs import count_macs, count_parameters
 from models import DiT
-from routers import ROUTERS, Routing, TopKRouter
+from routers import ROUTERS, Context, Routing, TopKRouter
 from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
@@ -136,7 +136,7 @@ def train_here(command: list, **_) -> SimpleNamespace:
 class PositionRouter(TopKRouter):
     """Sends the patch at position p to the experts p and p + 1, modulo the number of experts."""
 
-    def forward(self, x: torch.Tensor) -> Routing:
+    def forward(self, x: torch.Tensor, context: Context) -> Routing:
         eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
         return self.choose(eye + eye.roll(1, dims=1))
 
