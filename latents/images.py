@@ -55,7 +55,10 @@ TURNS = {  # by EXIF orientation
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the image files by class, in the order of class names, and notes on ignored files."""
+    """Returns the image files by class, in the order of class names, and notes on ignored files.
+
+    Raises ValueError if most images are outside the class folders.
+    """
     others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
@@ -69,6 +72,11 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     for folder in [root] * bool(loose) + [root / name for name in classes]:
         check_is_foreign(folder)
     left_out = []
+    if classes and len(loose) > (inside := sum(map(len, classes.values()))):
+        raise ValueError(
+            f"{pluralize(len(loose), 'image')} outside the class folders, such as {loose[0]}, and "
+            f"only {inside:,} inside; put each image into a class folder, or all into one folder"
+        )
     if classes and loose:
         left_out.append(
             f"{pluralize(len(loose), 'image')} outside the class folders, such as {loose[0]}"

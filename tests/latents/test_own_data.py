@@ -320,6 +320,18 @@ def test_files_outside_class_folders_are_skipped_and_listed(tmp_path, capsys):
         open_images(str(tmp_path), 16)
 
 
+def test_a_folder_of_images_with_a_smaller_sub_folder_is_refused(tmp_path, train_flags, capsys):
+    for number in range(3):
+        save(tmp_path / "photos", f"{number}.png")
+    for number in range(2):
+        save(tmp_path / "photos" / "best", f"{number}.png")
+    flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "photos", "max-steps": 1})
+    line = expect_error(capsys, "train.py", *flags)
+    assert "3 images outside the class folders, such as 0.png, and only 2 inside; put" in line
+    save(tmp_path / "photos" / "best", "2.png")
+    assert len(open_images(str(tmp_path / "photos"), 16)) == 3
+
+
 def test_symbolic_links_are_followed_without_loops(tmp_path):
     save(tmp_path / "elsewhere" / "deep", "b.png")
     save(tmp_path / "data" / "cats", "a.png")
