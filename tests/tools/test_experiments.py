@@ -159,9 +159,21 @@ def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
         for shuffled in (False, True):
             found[shuffled] = bits(count_choices(model, latents, labels, shuffled=shuffled))
     # An expert has log2(8) = 3 bits. The position determines 2 of them.
-    assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    others = dict.fromkeys(("class", "time", "class given position", "time given position"), 0)
+    assert found[False] == pytest.approx({"position": 2, **others}, abs=1e-6)
     assert found[True]["position"] < 0.1
     assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router ignores the time
+
+
+def test_the_class_can_determine_the_expert_only_together_with_the_position():
+    """With the expert (class + position) modulo 4, neither has information by itself."""
+    joint = torch.stack([torch.eye(4, dtype=torch.int64).roll(c, 1) for c in range(4)])[:, :, None]
+    by_class, by_position = joint.sum(1), joint.sum(0)
+    tables = dict(by_class=by_class, by_position=by_position, by_step=by_class)
+    found = bits(SimpleNamespace(**tables, joint=[joint, joint.sum(0, keepdim=True)]))
+    assert found["class"] == found["position"] == pytest.approx(0)
+    assert found["class given position"] == pytest.approx(2)
+    assert found["time given position"] == pytest.approx(0)
 
 
 def test_the_spans_of_specialisation_start_at_pure_noise():

@@ -90,7 +90,7 @@ def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | 
     The second table compares the trained router with the random one and, for other arms than the
     reference, with the trained router of the reference, for arms with several runs.
     """
-    names = frame["run"].str.extract(r"^(?P<arm>.*)-(?P<seed>\d+)$")
+    names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
     bits = (
         frame.assign(**names).drop(columns="run").set_index(["arm", "router", "seed"]).sort_index()
     )
