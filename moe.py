@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moe_kernels.experts import compute_experts, has_tangent
 from moe_kernels.quantized import QuantizedWeight, quantize
 from options.parts import Part
-from routers import ROUTERS, Routing
+from routers import NOTHING, ROUTERS, Context, Routing
 
 
 class SwiGLU(nn.Module):
@@ -297,13 +297,13 @@ class SparseMoEBlock(nn.Module):
         shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 
-    def forward(self, x: Tensor, router_input: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, context: Context = NOTHING) -> tuple[Tensor, Routing]:
         """Returns y (N, T, D) and the routing.
 
         x: tokens (N, T, D)
-        router_input: (N, T, D or more), see `Router`; None: x
+        context: what the router reads besides, by name; see `DiTBlock.forward`
         """
-        routing = self.gate(x if router_input is None else router_input)
+        routing = self.gate(self.gate.select_input(x, context), context)
         x = cast_as_autocast(x)  # cast once for routed and shared experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
+from latents.bounds import MAX_BYTES
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -404,7 +405,7 @@ class ShardImages(ImageSource):
         shard, offset, num_bytes = self.places[index]
         with open_regular(self.shards[shard]) as file:
             file.seek(offset)
-            return read_rgb(io.BytesIO(file.read(num_bytes)))
+            return read_rgb(io.BytesIO(file.read(min(num_bytes, MAX_BYTES + 1))))
 
 
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
