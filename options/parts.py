@@ -42,6 +42,10 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(**rules)}, kw_only=True)
 
 
+class UnknownComponent(ValueError):
+    """A word names a component that no imported file defines."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A chosen component: its name, and its options."""
@@ -70,9 +74,8 @@ class Part:
                     "and in YAML in quotes or on a line of its own"
                 )
             known = ", ".join(table)
-            raise ValueError(
-                f"got {name!r:.200}, expected one of {known}, or one of your own with "
-                "--plugin FILE.py"
+            raise UnknownComponent(
+                f"got {name!r:.200}, expected one of {known}, or --plugin FILE.py that defines it"
             )
         has, found = options_of(table[name]), {}
         for key, value in said.items():
@@ -213,7 +216,7 @@ class Option:
             items = value if isinstance(value, list | tuple) else [value]
             found = [Part.parse(item, self.table) for item in items]
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         kinds = [part.name if self.each_once else str(part) for part in found]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"{name}: got {', '.join(kinds)}, expected different ones")

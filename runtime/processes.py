@@ -202,7 +202,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls the `main` of a distributed script and ends the process with the exit code it returns,
     without `sys.exit`, which a gloo thread that still holds a tensor can abort."""
     try:
-        run_main(main, "interrupted; run the same command to resume from the saved state")
+        run_main(main, "interrupted; --resume RUN goes on from the newest checkpoint")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except BaseException as error:

@@ -29,6 +29,10 @@ GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are 
     "time": "epoch|_per_sec|memory|tflops|^mfu|data_wait",
     "optimizer": "lr$|grad_|skipped",
 }
+# The metrics of the line on the screen; log.jsonl and TensorBoard have all.
+SHOWN = (
+    "loss", "val_loss", "lr", "images_per_sec", "dead_experts", "skipped_images", "skipped_steps",
+)  # fmt: skip
 STEP = "global_step"  # the axis of the curves in Weights & Biases
 
 
@@ -113,11 +117,15 @@ class RunLog(AbstractContextManager):
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
         self.show(step, curves=curves_of(values), images={})
-        parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
+        parts = [
+            f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+            for name, value in values.items() if name in SHOWN
+        ]  # fmt: skip
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
-                left = timedelta(seconds=(self.total_steps - step) / steps_per_second)
-                parts.append(f"ends {datetime.now() + left:%a %d %b %H:%M}")
+                left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
+                parts.append(f"{left} left, ends {datetime.now() + left:%a %d %b %H:%M}")
+        parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:
@@ -239,9 +247,3 @@ def as_json(value: float | list[float]) -> float | list[float] | str:
         return str(value)
     rounded = [n if isinstance(n, int) else float(f"{n:.7g}") for n in numbers]
     return rounded if isinstance(value, list) else rounded[0]
-
-
-def shown(name: str, value: float | list[float]) -> str:
-    if isinstance(value, list):
-        return f"{name} {max(value):.2f}"
-    return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"

@@ -36,7 +36,7 @@ from runtime.processes import ProcessError, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
 from training.config import TrainConfig
-from training.engine import Engine
+from training.engine import Engine, node_size
 from training.log import RunLog
 from training.metrics import (
     MetricTracker,
@@ -46,7 +46,7 @@ from training.metrics import (
     round_number,
     speed_metrics,
 )
-from training.plan import disk_notes
+from training.plan import describe_memory, device_memory, disk_notes
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
@@ -114,10 +114,16 @@ class TrainingLoop:
             counts += f", {trained / 1e6:.2f}M trained"
         self.log.text(
             f"{self.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
+            f"{max(map(config.model.tokens_of, range(config.model.depth)))} tokens an image, "
             f"{stream.num_images} images of {pluralize(len(self.dataset.classes), 'class')}, steps "
             f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, "
             f"on {pluralize(dist.world_size, f'{dist.device.type} process')}"
         )
+        if dist.is_main:
+            memory = device_memory(dist.device, node_size(config, dist.world_size))
+            fits = describe_memory(config, stream, *memory)["fits"].partition(": ")
+            note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
+            self.log.text(f"{note}: {fits[2]}")
         if flash_attention_fault:
             reason = printable(flash_attention_fault)[:300]
             self.log.text(
@@ -356,7 +362,7 @@ class TrainingLoop:
         self.save_last(step, least=min(step, self.stream.start_step + 1))
         self.log.text(
             f"stopped after step {step}; to go on from step {self.saved_step}: "
-            f"--resume {self.folder}"
+            f"{self.config.engine.script} --resume {shlex.quote(str(self.folder))}"
         )
 
     def check_finite(self, step: int) -> None:

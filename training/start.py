@@ -7,6 +7,7 @@ code = train(command, said, "train.py", dist)
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         changes += data_changes(before, facts, dataset)
     elif weights:
         notes += weights_notes(weights, config, facts, dataset)
-    flip = config.data.flip and dataset.can_flip
-    stream = remaining_steps(config, trained, flip, before.step if before else 0, dist)
+    stream = remaining_steps(config, trained, before.step if before else 0, dist)
     if before and stream.start_step >= stream.end_step:
         return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
     batches = None
@@ -331,5 +331,6 @@ def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig
             raise ValueError(f"{name}: has no effect without --shard")
     if not config.model.num_experts:
         for name in said.keys() & OF_EXPERTS:
-            if said[name] != options_of(DiTConfig)[name].default:
+            default = {name: getattr(DiTConfig(), name)}
+            if replace(config.model, **default) != config.model:
                 raise ValueError(f"{name}: given with a dense model, expected a model with experts")
