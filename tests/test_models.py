@@ -239,7 +239,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
         model = randomised(**fields)
         model.recomputed = recomputed
         gradients.append(gradients_of(model))
-        assert len(calls) == repeated * len(model.config.sparse_layers)
+        assert len(calls) == repeated * len(model.config.sparse_blocks)
         calls.clear()
     for other in gradients[1:]:
         assert all(map(torch.equal, gradients[0], other))

@@ -34,7 +34,7 @@ from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
 from checkpoints.adapting import drop_experts, upcycled_config
 from latents.autoencoder import weights_digest
-from options.settings import nested
+from options.settings import stored
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
 from sampling.export import model_card
@@ -335,7 +335,7 @@ def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
     images = []
     for classes, labels in ((1, ()), (1, ([0],)), (2, ())):
         dit = randomised(**DENSE, num_classes=classes).config
-        transformer = DiTMoETransformer(nested(dit), {"objective": "rectified_flow"})
+        transformer = DiTMoETransformer(stored(dit), {"objective": "rectified_flow"})
         pipeline = DiTMoEPipeline(transformer, AutoencoderKL.from_pretrained(tiny_vae))
         required = pytest.raises(UserError, match="class_labels: got None")
         with required if classes > 1 else contextlib.nullcontext():
