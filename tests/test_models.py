@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ def randomised(noise: float = 0.05, **fields) -> DiT:
         for parameter in model.parameters():
             parameter += noise * torch.randn_like(parameter)
     return model
+
+
+def resolved(config: DiTConfig) -> DiTConfig:
+    """The config with the values of what it leaves to its defaults."""
+    return replace(
+        config, sparse_layers=config.sparse_blocks or "all", mlp_type=config.expert_mlp,
+        dense_mlp_type=config.dense_mlp, dense_mlp_ratio=config.dense_ratio,
+        class_dropout_prob=config.dropout,
+    )  # fmt: skip
 
 
 def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():

@@ -133,10 +133,10 @@ def test_a_stored_config_may_contain_null_for_optional_fields():
     [
         ({"router": "sigmoid:scale=2.5", "aux_loss_alpha": 0.1},
          {"objective": "rectified_flow:mean=-0.4"}),
-        # Version 0.2
+        # Until version 0.3
         ({"router": {"sigmoid": {"scale": 2.5, "aux_loss_alpha": 0.1}}},
          {"objective": {"rectified_flow": {"mean": -0.4}}}),
-        # Version 0.1
+        # Until version 0.2
         ({"router": "sigmoid", "router_scale": 2.5, "aux_loss_alpha": 0.1},
          {"objective": "rectified_flow", "objective_mean": -0.4}),
     ],
