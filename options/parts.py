@@ -269,10 +269,7 @@ def options_of(kind: type) -> dict[str, Option]:
         if rules := one.metadata.get("option"):
             default, help = one.default, rules.help
             if str(default) not in ("None", "False", "()") and default is not MISSING:
-                names = (
-                    [getattr(o, "name", o) for o in default] if isinstance(default, tuple) else []
-                )
-                shown = " ".join(map(str, names)) or getattr(default, "name", default)
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help += "" if "default" in help else f" (default: {shown})"
             found[one.name] = replace(
                 rules, name=one.name, hint=hints[one.name], default=default, help=help

@@ -275,7 +275,7 @@ def test_a_number_of_a_router_is_logged_as_a_mean_or_for_each_layer(noisy):
     found = model.router_metrics
     assert found["router_mean_of"].shape == (2,) and found["router_mean"].shape == ()
     for _ in range(2):
-        tracker.add({**found, "skipped": torch.tensor(False)})
+        tracker.add({**found, "loss": torch.tensor(1.0), "skipped": torch.tensor(False)})
     means = tracker.means()
     assert means["router_mean_of"] == pytest.approx(found["router_mean_of"].tolist())
     assert means["router_mean"] == pytest.approx(found["router_mean_of"].mean().item())

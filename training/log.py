@@ -23,6 +23,7 @@ from latents.loading import BatchStream
 from runtime import __version__
 from runtime.errors import UserError, print_safely, printable, reported_as
 from runtime.files import open_run_file, write_durably
+from runtime.progress import note_saved
 
 GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
     "router": "expert|^router_",
@@ -86,9 +87,8 @@ class RunLog(AbstractContextManager):
     def saved(self, folder: Path) -> None:
         """Logs a checkpoint, and tells scripts/slurm.sh that the run has made progress."""
         self.text(f"saved {folder}")
-        if self.is_main and (path := os.environ.get("DIT_MOE_SAVED")):
-            with warns_if_lost(path):
-                Path(path).write_text(f"{folder}\n")
+        if self.is_main:
+            note_saved(folder)
 
     def write(self, file: BinaryIO, line: str) -> None:
         """Appends a complete line to a file, or nothing if the disk is full."""

@@ -7,6 +7,7 @@ step: only the fp16 loss scale changes.
 """
 
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,9 @@ from training.config import TrainConfig
 from training.engine import Engine, node_size
 from training.log import RunLog
 from training.metrics import (
+    ForwardClock,
     MetricTracker,
+    ProcessReport,
     expert_metrics,
     held_out_metrics,
     process_load,
@@ -83,6 +86,7 @@ class TrainingLoop:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.dist.device)
         self.alarms = Alarms(self.config.model.sparse_blocks)
         self.tracker = MetricTracker(self.dist)
+        self.clock = ForwardClock(self.engine.model, self.dist.device)
         self.log_every: int = self.config.run.log_every or 1
 
     def run(self) -> int:
@@ -243,21 +247,27 @@ class TrainingLoop:
         macs = count_macs(self.config.model, model.experts_per_token)
         values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
-        own = peaks, self.unreadable, self.num_read, self.tracker.waited
-        all_peaks, unreadable, read, waited = zip(*self.dist.gather(own), strict=True)
-        values |= {name: max(of_one[name] for of_one in all_peaks) for name in peaks}
+        micro_batches = self.tracker.steps * self.config.step.accum_iter
+        reports = self.dist.gather(ProcessReport(
+            socket.gethostname(), peaks, self.unreadable, self.num_read, self.tracker.waited,
+            bad=int(self.tracker.bad),
+            busy=self.tracker.waited / micro_batches + self.clock.seconds(),
+        ))  # fmt: skip
+        values |= {name: max(report.peaks[name] for report in reports) for name in peaks}
         values |= expert_metrics(model, self.dist)
-        values["data_wait"] = sum(waited) / self.dist.world_size / seconds
-        unreadable = len(set().union(*unreadable))  # several processes may have met the same image
+        values["data_wait"] = sum(r.waited for r in reports) / self.dist.world_size / seconds
+        # Several processes may have met the same image.
+        unreadable = len(set().union(*(report.unreadable for report in reports)))
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             values |= held_out_metrics(self.engine, self.held_out)
         self.log.metrics(done, values, steps_per_second)
-        for line in self.alarms.check(values):
+        for line in self.alarms.check(values, reports):
             self.log.text(line)
-        check_unreadable("--data-path", unreadable, min(sum(read), stream.num_images))
+        read = sum(report.num_read for report in reports)
+        check_unreadable("--data-path", unreadable, min(read, stream.num_images))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
@@ -290,13 +300,16 @@ class TrainingLoop:
         )
 
     def draw_samples(self, step: int) -> None:
-        """Generates and writes a grid of samples; a failure is logged as a warning."""
+        """Generates and writes a grid of samples. A failure is logged as a warning, unless other
+        processes wait for a failed one, which ends the run."""
         path = self.folder / f"samples-{step:07d}.png"
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
 
         try:
-            grid = self.dist.run_on_all(lambda: draw_preview(self))
+            grid = self.dist.run_on_all(
+                lambda: draw_preview(self), has_collectives=self.engine.copy_size > 1
+            )
         except (OSError, UserError, ProcessError) as error:
             self.log.text(f"WARNING: no sample grid of step {step} ({error})")
         else:
