@@ -6,7 +6,7 @@ r"""Samples images from a DiT-MoE checkpoint, as a grid and, optionally, as one 
         --cfg-scale 1.5
 
 The checkpoint stores the model config, and flags choose the sampler. An image depends only on its
-seed and conditions, not on the rest of the batch, except with --router-inference count.
+seed and conditions, not on the rest of the batch, except with --router batch_pool:inference=count.
 """
 
 import time

@@ -84,8 +84,8 @@ class SamplingConfig:
     )  # fmt: skip
     time_shift: float | None = option(
         None, gt=0,
-        help="flows: values above 1 move the steps towards the noise (default: the shift of the "
-        "training's objective)",
+        help="flows: values above 1 move the steps towards the noise (default: shift of the "
+        "objective in training)",
     )  # fmt: skip
     cfg_scale: float | None = option(
         None,

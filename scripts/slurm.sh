@@ -8,8 +8,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
-# Runs a recipe on all nodes of a Slurm job. A job that is submitted again, or requeued, resumes:
-#   DATA=/imagenet/train sbatch --nodes=4 scripts/slurm.sh scripts/train_g2_16e2a_rf_256.sh
+# Runs a recipe on all nodes of a Slurm job. A job that is submitted again, or requeued, goes on with the
+# run of its name:
+#   RUN=g2 DATA=/imagenet/train sbatch --nodes=4 scripts/slurm.sh scripts/train_g2_16e2a_rf_256.sh
 # The images are encoded once, before the first step; see LATENTS in launch.sh.
 #
 # Time limit: five minutes before the limit, Slurm sends SIGUSR1. Training saves and ends. If a step and
