@@ -159,7 +159,7 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the field can name; the field is then a `Part`, or a tuple of them.
+    # The components that the field can name: a `Part`, a tuple of them, or text that is read later.
     table: Registry | None = None
     each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
@@ -179,7 +179,7 @@ class Option:
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
-        if self.table is not None:
+        if Part in (self.hint, *typing.get_args(self.hint)):
             return self.read_parts(value, name or self.name)
         allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]

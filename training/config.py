@@ -204,8 +204,7 @@ def parse_training(
     with naming_flags(flags):
         command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
         layers = [read_recipe(Path(path)) for path in command.config]
-        layers.append({n: v for n, v in given.items() if n == "rf" or n not in of_command})
-        layers = [once(layer) for layer in layers]
+        layers.append(once({n: v for n, v in given.items() if n == "rf" or n not in of_command}))
         named = [number for number, layer in enumerate(layers) if "model" in layer]
         said: Settings = {}
         for number, layer in enumerate(layers):
@@ -242,7 +241,7 @@ def read_recipe(path: Path) -> Settings:
         recipe = read_values(values, flags)
         for name in recipe.keys() & options_of(CommandFlags).keys() - {"rf"}:
             raise ValueError(f"got the key {name}, which only a command can have")
-    return recipe
+        return once(recipe)
 
 
 def once(layer: Settings) -> Settings:
