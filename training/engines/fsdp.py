@@ -67,6 +67,8 @@ class FSDPEngine(DDPEngine):
             if sums_rounded(self.config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         super().distribute()
+        if meshes.model.ndim == 2:
+            self.peers = meshes.model["replicate"].get_group()
         self.layout = layout_of(self.config, self.dist.world_size)
         self.copy_size = self.layout.size
 
