@@ -49,6 +49,7 @@ from runtime.errors import UserError, pluralize, print_safely, printable, report
 from runtime.files import open_regular
 
 SIZES_READ = 1000  # images whose sizes are part of the fingerprint
+MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabytes
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
@@ -409,6 +410,11 @@ class ShardImages(ImageSource):
                             self.passed_over["images whose key a later image has"] += 1
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
+                        if member.size > MAX_LABEL:
+                            raise ValueError(
+                                f"{self.shards[shard]}: {member.name}: got {member.size:,} bytes, "
+                                f"expected a label of at most {MAX_LABEL:,}"
+                            )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None

@@ -51,7 +51,7 @@ def fault_of(folder: Path) -> str | None:
         return f"{MANIFEST_FILE} is missing or damaged ({error})"
     try:
         found = checksums_of(folder, expected)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError for a name with \0
         return f"a file is missing or cannot be read ({error})"
     for name, checksum in expected.items():
         if found[name] != checksum:
