@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, assert_same_state, call_main, expect_error, only_run, rows, step_folder
+from safetensors import safe_open
 from test_models import Forgetful
 
 from checkpoints import MODEL_FILE, Record, read_record, step_folders
@@ -26,6 +27,7 @@ from models import DiT
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
+from runtime.tensor_file import write_tensors
 from training import loop, preview, start
 from training.changes import check_earlier_names, compare
 from training.config import (
@@ -38,9 +40,9 @@ from training.config import (
     training_flags,
 )
 from training.engines.flags import DDPFlags
-from training.engines.state import STATE_FILES
+from training.engines.state import FACTS_KEY, STATE_FILES
 from training.log import RunLog
-from training.manifest import MANIFEST_FILE, fault_of
+from training.manifest import MANIFEST_FILE, checksums_of, fault_of, write_manifest
 from training.run_folder import (
     CONFIG_FILE,
     default_folder,
@@ -619,6 +621,27 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     damaged = step_folder(copied, 3)
     line = expect_error(capsys, "train.py", "--resume", only_run(copied))
     assert f"{damaged / MODEL_FILE}" in line
+
+
+@pytest.mark.parametrize("forged", [
+    {"spikes": {"mean": "x"}}, {"spikes": {"factor": 1}}, {"spikes": [1]},
+    {"scaler": {"scale": "x"}}, {"numbers": [1]}, {"numbers": {"pos_embed": 1}}, {"processes": {}},
+])  # fmt: skip
+def test_a_forged_state_is_a_one_line_error(copied, flags, forged, capsys):
+    path = step_folder(copied, 3) / STATE_FILE
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    metadata[FACTS_KEY] = json.dumps(json.loads(metadata[FACTS_KEY]) | forged)
+    write_tensors(path, tensors, metadata)
+    names = json.loads((path.parents[1] / MANIFEST_FILE).read_text())
+    write_manifest(path.parents[1], checksums_of(path.parents[1], names))
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert str(path.parents[1]) in line and "damaged" in line
+
+
+def test_a_forged_manifest_is_a_fault_and_no_traceback(copied):
+    (step_folder(copied, 3) / MANIFEST_FILE).write_text('{"a\\u0000": {}}')
+    assert "cannot be read" in fault_of(step_folder(copied, 3))
 
 
 def test_a_branch_from_a_damaged_checkpoint_names_it(copied, capsys):

@@ -333,10 +333,11 @@ class DDPEngine:
             for name in trained:
                 weight, kept = self.trained[name], state["optimizer"].get(name, {}).items()
                 self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
-        # The scale is missing after a save in another precision, and below 1 after many nan steps.
-        if state["scaler"].get("scale", 0) >= 1:
-            self.scaler.load_state_dict(state["scaler"])
-        self.find_spikes.load_state_dict(state["spikes"])
+            # The scale is missing after a save in another precision, and below 1 after many nan
+            # steps.
+            if state["scaler"].get("scale", 0) >= 1:
+                self.scaler.load_state_dict(state["scaler"])
+            self.find_spikes.load_state_dict(state["spikes"])
 
     def read_averages(self, folder: Path) -> None:
         stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
