@@ -17,9 +17,8 @@ from models import DiT
 from runtime import processes
 from runtime.errors import UserError
 from runtime.processes import ALONE, Distributed, ProcessError
-from training.config import resolve
+from training.config import TrainConfig
 from training.engines import fsdp
-from training.engines.flags import DDPFlags
 from training.log import RunLog
 from training.plan import load_that_fits
 
@@ -185,6 +184,6 @@ def test_the_plan_refuses_what_training_would_refuse(monkeypatch):
 
 def test_the_plan_prints_the_load_that_fits_under_expert_parallelism():
     """G keeps 40 layers x 8,192 rows of 1408 + 2 x 5632 numbers in bf16 at the mean load."""
-    config = replace(resolve({}, DDPFlags), model=config_of("DiT-G/2", num_experts=16))
+    config = replace(TrainConfig.default(), model=config_of("DiT-G/2", num_experts=16))
     text = load_that_fits(config, micro_batch=16, free=15.47 * 2**30)
     assert text.startswith("7.73 GiB more on a process") and text.endswith("3.0 times the mean fit")
