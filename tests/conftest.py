@@ -198,7 +198,7 @@ def train_flags(image_tree, tiny_vae):
             "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
             **({} if "model" in changes else SMALL),
             "num_experts": 4, "precision": "fp32", "results-dir": results, "num-workers": 0,
-            "num-sample": 0, "lr": 1e-3, "ema-decay": 0.9, **changes,
+            "num-sample": 0, "lr": 1e-3, "ema": "exponential:decay=0.9", **changes,
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
@@ -462,12 +462,19 @@ def main_of_rank(dist: Distributed, script: str, arguments: tuple) -> None:
 def train_on(dist: Distributed, *commands: list[str]) -> None:
     """Runs train.py's commands one after another in an existing process group."""
     from training.config import parse_training
-    from training.engines.flags import DDPFlags
-    from training.loop import train
+    from training.start import train
 
     for arguments in commands:
-        user_flags = parse_training(DDPFlags, None, arguments)
-        assert train(user_flags, DDPFlags, dist) == 0
+        command, said = parse_training("train.py", None, arguments)
+        assert train(command, said, "train.py", dist) == 0
+
+
+def config_of_command(*arguments, script: str = "train.py"):
+    """The config of a command of a training script, without what follows from the data."""
+    from training.config import TrainConfig, parse_training
+
+    _, said = parse_training(script, None, [*map(str, arguments)])
+    return TrainConfig.default(script).changed(said)
 
 
 # Checkpoints, and files that a run leaves behind.

@@ -215,9 +215,9 @@ def parse_training(
             if layer.get("num_experts") == 0:  # of no use to a dense model
                 said = {n: v for n, v in said.items() if n not in OF_EXPERTS}
             said = over(layer, over(read(sizes, flags_of(DiTConfig)), said))
-        for name, value in said.items():
-            if flags[name].script not in (None, script) and value != flags[name].default:
-                raise ValueError(f"{name}: is a flag of {flags[name].script}, not of {script}")
+        for name, flag in flags.items():  # a preset sets also fields that are no flags
+            if flag.script not in (None, script) and said.get(name, flag.default) != flag.default:
+                raise ValueError(f"{name}: is a flag of {flag.script}, not of {script}")
     return command, said
 
 
