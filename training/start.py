@@ -78,14 +78,14 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     step_folder = newest_intact(steps, notes, dist) if steps else None
     before = read_record(step_folder) if step_folder else None
     weights = None
-    if before:  # the settings of the newest checkpoint hold, even if it is damaged
-        base = TrainConfig.of_record(newest_record(steps) or before)
-    elif command.finetune:
-        weights = open_weights(command.finetune, said)
-        base = TrainConfig.of_weights(weights.record, script)
-    else:
-        base = TrainConfig.default(script)
     with naming_flags(training_flags()):
+        if before:  # the settings of the newest checkpoint hold, even if it is damaged
+            base = TrainConfig.of_record(newest_record(steps) or before)
+        elif command.finetune:
+            weights = open_weights(command.finetune, said)
+            base = TrainConfig.of_weights(weights.record, script)
+        else:
+            base = TrainConfig.default(script)
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
         if command.dry_run:
             dataset = open_planned(data, said, base if before or weights else None, notes)

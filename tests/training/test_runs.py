@@ -47,6 +47,7 @@ from training.engines.state import STATE_FILES
 from training.flags import CommandFlags
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, checksums_of, fault_of, write_manifest
+from training.optimizers import OPTIMIZERS, AdamW
 from training.run_folder import (
     CONFIG_FILE,
     enter_run_folder,
@@ -497,6 +498,14 @@ def test_a_router_without_initial_values_is_a_one_line_error(flags, tmp_path, mo
     assert "blocks.0.moe.gate.noise: has no initial value, expected Forgetful.reset_par" in line
     call_main("train.py", *flags(tmp_path, **{"max-steps": 1}))
     assert steps_of(tmp_path) == [1]
+
+
+def test_a_run_with_a_component_of_a_plugin_needs_the_plugin(flags, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(OPTIMIZERS, "mine", type("Mine", (AdamW,), {}))
+        call_main("train.py", *flags(tmp_path, optimizer="mine", **{"max-steps": 1}))
+    line = expect_error(capsys, "train.py", "--resume", tmp_path / "run", "--max-steps=2")
+    assert "--optimizer: got 'mine'" in line and "--plugin" in line
 
 
 def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
