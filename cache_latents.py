@@ -38,7 +38,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
-from runtime.progress import progress
+from runtime.progress import note_saved, progress
 from sampling.grid import contact_sheet, write_png
 
 
@@ -140,6 +140,7 @@ def write_shards(
         num_unreadable, num_read = num_unreadable + len(unreadable), num_read + len(keys)
         check_unreadable("--data-path", num_unreadable, num_read)
         write_shard(path, tensors, networks.vae.channels)
+        note_saved(path)
 
 
 def main(config: CacheConfig) -> None:

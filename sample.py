@@ -6,7 +6,7 @@ r"""Samples images from a DiT-MoE checkpoint, as a grid and, optionally, as one 
         --cfg-scale 1.5
 
 The checkpoint stores the model config, and flags choose the sampler. An image depends only on its
-seed and conditions, not on the rest of the batch, except with --router-inference count.
+seed and conditions, not on the rest of the batch, except with --router batch_pool:inference=count.
 """
 
 import time
@@ -93,7 +93,7 @@ def main(config: SampleConfig) -> None:
     # Imported here, so that --help and errors appear at once.
     import torch
 
-    from runtime.progress import print_progress, progress_bar
+    from runtime.progress import progress
     from sampling.grid import class_captions, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
 
@@ -113,10 +113,9 @@ def main(config: SampleConfig) -> None:
         pictures[config.experts] = ExpertPicture(pipeline.model, pipeline.settings.num_steps)
 
     def watch(state: dict) -> None:
-        for picture in pictures.values():
+        bar.update()
+        for picture in () if images else pictures.values():
             picture(state)
-        if len(requests) == 1:
-            print_progress(state["step"] + 1, pipeline.settings.num_steps, "steps")
 
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
@@ -127,13 +126,15 @@ def main(config: SampleConfig) -> None:
         if earlier:
             found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
             print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
-    for labels, seeds in progress_bar(requests):
-        batch = pipeline.images(labels, seeds, None if images else watch)
+    bar = progress(total=len(requests) * pipeline.settings.num_steps, unit="step")
+    for labels, seeds in requests:
+        batch = pipeline.images(labels, seeds, watch)
         images += batch  # each (3, H, W) uint8
         captions += class_captions(pipeline.model, names, labels)
         if config.output_dir:
             for image, label, seed in zip(batch, labels, seeds, strict=True):
                 write_png(image, config.output_dir / file_name(seed, label, names[label]))
+    bar.close()
     for path, picture in pictures.items():
         picture.save(path, pipeline, captions)
         if len(picture.shown) < num_images:

@@ -23,7 +23,7 @@ from analysis.sparse_layers import TRANSFORMERS, gated_layers
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
-from runtime.progress import progress_bar
+from runtime.progress import progress
 from sampling.pipeline import batches
 
 INDEX = "model_index.json"
@@ -158,10 +158,11 @@ def count_prompts(
         def end_step(pipe: Any, step: int, time: Tensor, values: dict) -> dict:
             share = time / pipe.scheduler.config.num_train_timesteps
             recorder.end_step({"step": step, "t": [share]})
+            bar.update()
             return values
 
-        with recorder:
-            for chosen, seeds in progress_bar(requests):
+        with recorder, progress(total=len(requests) * steps, unit="step") as bar:
+            for chosen, seeds in requests:
                 places.start_batch()
                 recorder.start_batch([groups.index(prompts[i][0]) for i in chosen])
                 texts = [prompts[i][1] for i in chosen]

@@ -26,7 +26,7 @@ from latents.autoencoder import weights_digest
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from runtime.progress import progress_bar
+from runtime.progress import progress
 from sampling.generate import parse_labels
 from sampling.pipeline import SamplingPipeline, batches
 
@@ -210,10 +210,16 @@ def count_routing(
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
     labels = list(dict.fromkeys(parse_labels(labels, pipeline.class_names)))
     requests = batches(labels, images_per_class, seed, batch_size)
-    with RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
-        for batch_labels, seeds in progress_bar(requests):
+    bar = progress(total=len(requests) * settings.num_steps, unit="step")
+    with bar, RoutingRecorder(pipeline.model, settings.num_steps) as recorder:
+
+        def end_step(state: dict) -> None:
+            recorder.end_step(state)
+            bar.update()
+
+        for batch_labels, seeds in requests:
             recorder.start_batch(batch_labels)
-            latents = pipeline.latents(batch_labels, seeds, callback=recorder.end_step)
+            latents = pipeline.latents(batch_labels, seeds, callback=end_step)
             recorder.end_batch(lambda chosen, latents=latents: pipeline.decode(latents[chosen]))
     name = pipeline.checkpoint.record.model_name
     return RoutingCounts(

@@ -25,6 +25,7 @@ from checkpoints.published import facts_of, infer_config
 from checkpoints.quantized import quantization_of, quantize_state_dict
 from checkpoints.record import METADATA_KEY, Record, with_overrides
 from checkpoints.weights import (
+    MissingPlugin,
     as_user_error,
     check_weights,
     open_safetensors,
@@ -176,6 +177,8 @@ def find_weights(path: Path) -> Path:
         try:
             open_safetensors(folder / MODEL_FILE)  # refuses truncated tensors
             read_record(folder)
+        except MissingPlugin:
+            raise
         except UserError as error:
             faults.append(str(error))
             continue

@@ -7,8 +7,8 @@ import argparse
 import hashlib
 import warnings
 import zipfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from options.parts import UnknownComponent
 from runtime.errors import UserError, reported_as
 from runtime.files import flush_to_disk, open_regular
 
@@ -25,9 +26,18 @@ MALFORMED = (
 )  # fmt: skip
 
 
-def as_user_error(path: Path, what: str) -> AbstractContextManager:
-    """Returns a context that converts exceptions due to malformed content into a UserError."""
-    return reported_as(f"{path}: {what}", *MALFORMED)
+class MissingPlugin(UserError):
+    """A file needs a component that no imported file defines."""
+
+
+@contextmanager
+def as_user_error(path: Path, what: str) -> Iterator[None]:
+    """Converts exceptions due to malformed content into a UserError."""
+    with reported_as(f"{path}: {what}", *MALFORMED):
+        try:
+            yield
+        except UnknownComponent as error:
+            raise MissingPlugin(f"{path}: {error}") from None
 
 
 def open_safetensors(path: Path):

@@ -16,7 +16,7 @@ import numpy as np
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
-from runtime.progress import progress_bar
+from runtime.progress import progress
 from sampling.grid import write_png
 from sampling.pipeline import SamplingPipeline
 
@@ -52,7 +52,7 @@ def generate_images(
     names = (f"{i:06d}-class-{label:04d}.png" for i, label in enumerate(labels))
     paths = [folder / "images" / name for name in names]
     starts = range(dist.rank * batch_size, len(paths), dist.world_size * batch_size)
-    for start in progress_bar(starts, is_main=dist.is_main):
+    for start in progress(starts, unit="batch", disable=not dist.is_main):
         batch = paths[start : start + batch_size]
         if all(path.is_file() for path in batch):
             continue

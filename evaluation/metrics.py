@@ -27,7 +27,7 @@ from options.parts import Size
 from runtime.errors import UserError
 from runtime.files import open_npz, write_durably
 from runtime.processes import ALONE, Distributed
-from runtime.progress import progress_bar
+from runtime.progress import progress
 
 KEPT_FEATURES = 10_000  # images of a reference whose features are kept, as in ADM's evaluator
 SUFFIXES = {"pool": "", "spatial": "_s"}  # kind of feature -> suffix in the names of its moments
@@ -70,7 +70,7 @@ def collect(
     digests, order = {}, []  # pixel digests by image; numbers of the images with kept features
 
     def pass_batches() -> None:
-        for start in progress_bar(starts, is_main=dist.is_main):
+        for start in progress(starts, unit="batch", disable=not dist.is_main):
             batch = images.read(start, min(start + batch_size, count))  # (N, 3, H, W) uint8
             for number, pixels in enumerate(batch.contiguous().numpy(), start):
                 digests[number] = hashlib.sha256(pixels).digest()

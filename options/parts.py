@@ -42,6 +42,10 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(**rules)}, kw_only=True)
 
 
+class UnknownComponent(ValueError):
+    """A word names a component that no imported file defines."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A chosen component: its name, and its options."""
@@ -70,9 +74,8 @@ class Part:
                     "and in YAML in quotes or on a line of its own"
                 )
             known = ", ".join(table)
-            raise ValueError(
-                f"got {name!r:.200}, expected one of {known}, or one of your own with "
-                "--plugin FILE.py"
+            raise UnknownComponent(
+                f"got {name!r:.200}, expected one of {known}, or --plugin FILE.py that defines it"
             )
         has, found = options_of(table[name]), {}
         for key, value in said.items():
@@ -156,7 +159,7 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the field can name; the field is then a `Part`, or a tuple of them.
+    # The components that the field can name: a `Part`, a tuple of them, or text that is read later.
     table: Registry | None = None
     each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
@@ -176,7 +179,7 @@ class Option:
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
-        if self.table is not None:
+        if Part in (self.hint, *typing.get_args(self.hint)):
             return self.read_parts(value, name or self.name)
         allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
@@ -216,7 +219,7 @@ class Option:
                 raise ValueError("got none, expected at least one")
             found = [Part.parse(item, self.table) for item in items]
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         kinds = [part.name if self.each_once else str(part) for part in found]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"{name}: got {', '.join(kinds)}, expected different ones")
@@ -269,10 +272,7 @@ def options_of(kind: type) -> dict[str, Option]:
         if rules := one.metadata.get("option"):
             default, help = one.default, rules.help
             if str(default) not in ("None", "False", "()") and default is not MISSING:
-                names = (
-                    [getattr(o, "name", o) for o in default] if isinstance(default, tuple) else []
-                )
-                shown = " ".join(map(str, names)) or getattr(default, "name", default)
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 help += "" if "default" in help else f" (default: {shown})"
             found[one.name] = replace(
                 rules, name=one.name, hint=hints[one.name], default=default, help=help

@@ -7,10 +7,11 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,6 +120,24 @@ def find_moved(folder: str, file: str, near: Path) -> str:
                 if os.path.isfile(place / file):
                     return str(place)
     return folder
+
+
+def wait_for_file(path: Path, seconds: float = 60) -> bool:
+    """Waits for a file that another node has created; returns whether it appeared.
+
+    An NFS client remembers for about 30 seconds that a path did not exist. It asks the server again
+    after it has listed the folder in which the path was missing.
+    """
+    deadline = time.monotonic() + seconds
+    while not os.path.isfile(path):
+        if time.monotonic() > deadline:
+            return False
+        for parent in path.absolute().parents:
+            with suppress(OSError):  # this folder was missing as well
+                os.listdir(parent)
+                break
+        time.sleep(0.2)
+    return True
 
 
 def flush_to_disk(path: Path) -> None:

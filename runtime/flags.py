@@ -19,7 +19,7 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -33,8 +33,15 @@ T = TypeVar("T")
 def parse_config(
     kind: type[T], description: str | None, arguments: Sequence[str] | None = None
 ) -> T:
-    """Parses a command line, by default sys.argv, and returns a config."""
-    flags = flags_of(kind)
+    """Parses a command line, by default sys.argv, and returns a config.
+
+    The help shows the fields of the class before those of its base class.
+    """
+    flags, group = flags_of(kind), None
+    for name, flag in flags.items():
+        group = flag.group or group
+        flags[name] = replace(flag, group=group)
+    flags = {name: flags[name] for name in kind.__annotations__ if name in flags} | flags
     said = parse_flags(flags, description, arguments)
     with naming_flags(flags):
         return kind(**said)

@@ -21,6 +21,7 @@ from runtime.errors import UserError, print_safely, printable, run_main
 
 T = TypeVar("T")
 GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
+PATIENCE = 20  # seconds that a process which failed in a collective action waits for the others
 OTHER_DESCRIPTORS = 500  # of NCCL, reader processes, files and libraries
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -74,9 +75,12 @@ class Distributed:
             torch.distributed.gather_object(value, values, group=self.hosts)
         return values
 
-    def run_on_all(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T], *, has_collectives: bool = False) -> T:
         """Calls action() on every process. All raise the error of one, so that no process waits for
         a failed one: an OSError or UserError as it is, another one as a ProcessError.
+
+        has_collectives: if not all processes fail, the others may wait in a collective of the
+            action; a failed one then raises a RuntimeError, and the launcher ends the others
         """
         result = failure = None
         try:
@@ -89,11 +93,25 @@ class Distributed:
             failure.__cause__ = error  # shown in the traceback of this process
             if rank:  # the others may wait in a collective of the action
                 print_safely(str(failure), file=sys.stderr)
+        if has_collectives and self.world_size > 1:
+            self.wait_for_others(failure)
         failures = self.gather(failure)
         failures[self.rank] = failure  # with its cause, which does not travel
         for error in filter(None, failures):
             raise error
         return result
+
+    def wait_for_others(self, failure: Exception | None) -> None:
+        """Waits until all processes call this method. A process with a failure waits PATIENCE
+        seconds and then raises a RuntimeError."""
+        arrived = torch.distributed.barrier(self.hosts, async_op=True)
+        if failure is None:
+            arrived.wait()
+            return
+        try:
+            arrived.wait(timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            raise RuntimeError(f"{failure}; the other processes wait for this one") from failure
 
     def on_main(self, action: Callable[[], T]) -> T | None:
         """Calls action() on the main process only. All processes raise its error."""
@@ -202,7 +220,7 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
     """Calls the `main` of a distributed script and ends the process with the exit code it returns,
     without `sys.exit`, which a gloo thread that still holds a tensor can abort."""
     try:
-        run_main(main, "interrupted; run the same command to resume from the saved state")
+        run_main(main, "interrupted; --resume RUN goes on from the newest checkpoint")
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except BaseException as error:

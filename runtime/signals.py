@@ -21,15 +21,18 @@ from runtime.processes import Distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 ANSWERS = (None, "save", "stop")  # in order of urgency; the most urgent request wins
+POLL_SECONDS, MOST_STEPS = 1.0, 16  # time between two polls, if that is at most so many steps
 REPEATED = 2.0  # seconds during which a second signal is taken for a repetition of the first
 
 
 class Requests:
-    """The requests of one process. All processes create this object together and poll it before
+    """The requests of one process. All processes create this object together and call `poll` before
     each step.
 
-    A poll starts an all-reduce of one number over gloo, which does not wait for a GPU. The next
-    poll reads the result, so a process waits only for processes that are a whole step behind.
+    A poll starts an all-reduce over gloo, which does not wait for a GPU. The next poll reads the
+    result, so a process waits only for processes that are a whole poll behind. The ring of N
+    processes takes 2 (N - 1) hops, so fast steps share a poll. Each poll also agrees on the number
+    of steps to the one after the next, from the slowest process.
     """
 
     def __init__(self, dist: Distributed, save_seconds: float):
@@ -37,6 +40,8 @@ class Requests:
         self.last_save = time.monotonic()
         self.is_signalled = False
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
+        self.every, self.steps = 1, 0  # steps between two polls, and since the last one
+        self.last_poll = time.monotonic()
         obeyed = set(SIGNALS)
         # nohup ignores SIGHUP. torchrun does not, and passes it on before it kills its processes.
         is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -66,8 +71,8 @@ class Requests:
                 if self.dist.is_main:
                     name = signal.Signals(number).name
                     print_safely(
-                        f"{name}: saving within two steps (again, after {REPEATED:g} seconds: stop "
-                        "at once, also if a step hangs)"
+                        f"{name}: saving within two steps or seconds (again, after {REPEATED:g} "
+                        "seconds: stop at once, also if a step hangs)"
                     )
             elif number in SIGNALS and now - first > REPEATED:
                 os._exit(128 + number)
@@ -81,21 +86,29 @@ class Requests:
         """Returns what all processes do before this step: None, "save", or "stop" (save and stop).
 
         A single process answers its own current request; several processes answer the most urgent
-        request of the previous step.
+        request of the previous poll.
         """
+        self.steps += 1
+        if self.steps < self.every:
+            return None
         is_due = self.dist.is_main and 0 < self.save_seconds < time.monotonic() - self.last_save
         own = 2 if self.is_signalled else int(is_due)  # index into ANSWERS
         if self.dist.world_size == 1:
             return ANSWERS[own]
         if self.reduction is not None:
-            number, work = self.reduction
+            numbers, work = self.reduction
             work.wait()
             self.reduction = None
+            number, self.every = numbers[0], -int(numbers[1])
             if number > 0:
                 return ANSWERS[number]
-        number, largest = torch.tensor(own), torch.distributed.ReduceOp.MAX
-        work = torch.distributed.all_reduce(number, largest, self.dist.hosts, async_op=True)
-        self.reduction = number, work
+        now = time.monotonic()
+        fitting = int(POLL_SECONDS * self.steps / max(1e-6, now - self.last_poll))
+        self.last_poll, self.steps = now, 0
+        numbers = torch.tensor([own, -min(MOST_STEPS, max(1, fitting))])
+        largest = torch.distributed.ReduceOp.MAX
+        work = torch.distributed.all_reduce(numbers, largest, self.dist.hosts, async_op=True)
+        self.reduction = numbers, work
         return None
 
     def close(self) -> None:

@@ -1,10 +1,9 @@
-"""Writes a safetensors file, from one process or, with checksums, from several.
+"""Writes a safetensors file, from one process or from several.
 
     write_tensors(path, {"weight": weight}, {"format": "pt"})           # one process
 
     file = TensorFile(path, {"weight": (torch.float32, (8, 4))}, {"format": "pt"})
-    pieces = file.write({"weight": Box.of_all(weight)}, with_header=True)
-    checksum = joined(path.name, pieces)                 # {"bytes": ..., "crc32": ...}
+    file.write({"weight": Box.of_all(weight)}, with_header=True)
 
 Every process creates the same `TensorFile` and writes its boxes, which are rectangular parts of the
 tensors. Each byte is written once, in ascending order, through a write-only descriptor, so that
@@ -14,13 +13,10 @@ clients of a network file system do not overwrite each other's bytes.
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,14 +65,6 @@ def cut_dim(size: Sequence[int], full_shape: Sequence[int]) -> int:
     return max((d for d in range(len(size)) if size[d] < full_shape[d]), default=0)
 
 
-class Piece(NamedTuple):
-    """A written range of bytes of a file, with its CRC-32."""
-
-    start: int
-    length: int
-    crc32: int
-
-
 class TensorFile:
     """Layout of a safetensors file, determined by the names, types and shapes of the tensors."""
 
@@ -100,31 +88,31 @@ class TensorFile:
         content += b" " * (-len(content) % 8)
         self.header = len(content).to_bytes(8, "little") + content
 
-    def write(self, boxes: Mapping[str, Box], *, with_header: bool) -> list[Piece]:
-        """Writes boxes of CPU tensors, and flushes them to disk.
+    def write(self, boxes: Mapping[str, Box], *, with_header: bool) -> int:
+        """Writes boxes of CPU tensors, and flushes them to disk; returns the number of bytes.
 
         with_header: also write the header; True on exactly one of the processes
         """
-        pieces = []
+        written = 0
         try:
             # Never follow a link. The first process creates the file.
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
             descriptor = os.open(self.path, flags, 0o666)
             try:
                 if with_header:
-                    pieces.append(write_at(descriptor, memoryview(self.header), 0))
+                    written += write_at(descriptor, memoryview(self.header), 0)
                 for name in sorted(boxes, key=self.starts.__getitem__):
                     start = len(self.header) + self.starts[name]
                     for number, values in boxes[name].runs():
                         content = memoryview(values.view(torch.uint8).numpy())
                         first = start + number * values.element_size()
-                        pieces.append(write_at(descriptor, content, first))
+                        written += write_at(descriptor, content, first)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise OSError(error.errno, error.strerror or str(error), str(self.path)) from None
-        return pieces
+        return written
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -135,45 +123,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         TensorFile(temporary, kinds, metadata).write(boxes, with_header=True)
 
 
-def write_at(descriptor: int, content: memoryview, start: int) -> Piece:
-    checksum, position = 0, start
-    for first in range(0, len(content), CHUNK):
-        chunk = content[first : first + CHUNK]
-        checksum = zlib.crc32(chunk, checksum)
-        while chunk:
-            written = os.pwrite(descriptor, chunk, position)
-            chunk, position = chunk[written:], position + written
-    return Piece(start, len(content), checksum)
-
-
-def joined(name: str, pieces: Sequence[Piece]) -> dict:
-    """Returns the size and CRC-32 of a file, given its pieces from all processes."""
-    total, checksum = 0, 0
-    for piece in sorted(pieces):
-        assert piece.start == total, f"{name}: a byte is written twice, or never"
-        checksum = multiply(power_of_x(8 * piece.length), checksum) ^ piece.crc32
-        total += piece.length
-    return {"bytes": total, "crc32": f"{checksum:08x}"}
-
-
-# CRC-32 is the remainder of a polynomial over GF(2). Bit 31 is the coefficient of x^0.
-POLYNOMIAL, ONE, X = 0xEDB88320, 1 << 31, 1 << 30
-
-
-def multiply(a: int, b: int) -> int:
-    """Returns the product of two remainders."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            result ^= b
-        b = b >> 1 ^ (POLYNOMIAL if b & 1 else 0)
-    return result
-
-
-@cache
-def power_of_x(exponent: int) -> int:
-    """Returns x^exponent, the factor that appends `exponent` zero bits to a checksum."""
-    if exponent < 2:
-        return X if exponent else ONE
-    half = power_of_x(exponent // 2)
-    return multiply(multiply(half, half), X if exponent % 2 else ONE)
+def write_at(descriptor: int, content: memoryview, start: int) -> int:
+    """Writes bytes at a place of a file; returns their number."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, content[done : done + CHUNK], start + done)
+    return done

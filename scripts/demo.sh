@@ -11,7 +11,7 @@ case ${1:-fashion} in
 fashion)
     out=results/demo latents=data/fashion-mnist-latents
     images="--data-path data/fashion-mnist --vae-path assets/vae-fashion-mnist --image-size 32"
-    train="--max-steps ${DEMO_STEPS:-640} --objective-mean -0.4 --objective-std 0.85 --sample-every 160"
+    train="--max-steps ${DEMO_STEPS:-640} --objective rectified_flow:mean=-0.4,std=0.85 --sample-every 160"
     draw="--sampler sde --num-sampling-steps 50 --cfg-scale 2.5"
     grid="--images-per-class 10" three="ankle-boot dress bag" one=sneaker per_class=20
     python -m tools.prepare_fashion_mnist --output data/fashion-mnist
@@ -19,7 +19,7 @@ fashion)
 emoji)
     out=results/demo-emoji latents=data/emoji-latents
     images="--data-path assets/emoji/train.tar --vae-path assets/vae-emoji --image-size 64"
-    train="--max-steps ${DEMO_STEPS:-900} --global-batch-size 64 --lr 1.2e-2 --sample-every 300"
+    train="--max-steps ${DEMO_STEPS:-900} --rf --global-batch-size 64 --lr 1.2e-2 --sample-every 300"
     draw="--sampler heun --num-sampling-steps 25 --cfg-scale 3"
     grid="--images-per-class 8 --class-labels face-smiling person person-role food-fruit country-flag"
     three="person face-smiling country-flag" one=person per_class=2
@@ -29,6 +29,10 @@ emoji)
     exit 2
     ;;
 esac
+if grep -qs '^version: 0\.[12]\.' "$out/config.yaml"; then
+    echo "error: $out is of a version before 0.3 and cannot go on: delete or rename it, and start again" >&2
+    exit 2
+fi
 # bf16 is faster than fp32 only where the processor has instructions for bf16.
 precision=$(python -c "
 import torch
@@ -38,9 +42,9 @@ print('fp32' if cpu.lacks_instructions(device, torch.bfloat16) else 'bf16')")
 
 # The images are not mirrored: all shoes of Fashion-MNIST face the same side, and flags have letters.
 python cache_latents.py $images --flip False --output "$latents"
-python train.py --latents-path "$latents" --config config/recipes/fast.yaml --rf $train \
+python train.py --latents-path "$latents" --config config/recipes/fast.yaml $train \
     --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --precision "$precision" \
-    --optimizer-precision "$precision" --results-dir results --run-name "${out#results/}" \
+    --optimizer "muon:precision=$precision" --results-dir results --run-name "${out#results/}" \
     --log-every 20 --num-sample 20 --sample-cfg-scale 2.5
 draw="--ckpt $out $draw --precision $precision"
 python sample.py $draw $grid --batch-size 100 --output "$out/samples.png"
@@ -61,6 +65,7 @@ The pictures, all in $out:
 Try next:
     python sample.py --ckpt $out --class-labels $one --images-per-class 16 --seed 1000
     python train.py --latents-path $latents --model DiT-Ti/2 --rf --router expert_choice \\
-        --global-batch-size 64 --max-steps 400 --lr 2e-3 --ema-decay 0.99 --run-name expert-choice
+        --global-batch-size 64 --max-steps 400 --lr 2e-3 --ema exponential:decay=0.99 \\
+        --run-name expert-choice
     python plot_run.py $out results/expert-choice
 EOF

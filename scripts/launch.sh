@@ -1,10 +1,11 @@
 # Sourced by the recipes: `launch SCRIPT FLAGS...` runs a script under torchrun on every GPU.
 #
-#   DATA=/imagenet/train bash scripts/train_s2_8e2a.sh                       one node of 8 GPUs
-#   DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
-#   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run                  memory and steps only
+#   RUN=s2 DATA=/imagenet/train bash scripts/train_s2_8e2a.sh     one node of 8 GPUs
+#   RUN=l2 DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
+#   NODES=4 bash scripts/train_g2_16e2a_rf_256.sh --dry-run       memory and steps only
 #
 # Variables:
+#   RUN        name of the run, results/RUN; the same command again goes on with it
 #   DATA       folder of class folders
 #   LATENTS    latent cache to train on, created from DATA before the first step (default:
 #              data/latents-256, 42 GB for ImageNet). All nodes must see it. Without DATA it must exist.
@@ -22,7 +23,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
 # The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images per step.
 BATCH=${BATCH:-1024}
-PAPER=(--lr 1e-4 --optimizer-weight-decay 0 --ema-decay 0.9999 --num_experts_per_tok 2)
+PAPER=(--lr 1e-4 --optimizer adamw:weight_decay=0 --ema exponential:decay=0.9999
+    --num_experts_per_tok 2)
 
 # split N: sets MICRO, at most N (or $MICRO) images per GPU, and ACCUM, the number of micro-batches.
 split() {
@@ -59,12 +61,17 @@ processes() {
 
 launch() {
     local size="$*" input=()
+    [ -z "${RUN:-}" ] || set -- "$@" --run-name "$RUN"
     size=${size##*--image-size } size=${size%% *}
     [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")
     if [[ " $* " == *" --dry-run "* ]]; then
         [ -z "${DATA:-}" ] || input+=(--data-path "$DATA")
         WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@" "${input[@]}"
         return
+    fi
+    if [ -z "${RUN:-}" ]; then
+        ((${NODE_RANK:-0})) || echo "RUN: got nothing, expected RUN=NAME, a name for the run folder" >&2
+        exit 2
     fi
     processes
     if [ -n "${IMAGES:-}" ]; then

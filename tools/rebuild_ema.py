@@ -1,6 +1,6 @@
 """Reconstructs a power-function EMA of a length that a run did not track.
 
-    python train.py ... --ema power --ema-length 0.05 0.1 --ckpt-every 5000 --keep-last 1
+    python train.py ... --ema power:length=0.05 power:length=0.1 --ckpt-every 5000 --keep-last 1
     python -m tools.rebuild_ema results/RUN --length 0.07 --output results/power-0.07.safetensors
     python sample.py --ckpt results/power-0.07.safetensors
 

@@ -35,7 +35,7 @@ def snapshots_of(run: Path) -> dict[tuple[int, float], Path]:
     if len(found) < 2:
         raise UserError(
             f"{run}: got {len(found)} snapshots of power-function EMAs, expected at least two; "
-            "train with --ema power --ema-length 0.05 0.1"
+            "train with --ema power:length=0.05 power:length=0.1"
         )
     return dict(sorted(found.items()))
 

@@ -6,8 +6,8 @@ r"""Trains the runs of same_bits.yaml at two commits, and compares all tensors a
 The exit code is 1 if a run differs. Both commits run on this machine, from clones in --output, with
 this Python. Finished runs are kept in --output and not trained again. The script compares the
 weights, the EMAs and, under DDP, the training state of the last checkpoint, and the rows of
-log.jsonl except times and speeds. A value that only one commit has is listed, but is not a
-difference. A commit takes about ten minutes on 2 CPU cores.
+log.jsonl except times and speeds. A commit before version 0.3 gets the flags of that time. A value
+that only one commit has is listed, but is not a difference. A commit takes about ten minutes on 2 CPU cores.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -102,6 +102,7 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
     if not clone.exists():
         call("git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(clone))
         call("git", "checkout", "--quiet", "--detach", named.stdout.strip(), cwd=clone)
+    others = {} if understands_words(clone) else plan["until_0.2"]
     places = {"data": output / "images", "vae": clone / "assets" / "vae-fashion-mnist"}
     for name, images in (("latents", "images"), ("few", "few")):
         places[name] = folder / name
@@ -120,7 +121,10 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
                 places["results"] = run / "1"
             processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
             common = "" if script == "upcycle" else plan["common"]
-            words = shlex.split(f"{common} {plan[script]} {flags}")
+            text = f"{common} {plan[script]} {flags}"
+            for now, before in others.items():
+                text = text.replace(now, before)
+            words = shlex.split(text)
             words = [word.format_map(places) for word in words]  # the last value of a flag counts
             if "--finetune" in words:  # the weights determine the model
                 words = without(words, "--hidden-size", "--depth", "--num-heads", "--model")
@@ -130,6 +134,13 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
             call_script(clone, run / f"{number}.txt", path, *words, processes=int(processes or 1))
         (run / "finished").touch()
     return folder / "runs"
+
+
+def understands_words(clone: Path) -> bool:
+    """Returns whether a commit spells a component as one word, as since version 0.3."""
+    code = "from models import DiTConfig; DiTConfig(router='sigmoid:scale=2.5')"
+    asked = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True)
+    return asked.returncode == 0
 
 
 def without(words: list[str], *flags: str) -> list[str]:

@@ -272,6 +272,7 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     found = {
         "num_classes": len(dataset.classes), "input_size": input_size, "in_channels": channels,
         "image_size": dataset.image_size, "vae_path": vae_path,
+        "flip": said.get("flip", base.data.flip) and dataset.can_flip,
     }  # fmt: skip
     if said.get("in_channels", channels) != channels:
         raise ValueError(
@@ -286,9 +287,11 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     patch = said.get("patch_size", base.model.patch_size)
     if any(side % patch for side in sides(input_size)):
         factor = sides(dataset.image_size)[0] // sides(input_size)[0]
+        why = f"the model's patches of {patch}"
+        if factor > 1:
+            why = f"the autoencoder's factor {factor} x {why}"
         raise ValueError(
-            f"image_size: got {dataset.image_size}, expected a multiple of {factor * patch}, the "
-            f"autoencoder's factor {factor} x the model's patches of {patch}"
+            f"image_size: got {dataset.image_size}, expected a multiple of {factor * patch}, {why}"
         )
     return said | found | {"conditions": fitted_conditions(base, said, dataset.shapes)}
 

@@ -39,6 +39,7 @@ class Engine(Protocol):
     config: TrainConfig
     model: DiT
     emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
+    copy_size: int  # processes that hold one copy of the model, and compute with it together
 
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]

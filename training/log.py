@@ -23,12 +23,17 @@ from latents.loading import BatchStream
 from runtime import __version__
 from runtime.errors import UserError, print_safely, printable, reported_as
 from runtime.files import open_run_file, write_durably
+from runtime.progress import note_saved
 
 GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
     "router": "expert|^router_",
     "time": "epoch|_per_sec|memory|tflops|^mfu|data_wait",
     "optimizer": "lr$|grad_|skipped",
 }
+# The metrics of the line on the screen; log.jsonl and TensorBoard have all.
+SHOWN = (
+    "loss", "val_loss", "lr", "images_per_sec", "dead_experts", "skipped_images", "skipped_steps",
+)  # fmt: skip
 STEP = "global_step"  # the axis of the curves in Weights & Biases
 
 
@@ -82,9 +87,8 @@ class RunLog(AbstractContextManager):
     def saved(self, folder: Path) -> None:
         """Logs a checkpoint, and tells scripts/slurm.sh that the run has made progress."""
         self.text(f"saved {folder}")
-        if self.is_main and (path := os.environ.get("DIT_MOE_SAVED")):
-            with warns_if_lost(path):
-                Path(path).write_text(f"{folder}\n")
+        if self.is_main:
+            note_saved(folder)
 
     def write(self, file: BinaryIO, line: str) -> None:
         """Appends a complete line to a file, or nothing if the disk is full."""
@@ -113,11 +117,15 @@ class RunLog(AbstractContextManager):
         row |= {name: as_json(value) for name, value in values.items()}
         self.write(self.rows_file, json.dumps(row))
         self.show(step, curves=curves_of(values), images={})
-        parts = [f"step {step:07d}", *(shown(name, value) for name, value in values.items())]
+        parts = [
+            f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+            for name, value in values.items() if name in SHOWN
+        ]  # fmt: skip
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
-                left = timedelta(seconds=(self.total_steps - step) / steps_per_second)
-                parts.append(f"ends {datetime.now() + left:%a %d %b %H:%M}")
+                left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
+                parts.append(f"{left} left, ends {datetime.now() + left:%a %d %b %H:%M}")
+        parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:
@@ -239,9 +247,3 @@ def as_json(value: float | list[float]) -> float | list[float] | str:
         return str(value)
     rounded = [n if isinstance(n, int) else float(f"{n:.7g}") for n in numbers]
     return rounded if isinstance(value, list) else rounded[0]
-
-
-def shown(name: str, value: float | list[float]) -> str:
-    if isinstance(value, list):
-        return f"{name} {max(value):.2f}"
-    return f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"

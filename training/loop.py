@@ -7,6 +7,7 @@ step: only the fp16 loss scale changes.
 """
 
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,17 +37,19 @@ from runtime.processes import ProcessError, reseed
 from runtime.signals import Requests
 from training.alarms import Alarms
 from training.config import TrainConfig
-from training.engine import Engine
+from training.engine import Engine, node_size
 from training.log import RunLog
 from training.metrics import (
+    ForwardClock,
     MetricTracker,
+    ProcessReport,
     expert_metrics,
     held_out_metrics,
     process_load,
     round_number,
     speed_metrics,
 )
-from training.plan import disk_notes
+from training.plan import describe_memory, device_memory, disk_notes
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
@@ -83,6 +86,7 @@ class TrainingLoop:
         self.skipped = torch.zeros(2, dtype=torch.int64, device=self.dist.device)
         self.alarms = Alarms(self.config.model.sparse_blocks)
         self.tracker = MetricTracker(self.dist)
+        self.clock = ForwardClock(self.engine.model, self.dist.device)
         self.log_every: int = self.config.run.log_every or 1
 
     def run(self) -> int:
@@ -114,10 +118,16 @@ class TrainingLoop:
             counts += f", {trained / 1e6:.2f}M trained"
         self.log.text(
             f"{self.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
+            f"{max(map(config.model.tokens_of, range(config.model.depth)))} tokens an image, "
             f"{stream.num_images} images of {pluralize(len(self.dataset.classes), 'class')}, steps "
             f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, "
             f"on {pluralize(dist.world_size, f'{dist.device.type} process')}"
         )
+        if dist.is_main:
+            memory = device_memory(dist.device, node_size(config, dist.world_size))
+            fits = describe_memory(config, stream, *memory)["fits"].partition(": ")
+            note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
+            self.log.text(f"{note}: {fits[2]}")
         if flash_attention_fault:
             reason = printable(flash_attention_fault)[:300]
             self.log.text(
@@ -237,21 +247,27 @@ class TrainingLoop:
         macs = count_macs(self.config.model, model.experts_per_token)
         values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
-        own = peaks, self.unreadable, self.num_read, self.tracker.waited
-        all_peaks, unreadable, read, waited = zip(*self.dist.gather(own), strict=True)
-        values |= {name: max(of_one[name] for of_one in all_peaks) for name in peaks}
+        micro_batches = self.tracker.steps * self.config.step.accum_iter
+        reports = self.dist.gather(ProcessReport(
+            socket.gethostname(), peaks, self.unreadable, self.num_read, self.tracker.waited,
+            bad=int(self.tracker.bad),
+            busy=self.tracker.waited / micro_batches + self.clock.seconds(),
+        ))  # fmt: skip
+        values |= {name: max(report.peaks[name] for report in reports) for name in peaks}
         values |= expert_metrics(model, self.dist)
-        values["data_wait"] = sum(waited) / self.dist.world_size / seconds
-        unreadable = len(set().union(*unreadable))  # several processes may have met the same image
+        values["data_wait"] = sum(r.waited for r in reports) / self.dist.world_size / seconds
+        # Several processes may have met the same image.
+        unreadable = len(set().union(*(report.unreadable for report in reports)))
         skipped_steps, in_a_row = self.skipped.tolist()
         counts = {"skipped_images": unreadable, "skipped_steps": skipped_steps}
         values |= {name: count for name, count in counts.items() if count}
         if with_held_out:
             values |= held_out_metrics(self.engine, self.held_out)
         self.log.metrics(done, values, steps_per_second)
-        for line in self.alarms.check(values):
+        for line in self.alarms.check(values, reports):
             self.log.text(line)
-        check_unreadable("--data-path", unreadable, min(sum(read), stream.num_images))
+        read = sum(report.num_read for report in reports)
+        check_unreadable("--data-path", unreadable, min(read, stream.num_images))
         self.tracker = MetricTracker(self.dist)
         if self.config.run.log_every is None:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
@@ -284,13 +300,16 @@ class TrainingLoop:
         )
 
     def draw_samples(self, step: int) -> None:
-        """Generates and writes a grid of samples; a failure is logged as a warning."""
+        """Generates and writes a grid of samples. A failure is logged as a warning, unless other
+        processes wait for a failed one, which ends the run."""
         path = self.folder / f"samples-{step:07d}.png"
         if not self.config.run.num_sample or self.dist.broadcast(path.exists()):
             return
 
         try:
-            grid = self.dist.run_on_all(lambda: draw_preview(self))
+            grid = self.dist.run_on_all(
+                lambda: draw_preview(self), has_collectives=self.engine.copy_size > 1
+            )
         except (OSError, UserError, ProcessError) as error:
             self.log.text(f"WARNING: no sample grid of step {step} ({error})")
         else:
@@ -356,7 +375,7 @@ class TrainingLoop:
         self.save_last(step, least=min(step, self.stream.start_step + 1))
         self.log.text(
             f"stopped after step {step}; to go on from step {self.saved_step}: "
-            f"--resume {self.folder}"
+            f"{self.config.engine.script} --resume {shlex.quote(str(self.folder))}"
         )
 
     def check_finite(self, step: int) -> None:

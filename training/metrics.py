@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class MetricTracker:
         self.dist = dist
         self.sums: dict[str, Tensor] = {}
         self.good = torch.zeros((), device=dist.device)  # number of steps that were not skipped
+        self.bad = torch.zeros((), device=dist.device)  # and of those whose loss is nan here
         self.start, self.steps = time.perf_counter(), 0
         # Seconds between the steps, which do not count, and seconds in which steps wait for data.
         self.paused, self.waited = 0.0, 0.0
@@ -37,6 +39,7 @@ class MetricTracker:
                 added = torch.where(skipped, 0.0, value.float())
                 self.sums[name] = self.sums[name] + added if name in self.sums else added
         self.good += torch.where(skipped, 0.0, 1.0)
+        self.bad += ~metrics["loss"].isfinite()
         self.steps += 1
 
     def means(self) -> dict[str, float | list[float]]:
@@ -52,6 +55,53 @@ class MetricTracker:
     def seconds(self) -> float:
         """Returns the time of the steps so far. Call `means` first, which waits for the steps."""
         return time.perf_counter() - self.start - self.paused
+
+
+class ForwardClock:
+    """Times the last forward pass of a model in training.
+
+    All processes take equally long for a step, because they wait for the slowest one, but hardly in
+    the forward pass. With --shard, the processes of a copy of the model also wait for each other
+    there, so a slow process slows down its copy.
+    """
+
+    def __init__(self, model: DiT, device: torch.device):
+        self.model, self.is_cuda = model, device.type == "cuda"
+        self.times = [0.0, 0.0]
+        if self.is_cuda:
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in self.times]
+        model.register_forward_pre_hook(lambda *_: self.note(0))
+        model.register_forward_hook(lambda *_: self.note(1))
+
+    def note(self, number: int) -> None:
+        if self.model.training and self.is_cuda:
+            self.events[number].record()
+        elif self.model.training:
+            self.times[number] = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Returns the time of a pass that a GPU has finished."""
+        if self.is_cuda:
+            return self.events[0].elapsed_time(self.events[1]) / 1000
+        return self.times[1] - self.times[0]
+
+
+class ProcessReport(NamedTuple):
+    """What each process reports at a log line."""
+
+    host: str
+    peaks: dict[str, float]  # metrics that are logged as their maximum over the processes
+    unreadable: set[str]
+    num_read: int  # images
+    waited: float  # seconds, for data
+    bad: int  # steps whose loss is infinite or nan on this process
+    busy: float  # seconds in which a micro-batch waits for data or is in the forward pass
+
+
+def name_ranks(hosts: Mapping[int, str]) -> str:
+    """Returns "rank 3 (node0), rank 9 (node1)", for at most eight ranks."""
+    named = [f"rank {rank} ({host})" for rank, host in hosts.items()]
+    return ", ".join(named[:8]) + (f" and {len(named) - 8} others" if len(named) > 8 else "")
 
 
 def round_number(most: float) -> int:

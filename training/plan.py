@@ -3,6 +3,7 @@
 print_plan(command, config, trained, notes, world_size)
 """
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +47,9 @@ def print_plan(
 
     before: record of the checkpoint from which the run would go on, or None
     """
-    stream = remaining_steps(config, trained, True, 0, replace(ALONE, world_size=world_size))
-    lines = describe_model(config) | describe_memory(config, stream, command.gpu_memory)
+    stream = remaining_steps(config, trained, 0, replace(ALONE, world_size=world_size))
+    usable, of = planned_memory(command.gpu_memory)
+    lines = describe_model(config) | describe_memory(config, stream, usable, of)
     lines |= describe_steps(config, stream)
     if before:
         lines["goes on"] = f"after step {before.step:,}"
@@ -69,16 +71,21 @@ def describe_model(config: TrainConfig) -> dict[str, str]:
 
 
 def describe_memory(
-    config: TrainConfig, stream: BatchStream, gpu_memory: float | None
+    config: TrainConfig, stream: BatchStream, usable: float, of: str
 ) -> dict[str, str]:
-    """Describes the memory of a process, and whether it fits."""
+    """Describes the memory of a process, and whether it fits.
+
+    usable: GiB
+    of: description of the whole memory
+    """
     engine, micro_batch = config.engine.engine_class(), stream.micro_batch
     gpu, host, layout = engine.memory(config, stream.world_size)
-    needed, usable, source = in_gib(gpu), *usable_memory(gpu_memory)
+    needed = in_gib(gpu)
     tips = {
+        "a smaller --model": not config.engine.shard,
         "--gradient-checkpointing": config.step.recomputed == "nothing",
         "smaller micro-batches": micro_batch > 1,
-        "more GPUs" if getattr(config.engine, "shard", True) else "--shard on several GPUs": True,
+        "more GPUs" if config.engine.shard else "--shard on several GPUs": True,
     }
     others = ", ".join(tip for tip, helps in tips.items() if helps)
     advice = "" if needed <= usable else f"; try {others}"
@@ -87,9 +94,9 @@ def describe_memory(
         "GPU": listed(gpu),
         "host": listed(host),
         "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {source}{advice}",
+        f"usable of {of}{advice}",
     }
-    if getattr(config.engine, "expert_parallel", 1) > 1 and config.model.sparse_blocks:
+    if config.engine.expert_parallel > 1 and config.model.sparse_blocks:
         lines["load"] = load_that_fits(config, micro_batch, GIB * (usable - needed))
     return lines
 
@@ -114,15 +121,28 @@ def listed(parts: Bytes) -> str:
     return f"{in_gib(parts):.2f} GiB: {sizes}"
 
 
-def usable_memory(size: float | None) -> tuple[float, str]:
-    """Returns the usable GiB of GPU memory, and a description of the GPU."""
+def planned_memory(size: float | None) -> tuple[float, str]:
+    """Returns the usable GiB of the GPU to plan for, and its description."""
     if size:
         return USABLE * size, f"{size:g} (--gpu-memory)"
-    if not torch.cuda.is_available():
-        return USABLE * ASSUMED, f"{ASSUMED:g} (assumed, no GPU here)"
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    size = properties.total_memory / GIB
-    return USABLE * size, f"{size:.1f} of this {properties.name}"
+    if torch.cuda.is_available():
+        return device_memory(torch.device("cuda"), 1)
+    _, here = device_memory(torch.device("cpu"), 1)
+    return USABLE * ASSUMED, f"{ASSUMED:g} (assumed; here is no GPU, and {here})"
+
+
+def device_memory(device: torch.device, processes: int) -> tuple[float, str]:
+    """Returns the usable GiB of a process, and a description of the whole memory.
+
+    processes: that share the memory of a CPU
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        size = properties.total_memory / GIB
+        return USABLE * size, f"{size:.1f} of this {properties.name}"
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    shared = f", which {pluralize(processes, 'process')} share" if processes > 1 else ""
+    return USABLE * size / processes, f"this machine's {size:.1f}{shared}"
 
 
 class AssumedImages:

@@ -8,13 +8,15 @@ A folder is filled under a temporary name, with the manifest last, and then rena
 *.tmp, which a crash left half written or half deleted, are ignored.
 
 Each process first copies its part of the tensors to host memory. A thread then writes the copy,
-with checksums. The threads communicate over a gloo group of their own, so a checkpoint is completed
-even if the training steps of a process have failed.
+while training goes on. The threads communicate over a gloo group of their own, so a checkpoint is
+completed even if the training steps of a process have failed.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +29,7 @@ from checkpoints import Record, ema_file, step_folders
 from checkpoints.meta import meta_model
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
-from runtime.tensor_file import Box, Piece, TensorFile, joined
+from runtime.tensor_file import Box, TensorFile
 from training.ema import EMA
 from training.engine import Engine
 from training.manifest import write_manifest
@@ -68,7 +70,14 @@ class Saver:
         """
         self.step, self.folder = step, self.run / "checkpoints" / f"{step:07d}"
         temporary = self.folder.with_name(f"writing-{self.folder.name}.tmp")
-        self.dist.on_main(lambda: begin(temporary, replaceable))
+        with self.removed_after_failure(temporary):
+            self.dist.on_main(lambda: begin(temporary, replaceable))
+            writes = self.parts(temporary, record)
+            self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
+        self.writing = self.writer.submit(self.write, temporary, writes)
+
+    def parts(self, temporary: Path, record: Record) -> list[Write]:
+        """Returns this process's parts of the files: the state and the EMAs."""
         name, tensors, metadata = self.engine.state()
         kinds = {title: (tensor.dtype, tensor.shape) for title, tensor in tensors.items()}
         boxes = {title: Box.of_all(tensor) for title, tensor in tensors.items()}
@@ -78,28 +87,38 @@ class Saver:
             of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share)
             file = TensorFile(path, self.layout, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
-        self.dist.run_on_all(lambda: copy_to_host(writes, self.dist.device))
-        self.writing = self.writer.submit(self.write, temporary, writes)
+        return writes
 
-    def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
-        """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
+    @contextmanager
+    def removed_after_failure(self, temporary: Path) -> Iterator[None]:
+        """Deletes the folder if the block, which all processes enter together, raises."""
         try:
-            pieces = self.dist.run_on_all(lambda: write_all(temporary, writes))
-            every = self.dist.gather_on_main(pieces)
-            return self.dist.on_main(lambda: self.complete(temporary, every))
+            yield
         except BaseException:
             if self.dist.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def complete(self, temporary: Path, pieces: list[dict[str, list[Piece]]]) -> OSError | None:
+    def write(self, temporary: Path, writes: list[Write]) -> OSError | None:
+        """Writes the files and, on the main process, completes the checkpoint; runs in a thread."""
+        with self.removed_after_failure(temporary):
+            written = self.dist.run_on_all(lambda: write_all(temporary, writes))
+            every = self.dist.gather_on_main(written)
+            return self.dist.on_main(lambda: self.complete(temporary, every))
+
+    def complete(self, temporary: Path, written: list[dict[str, int]]) -> OSError | None:
         """Gives the filled folder its final name, which makes it the newest checkpoint; returns
-        the error if older checkpoints could not be deleted."""
-        names = sorted({name for one in pieces for name in one})
-        checksums = {n: joined(n, [p for one in pieces for p in one.get(n, ())]) for n in names}
-        if (temporary / REPLACEABLE_FILE).exists():
-            checksums[REPLACEABLE_FILE] = joined(REPLACEABLE_FILE, [])
-        write_manifest(temporary, checksums)
+        the error if older checkpoints could not be deleted.
+
+        written: numbers of bytes by file, of each process
+        """
+        sizes = Counter()
+        for one in written:
+            sizes.update(one)
+        for name, size in sizes.items():
+            is_whole = size == (temporary / name).stat().st_size
+            assert is_whole, f"{name}: a byte is written twice, or never"
+        write_manifest(temporary, sizes)
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers
             flush_to_disk(path)
         # A damaged checkpoint of this step may exist, if the run resumed from an earlier one.
@@ -153,15 +172,15 @@ def on_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
-def write_all(folder: Path, writes: list[Write]) -> dict[str, list[Piece]]:
-    pieces = {}
+def write_all(folder: Path, writes: list[Write]) -> dict[str, int]:
+    written = {}
     for write in writes:
         path = write.file.path
         path.parent.mkdir(exist_ok=True)
         name = path.relative_to(folder).as_posix()
-        pieces[name] = write.file.write(write.boxes, with_header=write.with_header)
+        written[name] = write.file.write(write.boxes, with_header=write.with_header)
         write.boxes = {}  # free the memory of the copy
-    return pieces
+    return written
 
 
 def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:

@@ -85,7 +85,7 @@ def tensors_of(config: TrainConfig) -> list[str]:
 
 
 def remaining_steps(
-    config: TrainConfig, trained: np.ndarray, flip: bool, done: int, dist: Distributed
+    config: TrainConfig, trained: np.ndarray, done: int, dist: Distributed
 ) -> BatchStream:
     """Returns the steps after the first `done`, over the images with the indices `trained`."""
     micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
@@ -99,7 +99,8 @@ def remaining_steps(
     return BatchStream(
         trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
-        start_step=done, end_step=config.total_steps(len(trained), global_batch), flip=flip,
+        start_step=done, end_step=config.total_steps(len(trained), global_batch),
+        flip=config.data.flip,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ code = train(command, said, "train.py", dist)
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from options.settings import Settings, difference, differences, flattened, spell
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
+from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
 from training.config import OF_DATA, OF_EXPERTS, TrainConfig, fitted, training_flags
@@ -75,12 +77,13 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     # The config: that of a checkpoint, of weights or the default; over it the recipes and the
     # command; over these what follows from the data.
     folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
-    step_folder = newest_intact(steps, notes, dist) if steps else None
-    before = read_record(step_folder) if step_folder else None
-    weights = None
+    before = step_folder = weights = None
     with naming_flags(training_flags()):
-        if before:  # the settings of the newest checkpoint hold, even if it is damaged
-            base = TrainConfig.of_record(newest_record(steps) or before)
+        if steps:  # the settings of the newest checkpoint hold, even if it is damaged
+            newest = newest_record(steps)
+            step_folder = newest_intact(steps, notes, dist)
+            before = read_record(step_folder)
+            base = TrainConfig.of_record(newest)
         elif command.finetune:
             weights = open_weights(command.finetune, said)
             base = TrainConfig.of_weights(weights.record, script)
@@ -121,8 +124,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         changes += data_changes(before, facts, dataset)
     elif weights:
         notes += weights_notes(weights, config, facts, dataset)
-    flip = config.data.flip and dataset.can_flip
-    stream = remaining_steps(config, trained, flip, before.step if before else 0, dist)
+    stream = remaining_steps(config, trained, before.step if before else 0, dist)
     if before and stream.start_step >= stream.end_step:
         return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
     batches = None
@@ -145,7 +147,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
     dist.on_main(partial(write_config, folder, config, facts))
-    if not os.path.isfile(folder / CONFIG_FILE):
+    if not wait_for_file(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
@@ -192,12 +194,20 @@ def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Pat
     )
 
 
-def newest_record(steps: list[Path]) -> Record | None:
-    """Returns the record of the first readable checkpoint."""
+def newest_record(steps: list[Path]) -> Record:
+    """Returns the record of the first readable checkpoint; refuses that of an earlier version."""
+    record = None
     for step in steps:
         with suppress(UserError):
-            return read_record(step)
-    return None
+            record = read_record(step)
+            break
+    record = record or read_record(steps[0])  # raises
+    if "version" not in record.facts:
+        raise UserError(
+            f"{steps[0]} was saved by a version before 0.3, whose runs do not go on; start a new "
+            "run from its weights (--finetune), or use that version"
+        )
+    return record
 
 
 def origin_of(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
@@ -208,13 +218,7 @@ def origin_of(command: CommandFlags, before: Record | None, folder: Path | None)
 
 
 def check_origin(command: CommandFlags, before: Record, folder: Path | None) -> None:
-    """Refuses a checkpoint of an earlier version, and --finetune or a branch beside the name of a
-    run that began from something else."""
-    if "version" not in before.facts:
-        raise UserError(
-            f"{folder or command.resume} was saved by a version before 0.3, whose runs do not go "
-            "on; start from its weights in a new run (--finetune), or use that version"
-        )
+    """Refuses --finetune or a branch beside the name of a run that began from something else."""
     is_branch = command.resume and is_step_folder(Path(command.resume))
     said = command.finetune or (command.resume if is_branch else None)
     began = before.facts.get("origin")
@@ -331,5 +335,6 @@ def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig
             raise ValueError(f"{name}: has no effect without --shard")
     if not config.model.num_experts:
         for name in said.keys() & OF_EXPERTS:
-            if said[name] != options_of(DiTConfig)[name].default:
+            default = {name: getattr(DiTConfig(), name)}
+            if replace(config.model, **default) != config.model:
                 raise ValueError(f"{name}: given with a dense model, expected a model with experts")

@@ -18,14 +18,14 @@ from checkpoints import Record, load_model, save_model
 from latents.autoencoder import open_autoencoder
 from latents.cache import open_data
 from models import DiT, DiTConfig
-from options.settings import nested
+from options.settings import stored
 from runtime.errors import UserError
 from runtime.files import read_json
 
 REFERENCE = ROOT / "tests" / "reference" / "dit_moe_flash.pt"
 MODEL = DiT(**TINY_MODEL)
 WEIGHTS = MODEL.state_dict()
-CONFIG = nested(MODEL.config)
+CONFIG = stored(MODEL.config)
 POS_EMBED = WEIGHTS["pos_embed"]
 
 
@@ -178,7 +178,7 @@ def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
     assert {"depth", "input_size", "num_classes", "dense_mlp_ratio"} <= set(numbers)
     for name in numbers:
         with pytest.raises(ValueError, match="2000000000"):
-            DiTConfig.of({**CONFIG, name: 2_000_000_000})
+            DiTConfig(**{**CONFIG, name: 2_000_000_000})
 
 
 def test_a_file_that_holds_no_weights_is_not_called_damaged():

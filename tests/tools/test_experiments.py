@@ -47,8 +47,7 @@ from tools.experiments.report import (
 from tools.experiments.sample_tables import guidance_table, sample_comparisons, sample_tables
 from tools.experiments.samples import border_contrast
 from tools.experiments.specialisation import bits, call, count_choices
-from training.config import parse_training, resolve
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig, parse_training
 from training.optimizers import OPTIMIZERS
 
 
@@ -126,6 +125,17 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     assert output.read_text().count("\n") == 7 and "nan" not in output.read_text()
     assert output.with_name("specialisation_spending.png").is_file()
     assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
+
+
+def test_a_run_that_went_on_with_other_settings_gets_no_row(config, tmp_path, monkeypatch):
+    config, command = replace(config, output=tmp_path), routers.command_of(config, "topk", 0)
+    command[command.index("--results-dir") + 1] = tmp_path / "runs"
+    call_main("train.py", *command, "--max-steps", 1)
+    call_main("train.py", *command, "--lr", 0.5)
+    monkeypatch.setattr(routers.subprocess, "run", None)  # it is not trained again
+    with pytest.raises(UserError, match=r"topk-0: .*--lr: was 0.002, is 0.5"):
+        routers.run_missing(config, ["topk"])
+    assert routers.read_rows(tmp_path) == []
 
 
 def train_here(command: list, **_) -> SimpleNamespace:
@@ -337,7 +347,7 @@ def test_the_name_of_an_arm_sets_its_recipe_learning_rate_and_steps():
     config = routers.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
     for arm in QUESTION.arms:
         command = routers.command_of(config, arm, seed=0)
-        asked = resolve(parse_training(DDPFlags, None, command), DDPFlags)
+        asked = TrainConfig.default().changed(parse_training("train.py", None, command)[1])
         name, rate, steps = re.fullmatch(r"(.*)-(\de-3|\d\.\de-2)-(\d+)", arm).groups()
         assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
         assert asked.engine.global_batch_size == 128 and asked.step.warmup_steps == 50
@@ -483,7 +493,7 @@ def test_shares_of_kept_experts():
 
 def test_copies_are_compared_by_weights_and_by_changes():
     assert mean_cosine(torch.tensor([[1.0, 0], [0, 2], [3, 0]])) == pytest.approx(1 / 3)
-    config = SimpleNamespace(num_experts=2, sparse_layers=(1,))
+    config = SimpleNamespace(num_experts=2, sparse_blocks=(1,))
     name, start = "blocks.1.moe.experts.up_proj", torch.ones(2, 2, 2)
     now = start.clone()
     now[0, 0, 0], now[1, 1, 1] = 2, 3

@@ -1,44 +1,69 @@
 """Cluster jobs: the Slurm job script, and faults that only one process meets."""
 
+import errno
 import json
+import math
 import os
+import re
 import resource
 import subprocess
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+import torch.distributed
+from conftest import (
+    ROOT,
+    call_main,
+    in_processes,
+    running,
+    step_folder,
+    train_on,
+    wait_for,
+)
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoints import config_of
+from checkpoints import config_of, read_record
+from checkpoints.weights import open_safetensors
 from latents.loading import BatchStream
 from models import DiT
+from routers import ROUTERS, TopKRouter
 from runtime import processes
 from runtime.errors import UserError
+from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
+from training.alarms import LINES
 from training.config import TrainConfig
-from training.engines import fsdp
+from training.engines import ddp, fsdp, state
 from training.log import RunLog
 from training.plan import load_that_fits
 
 
-@pytest.mark.parametrize("status, saves, requeued, code", [
-    (0, "this", False, 0),
-    (1, None, False, 1),  # without progress the job would fail again
-    (1, "another", False, 1),
-    (1, "this", True, 75),
+@pytest.mark.parametrize("status, saves, is_signalled, requeued, code", [
+    (0, "this", False, False, 0),
+    (1, None, False, False, 1),  # without progress the job would fail again
+    (1, "another", False, False, 1),
+    (1, "this", False, True, 75),
+    (1, "this", True, True, 75),
+    (1, None, True, False, 1),  # or be stopped again before its first save
+    (0, "this", True, False, 0),
 ])  # fmt: skip
-def test_a_failed_slurm_job_requeues_itself_if_its_run_saved_a_checkpoint(
-    tmp_path, status, saves, requeued, code
+def test_a_slurm_job_that_fails_or_is_stopped_requeues_itself_if_its_run_saved_a_checkpoint(
+    tmp_path, status, saves, is_signalled, requeued, code
 ):
-    """Shell scripts replace Slurm's programs: srun fails while this or another run saves."""
+    """Shell scripts replace Slurm's programs: srun ends while this or another run saves, also after
+    the signal before a time limit."""
     (tmp_path / "results" / "other" / "checkpoints").mkdir(parents=True)
     save = {
         "this": 'mkdir -p elsewhere/run/checkpoints/0000002; echo "$_" > "$DIT_MOE_SAVED"',
         "another": "mkdir results/other/checkpoints/0000002",
         None: "true",
     }[saves]
+    if is_signalled:
+        save += "; trap stop=1 USR1; kill -USR1 $PPID; until [ $stop ]; do sleep 0.02; done"
     for name, line in (
         ("srun", f"echo $@ > {tmp_path}/srun.txt; {save}; exit {status}"),
         ("scontrol", f"echo $@ >> {tmp_path}/scontrol.txt; echo node0"),
@@ -65,6 +90,59 @@ def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, m
             log.saved(tmp_path / "checkpoints" / "0000002")
         assert (tmp_path / "slurm-7.saved").exists() == (not rank)
     assert (tmp_path / "slurm-7.saved").read_text() == f"{tmp_path}/checkpoints/0000002\n"
+
+
+def test_encoding_notes_each_shard_in_the_file_of_the_slurm_job(
+    image_tree, tiny_vae, tmp_path, monkeypatch
+):
+    """Otherwise a time limit while the images are encoded would end the job for good."""
+    monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
+    flags = "--image-size=16", "--shard-images=20", "--num-workers=0", f"--vae-path={tiny_vae}"
+    cache = f"--output={tmp_path / 'latents'}"
+    call_main("cache_latents.py", f"--data-path={image_tree}", cache, *flags)
+    shards = [tmp_path / "latents" / f"shard-0000{n}.safetensors" for n in (0, 1)]
+    assert (tmp_path / "slurm-7.saved").read_text().split() == list(map(str, shards))
+
+
+def remember_missing_paths() -> None:
+    """Makes this process look up paths as an NFS client does: a path that was missing stays missing
+    until the folder that lacked it is listed."""
+    missing, stat, listdir = set(), os.stat, os.listdir
+
+    def lookup(path, *args, **named):
+        whole = Path(path).absolute()
+        for part in (*reversed(whole.parents), whole):
+            if part in missing or not os.access(part, os.F_OK):
+                missing.add(part)
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(part))
+        return stat(path, *args, **named)
+
+    def list_again(path="."):
+        lookup(path)
+        missing.difference_update([p for p in missing if p.parent == Path(path).absolute()])
+        return listdir(path)
+
+    os.stat, os.listdir = lookup, list_again
+
+
+def train_on_two_nodes(dist: Distributed, arguments: list[str]) -> None:
+    if not dist.is_main:
+        remember_missing_paths()
+    train_on(dist, arguments)
+
+
+@pytest.mark.parametrize("name", ["run", None])
+def test_a_second_node_finds_the_run_folder_that_it_has_looked_up_before(
+    train_flags, tmp_path, name
+):
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": name}
+    in_processes(train_on_two_nodes, train_flags(tmp_path / "new" / "results", **flags))
+    assert step_folder(tmp_path / "new" / "results", 1).exists()
+
+
+def test_a_folder_that_other_nodes_do_not_share_is_an_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert not wait_for_file(tmp_path / "run" / "config.yaml", seconds=0.1)
 
 
 def test_a_process_that_sees_one_gpu_uses_it():
@@ -164,15 +242,164 @@ def test_a_rank_prints_an_unexpected_error_before_it_waits_for_the_others(capsys
     assert capsys.readouterr().err == "rank 3: OutOfMemoryError: CUDA out of memory\n"
 
 
+FAILS_ON_ONE_RANK = """
+import os
+
+from routers import ROUTERS, TopKRouter
+from runtime import processes
+
+processes.PATIENCE = 1
+
+
+class Fragile(TopKRouter):
+    def forward(self, *inputs):
+        if not self.training and os.environ["RANK"] == "1":
+            raise ValueError("this GPU is out of order")
+        return super().forward(*inputs)
+
+
+ROUTERS["fragile"] = Fragile
+"""
+
+
+def test_a_sample_grid_that_fails_on_one_rank_ends_all_processes(train_flags, tmp_path):
+    """The others wait in a collective. The save before the grid is completed."""
+    (tmp_path / "fragile.py").write_text(FAILS_ON_ONE_RANK)
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run", "shard": True,
+        "router": "fragile", "plugin": tmp_path / "fragile.py", "num-sample": 4, "rf": True,
+    }  # fmt: skip
+    with running("train.py", train_flags(tmp_path / "results", **flags), 2) as process:
+        output = wait_for(process, "rank 1: ValueError: this GPU is out of order")
+        start = time.monotonic()
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 1 and time.monotonic() - start < 30, output + rest
+    assert "this GPU is out of order; the other processes wait for this one" in rest
+    assert step_folder(tmp_path / "results", 1).exists()
+
+
+class Faulty(TopKRouter):
+    """On rank 1, takes long, and returns nan in step 3."""
+
+    def forward(self, *inputs):
+        routing = super().forward(*inputs)
+        if self.training and torch.distributed.get_rank() == 1:
+            self.calls = getattr(self, "calls", 0) + 1
+            time.sleep(0.1)
+            if self.calls == 3:
+                return routing._replace(loss=routing.loss * math.nan)
+        return routing
+
+
+def train_with_a_faulty_rank(dist: Distributed, arguments: list[str]) -> None:
+    ROUTERS["faulty"] = Faulty
+    train_on(dist, arguments)
+
+
+def test_the_log_names_a_rank_that_is_slow_or_whose_loss_is_nan(train_flags, tmp_path):
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": LINES, "run-name": "run",
+        "router": "faulty", "log-every": 1, "global-batch-size": 8,
+    }  # fmt: skip
+    in_processes(train_with_a_faulty_rank, train_flags(tmp_path, **flags))
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    warnings = [line.split("WARNING: ")[1] for line in lines if "WARNING: " in line]
+    (nan,) = [line for line in warnings if "nan" in line]
+    assert re.fullmatch(r"the loss was infinite or nan in up to 1 step .* on rank 1 \(.+\)", nan)
+    (slow,) = [line for line in warnings if "median" in line]
+    assert slow.startswith("for 10 log lines, rank 1 (")
+
+
+class FakeRank(Distributed):
+    def gather(self, value):
+        return [value] * self.world_size
+
+
+class CountedFile:
+    """A safetensors file that adds the bytes of the tensors that are read to a list."""
+
+    def __init__(self, path: Path, read: list[int]):
+        self.file, self.read = open_safetensors(path), read
+        self.metadata = self.file.metadata
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None: ...
+
+    def counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.read.append(tensor.nbytes)
+        return tensor
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.counted(self.file.get_tensor(name))
+
+    def get_slice(self, name: str):
+        return CountedSlice(self, self.file.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, file: CountedFile, content):
+        self.file, self.content, self.get_shape = file, content, content.get_shape
+
+    def __getitem__(self, place) -> torch.Tensor:
+        return self.file.counted(self.content[place])
+
+
+@pytest.mark.parametrize("layout, readers", [({}, 1), ({"shard": True, "shard_size": 2}, 2)])
+def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
+    train_flags, tmp_path, monkeypatch, layout, readers
+):
+    """Eight fake ranks. tests/training/test_fsdp.py compares what the other copies receive."""
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run"}
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    folder = step_folder(tmp_path, 1)
+    stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    files, read, by_rank = [], [], []
+
+    def open_counted(path: Path) -> CountedFile:
+        files.append(path)
+        return CountedFile(path, read)
+
+    for module in (state, ddp):
+        monkeypatch.setattr(module, "open_safetensors", open_counted)
+    monkeypatch.setattr(ddp.DDPEngine, "share_state", lambda *_: None, raising=False)
+    config = TrainConfig.of_record(read_record(folder)).changed(layout)
+    for rank in range(8):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+        try:
+            dist = FakeRank(rank, rank, 8, torch.device("cpu"))
+            config.engine.engine_class()(dist, config, ()).load_state(folder)
+        finally:
+            torch.distributed.destroy_process_group()
+        by_rank.append((len(files), sum(read)))
+        files.clear()
+        read.clear()
+    assert [rank for rank, (count, _) in enumerate(by_rank) if count] == [*range(readers)]
+    assert 0.9 * stored < sum(size for _, size in by_rank) < 1.01 * stored
+
+
 @pytest.mark.parametrize("model, experts", [("DiT-G/2", 16), ("DiT-XL/2", 8)])
 def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, experts):
     """256 does not divide the 1408 rows of down_proj of G: 22,528 runs of 88 bytes per layer."""
     with torch.device("meta"):
         weights = dict(DiT(config_of(model, num_experts=experts, depth=2)).named_parameters())
     with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
-        fsdp.check_runs(fsdp.Layout(256), weights)
+        fsdp.check_layout(fsdp.Layout(256), weights)
     for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
-        fsdp.check_runs(layout, weights)
+        fsdp.check_layout(layout, weights)
+
+
+@pytest.mark.parametrize("size, expected", [
+    (1024, "pads .*experts.* by 19..% of .*; expected 128 or fewer"),
+    (12, "pads .*experts.* by 46% of .*; expected 4 or fewer"),  # 16 experts become 24
+    (7, "pads .*experts.* by 29% of .*; expected another number of processes"),
+])  # fmt: skip
+def test_the_plan_refuses_shards_that_are_mostly_padding(size, expected):
+    flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"
+    batch = f"--gpus={size}", f"--global-batch-size={size}"
+    with pytest.raises(UserError, match=f"^--shard-size: got {size}, which {expected}"):
+        call_main("train.py", "--dry-run", *flags, *batch)
 
 
 def test_the_plan_refuses_what_training_would_refuse(monkeypatch):

@@ -122,7 +122,8 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
 
     # Two processes took a step, and one resumes, or four with expert parallelism. The run in
     # spread-first goes the opposite way.
-    for name, source in (("began-ddp", "topk"), ("gathered-2x2", "topk"), ("shrunk", "race")):
+    resumed = {"began-ddp": "topk", "gathered-2x2": "topk", "copies-2x2": "topk", "shrunk": "race"}
+    for name, source in resumed.items():
         shutil.copytree(root / f"{source}-again", root / name)
         shutil.rmtree(step_folder(root / name, STEPS))
     commands = [
@@ -130,6 +131,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
         for name, more in FOUR.items()
     ]
     commands.append(flags(root / "gathered-2x2", *SPREAD, "--accum-iter=1"))
+    commands.append(flags(root / "copies-2x2", *SPREAD, "--shard-size=2", "--accum-iter=1"))
     commands.append(flags(root / "spread-first", *SPREAD, max_steps=1))
     commands.append(flags(root / "rounded", "--shard", "--shard-size=2", "--copies-precision=bf16"))
     in_processes(train_on, *commands, processes=4)
@@ -183,9 +185,10 @@ def test_expert_parallelism_gives_the_results_of_ddp(two, router):
     assert load == pytest.approx(1.2) if is_even else 1 <= load <= 2  # 3 of the 5 experts
 
 
-@pytest.mark.parametrize("name", [*FOUR, "gathered-2x2", "spread-first"])
+@pytest.mark.parametrize("name", [*FOUR, "gathered-2x2", "copies-2x2", "spread-first"])
 def test_four_processes_with_expert_parallelism_give_the_results_of_two(two, name):
-    """Two processes share each half of the experts. Runs also change to and from this layout."""
+    """Two processes share each half of the experts, or one in each copy of the model. Runs also
+    change to and from this layout; in the second copy, they get the state from the first one."""
     reference = name.removesuffix("-2x2") if name in FOUR else "topk"
     compare(two / name, two / f"{reference}-ddp")
 

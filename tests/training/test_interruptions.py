@@ -29,6 +29,7 @@ from conftest import (
 )
 
 from checkpoints import step_folders
+from runtime import signals
 from runtime.errors import STOPPED
 from runtime.processes import ALONE
 from runtime.signals import Requests
@@ -91,6 +92,40 @@ def test_nohup_protects_a_run_from_a_closed_terminal(launcher, answer, monkeypat
         requests.is_signalled = False
         requests.close()
         signal.signal(signal.SIGHUP, before)
+
+
+def poll_at_two_speeds(dist) -> tuple[int, int, int]:
+    """Number of polls in 160 fast steps and in 8 slow ones, and of slow steps from a signal, which
+    only rank 1 receives, to the stop."""
+    requests = Requests(dist, save_seconds=0)
+
+    def polls(steps: int, seconds: float) -> int:
+        started = [requests.reduction]  # keeps all of them, so that no two are the same object
+        for _ in range(steps):
+            time.sleep(seconds)
+            assert requests.poll() is None
+            started.append(requests.reduction)
+        return len(set(map(id, started))) - 1
+
+    try:
+        fast = polls(160, 0.001)
+        signals.POLL_SECONDS = 0.05
+        polls(2 * signals.MOST_STEPS, 0.1)  # notices that steps have become slow
+        slow = polls(8, 0.1)
+        requests.is_signalled = dist.rank == 1
+        return fast, slow, next(step for step in range(100) if requests.poll() == "stop")
+    finally:
+        requests.is_signalled = False
+        requests.close()
+
+
+def test_processes_poll_once_in_many_fast_steps_and_in_each_slow_step():
+    """The ring of a poll takes 2 (N - 1) hops: 2,046 for 1,024 processes, so 128 a step."""
+    results = in_processes(poll_at_two_speeds)
+    assert results[0] == results[1]
+    fast, slow, steps_to_stop = results[0]
+    assert 160 // signals.MOST_STEPS <= fast <= 40  # more than 10 if this machine is busy
+    assert slow == 8 and steps_to_stop <= 2
 
 
 def workers(launcher: int) -> list[int]:

@@ -16,6 +16,7 @@ from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.fsdp import FSDPEngine
+from training.metrics import ProcessReport
 from training.saving import Saver
 from training.spikes import SpikeDetector
 
@@ -74,14 +75,18 @@ def test_ten_spikes_in_a_row_stop_a_run(train_flags, tmp_path, monkeypatch):
     assert rows(tmp_path)[-1]["skipped_steps"] == 10
 
 
+REPORTS = [ProcessReport("node", {}, set(), 1, waited=0.0, bad=0, busy=1.0)]
+
+
 def test_a_cause_that_lasts_gives_one_warning():
     """The first case ends before it has lasted; the last one lasts and gives one line only."""
     alarms, good = Alarms((1, 3)), {"expert_load": [1.2, 2.9], "dead_experts": 0, "data_wait": 0.1}
     bad = {"expert_load": [1.2, 3.5], "dead_experts": 2, "experts_in_all": 16, "data_wait": 0.4}
-    lines = [alarms.check(values) for values in [bad] * (LINES - 1) + [good] + [bad] * 3 * LINES]
+    all_values = [bad] * (LINES - 1) + [good] + [bad] * 3 * LINES
+    lines = [alarms.check(values, REPORTS) for values in all_values]
     (warned,) = (number for number, found in enumerate(lines) if found)
     assert warned == 2 * LINES - 1
     load, dead, wait = lines[warned]
     assert "3 times the mean load (now 3.5 times in block 3)" in load
     assert "no tokens (now 2 of 16)" in dead and "waited for data more than 20%" in wait
-    assert Alarms(()).check({"data_wait": 0.9}) == []
+    assert Alarms(()).check({"data_wait": 0.9}, REPORTS) == []

@@ -1,6 +1,5 @@
 """Checkpoint files that several processes write together."""
 
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import Record, config_of
 from runtime.processes import ALONE, ProcessError
-from runtime.tensor_file import Box, TensorFile, joined
+from runtime.tensor_file import Box, TensorFile
 from tools.benchmarks.common import make_engine
 from training import saving
 from training.config import TrainConfig
@@ -29,8 +28,7 @@ def file_at(path: Path) -> TensorFile:
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
-    """The joined checksum of all pieces equals the checksum of the file."""
-    cube, pieces = TENSORS["cube"], []
+    cube, written = TENSORS["cube"], 0
     for start, stop in ((2, 4), (0, 1), (4, cube.shape[dim]), (1, 2)):
         offset = [0, 0, 0]
         offset[dim] = start
@@ -38,32 +36,30 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
         boxes = {"cube": Box(tuple(cube.shape), tuple(offset), values)}
         if start == 0:
             boxes |= {name: Box.of_all(v) for name, v in TENSORS.items() if name != "cube"}
-        pieces += file_at(tmp_path / "mine").write(boxes, with_header=start == 0)
+        written += file_at(tmp_path / "mine").write(boxes, with_header=start == 0)
     save_file(TENSORS, tmp_path / "theirs", {"format": "pt"})
     content = (tmp_path / "mine").read_bytes()
     assert content == (tmp_path / "theirs").read_bytes()
     assert all(torch.equal(v, TENSORS[n]) for n, v in load_file(tmp_path / "mine").items())
-    assert joined("mine", pieces) == {
-        "bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"
-    }  # fmt: skip
-    with pytest.raises(AssertionError, match="twice, or never"):
-        joined("mine", pieces[1:])
+    assert written == len(content)
 
 
 def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_path, monkeypatch):
     """`run_on_all` passes the error to all processes, and the loop logs it and trains on."""
     config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2", depth=1))
     engine = make_engine(config, ALONE)
-    saver = saving.Saver(tmp_path, engine)
+    saver, left = saving.Saver(tmp_path, engine), tmp_path / "checkpoints" / "writing-0000001.tmp"
     for owner, name in ((TensorFile, "write"), (saving, "write_manifest")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *args, **named: {}["a missing name"])
             saver.start(1, Record(config=engine.model.config))
             with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
                 saver.wait()
+        assert not left.exists()
     with monkeypatch.context() as patch:  # as when no more memory can be pinned
         patch.setattr(saving, "on_host", lambda tensor: {}["a missing name"])
         with pytest.raises(ProcessError, match="KeyError: 'a missing name'"):
             saver.start(1, Record(config=engine.model.config))
+    assert left.parent.exists() and not left.exists()
     saver.start(1, Record(config=engine.model.config))
     assert saver.wait() is None and saver.folder.exists()

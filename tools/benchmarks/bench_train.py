@@ -45,7 +45,6 @@ from tools.benchmarks.common import (
 )
 from training.config import TrainConfig
 from training.engines.ddp import DDPEngine
-from training.engines.flags import DDPFlags
 from training.optimizers import OPTIMIZERS
 
 
@@ -74,7 +73,7 @@ def build_engine(
         "expert_parallel": config.expert_parallel, "accum_iter": config.micro_batches,
         "global_batch_size": config.batch_size * config.micro_batches * dist.world_size,
     }  # fmt: skip
-    training = TrainConfig.default(DDPFlags).changed(user_flags)
+    training = TrainConfig.default().changed(user_flags)
     engine = make_engine(replace(training, model=config.dit_config(backend)), dist)
     reseed(dist.rank)
     return engine
@@ -101,7 +100,7 @@ def measure(config: TrainBenchmarkConfig, engine: DDPEngine, peak: float) -> dic
     peak_gb = memory_in_use(dist.device)
     return {
         "model": config.model, "precision": trained.step.precision,
-        "experts": trained.model.expert_backend, "optimizer": trained.step.optimizer,
+        "experts": trained.model.expert_backend, "optimizer": trained.step.optimizer.name,
         "processes": dist.world_size, "images": images * dist.world_size,
         "step_ms": step_time * 1e3, "forward_ms": forward_time * 1e3,
         "images_per_sec": images * dist.world_size / step_time, "tflops": flops / step_time / 1e12,

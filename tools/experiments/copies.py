@@ -1,6 +1,6 @@
 r"""Measures how alike the routed experts of upcycled models are, in each layer and saved step.
 
-    python train.py --finetune results/upcycled --ema-decay 0 --ckpt-every 25 --max-steps 200 ...
+    python train.py --finetune results/upcycled --ema exponential:decay=0 --ckpt-every 25 ...
     python -m tools.experiments.copies --runs results/RUN-0 --output results/copies.jsonl
 
 Each run adds a row per saved step to OUTPUT, with a number for each layer:
@@ -9,7 +9,7 @@ Each run adds a row per saved step to OUTPUT, with a number for each layer:
     change           norm of the change of an expert, relative to that of its weights, mean
     unchanged        share of the experts' numbers that are, rounded to bf16, as at the start
 If the weights of a run are numbers in bf16, the start is rounded to bf16 too. `report.py` makes the
-table. The checkpoints hold moving averages of the weights; --ema-decay 0 makes these the weights
+table. The checkpoints hold moving averages of the weights; a decay of 0 makes these the weights
 themselves. A dense run has only the held-out loss.
 """
 
@@ -26,7 +26,7 @@ from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from tools.experiments.report import add_row, read_lines
+from tools.experiments.report import add_row, read_lines, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def rows_of(run: Path, steps: tuple[int, ...], done: set[tuple[str, int]]) -> It
     origin = read_checkpoint(next(iter(folders.values()))).record.initialized_from
     if origin is None:
         raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
-    lines = read_lines(run / "log.jsonl")
+    lines = read_log(run)
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     start = read_checkpoint(origin["path"])
     for step, folder in {0: None, **folders}.items():

@@ -36,7 +36,7 @@ def round_weights(optimizer: torch.optim.Optimizer, *_) -> None:
 class NucleusRouter(ExpertChoiceRouter, draws_nothing=True):
     """Expert choice whose weights of a token sum to `scale` (Nucleus-Image, arXiv 2604.12163).
 
-    With --router-input normalised_time, the router of Nucleus-Image.
+    With --router nucleus:input=normalised_time, the router of Nucleus-Image.
     """
 
     scale: float = option(2.5, help="sum of the weights of a token that has an expert", gt=0)

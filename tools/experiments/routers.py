@@ -12,7 +12,7 @@ is prototype, whose additional expert changes the random numbers of other weight
 
 A finished run adds a row to OUTPUT/rows.jsonl and updates the tables (tables.md, question-N.csv)
 and figures (question-N.png) in OUTPUT. Run the same command again to train the missing runs and to
-resume an interrupted run.
+go on with an interrupted one. A run that went on with other settings gets no row.
 
 --times measures the time per step of the arms, in turns, without training them. Use it while the
 machine is otherwise idle.
@@ -41,9 +41,8 @@ from runtime.files import read_json, write_durably
 from runtime.flags import parse_config
 from tools.benchmarks.common import best_times, make_engine, open_processes, train_step
 from tools.experiments.arms import QUESTIONS, arm_flags
-from tools.experiments.report import add_row, read_lines, write_report
+from tools.experiments.report import add_row, read_lines, read_log, write_report
 from training.config import TrainConfig, fitted, parse_training
-from training.engines.flags import DDPFlags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,8 +112,8 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
-    command, said = parse_training(DDPFlags, None, command_of(config, arm, seed=0))
-    base, dataset = TrainConfig.default(DDPFlags), CachedLatents(config.latents_path)
+    _, said = parse_training("train.py", None, command_of(config, arm, seed=0))
+    base, dataset = TrainConfig.default(), CachedLatents(config.latents_path)
     return base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
 
 
@@ -127,7 +126,7 @@ def check_protocol(config: ExperimentConfig) -> None:
         if getattr(config, name) is None:
             continue
         latents = CachedLatents(getattr(config, name), spelling(name))
-        protocol[f"images of {name}"] = len(latents)
+        protocol[f"images of {name}"] = latents.fingerprint
         protocol[f"autoencoder of {name}"] = latents.settings.vae_sha256
     path = config.output / "protocol.json"
     if path.exists():
@@ -163,7 +162,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
     threads = max(1, available_cores() // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
-    last = (read_lines(folder / "log.jsonl") or [{}])[-1]
+    last = (read_log(folder) or [{}])[-1]
     saved = [int(path.name) for path in step_folders(folder)[:1]]  # empty if the last save failed
     steps = steps_of(config, arm)
     if last.get("step") != steps or "val_loss" not in last or saved != [steps]:
@@ -172,7 +171,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode == STOPPED:
-            raise UserError(f"{folder}: training was stopped; run the same command to resume")
+            raise UserError(f"{folder}: training was stopped; run the same command to go on")
         if code := done.returncode:
             line = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{folder}: training failed with exit code {code}: {line}")
@@ -181,7 +180,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
     """Collects the final losses and expert use of a finished run, and the size of the model."""
-    lines = read_lines(folder / "log.jsonl")
+    lines = read_log(folder)
     measured, last = [line for line in lines if "val_loss" in line], lines[-1]
     model = train_config(config, arm).model
     total, active = count_parameters(model)

@@ -43,6 +43,7 @@ class DeepSpeedEngine:
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
     ):
         self.dist, self.config, step = dist, config, config.step
+        self.copy_size = dist.world_size
         self.engine = zero.start_engine(
             config, complete_config(config, dist.world_size), dist.device
         )

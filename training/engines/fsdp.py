@@ -53,6 +53,7 @@ from training.memory import (
 )
 
 MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
+MOST_PADDING = 0.1  # of the weights
 
 
 class FSDPEngine(DDPEngine):
@@ -96,7 +97,7 @@ class FSDPEngine(DDPEngine):
         if scalars := [name for name, weight in weights.items() if not weight.dim()]:
             expected = "a dimension, such as torch.empty(1)"
             raise UserError(f"--shard: got the scalar parameter {scalars[0]}, expected {expected}")
-        check_runs(layout, weights)
+        check_layout(layout, weights)
         return super().check(config, world_size)
 
     @classmethod
@@ -212,23 +213,44 @@ def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
     return runs
 
 
-def check_runs(layout: Layout, weights: Mapping[str, Tensor]) -> None:
-    """Refuses shards scattered over so many rows of a checkpoint's tensors that a save would take
-    minutes.
+def count_padding(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Returns the number of elements that FSDP2 adds to each weight to make its shards equal."""
+    padding, alone = {}, replace(layout, shards=1)
+    for name, weight in weights.items():
+        gathered = layout.gathered(name) * weight[layout.place(name, weight.shape, 0)].numel()
+        whole = alone.gathered(name) * weight[alone.place(name, weight.shape, 0)].numel()
+        padding[name] = gathered - whole
+    return padding
+
+
+def fault_of(layout: Layout, weights: Mapping[str, Tensor]) -> str:
+    """Says what is wrong with shards that are scattered over so many rows of a checkpoint's tensors
+    that a save would take minutes, or that are padded so much that most traffic would be padding.
     """
-    spread, runs = layout.spread, count_runs(layout, weights)
-    if sum(runs.values()) <= MOST_RUNS:
+    runs, padding = count_runs(layout, weights), count_padding(layout, weights)
+    share = sum(padding.values()) / sum(weight.numel() for weight in weights.values())
+    if sum(runs.values()) > MOST_RUNS:
+        worst = max(runs, key=runs.get)
+        what, how = "scatters", f"over {sum(runs.values()):,} pieces of a checkpoint per process"
+    elif share > MOST_PADDING:
+        worst = max(padding, key=padding.get)
+        what, how = "pads", f"by {share:.0%} of the model, expected at most {MOST_PADDING:.0%}"
+    else:
+        return ""
+    return f"{what} the shards of {worst} {tuple(weights[worst].shape)} and others {how}"
+
+
+def check_layout(layout: Layout, weights: Mapping[str, Tensor]) -> None:
+    """Refuses a layout with a fault, see `fault_of`."""
+    if not (fault := fault_of(layout, weights)):
         return
     sizes = range(layout.shards - 1, 0, -1)
     smaller = (replace(layout, shards=n) for n in sizes if layout.shards % n == 0)
-    fits = next((x for x in smaller if sum(count_runs(x, weights).values()) <= MOST_RUNS), None)
-    expected = f"{fits.shards * spread} or fewer" if fits else "a larger --expert-parallel"
-    worst = max(runs, key=runs.get)
-    raise UserError(
-        f"--shard-size: got {layout.shards * spread}, which scatters the shards of {worst} "
-        f"{tuple(weights[worst].shape)} and others over {sum(runs.values()):,} pieces of a "
-        f"checkpoint for each process; expected {expected}"
-    )
+    fits = next((x for x in smaller if not fault_of(x, weights)), None)
+    expected = f"{fits.size} or fewer" if fits else "a larger --expert-parallel"
+    if fits and fits.size == 1:
+        expected = "another number of processes"
+    raise UserError(f"--shard-size: got {layout.size}, which {fault}; expected {expected}")
 
 
 def check_state(config: TrainConfig) -> None:
