@@ -91,7 +91,6 @@ BAD = {
     "garbage.safetensors": lambda p: p.write_bytes(b"\xff" * 100),
     "integers.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.long()}),
     "float8.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED.to(torch.float8_e5m2)}),
-    "nan.safetensors": lambda p: with_weights(p, {"pos_embed": POS_EMBED * torch.nan}),
     "shape.safetensors": lambda p: with_weights(p, {"final_layer.linear.bias": torch.ones(3)}),
     "missing.safetensors": lambda p: with_weights(p, {"pos_embed": None}),
     "unknown-weight.safetensors": lambda p: with_weights(p, {"more": torch.ones(3)}),
