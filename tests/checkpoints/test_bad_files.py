@@ -104,7 +104,6 @@ BAD = {
     "origin.safetensors": lambda p: with_config(p, CONFIG, initialized_from={"step": 1}),
     "step.safetensors": lambda p: with_config(p, CONFIG, step="many"),
     "folder": lambda p: p.mkdir(),
-    "pipe.safetensors": os.mkfifo,
     "nothing.pt": lambda p: None,
     "pipeline-garbage": lambda p: pipeline(p, "{"),
     "pipeline-of-others": lambda p: pipeline(p, '{"_class_name": "UNet2DModel"}'),
