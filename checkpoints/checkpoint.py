@@ -137,7 +137,7 @@ def read_checkpoint(
         state_dict, record = read_file(path, hints or {}, overrides, ema)
     with as_user_error(path, "a different model"):
         if quantize:
-            quantize_state_dict(state_dict, quantize)
+            quantize_state_dict(state_dict, quantize, record.config)
         assemble(record.config, state_dict)  # raises if they do not fit
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source)

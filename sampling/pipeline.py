@@ -201,7 +201,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         except UserError as error:
             raise UserError(f"--guide-ckpt {error}") from None
         if config.quantize and guide.config.num_experts:
-            quantize_state_dict(guide.state_dict, config.quantize)
+            quantize_state_dict(guide.state_dict, config.quantize, guide.config)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     for name in ("guided_channels", "guidance_interval"):
