@@ -209,11 +209,14 @@ class Option:
         return f"{words_for(self.hint)} {ranges}".strip()
 
     def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
-        """Reads a word, a `Part`, or for a list several of them, which must differ."""
+        """Reads a word, a `Part`, or for a list several of them, which must differ, or "none"."""
         try:
             if not self.is_list:
                 return Part.parse(value, self.table)
             items = value if isinstance(value, list | tuple) else [value]
+            items = [] if [*items] == ["none"] else items
+            if not items and not self.each_once:
+                raise ValueError("got none, expected at least one")
             found = [Part.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None

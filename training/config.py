@@ -133,8 +133,10 @@ class TrainConfig:
         values: Settings = {"vae_path": record.vae_path}
         if record.objective:
             values["objective"] = Part(record.objective, record.objective_options)
-        config = cls.default(script).changed(values)
-        return replace(config, preset=record.model_name, model=record.config)
+        # A probability that follows from the classes of the weights follows from those of the data.
+        model = replace(record.config, class_dropout_prob=None)
+        model = model if model.dropout == record.config.dropout else record.config
+        return replace(cls.default(script).changed(values), preset=record.model_name, model=model)
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
         """Returns the config with these values of fields, by name."""

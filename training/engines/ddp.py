@@ -291,7 +291,8 @@ class DDPEngine:
         projectors = [name for name in local if not is_of_model(name)]
         trained = {name: local[name].shape for name in self.trained if name in local}
         planned = planned_state(self.config.optimizer, trained, self.model.matrices())
-        other = f"--latents-path: other features than those that {folder} was trained on"
+        source = f"the auxiliary losses of {folder}"
+        other = f"--auxiliary: other options or features (--latents-path) than {source}"
         with reported_as(other, ValueError):
             check_shapes({n: expected[n] for n in projectors}, {n: stored[n] for n in projectors})
         with as_user_error(folder, "damaged, or of a different model"):
