@@ -337,9 +337,7 @@ def test_any_folder_name_becomes_a_unique_one_line_class_name(tmp_path):
     assert set(names) == {"\ufffd\ufffd", "\ufffd\ufffd'", "two lines", "two lines'", "käse"}
 
 
-def test_the_data_fingerprint_depends_on_names_and_labels_and_not_on_the_location(
-    image_tree, tmp_path
-):
+def test_the_fingerprint_of_data_depends_on_names_and_labels_not_on_location(image_tree, tmp_path):
     (tmp_path / "moved").symlink_to(image_tree)
     there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
     one_class = open_images(str(image_tree / "class-0"), 16)
