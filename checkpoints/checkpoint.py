@@ -36,7 +36,7 @@ from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
 from options.settings import nested
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
 
@@ -180,7 +180,7 @@ def find_weights(path: Path) -> Path:
             faults.append(str(error))
             continue
         if faults and os.environ.get("RANK", "0") == "0":
-            print(f"using {folder}, because {'; '.join(faults)}", file=sys.stderr)
+            print_safely(f"using {folder}, because {'; '.join(faults)}", file=sys.stderr)
         return folder / MODEL_FILE
     got = "; ".join(faults) or ("got no weights" if path.exists() else "no such file or folder")
     raise UserError(f"{path}: {got}, expected weights, a run, a step folder or a hub id")

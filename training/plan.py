@@ -17,7 +17,7 @@ from latents.sources import GivenImages, Source, expand_range
 from moe import width_of
 from options.settings import Layer
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize
+from runtime.errors import UserError, pluralize, print_safely
 from runtime.processes import ALONE, Distributed, read_environment
 from training.config import DataFacts, TrainConfig
 from training.engine import Bytes
@@ -50,7 +50,7 @@ def print_plan(said: Layer, engine_flags: type) -> None:
     lines |= describe_steps(config, stream)
     notes = plan.notes + length_notes(config, stream, is_pretrained=plan.weights is not None)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
-        print(f"{name:<12} {text}")
+        print_safely(f"{name:<12} {text}")
 
 
 def describe_model(config: TrainConfig) -> dict[str, str]:
