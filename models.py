@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from moe_kernels.layouts import to_stacked_layout
 from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names
-from routers import ROUTERS, Router, Routing
+from routers import NOTHING, ROUTERS, Context, Router, Routing
 
 
 class RMSNorm(nn.RMSNorm):
@@ -386,7 +385,6 @@ class DiTBlock(nn.Module):
     """
 
     matrices_in = {"adaLN_modulation.1.weight": 6}
-    router_context = ("time", "no_class")  # names in `context` that a router may ask for
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -408,10 +406,6 @@ class DiTBlock(nn.Module):
                 mlp_type=config.expert_mlp,
                 router=config.router,
             )
-            gate, known = self.moe.gate, self.router_context
-            if unknown := [name for name in gate.asks_for if name not in known]:
-                raise ValueError(f"{type(gate).__name__}.asks_for: got {', '.join(unknown)}, "
-                                 f"expected {' or '.join(known)}")
         else:
             self.mlp = MLP_TYPES[config.dense_mlp](
                 config.hidden_size, width_of(config.hidden_size, config.dense_ratio)
@@ -421,18 +415,16 @@ class DiTBlock(nn.Module):
         )
 
     def forward(
-        self,
-        x: Tensor,
-        c: Tensor,
-        context: Mapping[str, Tensor] = MappingProxyType({}),
-        rotation: Tensor | None = None,
+        self, x: Tensor, c: Tensor, context: Context = NOTHING, rotation: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Returns the tokens (N, T, D) and, if the block is sparse, the routing.
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        context: tensors (N, ...) by name, which a router may read besides the tokens, and the
-            tokens (N, L, D) of a condition
+        context: what the block and its router read besides, by name: "time" (N, D), embedded;
+            "no_class" (N,), true for an image without a class; each condition, embedded: (N, D), or
+            tokens (N, L, D); and what routers before it passed on. Its router also finds
+            "unmodulated", the normalised tokens (N, T, D) without shift and scale.
         rotation: (T, d), see `rotary_positions`, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -443,20 +435,8 @@ class DiTBlock(nn.Module):
         h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
         if self.moe is None:
             return x + gate_mlp.unsqueeze(1) * self.mlp(h), None
-        y, routing = self.moe(h, self.router_input(h, normed, context))
+        y, routing = self.moe(h, context | {"unmodulated": normed})
         return x + gate_mlp.unsqueeze(1) * y, routing
-
-    def router_input(self, h: Tensor, normed: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """Returns the router's input (N, T, D or more).
-
-        `Router.input` chooses between the modulated tokens `h` and the unmodulated `normed`. What
-        `Router.asks_for` names of the context is appended to each token.
-        """
-        gate = self.moe.gate
-        token = h if gate.input == "modulated" else normed                  # (N, T, D)
-        asked = [context[name].unsqueeze(1) for name in gate.asks_for]
-        asked = [value.expand(-1, token.shape[1], -1).to(token.dtype) for value in asked]
-        return torch.cat([token, *asked], dim=-1) if asked else token
 
 
 class FinalLayer(nn.Module):
@@ -634,12 +614,17 @@ class DiT(nn.Module):
                 found.setdefault(f"{prefix}.{name}", count)
         return {name: found[name] for name, _ in self.named_parameters() if name in found}
 
+    def expert_parameters(self) -> list[str]:
+        """Returns the names of the parameters (E, ...) that have a slice for each expert."""
+        return [
+            f"{prefix}.experts.{name}"
+            for prefix, module in self.named_modules() if isinstance(module, SparseMoEBlock)
+            for name, _ in module.experts.named_parameters() if name in module.experts.per_expert
+        ]  # fmt: skip
+
     def checkpoint_options(self) -> dict[str, Any]:
         """Returns the options with which torch recomputes a block."""
-        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
-        draws_nothing = all(gate.draws_nothing for gate in gates)
-        kept = {"all": (), "selective": self.kept_operators}[self.recomputed]
-        return checkpoint_options(kept, draws_nothing=draws_nothing)
+        return checkpoint_options({"all": (), "selective": self.kept_operators}[self.recomputed])
 
     def compile_blocks(self) -> None:
         """Compiles each block separately. Blocks of the same structure share one compiled graph.
@@ -697,11 +682,10 @@ class DiT(nn.Module):
             values = y[name] if name in y else condition.default(len(x), x.device)
             embedded[name] = condition(values)
             c = c + embedded[name] if embedded[name].dim() == 2 else c
-        no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
+        no_class = torch.zeros(len(x), dtype=torch.bool, device=x.device)   # (N,)
         if "label" in y:
-            no_class = y["label"][:, None] == self.config.num_classes
-        tokens = {name: value for name, value in embedded.items() if value.dim() > 2}
-        context = {"time": time, "no_class": no_class, **tokens}
+            no_class = y["label"] == self.config.num_classes
+        context = Context({"time": time, "no_class": no_class, **embedded})
         rotation = None
         if self.config.rope:
             width = self.config.hidden_size // self.config.num_heads
@@ -717,6 +701,7 @@ class DiT(nn.Module):
             inputs = x, c, context, None if rotation is None else rotation[-x.shape[1] :]
             x, routing = checkpoint(block, *inputs, **options) if is_recomputed else block(*inputs)
             if routing is not None:
+                context = context | (routing.passed_on or {})
                 routings.append(routing)
                 rates.append(len(routing.token) / (x.shape[0] * x.shape[1]))
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)

@@ -1,23 +1,25 @@
 """Routers: the assignment of tokens to experts, one class per method.
 
     router = ROUTERS["topk"](hidden_size=384, num_experts=8, num_experts_per_tok=2)
-    routing = router(x)
+    routing = router(x, context)
 
-A router returns a `Routing`: the rows that the experts compute and the recorder
-(analysis/recorder.py) counts, a loss for training, and the load. After each optimizer step,
-`Router.update` updates the state of the router from the observed statistics.
+A router reads the tokens and the `Context` of its block. It returns a `Routing`: the rows that the
+experts compute and the recorder (analysis/recorder.py) counts, a loss for training, and the load.
+After each optimizer step, `Router.update` updates the state of the router from the observed
+statistics.
 
 To add a router, write a subclass of `Router` with `forward` or `choose`, and add it to `ROUTERS`. A
 field made by `option` can be set: --router sigmoid:scale=2.5.
 
 Shape legend:
-    N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the gate's input
+    N batch, T tokens per image, S = N*T tokens, D width of a token, F width of the router's input
     (D, or 2D with the time), E experts, K experts per token on average, R chosen rows, C rows per
     expert and image; x router input, z logits, W gate weight (E, F)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,6 +29,46 @@ from torch import Tensor, nn
 from options.parts import Component, option
 
 GATINGS = ("softmax", "sigmoid", "identity")
+
+
+# FSDP2 finds tensors in a dataclass, and before torch 2.13 in a node of pytree. All methods of
+# MutableMapping that write raise the error of `__setitem__`.
+@dataclass(frozen=True, eq=False)
+class Context(MutableMapping[str, Tensor]):
+    """Tensors by name that a block and its router read besides the tokens; see `DiTBlock.forward`.
+
+    It is read-only: the backward pass may compute blocks again, the last one first, and would find
+    what another block has written. `context | {name: tensor}` is a new context.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise KeyError(f"context: got {name}, expected one of {', '.join(self.tensors)}")
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __or__(self, more: Mapping[str, Tensor]) -> "Context":
+        return Context({**self.tensors, **more})
+
+    def __setitem__(self, name: str, value: Tensor | None = None) -> None:
+        raise TypeError(
+            f"context: got a change of {name!r}, but a block and its router only read the context, "
+            "because the backward pass may compute them again; what later blocks shall read, a "
+            "router returns as Routing.passed_on, and a block returns to DiT.forward"
+        )
+
+    __delitem__ = __setitem__
+
+
+torch.export.register_dataclass(Context)
+NOTHING = Context({})
 
 
 class Routing(NamedTuple):
@@ -46,23 +88,12 @@ class Routing(NamedTuple):
     # layer's is logged. The block may add its own.
     metrics: Mapping[str, Tensor] | None = None
     is_even: bool = False  # whether every expert has exactly R / E rows
+    # Tensors by name that the blocks after this one, and their routers, find in `context`.
+    passed_on: Mapping[str, Tensor] | None = None
 
 
 class Router(Component, nn.Module):
-    """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
-
-    `DiTBlock.router_input` appends to the token (D) what `asks_for` names: "time", the
-    embedding of the time (D), or "no_class" (1), true without a class, which the gate ignores.
-
-    draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient
-        checkpointing then need not restore the state of the generators.
-    """
-
-    draws_nothing = False
-
-    def __init_subclass__(cls, draws_nothing: bool = False, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls.draws_nothing = draws_nothing
+    """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast."""
 
     hidden_size: int
     num_experts: int
@@ -83,8 +114,7 @@ class Router(Component, nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        self.asks_for: tuple[str, ...] = ("time",) if self.input == "normalised_time" else ()
-        self.width = self.hidden_size * (1 + len(self.asks_for))            # F
+        self.width = self.hidden_size * (2 if self.input == "normalised_time" else 1)  # F
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.width))
         Router.reset_parameters(self)
 
@@ -96,10 +126,24 @@ class Router(Component, nn.Module):
         else:
             nn.init.normal_(self.weight, std=self.weight_std)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Routes the tokens, given the router's input x (N, T, F).
+    def select_input(self, x: Tensor, context: Context) -> Tensor:
+        """Returns the router's input (N, T, F), as the option `input` says.
 
-        A router that asks for "no_class" overrides this method: its input has one more channel.
+        x: modulated tokens (N, T, D)
+        """
+        if self.input == "modulated":
+            return x
+        x = context["unmodulated"]                                          # (N, T, D)
+        if self.input == "normalised":
+            return x
+        time = context["time"].unsqueeze(1).expand(-1, x.shape[1], -1).to(x.dtype)
+        return torch.cat([x, time], dim=-1)                                 # (N, T, 2D)
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Routes the tokens.
+
+        x: the router's input (N, T, F), see `select_input`
+        context: what the block knows besides, by name; see `DiTBlock.forward`
         """
         return self.choose(self.score(x.flatten(0, 1)))
 
@@ -138,7 +182,7 @@ def gate_scores(logits: Tensor, gating: str) -> Tensor:
     return logits.sigmoid() if gating == "sigmoid" else logits
 
 
-class TopKRouter(Router, draws_nothing=True):
+class TopKRouter(Router):
     """Token choice, DiT-MoE's router (arXiv 2407.11633, equations 3 to 5).
 
     p = softmax(W x) over all experts. Each token goes to the K experts with the largest p, and the
@@ -174,7 +218,7 @@ def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor
     return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
 
 
-class SigmoidRouter(Router, draws_nothing=True):
+class SigmoidRouter(Router):
     """Token choice by sigmoid, balanced by a bias instead of a loss (DeepSeek-V3, arXiv 2412.19437,
     equations 12 to 16). DSMoE uses this router for diffusion; DSMoE's code never updates the bias.
 
@@ -222,7 +266,7 @@ class SigmoidRouter(Router, draws_nothing=True):
         self.e_score_correction_bias += torch.where(skipped, 0.0, step)
 
 
-class ExpertChoiceRouter(Router, draws_nothing=True):
+class ExpertChoiceRouter(Router):
     """Expert choice (Zhou et al. 2022, arXiv 2202.09368) within each image, as in EC-DiT (arXiv
     2410.02098).
 
@@ -242,7 +286,7 @@ class ExpertChoiceRouter(Router, draws_nothing=True):
 
     weight_std = 0.006
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         scores = gate_scores(self.score(x), self.gating)                    # (N, T, E)
         _, tokens, experts = scores.shape
         rounded = math.ceil if self.capacity_rounding == "up" else math.floor
@@ -289,7 +333,7 @@ class ThresholdRouter(Router):
         self.threshold.lerp_(observed, 1 - self.momentum)
 
 
-class RaceRouter(ThresholdRouter, draws_nothing=True):
+class RaceRouter(ThresholdRouter):
     """Expert Race (Yuan et al. 2025, arXiv 2503.16057).
 
     z = W gelu(W1 x). Of the S E pairs (token, expert) of a process's micro-batch, those with the
@@ -321,7 +365,7 @@ class RaceRouter(ThresholdRouter, draws_nothing=True):
         super().reset_parameters()
         nn.init.xavier_uniform_(self.hidden)
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.gelu(F.linear(x.flatten(0, 1).float(), self.hidden.float()))
         logits = self.score(hidden)                                         # (S, E)
@@ -352,7 +396,7 @@ class RaceRouter(ThresholdRouter, draws_nothing=True):
         return (weight * similarity).sum() / tokens
 
 
-class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
+class BatchPoolRouter(ThresholdRouter):
     """DiffMoE's batch-level pool (Shi et al. 2025, arXiv 2503.14487).
 
     p = softmax(W x). Among the S tokens of a process's micro-batch, every expert takes the
@@ -389,7 +433,7 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
     def depends_on_batch(self) -> bool:
         return self.inference == "count"
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         x = x.flatten(0, 1)                                                 # (S, F)
         scores = self.score(x).softmax(dim=-1)                              # (S, E)
         with torch.autocast(x.device.type, enabled=False):
@@ -414,7 +458,7 @@ class BatchPoolRouter(ThresholdRouter, draws_nothing=True):
         return Routing(*rows, loss, load, observed, is_even=True)
 
 
-class PrototypeRouter(Router, draws_nothing=True):
+class PrototypeRouter(Router):
     """ProMoE's prototype routing (ICLR 2026), by token choice (ProMoE-TC) or expert choice
     (ProMoE-EC).
 
@@ -458,15 +502,10 @@ class PrototypeRouter(Router, draws_nothing=True):
     def varies_in(self) -> tuple[str, ...]:
         return ("training", "evaluation") if self.choice == "expert" else ()
 
-    def __post_init__(self):
-        super().__post_init__()
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # (N,)
         if self.unconditional_expert:
-            self.asks_for += ("no_class",)
-
-    def forward(self, x: Tensor) -> Routing:
-        x, no_class = x.split([self.width, x.shape[-1] - self.width], dim=-1)
-        # The first token speaks for its image. Without the expert the width is 0: `any` is False.
-        unconditional = no_class[:, 0].any(dim=-1)                          # (N,)
+            unconditional = context.get("no_class", unconditional)
         with torch.autocast(x.device.type, enabled=False):
             images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, F)
             prototypes = self.weight.float()  # cast once: gradients of both uses add up in fp32

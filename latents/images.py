@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
+from latents.bounds import check_content, check_image
 from options.parts import Size, sides
 from runtime.errors import pluralize
 from runtime.files import open_regular
@@ -45,13 +46,19 @@ FOLDERS_OF_OURS = {
     "config.json": (b'"_class_name"', "an autoencoder or a pipeline, for --vae-path or --ckpt"),
 }
 
-# Larger images would take gigabytes in each worker.
-MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
 MAX_ASPECT_RATIO = 16  # the ends of longer images are cropped before scaling
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the image files by class, in the order of class names, and notes on ignored files."""
+    """Returns the image files by class, in the order of class names, and notes on ignored files.
+
+    Raises ValueError if most images are outside the class folders.
+    """
     others: Counter[str] = Counter()
     with os.scandir(root) as entries:
         is_folder = {entry.name: os.path.isdir(entry) for entry in entries}
@@ -65,6 +72,11 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
     for folder in [root] * bool(loose) + [root / name for name in classes]:
         check_is_foreign(folder)
     left_out = []
+    if classes and len(loose) > (inside := sum(map(len, classes.values()))):
+        raise ValueError(
+            f"{pluralize(len(loose), 'image')} outside the class folders, such as {loose[0]}, and "
+            f"only {inside:,} inside; put each image into a class folder, or all into one folder"
+        )
     if classes and loose:
         left_out.append(
             f"{pluralize(len(loose), 'image')} outside the class folders, such as {loose[0]}"
@@ -137,16 +149,18 @@ def image_names(names: Iterable[str], others: Counter[str]) -> list[str]:
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     """Reads the first frame of an image file as RGB.
 
-    The image is rotated according to its EXIF data, and transparent pixels become white. A JPEG
-    above MAX_PIXELS is read at half its size. Raises ValueError, with the reason, if the image
-    cannot be read or is too large, and OSError if the storage failed.
+    The image is rotated according to its EXIF data, and transparent pixels become white. A JPEG of
+    more than 90 million pixels is read at half its size. Raises ValueError, with the reason, if the
+    image cannot be read or asks for too much, see `latents.bounds`, and OSError if the storage
+    failed.
     """
     try:
         file = source if isinstance(source, io.BytesIO) else open_regular(source)
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
+            check_content(file)
             with Image.open(file, formats=tuple(FORMATS)) as image:
-                check_size(image)
+                check_image(image)
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError:
@@ -162,20 +176,13 @@ def is_storage_fault(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in STORAGE_FAULTS
 
 
-def check_size(image: Image.Image) -> None:
-    """Refuses an image that is too large, before its pixels are decoded."""
-    if image.width * image.height > MAX_PIXELS:
-        image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
-    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-        got, most = f"{image.width:,} x {image.height:,} pixels", f"{MAX_PIXELS // 10**6} million"
-        raise ValueError(f"got {got}, the limit is {most}, and {MAX_SIDE:,} a side")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # Pillow would clip these to white
         raise ValueError(f"got pixels of mode {image.mode}, expected 8 bits")
     with suppress(Exception):  # the metadata can be damaged while the pixels are fine
-        ImageOps.exif_transpose(image, in_place=True)
+        # ImageOps.exif_transpose also writes the EXIF data anew, which takes long for many tags.
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        image = image if turn is None else image.transpose(turn)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

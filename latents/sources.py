@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
+from latents.bounds import MAX_BYTES
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -47,6 +48,7 @@ from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.files import open_regular
 
+MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabytes
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
@@ -391,6 +393,11 @@ class ShardImages(ImageSource):
                             self.passed_over["images whose key a later image has"] += 1
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
+                        if member.size > MAX_LABEL:
+                            raise ValueError(
+                                f"{self.shards[shard]}: {member.name}: got {member.size:,} bytes, "
+                                f"expected a label of at most {MAX_LABEL:,}"
+                            )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None
@@ -404,7 +411,7 @@ class ShardImages(ImageSource):
         shard, offset, num_bytes = self.places[index]
         with open_regular(self.shards[shard]) as file:
             file.seek(offset)
-            return read_rgb(io.BytesIO(file.read(num_bytes)))
+            return read_rgb(io.BytesIO(file.read(min(num_bytes, MAX_BYTES + 1))))
 
 
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins

@@ -3,7 +3,8 @@
     y = checkpoint(block, x, **checkpoint_options(KEPT_OPERATORS))    # (): keep only x
 
 With kept operators, the forward pass keeps their outputs, and the backward pass computes only what
-lies between them again (torch's selective activation checkpointing).
+lies between them again (torch's selective activation checkpointing). What the block draws at random
+is drawn again: torch keeps the state of the generators, which the host holds also for a GPU.
 """
 
 from collections.abc import Collection
@@ -27,14 +28,12 @@ KEPT_OPERATORS = EXPERT_OPERATORS | {
 }
 
 
-def checkpoint_options(kept: Collection[str], *, draws_nothing: bool = False) -> dict[str, Any]:
+def checkpoint_options(kept: Collection[str]) -> dict[str, Any]:
     """Returns the options of torch's `checkpoint`.
 
     kept: names of operators whose outputs are kept
-    draws_nothing: whether the block uses no random numbers, so that the state of the generators
-        need not be saved for the second computation
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not draws_nothing}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if kept:
         policy = partial(keep_outputs, frozenset(kept))
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)

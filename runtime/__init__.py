@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from runtime.errors import end_while_importing
 
-__version__ = "0.2.0"  # version of the code; also in CITATION.cff and CHANGELOG.md
+__version__ = "0.3.0"  # version of the code; also in CITATION.cff and CHANGELOG.md
 PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 

@@ -39,6 +39,7 @@ class Requests:
         self.dist, self.save_seconds = dist, save_seconds
         self.last_save = time.monotonic()
         self.is_signalled = False
+        self.has_step = False  # whether a step is complete, so that there is something to save
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self.every, self.steps = 1, 0  # steps between two polls, and since the last one
         self.last_poll = time.monotonic()
@@ -57,7 +58,8 @@ class Requests:
         self.is_signalled = True
 
     def watch(self, numbers: int) -> None:
-        """Reads the numbers of signals from a pipe, and ends the process at the second signal.
+        """Reads the numbers of signals from a pipe, and ends the process at the second signal, or
+        at the first one before there is something to save.
 
         Unlike a handler, this thread also runs while the main thread waits in C++, for example for
         a collective.
@@ -67,9 +69,11 @@ class Requests:
             (number,) = content
             now = time.monotonic()
             if number in SIGNALS and first is None:
-                first = now
+                first, name = now, signal.Signals(number).name
+                if not self.has_step:
+                    print_safely(f"{name}: stopped before the end of the first step, not saved")
+                    os._exit(128 + number)
                 if self.dist.is_main:
-                    name = signal.Signals(number).name
                     print_safely(
                         f"{name}: saving within two steps or seconds (again, after {REPEATED:g} "
                         "seconds: stop at once, also if a step hangs)"

@@ -29,6 +29,7 @@ from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed, close_distributed
 from training.engines.state import read_state
+from training.manifest import MANIFEST_FILE, write_manifest
 
 # One thread in this process and in every process that a test starts: a different number of threads
 # may round differently, and threads that wait for each other are slow while other tests run.
@@ -297,6 +298,13 @@ def expect_error(capsys, script: str, *arguments) -> str:
     (line,) = [line for line in lines if not line.startswith("\r")]  # without progress bars
     assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
     return line
+
+
+def list_files(folder: Path) -> None:
+    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
+    (folder / MANIFEST_FILE).unlink()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    write_manifest(folder, {str(p.relative_to(folder)): p.stat().st_size for p in files})
 
 
 def command(script: Path | str, arguments: tuple | list, processes: int, *launcher: str) -> dict:

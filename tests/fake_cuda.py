@@ -64,6 +64,7 @@ from diffusion.objectives import Gaussian  # noqa: E402
 from training.engines import fsdp  # noqa: E402
 from training.engines.ddp import DDPEngine  # noqa: E402
 from models import DiTConfig  # noqa: E402
+from routers import ROUTERS, Routing, TopKRouter  # noqa: E402
 from runtime.processes import ALONE, Distributed  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 
@@ -130,13 +131,26 @@ def install() -> None:
         setattr(cuda, name, lambda *_: stream)
     for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda *_: None)
-    cuda.stream = lambda _: contextlib.nullcontext()
-    cuda.current_device, cuda.device_count = lambda: 0, lambda: 8
+    cuda.stream = cuda.device = lambda _: contextlib.nullcontext()
+    # The state of a CUDA generator is a tensor of the host, as that of any generator.
+    cuda._initialized, cuda.default_generators = True, (torch.Generator(),)
+    cuda.current_device = cuda.random.current_device = lambda: 0
+    cuda.device_count = lambda: 8
     cuda.is_bf16_supported = lambda *_, **__: True
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_properties, cuda.get_device_name = lambda *_: H100, lambda *_: H100.name
     cuda.amp.common.amp_definitely_not_available = lambda: False
     nn.Module.to, nn.Module.to_empty = move, to_empty
+
+
+class NoisyRouter(TopKRouter):
+    """Top-k with noise on the logits, which the backward pass of a recomputed block draws again."""
+
+    def choose(self, logits: torch.Tensor) -> Routing:
+        return super().choose(logits + torch.randn_like(logits))
+
+
+ROUTERS["noisy"] = NoisyRouter
 
 
 def objective_of() -> Gaussian:

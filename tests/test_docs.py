@@ -1,9 +1,15 @@
 """The documentation: its Python code and the notebook run, and its commands are valid."""
 
+import ast
+import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
 
@@ -33,7 +39,7 @@ def workspace(tmp_path_factory, image_tree, train_flags):
     values = {
         "data-path": root / "data" / "fashion-mnist", "image-size": 32, "run-name": "demo",
         "vae-path": ROOT / "assets" / "vae-fashion-mnist", "global-batch-size": 8,
-        "max-steps": 2, "ema-decay": 0.997, "rf": True,
+        "max-steps": 2, "ema": "exponential:decay=0.997", "rf": True,
     }  # fmt: skip
     call_main("train.py", *train_flags(root / "results", **values))
     return root
@@ -81,12 +87,27 @@ def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeyp
     assert (tmp_path / "dog.png").is_file()
 
 
-def commands_of(page: str) -> Iterator[list[str]]:
-    """Yields [module, *arguments] for every command of a page that runs our Python code.
+def shell_of(path: Path) -> list[str]:
+    """Returns the shell code in a page (fenced or indented), in a docstring, or in comments."""
+    text = path.read_text()
+    fenced = []
+    if path.suffix == ".md":
+        fenced = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    elif path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        text = re.sub("^# ?", "", text, flags=re.MULTILINE)
+    indented = r"^ {2,}(?:\w+=\".*\"$|(?:\w+=\S+ )?(?:python|torchrun) (?:.*\\\n)*.*)"
+    return [*fenced, "\n".join(re.findall(indented, text, re.MULTILINE))]
+
+
+def commands_of(blocks: list[str]) -> Iterator[list[str]]:
+    """Yields [module, *arguments] for every command that runs our Python code.
 
     For a shell loop, only the first iteration is returned.
     """
-    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+    for block in blocks:
         variables: dict[str, str] = {}
         for line in block.replace("\\\n", " ").replace(" ...", "").splitlines():
             line = Template(line.strip()).safe_substitute(variables)
@@ -99,17 +120,87 @@ def commands_of(page: str) -> Iterator[list[str]]:
                     break
 
 
-def test_the_commands_in_the_docs_are_valid(monkeypatch):
+def check(script: str, *arguments: str) -> None:
+    with command_line(script, arguments) as module:
+        module.parse_args()  # raises UserError for an unknown flag or a wrong value
+
+
+@pytest.mark.parametrize("pattern, count", [
+    ("README.md", 15), ("docs/*.md", 150), ("assets/*/README.md", 20),
+    ("config/recipes/*.yaml", 90), ("*.py", 30), ("tools/**/*.py", 30),
+])  # fmt: skip
+def test_the_commands_in_docs_recipes_and_docstrings_are_valid(pattern, count, monkeypatch):
     """test_router_runs.py runs the commands of docs/architecture.md, which define a router."""
     monkeypatch.chdir(ROOT)
-    pages = {ROOT / "README.md", *ROOT.glob("docs/*.md")} - {ROOT / "docs" / "architecture.md"}
-    commands = [command for page in sorted(pages) for command in commands_of(page.read_text())]
-    assert len(commands) > 50
-    for script, *arguments in commands:
-        if "--plugin" in arguments:
-            continue  # test_router_runs.py runs them
-        with command_line(script, arguments) as module:
-            module.parse_args()  # raises UserError for an unknown flag or a wrong value
+    pages = {*ROOT.glob(pattern)} - {ROOT / "docs" / "architecture.md"}
+    commands = [command for page in sorted(pages) for command in commands_of(shell_of(page))]
+    assert len(commands) >= count
+    for command in commands:
+        if "--plugin" not in command:  # test_router_runs.py runs them
+            check(*command)
+
+
+def python_commands(script: Path, folder: Path, *arguments: str, **environment: str):
+    """Runs a shell script with a `python` that only records its arguments, but runs `python -c`.
+
+    Returns the recorded arguments and the finished process.
+    """
+    record, python = folder / "commands.jsonl", folder / "bin" / "python"
+    python.parent.mkdir(exist_ok=True)
+    record.write_text("")
+    write = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    python.write_text(
+        f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f"exec {sys.executable} -S -c '{write}' \"$@\" >> {record}\n"
+    )
+    python.chmod(0o755)
+    path = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        ["bash", script, *arguments], cwd=folder, text=True, capture_output=True,
+        env={**os.environ, **path, **environment},
+    )  # fmt: skip
+    return [json.loads(line) for line in record.read_text().splitlines()], ended
+
+
+@pytest.fixture
+def demo_script(tmp_path) -> Path:
+    """scripts/demo.sh beside a setup.sh that installs nothing."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "setup.sh").touch()
+    return Path(shutil.copy(ROOT / "scripts" / "demo.sh", tmp_path / "scripts"))
+
+
+@pytest.mark.parametrize("name", ["fashion", "emoji"])
+def test_the_commands_of_the_demo_are_valid(name, demo_script, tmp_path, monkeypatch):
+    commands, ended = python_commands(demo_script, tmp_path, name)
+    assert not ended.returncode, ended.stderr
+    monkeypatch.chdir(ROOT)
+    tried = [*commands_of([ended.stdout.partition("Try next:")[2]])]
+    assert len(commands) >= 8 and len(tried) == 3
+    for words in [*commands, *tried]:
+        check(*words[1:] if words[0] == "-m" else words)
+
+
+def test_a_demo_of_an_earlier_version_is_one_line(demo_script, tmp_path):
+    (tmp_path / "results" / "demo").mkdir(parents=True)
+    (tmp_path / "results" / "demo" / CONFIG_FILE).write_text("model: {}\n---\nversion: 0.2.0\n")
+    commands, ended = python_commands(demo_script, tmp_path)
+    assert ended.returncode == 2 and not [words for words in commands if "train.py" in words]
+    assert re.fullmatch(r"error: results/demo .* delete or rename it.*\n", ended.stderr)
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("scripts/train_*.sh")), ids=lambda path: path.stem
+)
+def test_the_recipes_of_clusters_are_valid_and_need_the_name_of_a_run(
+    script, tmp_path, monkeypatch
+):
+    (command,), ended = python_commands(script, tmp_path, "--dry-run", RUN="a name")
+    assert not ended.returncode and command[-2:] == ["--run-name", "a name"]
+    monkeypatch.chdir(ROOT)
+    check(*command)
+    commands, ended = python_commands(script, tmp_path, RUN="")
+    assert ended.returncode == 2 and not commands and re.fullmatch("RUN: .*\n", ended.stderr)
 
 
 def test_the_demo_notebook_runs(workspace):
@@ -136,10 +227,3 @@ def test_citation_changelog_and_run_config_have_the_same_version(workspace):
     assert (
         f"\nversion: {__version__}\n" in (workspace / "results" / "demo" / CONFIG_FILE).read_text()
     )
-
-
-def test_python_inside_the_demo_runs(capsys):
-    """The demo itself trains for minutes, so it is not run here."""
-    (code,) = re.findall(r'python -c "\n(.+?)"\)', (ROOT / "scripts/demo.sh").read_text(), re.S)
-    exec(code, {})
-    assert capsys.readouterr().out in ("bf16\n", "fp32\n")

@@ -1,17 +1,21 @@
 """Routers: chosen experts, weights, loss, gradients and state follow the papers' equations."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL
-from test_models import randomised
+from conftest import TINY_MODEL, relative_error
+from test_models import gradients_of, randomised
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+import models
 import routers
 from analysis.recorder import RoutingRecorder, listen
-from models import DiT
+from models import DiT, DiTBlock
 from moe import SparseMoEBlock
-from routers import ROUTERS, Router, Routing, expert_load
+from routers import NOTHING, ROUTERS, Context, Router, Routing, TopKRouter, expert_load
 from training.auxiliary import listening
 
 N, T, D, E, K = 3, 8, 12, 4, 2
@@ -134,8 +138,7 @@ PLAIN = {
 
 def call(router: Router, x: Tensor, no_class: tuple[bool, ...] = (False, True, False)) -> Routing:
     """Routes images, some of which have no class."""
-    column = torch.tensor(no_class).float()[:, None, None].expand(-1, x.shape[1], 1)
-    return router(torch.cat([x, column], dim=-1) if router.asks_for else x)
+    return router(x, Context({"no_class": torch.tensor(no_class)}))
 
 
 @pytest.mark.parametrize(
@@ -231,10 +234,9 @@ def test_the_contrastive_loss_is_zero_if_fewer_than_two_experts_were_chosen():
 def test_under_autocast_experts_compute_in_bf16_and_routers_in_fp32(name):
     block = SparseMoEBlock(32, num_experts=4, num_experts_per_tok=2, router=name)
     x = torch.randn(2, 6, 32)
-    router_input = F.pad(x, (0, "no_class" in block.gate.asks_for))
-    _, want = block(x, router_input)
+    _, want = block(x)
     with torch.autocast("cpu", torch.bfloat16):
-        y, got = block(x, router_input)
+        y, got = block(x)
     assert y.dtype == torch.bfloat16 and got.weight.dtype == got.loss.dtype == torch.float32
     assert all(map(torch.equal, got[:3], want[:3])) and torch.equal(got.loss, want.loss)
 
@@ -249,23 +251,25 @@ def test_router_input_selects_the_input_of_the_router_and_not_of_the_experts(nam
         block, got = model.blocks[1], {}
 
         def note(module, inputs, output, got=got) -> None:
-            got[module] = inputs[0], output
+            got[module] = *inputs, output
 
         adaln, time = block.adaLN_modulation, model.t_embedder
         for module in (block.norm2, block.moe, block.moe.gate, adaln, time):
             module.register_forward_hook(note)
         model(x, t, y)
-        normed = got[block.norm2][1]
-        shift, scale = got[adaln][1].chunk(6, dim=1)[3:5]
+        normed = got[block.norm2][-1]
+        shift, scale = got[adaln][-1].chunk(6, dim=1)[3:5]
         modulated = normed * (1 + scale[:, None]) + shift[:, None]
         assert torch.equal(got[block.moe][0], modulated)
-        time = got[time][1][:, None].expand_as(normed)
+        time = got[time][-1][:, None].expand_as(normed)
         expected = {
             "modulated": [modulated], "normalised": [normed], "normalised_time": [normed, time],
         }[option]  # fmt: skip
-        if name == "prototype":  # also receives which images have no class
-            expected += [(y == 10).float()[:, None, None].expand(3, 16, 1)]
-        assert torch.equal(got[block.moe.gate][0], torch.cat(expected, dim=-1))
+        read, context, _ = got[block.moe.gate]
+        assert torch.equal(read, torch.cat(expected, dim=-1))
+        assert torch.equal(context["unmodulated"], normed)
+        assert torch.equal(context["no_class"], y == 10)
+        assert torch.equal(context["label"], model.y_embedder(y))
         width = 64 if option == "normalised_time" else 32
         assert block.moe.gate.weight.shape == (4, width)
 
@@ -276,7 +280,7 @@ class LastExpert(Router):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Routing:
+    def forward(self, x: Tensor, context: Context) -> Routing:
         token = torch.arange(0, x.shape[0] * x.shape[1], 2)
         expert = torch.full_like(token, self.num_experts - 1)
         weight = x.flatten(0, 1)[token] @ self.weight[-1]
@@ -367,3 +371,83 @@ def test_an_expert_at_the_mean_load_keeps_its_bias():
         torch.testing.assert_close(
             router.e_score_correction_bias, torch.tensor([1e-3, 0, -1e-3]), rtol=0, atol=1e-9
         )
+
+
+RECOMPUTED = ("nothing", "all", "selective")
+
+
+class Heir(TopKRouter):
+    """Adds the logits of the previous layer to its own."""
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        logits = self.score(x.flatten(0, 1))
+        logits = logits + context.get("logits", torch.zeros_like(logits))
+        return self.choose(logits)._replace(passed_on={"logits": logits})
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_router_reads_what_the_previous_layer_passed_on(monkeypatch, quick_compile, is_compiled):
+    """A block that is computed again after all blocks finds what it found the first time."""
+    monkeypatch.setitem(routers.ROUTERS, "heir", Heir)
+    torch._dynamo.reset()
+    want, seen = [], []
+    for recomputed in RECOMPUTED:
+        model = randomised(router="heir", depth=3)
+        model.recomputed = recomputed
+        if not want:
+            for block in model.blocks:
+                block.moe.gate.register_forward_hook(
+                    lambda gate, inputs, routing: seen.append(inputs[1].get("logits"))
+                )
+        elif is_compiled:
+            model.compile_blocks()
+        grads = gradients_of(model)
+        want = want or grads
+        assert all(relative_error(*pair) < 1e-5 for pair in zip(grads, want, strict=True))
+    first, second, third = seen
+    assert first is None and not torch.equal(second, third)
+
+
+class Writer(TopKRouter):
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        context["logits"] = self.score(x)
+        return super().forward(x, context)
+
+
+class WritingBlock(DiTBlock):
+    def forward(self, x, c, context=NOTHING, rotation=None):
+        context.update(tokens=x)
+        return super().forward(x, c, context, rotation)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_writing_into_the_context_is_an_error_that_says_what_to_do(
+    monkeypatch, quick_compile, recomputed, is_compiled
+):
+    """A write would reach the other blocks, and be found by a block that is computed again."""
+    torch._dynamo.reset()
+    places = (routers.ROUTERS, "topk"), (vars(models), "DiTBlock")
+    for place, kind in zip(places, (Writer, WritingBlock), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setitem(*place, kind)
+            model = randomised()
+        model.recomputed = recomputed
+        if is_compiled:
+            model.compile_blocks()
+        error = RuntimeError if is_compiled else TypeError  # torch.compile quotes it
+        with pytest.raises(error, match="only read the context.* returns as Routing.passed_on"):
+            gradients_of(model)
+
+
+def test_the_error_for_an_unknown_name_lists_the_context():
+    with pytest.raises(KeyError, match="got labels, expected one of time, no_class"):
+        Context({"time": torch.zeros(1), "no_class": torch.zeros(1)})["labels"]
+
+
+def test_sharding_finds_the_tensors_of_a_context():
+    """FSDP2 puts hooks on them: from torch 2.13 it searches dataclasses, before that pytrees."""
+    context = Context({"time": torch.zeros(1)})
+    assert dataclasses.is_dataclass(context)
+    (found,) = tree_leaves(tree_map(torch.ones_like, context))
+    assert torch.equal(found, torch.ones(1))

@@ -7,7 +7,8 @@ The exit code is 1 if a run differs. Both commits run on this machine, from clon
 this Python. Finished runs are kept in --output and not trained again. The script compares the
 weights, the EMAs and, under DDP, the training state of the last checkpoint, and the rows of
 log.jsonl except times and speeds. A commit before version 0.3 gets the flags of that time. A value
-that only one commit has is listed, but is not a difference. A commit takes about ten minutes on 2 CPU cores.
+that only one commit has is listed, but is not a difference. A commit takes about ten
+minutes on 2 CPU cores.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C

@@ -60,6 +60,10 @@ LOG_SECONDS = 10  # between log lines, unless --log-every is set
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
+class StepAbandoned(Exception):
+    """A signal arrived between two micro-batches of a single process."""
+
+
 @dataclass(kw_only=True)
 class TrainingLoop:
     """Takes the steps of a run; writes the log lines, sample grids and checkpoints."""
@@ -183,7 +187,12 @@ class TrainingLoop:
             loaded = [next(batches) for _ in range(self.config.step.accum_iter)]
             self.tracker.paused += start - before
             self.tracker.waited += time.perf_counter() - start
-            self.step(step, loaded)
+            try:
+                self.step(step, loaded)
+            except StepAbandoned:
+                self.stop(step)
+                return False
+            self.requests.has_step = True
             after_step()
 
             done, is_first, is_last = step + 1, step == stream.start_step, step == last
@@ -222,11 +231,13 @@ class TrainingLoop:
         """
         dist = self.dist
         for number, (batch, unreadable) in enumerate(loaded):
+            if number and dist.world_size == 1 and self.requests.is_signalled:
+                raise StepAbandoned
             self.num_read += len(batch["label"])
             for name in set(unreadable) - self.unreadable:
                 self.unreadable.add(name)
                 report = self.log.text if dist.is_main else print_safely
-                report(printable(f"skipped an image that cannot be read: {name}"))
+                report(f"skipped an image that cannot be read: {name}")
             batch = {n: tensor.to(dist.device, non_blocking=True) for n, tensor in batch.items()}
             reseed(self.config.run.global_seed, step, number * dist.world_size + dist.rank)
             yield self.dataset.to_latents(self.vae, batch)

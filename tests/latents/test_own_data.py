@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import latents.images as images_module
 import train
+from latents import bounds
 from latents.images import FORMATS, center_crop_arr, read_rgb
 from latents.loading import check_unreadable, read_batches
 from latents.sources import GivenImages, open_images, size_notes
@@ -166,8 +167,8 @@ def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path):
 
 def test_the_size_of_an_image_is_checked_before_its_pixels_are_read(tmp_path, monkeypatch):
     """A JPEG above the limit is read at half its size."""
-    monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
-    monkeypatch.setattr(images_module, "MAX_SIDE", 1000)
+    monkeypatch.setattr(bounds, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(bounds, "MAX_SIDE", 1000)
     for name, size in (("thin.png", (1, 1001)), ("many.png", (101, 100)), ("photo.jpg", (150, 99))):
         Image.effect_noise(size, 50).save(tmp_path / name)
     for name in ("thin.png", "many.png"):
@@ -175,6 +176,10 @@ def test_the_size_of_an_image_is_checked_before_its_pixels_are_read(tmp_path, mo
         with pytest.raises(ValueError, match="the limit is"):
             read_rgb(tmp_path / name)
     assert read_rgb(tmp_path / "photo.jpg").size == (75, 50)
+    # libjpeg would hold all coefficients of a progressive image, whatever the size it is read at.
+    Image.effect_noise((150, 99), 50).save(tmp_path / "photo.jpg", progressive=True)
+    with pytest.raises(ValueError, match="got 150 x 99 pixels, the limit is"):
+        read_rgb(tmp_path / "photo.jpg")
 
 
 def test_a_very_thin_image_is_cropped_before_scaling(tmp_path):
@@ -315,6 +320,18 @@ def test_files_outside_class_folders_are_skipped_and_listed(tmp_path, capsys):
         open_images(str(tmp_path), 16)
 
 
+def test_a_folder_of_images_with_a_smaller_sub_folder_is_refused(tmp_path, train_flags, capsys):
+    for number in range(3):
+        save(tmp_path / "photos", f"{number}.png")
+    for number in range(2):
+        save(tmp_path / "photos" / "best", f"{number}.png")
+    flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "photos", "max-steps": 1})
+    line = expect_error(capsys, "train.py", *flags)
+    assert "3 images outside the class folders, such as 0.png, and only 2 inside; put" in line
+    save(tmp_path / "photos" / "best", "2.png")
+    assert len(open_images(str(tmp_path / "photos"), 16)) == 3
+
+
 def test_symbolic_links_are_followed_without_loops(tmp_path):
     save(tmp_path / "elsewhere" / "deep", "b.png")
     save(tmp_path / "data" / "cats", "a.png")
@@ -395,6 +412,16 @@ def test_what_a_shard_cannot_give_is_noted(tmp_path, capsys):
     assert len(open_images(str(tmp_path / "photos.tar"), 16)) == 1
     line = capsys.readouterr().out
     assert "1 images whose key a later image has" in line and "1 links in shards" in line
+
+
+def test_a_label_that_expands_to_megabytes_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.add(save(tmp_path, "a.png"), "a.png")
+        label = tarfile.TarInfo("a.cls")
+        label.pax_headers = {"GNU.sparse.map": "100000000,0", "GNU.sparse.size": "100000000"}
+        tar.addfile(label)
+    with pytest.raises(UserError, match=r"a\.cls: got 100,000,000 bytes, expected a label"):
+        open_images(str(tmp_path / "photos.tar"), 16)
 
 
 class Pairs:

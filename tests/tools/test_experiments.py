@@ -26,14 +26,21 @@ from scipy import stats
 from checkpoints import step_folders
 from checkpoints.costs import count_macs, count_parameters
 from models import DiT
-from routers import ROUTERS, Routing, TopKRouter
+from routers import ROUTERS, Context, Routing, TopKRouter
 from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
-from tools.experiments.comparisons import errors_for_power, paired_tests, pairs_table, with_error
+from tools.experiments.comparisons import (
+    errors_for_power,
+    holm,
+    paired_tests,
+    pairs_table,
+    with_error,
+)
 from tools.experiments.copies import compare, mean_cosine
 from tools.experiments.dropping import losses_without, scores_of
+from tools.experiments.every_table import multiplicity_table
 from tools.experiments.expert_tables import dropping_table, persistence_table
 from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.noisy_copies import with_noise
@@ -146,7 +153,7 @@ def train_here(command: list, **_) -> SimpleNamespace:
 class PositionRouter(TopKRouter):
     """Sends the patch at position p to the experts p and p + 1, modulo the number of experts."""
 
-    def forward(self, x: torch.Tensor) -> Routing:
+    def forward(self, x: torch.Tensor, context: Context) -> Routing:
         eye = torch.eye(self.num_experts).repeat(x.shape[0] * x.shape[1] // self.num_experts, 1)
         return self.choose(eye + eye.roll(1, dims=1))
 
@@ -162,9 +169,21 @@ def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
         for shuffled in (False, True):
             found[shuffled] = bits(count_choices(model, latents, labels, shuffled=shuffled))
     # An expert has log2(8) = 3 bits. The position determines 2 of them.
-    assert found[False] == pytest.approx({"class": 0, "time": 0, "position": 2}, abs=1e-6)
+    others = dict.fromkeys(("class", "time", "class given position", "time given position"), 0)
+    assert found[False] == pytest.approx({"position": 2, **others}, abs=1e-6)
     assert found[True]["position"] < 0.1
     assert found[True]["time"] == pytest.approx(0, abs=1e-6)  # the router ignores the time
+
+
+def test_the_class_can_determine_the_expert_only_together_with_the_position():
+    """With the expert (class + position) modulo 4, neither has information by itself."""
+    joint = torch.stack([torch.eye(4, dtype=torch.int64).roll(c, 1) for c in range(4)])[:, :, None]
+    by_class, by_position = joint.sum(1), joint.sum(0)
+    tables = dict(by_class=by_class, by_position=by_position, by_step=by_class)
+    found = bits(SimpleNamespace(**tables, joint=[joint, joint.sum(0, keepdim=True)]))
+    assert found["class"] == found["position"] == pytest.approx(0)
+    assert found["class given position"] == pytest.approx(2)
+    assert found["time given position"] == pytest.approx(0)
 
 
 def test_the_spans_of_specialisation_start_at_pure_noise():
@@ -213,6 +232,14 @@ def test_holms_correction_and_the_power_of_the_corrected_test():
     assert found["detectable"].tolist() == pytest.approx(spread.tolist())
 
 
+def test_detected_differences_of_all_tables_together():
+    """0.039 * 5 / 4 is below 5%, and 0.01 * 5 is not."""
+    tables = [Series(values) for values in ([0.01, 0.039, 0.9], [0.02, 0.03])]
+    tests = [DataFrame({"p": p, "holm": holm(p)}) for p in tables]
+    lines = multiplicity_table(tests).splitlines()[2:]
+    assert [line.rpartition(" | ")[2] for line in lines] == ["3 |", "0 |", "4 |"]
+
+
 def test_named_pairs_have_one_correction():
     """An arm with one seed has no test, and does not count."""
     a, b = make_pairs(0.02), make_pairs(0.03)
@@ -246,7 +273,7 @@ def lines_of(text: str) -> list[Line]:
 
 @pytest.fixture(scope="module")
 def made_tables(tmp_path_factory) -> dict[str, list[Line]]:
-    """Lines of the tables that the commands of docs/tables.md print, by question; "": all."""
+    """Lines of the tables that one command prints, by question; "": all."""
     output, made, save = tmp_path_factory.mktemp("tables"), {"": []}, Figure.savefig
 
     def save_one_of_a_kind(figure: Figure, path: Path, **options) -> None:
@@ -254,27 +281,32 @@ def made_tables(tmp_path_factory) -> dict[str, list[Line]]:
         if not any(output.glob(f"{path.stem.split('-')[0]}*.png")):
             save(figure, path, **options)
 
-    for title, text in sections("tables.md"):
-        text = text.replace("\\\n", "")
-        printed = io.StringIO()
-        with (
-            contextlib.redirect_stdout(printed),
-            patch.object(Figure, "savefig", save_one_of_a_kind),
-        ):
-            for flags in re.findall(r"^python -m tools\.experiments\.report (.*)$", text, re.M):
-                flags = [flag.replace("docs/", f"{ROOT}/docs/") for flag in flags.split()]
-                call_main("tools.experiments.report", *flags, "--output", output)
-                print()
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        patch.object(Figure, "savefig", save_one_of_a_kind),
+    ):
+        call_main("tools.experiments.every_table", "--output", output)
+    parts = re.split(r"^# (.*)$", printed.getvalue(), flags=re.MULTILINE)
+    for title, text in zip(parts[1::2], parts[2::2], strict=True):
         for question in ("", *re.findall(r"\d+", title)):
-            made.setdefault(question, []).extend(lines_of(printed.getvalue()))
+            made.setdefault(question, []).extend(lines_of(text))
     return made
 
 
 def test_the_documented_experiment_tables_are_reproduced_from_the_rows(made_tables):
-    for page in ("tables.md", "experiments.md"):
-        found = [line for _, text in sections(page) for line in lines_of(text)]
-        assert len(found) > 40
-        assert set(found) <= set(made_tables[""])
+    found = [line for _, text in sections("experiments.md") for line in lines_of(text)]
+    assert len(found) > 100
+    pages = lines_of((ROOT / "docs" / "tables.md").read_text())
+    assert {*found, *pages} <= {*made_tables[""]} and pages
+
+
+def test_one_command_prints_every_measured_number_of_the_claims(made_tables):
+    printed = " ".join(line for _, line in made_tables[""])
+    known = set(re.findall(r"[\d.]+%?", printed))
+    for _, line in lines_of((ROOT / "docs" / "claims.md").read_text()):
+        _, _, *measured = line.split(" | ")
+        numbers = set(re.findall(r"(?<![\w.])\d+\.\d+%?|\d+%", " ".join(measured)))
+        assert numbers <= known | {"1.5"}, line  # 1.5 is a guidance scale
 
 
 def statements() -> list[tuple[list[str], str]]:
@@ -308,9 +340,9 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
         known |= {number.partition(" ")[0] for number in known}
         known |= {number.lstrip("+-") for number in known}
         wrong += [(questions, number) for number in set(re.findall(NUMBER, text)) - known]
-        for p, holm in re.findall(r"\bp = (\d[\d.]*\d)(?:, corrected (\d[\d.]*\d))?", text):
-            if f"| {p} ({holm}" not in printed:
-                wrong.append((questions, p, holm))
+        for p, corrected in re.findall(r"\bp = (\d[\d.]*\d)(?:, corrected (\d[\d.]*\d))?", text):
+            if f"| {p} ({corrected}" not in printed:
+                wrong.append((questions, p, corrected))
         # `arm` NUMBER, and `arm` minus `reference` is NUMBER
         for *arms, number in re.findall(
             rf"(?:`([\w-]+)` minus )?`([\w-]+)`(?: is)? ({NUMBER})", text
@@ -435,9 +467,9 @@ def test_experts_with_a_small_weight_are_left_out():
     """The kept rows are unchanged, and the hook counts them."""
     router, hook = TopKRouter(hidden_size=8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
-    every = rows_of(router(x))
+    every = rows_of(router(x, {}))
     router.register_forward_hook(hook)
-    kept = rows_of(router(x))
+    kept = rows_of(router(x, {}))
     assert kept == [row for row in every if row[2] >= 0.3] and 0 < len(kept) < len(every)
     assert hook.rows_per_token == [len(kept) / 32]
 
@@ -525,7 +557,7 @@ def test_small_updates_of_bf16_weights_are_lost(plugins):
 
 def test_the_weights_of_nucleus_sum_to_its_scale(plugins):
     router = plugins.NucleusRouter(hidden_size=8, num_experts=4, num_experts_per_tok=2, scale=3.0)
-    routing = router(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)))
+    routing = router(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), {})
     total = torch.zeros(32).index_add(0, routing.token, routing.weight.detach())
     chosen = routing.token.bincount(minlength=32) > 0
     assert chosen.sum() > 0 and total[chosen].tolist() == pytest.approx([3.0] * int(chosen.sum()))

@@ -24,6 +24,7 @@ from conftest import (
     call_main,
     expect_error,
     in_process,
+    list_files,
     relative_error,
     run_script,
 )
@@ -39,7 +40,6 @@ from training.config import TrainConfig
 from training.engines.deepspeed_engine import DeepSpeedEngine, read_part
 from training.engines.state import FACTS_KEY
 from training.engines.zero_config import complete_config
-from training.manifest import checksums_of, write_manifest
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
@@ -217,13 +217,6 @@ def states(run: Path, step: int = 4) -> list[dict]:
 
 def parts_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("deepspeed/*"))
-
-
-def list_files(folder: Path) -> None:
-    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
-    (folder / "manifest.json").unlink()
-    files = (path for path in folder.rglob("*") if path.is_file())
-    write_manifest(folder, checksums_of(folder, [str(path.relative_to(folder)) for path in files]))
 
 
 def store_step_as_number(folder: Path) -> None:

@@ -29,6 +29,10 @@ STEPS = {
     router: {"model": "DiT-S/2", "router": router, "flags": FLAGS.get(router), **SMALL}
     for router in ROUTERS
 }
+STEPS |= {
+    f"noisy, {flag}": {"model": "DiT-S/2", "router": "noisy", "flags": {flag: True}, **SMALL}
+    for flag in ("gradient_checkpointing", "selective_checkpointing")
+}
 # The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
     "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "flags": {"accum_iter": 2}},

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import MODEL_FILE, config_of
 from options.parts import Part
-from routers import ROUTERS, TopKRouter
+from routers import ROUTERS, Context, TopKRouter
 from runtime.errors import UserError
 from training.engine import new_weights
 from training.engines.layout import shard_place
@@ -422,11 +422,10 @@ def spread_layer(dist) -> dict[str, float]:
         torch.manual_seed(dist.rank + 1)
         images = 3 + dist.rank * (name == "unequal")
         x, tangent = torch.randn(2, images, 10, 16)
-        no_class = torch.zeros(images, 10, extra)
-        no_class[:1] = dist.rank == 0
+        no_class = torch.arange(images) < (dist.rank == 0)
 
-        def compute(x, layer, no_class=no_class):
-            return layer(x, torch.cat([x, no_class], dim=-1))[0]
+        def compute(x, layer, context=Context({"no_class": no_class})):  # noqa: B008
+            return layer(x, context)[0]
 
         values = []
         for layer in layers:

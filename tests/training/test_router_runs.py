@@ -185,16 +185,7 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
 def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     plugin, train_flags, tmp_path, capsys
 ):
-    path = plugin[0].with_name("cosine_of_label.py")
-    path.write_text(
-        "from routers import ROUTERS, TopKRouter\n\n\nclass LabelRouter(TopKRouter):\n"
-        "    def __post_init__(self):\n        super().__post_init__()\n"
-        '        self.asks_for += ("label",)\n\n\nROUTERS["label"] = LabelRouter\n'
-    )
-    flags = train_flags(tmp_path / "results", router="label", plugin=path)
-    for more in ((), ("--dry-run",)):
-        line = expect_error(capsys, "train.py", *flags, *more)
-        assert "LabelRouter.asks_for: got label, expected time or no_class" in line
+    path = plugin[0]
     path.with_name("cosine_of_mask.py").write_text(
         "import torch\n\nfrom routers import ROUTERS, TopKRouter\n\n\nclass Masked(TopKRouter):\n"
         "    def __post_init__(self):\n        super().__post_init__()\n"
@@ -212,13 +203,13 @@ def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     flags = train_flags(tmp_path / "results", router="tied")
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
     assert "blocks.0.moe.gate.second.weight: got state that is tied to another" in line
-    for name in ("label", "masked", "tied"):
+    for name in ("masked", "tied"):
         del ROUTERS[name]
     for plugin_file in plugins:
         del sys.modules[f"plugin:{plugin_file.resolve()}"]
     words = ["--plugin", str(path), "--lr", "1", f"--plugin={plugins[1]}", "--rf"]
     assert parse_training("train.py", None, words)[0].plugin == tuple(map(str, plugins))
-    assert {"label", "masked", "tied"} <= ROUTERS.keys()
+    assert {"cosine", "masked", "tied"} <= ROUTERS.keys()
     assert not (tmp_path / "results").exists()
 
 

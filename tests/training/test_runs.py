@@ -25,11 +25,13 @@ from conftest import (
     call_main,
     config_of_command,
     expect_error,
+    list_files,
     only_run,
     rows,
     step_folder,
 )
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_models import Forgetful
 
@@ -41,12 +43,13 @@ from latents.loading import BatchStream
 from models import DiT
 from routers import ROUTERS
 from runtime.errors import UserError
+from runtime.tensor_file import write_tensors
 from training import loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
-from training.engines.state import STATE_FILES
+from training.engines.state import FACTS_KEY, STATE_FILES
 from training.flags import CommandFlags
 from training.log import RunLog
-from training.manifest import MANIFEST_FILE, checksums_of, fault_of, write_manifest
+from training.manifest import MANIFEST_FILE, fault_of
 from training.optimizers import OPTIMIZERS, AdamW
 from training.run_folder import (
     CONFIG_FILE,
@@ -350,8 +353,7 @@ def test_a_run_of_an_earlier_version_does_not_go_on(copied, flags, capsys):
         record = read_record(folder)
         weights = load_file(folder / MODEL_FILE)
         save_file(weights, folder / MODEL_FILE, replace(record, facts={}).to_metadata())
-        names = list(json.loads((folder / MANIFEST_FILE).read_text()))
-        write_manifest(folder, checksums_of(folder, names))
+        list_files(folder)
     before = snapshot(copied)
     branch = ["--resume", step_folder(copied, 3), "--run-name=new", "--max-steps=4"]
     for command in (flags(copied), ["--resume", copied / "run"], branch):
@@ -650,15 +652,8 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGE = {
-    "a bit of the state": (STATE_FILE, flip_bit),
-    "a bit of the weights": (MODEL_FILE, flip_bit),
+    "truncated state": (STATE_FILE, truncate),
     "truncated weights": (MODEL_FILE, truncate),
     "missing state": (STATE_FILE, Path.unlink),
     "missing manifest": (MANIFEST_FILE, Path.unlink),
@@ -706,6 +701,26 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     damaged = step_folder(copied, 3)
     line = expect_error(capsys, "train.py", "--resume", only_run(copied))
     assert str(damaged) in line
+
+
+@pytest.mark.parametrize("forged", [
+    {"spikes": {"mean": "x"}}, {"spikes": {"factor": 1}}, {"spikes": [1]},
+    {"scaler": {"scale": "x"}}, {"numbers": [1]}, {"numbers": {"pos_embed": 1}}, {"processes": {}},
+])  # fmt: skip
+def test_a_forged_state_is_a_one_line_error(copied, flags, forged, capsys):
+    path = step_folder(copied, 3) / STATE_FILE
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    metadata[FACTS_KEY] = json.dumps(json.loads(metadata[FACTS_KEY]) | forged)
+    write_tensors(path, tensors, metadata)
+    list_files(path.parents[1])
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert str(path.parents[1]) in line and "damaged" in line
+
+
+def test_a_forged_manifest_is_a_fault_and_no_traceback(copied):
+    (step_folder(copied, 3) / MANIFEST_FILE).write_text('{"a\\u0000": {}}')
+    assert "cannot be read" in fault_of(step_folder(copied, 3))
 
 
 def test_a_branch_from_a_damaged_checkpoint_names_it(copied, capsys):

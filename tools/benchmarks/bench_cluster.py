@@ -177,6 +177,10 @@ def transport(folder: Path, dist: Distributed) -> Row:
     return row("transport", ", ".join(ways), "no NET/Socket", is_fast)
 
 
+def parse_args() -> ClusterConfig:
+    return parse_config(ClusterConfig, __doc__)
+
+
 def main(config: ClusterConfig) -> int:
     rank = os.environ.get("RANK", "0")
     os.environ.setdefault("NCCL_DEBUG", "INFO")
@@ -195,4 +199,4 @@ def main(config: ClusterConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_config(ClusterConfig, __doc__)))
+    run_process(lambda: main(parse_args()))

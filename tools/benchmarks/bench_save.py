@@ -90,6 +90,10 @@ def measure(config: SaveConfig, dist: Distributed) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def parse_args() -> SaveConfig:
+    return parse_config(SaveConfig, __doc__)
+
+
 def main(config: SaveConfig) -> None:
     check_new_folder("--folder", config.folder)
     prepare_output("--output", config.output)
@@ -102,4 +106,4 @@ def main(config: SaveConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_config(SaveConfig, __doc__)))
+    run_process(lambda: main(parse_args()))

@@ -10,6 +10,14 @@ from scipy.optimize import brentq
 from runtime.errors import UserError
 from tools.benchmarks.common import markdown
 
+computed_tests: list[DataFrame] = []  # results of `paired_tests` in this process, see every_table
+
+
+def holm(p: Series) -> Series:
+    """Corrects p-values by Holm's method (1979)."""
+    order = p.sort_values()
+    return (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
+
 
 def paired_tests(found: DataFrame) -> DataFrame:
     """Tests columns of paired differences, (pairs, comparisons), against 0 by Student's t.
@@ -22,11 +30,12 @@ def paired_tests(found: DataFrame) -> DataFrame:
     """
     found = found.loc[:, found.count() > 1]
     p = Series({name: stats.ttest_1samp(found[name].dropna(), 0).pvalue for name in found})
-    order = p.sort_values()
-    holm = (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
     freedom, level = found.count() - 1, 0.05 / max(len(p), 1)
     errors = Series({name: errors_for_power(n, level) for name, n in freedom.items()})
-    return DataFrame({"p": p, "holm": holm, "detectable": errors * found.sem()})
+    tests = DataFrame({"p": p, "holm": holm(p), "detectable": errors * found.sem()})
+    if len(tests):
+        computed_tests.append(tests)
+    return tests
 
 
 def errors_for_power(freedom: int, level: float, power: float = 0.8) -> float:
@@ -81,7 +90,7 @@ def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | 
     The second table compares the trained router with the random one and, for other arms than the
     reference, with the trained router of the reference, for arms with several runs.
     """
-    names = frame["run"].str.extract(r"^(?P<arm>.*)-(?P<seed>\d+)$")
+    names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
     bits = (
         frame.assign(**names).drop(columns="run").set_index(["arm", "router", "seed"]).sort_index()
     )

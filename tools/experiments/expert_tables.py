@@ -19,7 +19,8 @@ def mean_of(values: Series) -> Series:
 def copies_table(rows: list[dict], pairs: tuple[str, ...]) -> str:
     """Returns a Markdown table of the likeness of copied experts, by arm and step.
 
-    A second table compares the held-out losses of pairs (ARM:REFERENCE) at the last step.
+    A second table compares the held-out losses of pairs (ARM:REFERENCE) at the last step, or
+    earlier, as in ARM@100.
     """
     frame = arms_of(DataFrame(rows))
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
@@ -37,8 +38,9 @@ def copies_table(rows: list[dict], pairs: tuple[str, ...]) -> str:
         cells.append("" if loss.isna().all() else with_error(loss))
         if any(cells):
             lines.append([arm, str(len(group)), str(step), *cells])
-    last = frame[frame["step"] == frame["step"].max()]
-    losses = last.pivot(index="seed", columns="arm", values="val_loss").astype(float)
+    names = frame["arm"] + frame["step"].map("@{}".format)
+    frame["arm"] = names.where(frame["step"] < frame["step"].max(), frame["arm"])
+    losses = frame.pivot(index="seed", columns="arm", values="val_loss").astype(float)
     return markdown(lines) + pairs_table(losses, pairs)
 
 

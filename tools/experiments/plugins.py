@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from options.parts import option
-from routers import ROUTERS, ExpertChoiceRouter, Routing
+from routers import ROUTERS, Context, ExpertChoiceRouter, Routing
 from training.optimizers import OPTIMIZERS, AdamW
 
 
@@ -33,7 +33,7 @@ def round_weights(optimizer: torch.optim.Optimizer, *_) -> None:
             weight.copy_(weight.bfloat16())
 
 
-class NucleusRouter(ExpertChoiceRouter, draws_nothing=True):
+class NucleusRouter(ExpertChoiceRouter):
     """Expert choice whose weights of a token sum to `scale` (Nucleus-Image, arXiv 2604.12163).
 
     With --router nucleus:input=normalised_time, the router of Nucleus-Image.
@@ -41,8 +41,8 @@ class NucleusRouter(ExpertChoiceRouter, draws_nothing=True):
 
     scale: float = option(2.5, help="sum of the weights of a token that has an expert", gt=0)
 
-    def forward(self, x: Tensor) -> Routing:
-        routing = super().forward(x)
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        routing = super().forward(x, context)
         total = routing.weight.new_zeros(x.shape[0] * x.shape[1])  # (S,)
         total = total.index_add(0, routing.token, routing.weight)
         weight = self.scale * routing.weight / total[routing.token]

@@ -162,18 +162,23 @@ def at_equal_time(rows: list[dict], times: dict[str, float], question: Question)
     return DataFrame(known).assign(loss=losses).pivot(index="seed", columns="arm", values="loss")
 
 
-def table(rows: list[dict], question: Question, times: dict[str, float]) -> list[dict[str, str]]:
-    """Returns one table line, with cells as text, for each arm that has rows."""
+def table(
+    rows: list[dict], question: Question, times: dict[str, float], *, tested: bool = True
+) -> list[dict[str, str]]:
+    """Returns one table line, with cells as text, for each arm that has rows.
+
+    tested: whether to compare the losses at the end with those of the reference
+    """
     losses, found = losses_of(rows), differences(rows, question)
     compared = [arm for arm in question.arms if arm in found and arm != question.reference]
-    tests = paired_tests(found[compared])
+    tests = paired_tests(found[compared]) if tested else DataFrame()
     equal_time, lines = at_equal_time(rows, times, question), []
     for arm in filter(losses.__contains__, question.arms):
         of_arm = DataFrame([row for row in rows if row["arm"] == arm])
         gaps, first = found[arm].dropna(), of_arm.iloc[0]
         is_reference = arm == question.reference or gaps.empty
         cells = [arm, str(len(of_arm)), with_error(losses[arm].dropna())]
-        cells.append("" if is_reference else with_error(gaps, sign="+"))
+        cells.append("" if is_reference or not tested else with_error(gaps, sign="+"))
         cells += test_cells(tests, arm, digits=4)
         has_time = arm in equal_time and not is_reference
         cells.append(
@@ -213,11 +218,8 @@ def write_report(
         if question.reference not in known or len(known & question.arms.keys()) < 2:
             continue
         step_times = times.get(str(number), {})
-        lines = table(rows, question, step_times)
-        tests = ("difference", "p (Holm)", "detectable") if pairs else ()
-        columns = [
-            name for name in COLUMNS if name not in tests and any(line[name] for line in lines)
-        ]
+        lines = table(rows, question, step_times, tested=not pairs)
+        columns = [name for name in COLUMNS if any(line[name] for line in lines)]
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "

@@ -4,7 +4,8 @@ r"""Measures specialisation: the mutual information of class, time and position 
         --val-path data/test-latents --output results/experiments/specialisation.csv
 
 Each held-out latent is noised to the middle of each of ten bins of time, and the assignments of
-every sparse layer are counted. The trained router is compared with two baselines:
+every sparse layer are counted. "class given position" is the information of the class about the
+expert of a patch whose position is known. The trained router is compared with two baselines:
     shuffled   the choices of the trained router, but with shuffled classes and, within each image,
                shuffled times and positions; the remaining information is the bias of the estimate
     random     the trained model with newly initialised gates, and thresholds fitted to these
@@ -54,6 +55,24 @@ class SpecialisationConfig:
     )
 
 
+class FactorRecorder(RoutingRecorder):
+    """Also counts by class and position, and by step and position: `joint`, each (R, T, L, E)."""
+
+    def allocate(self, device: torch.device) -> None:
+        super().allocate(device)
+        positions, *others = self.by_position.shape
+        self.joint = [
+            torch.zeros(len(table), positions, *others, dtype=torch.int64, device=device)
+            for table in (self.by_class, self.by_step)
+        ]
+
+    def add(self, layer: int, routing: Routing, one: Tensor, rows: dict[str, Tensor]) -> None:
+        super().add(layer, routing, one, rows)
+        for table, row in zip(self.joint, (rows["class"], rows["step"]), strict=True):
+            index = row, rows["position"], routing.expert
+            table[:, :, layer].index_put_(index, one, accumulate=True)
+
+
 def middles(spans: bool) -> Tensor:
     """Returns the middles of the bins (BINS,), of spans or of times."""
     quantiles = (torch.arange(BINS) + 0.5) / BINS
@@ -76,7 +95,7 @@ def call(model: DiT, latents: Tensor, labels: Tensor, bins: Tensor, spans: bool)
 
 def count_choices(
     model: DiT, latents: Tensor, labels: Tensor, *, shuffled: bool = False, spans: bool = False
-) -> RoutingRecorder:
+) -> FactorRecorder:
     """Counts a model's choices on latents (N, C, h, w) with labels (N,), one step per bin.
 
     shuffled: count the choices under labels of other images, and other bins and positions
@@ -92,7 +111,7 @@ def count_choices(
             torch.rand(images, number, device=latents.device).argsort(1)
             for number in (BINS, patches)
         )
-    recorder = RoutingRecorder(model, BINS)
+    recorder = FactorRecorder(model, BINS)
     recorder.start_batch(counted.tolist())
 
     def count(layer: int, x: Tensor, routing: Routing) -> None:
@@ -108,16 +127,22 @@ def count_choices(
     return recorder
 
 
-def bits(recorder: RoutingRecorder, spans: bool = False) -> dict[str, float]:
-    """Returns the mutual information of each factor with the expert: bits, mean over layers."""
+def bits(recorder: FactorRecorder, spans: bool = False) -> dict[str, float]:
+    """Returns the information of each factor about the expert: bits, mean over layers.
+
+    I(class; expert | position) = I(class and position; expert) - I(position; expert)
+    """
     step = "span" if spans else "time"
-    tables = {
-        "class": recorder.by_class, step: recorder.by_step, "position": recorder.by_position
-    }  # fmt: skip
-    return {
-        name: float(mutual_information(table.cpu().numpy()).mean())
-        for name, table in tables.items()
-    }
+    tables = {"class": recorder.by_class, step: recorder.by_step, "position": recorder.by_position}
+    found = {name: mean_information(table) for name, table in tables.items()}
+    for name, table in zip(("class", step), recorder.joint, strict=True):
+        found[f"{name} given position"] = mean_information(table.flatten(0, 1)) - found["position"]
+    return found
+
+
+def mean_information(table: Tensor) -> float:
+    """Returns the mean over the layers of counts (R, L, E)."""
+    return float(mutual_information(table.cpu().numpy()).mean())
 
 
 def randomise_gates(model: DiT, latents: Tensor, labels: Tensor, spans: bool) -> None:
@@ -139,7 +164,7 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor, spans: bool) ->
 @torch.no_grad()
 def measure(
     path: str, images: CachedLatents, num_images: int, device: torch.device, spans: bool
-) -> dict[str, RoutingRecorder]:
+) -> dict[str, FactorRecorder]:
     """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
     checkpoint = read_checkpoint(path)
     if (objective := checkpoint.record.objective) in ("gaussian", "gaussian_v"):
@@ -162,13 +187,13 @@ def measure(
 
 def draw(lines: DataFrame, path: Path) -> None:
     """Draws one panel per factor, with a group of three bars per run."""
-    figure = Figure(figsize=(12, 3.4), layout="tight")
+    figure = Figure(figsize=(18, 3.4), layout="tight")
     factors = lines.columns.drop(["run", "router"])
     axes = figure.subplots(1, len(factors), sharey=True)
     for axis, factor in zip(axes, factors, strict=True):
         bars = lines.pivot_table(factor, "run", "router", sort=False)
         bars = bars.set_axis(run_names(list(bars.index)))
-        title = f"information of {factor} about expert, bits"
+        title = f"bits of {factor} about expert"
         bars.plot.bar(ax=axis, width=0.8, rot=35, xlabel="", title=title, legend=axis is axes[0])
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
