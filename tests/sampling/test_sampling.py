@@ -221,6 +221,24 @@ def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, t
         assert ("note: " in capsys.readouterr().out) == is_noted
 
 
+def test_what_a_checkpoint_says_cannot_control_the_terminal(tiny_vae, tmp_path, capsys):
+    escape = "\x1b]0;x\x07\r\n\x9b2J"
+    (tmp_path / f"vae{escape}").symlink_to(tiny_vae)
+    facts = dict(
+        image_size=16, vae_path=str(tmp_path / f"vae{escape}"), vae_sha256="another",
+        objective="gaussian", step=1, ema=f"0.9{escape}", ema_start_share=0.9,
+        class_names=[f"{name}{escape}" for name in NAMES],
+    )  # fmt: skip
+    path = save_checkpoint(randomised_preset(), tmp_path / "forged.safetensors", **facts)
+    output = ("--output", tmp_path / "a.png", "--num-sampling-steps", 2)
+    call_main("sample.py", "--ckpt", path, *output)
+    printed = capsys.readouterr()
+    lines = (printed.out + printed.err).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert any("EMA 0.9?]0;x?" in line for line in lines)
+    assert any("differ from the autoencoder" in line for line in lines)
+
+
 def test_ctrl_c_prints_one_line_and_exits_with_130(capsys):
     def main():
         raise KeyboardInterrupt
