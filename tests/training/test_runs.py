@@ -688,6 +688,14 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_finished_run_has_nothing_to_do_on_a_full_disk(copied, flags, capsys):
+    before = sorted(copied.rglob("*"))
+    with file_size_limit(0):
+        call_main("train.py", *flags(copied))
+    assert "is finished: step 3, nothing to do" in capsys.readouterr().out
+    assert sorted(copied.rglob("*")) == before
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard
 def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeypatch, capsys):
     """Nothing can be written in step 2. A failed save after the last step ends with an error."""
