@@ -220,14 +220,18 @@ def warns_if_lost(name: str | Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines."""
+    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines.
+
+    Changes after `last_step` itself are in no checkpoint, so the run goes on without them.
+    """
     with open_run_file(path) as file:
         file.seek(0)
         whole = file.read()
     rows = []
     for line in whole.split(b"\n"):
         with suppress(ValueError, KeyError, TypeError):  # not a row
-            if json.loads(line)["step"] <= last_step:
+            row = json.loads(line)
+            if row["step"] + ("changed" in row) <= last_step:
                 rows.append(line + b"\n")
     if (kept := b"".join(rows)) != whole:
         write_durably(path, kept)
