@@ -60,20 +60,24 @@ class RunLog(AbstractContextManager):
         for path in (board, folder / "wandb", folder / "profile"):
             if path.is_symlink():
                 raise UserError(f"{path}: got a link, expected a folder inside the run folder")
-        self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
-        keep_rows(rows, start_step)
-        self.total_steps = total_steps
+        self.total_steps, self.wandb, self.board = total_steps, None, None
+        is_finished = start_step >= total_steps  # then the log gets no more than a line
+        if not is_finished:
+            self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
+            keep_rows(rows, start_step)
         self.text_file = open_run_file(folder / "log.txt")
         self.rows_file = open_run_file(rows)
+        self.bar = tqdm(
+            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
+        )
+        if is_finished:
+            return
         self.board = SummaryWriter(board, purge_step=start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         for summary in hparams(
             plain | {"version": __version__}, dict.fromkeys(("loss/loss", "loss/val_loss"))
         ):
             self.board.file_writer.add_summary(summary)
-        self.bar = tqdm(
-            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
-        )
 
     def text(self, message: str) -> None:
         """Writes a line, with the time, to standard output and log.txt."""
@@ -163,8 +167,9 @@ class RunLog(AbstractContextManager):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_main:
             self.bar.close()
-            with warns_if_lost(self.board.log_dir):
-                self.board.close()
+            if self.board is not None:
+                with warns_if_lost(self.board.log_dir):
+                    self.board.close()
             if self.wandb is not None:
                 with warns_if_lost("the run of Weights & Biases"):
                     self.wandb.finish(exit_code=int(kind is not None))
@@ -224,14 +229,18 @@ def warns_if_lost(name: str | Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines."""
+    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines.
+
+    Changes after `last_step` itself are in no checkpoint, so the run goes on without them.
+    """
     with open_run_file(path) as file:
         file.seek(0)
         whole = file.read()
     rows = []
     for line in whole.split(b"\n"):
         with suppress(ValueError, KeyError, TypeError):  # not a row
-            if json.loads(line)["step"] <= last_step:
+            row = json.loads(line)
+            if row["step"] + ("changed" in row) <= last_step:
                 rows.append(line + b"\n")
     if (kept := b"".join(rows)) != whole:
         write_durably(path, kept)
