@@ -20,7 +20,6 @@ from torch import Tensor
 from latents.bounds import check_content, check_image
 from options.parts import Size, sides
 from runtime.errors import pluralize
-from runtime.files import open_regular
 
 # Formats that Pillow may decode, whatever the file's name, and suffixes of the files that count as
 # images. The list excludes EPS, which Pillow would pass to Ghostscript.
@@ -98,7 +97,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 def check_is_foreign(folder: Path) -> None:
     """Refuses a folder that a script of ours wrote, whose images are figures."""
     for name, (mark, kind) in FOLDERS_OF_OURS.items():
-        with suppress(OSError), open_regular(folder / name) as file:
+        with suppress(OSError), open(folder / name, "rb") as file:
             if mark in file.read(4096):
                 raise ValueError(f"{folder} is {kind}")
 
@@ -156,7 +155,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     failed.
     """
     try:
-        file = source if isinstance(source, io.BytesIO) else open_regular(source)
+        file = source if isinstance(source, io.BytesIO) else open(source, "rb")  # noqa: SIM115
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             check_content(file)

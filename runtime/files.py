@@ -1,4 +1,4 @@
-"""Safe file access: durable writes, reads that neither block nor trust the file, and output paths
+"""Safe file access: durable writes, bounded reads that do not trust the file, and output paths
 checked before work starts."""
 
 import errno
@@ -87,7 +87,7 @@ class PlainLoader(yaml.BaseLoader):
 
 
 def read_bounded(path: Path | str, most: int) -> bytes:
-    with open_regular(path) as file:
+    with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"got more than {most:,} bytes")
@@ -98,7 +98,7 @@ def read_bounded(path: Path | str, most: int) -> bytes:
 def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
     """Opens an .npz file without unpickling anything."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
-    with reported_as(f"{path}: not {what}", Exception), open_regular(path) as file:
+    with reported_as(f"{path}: not {what}", Exception), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an .npz file, or it is incomplete")
         file.seek(0)
@@ -152,18 +152,11 @@ def flush_to_disk(path: Path) -> None:
 def open_run_file(path: Path) -> BinaryIO:
     """Opens a file of a run folder for appending, unbuffered; OSError for a link, which could lead
     to somebody else's file, and for a pipe."""
-    return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
-
-
-def open_regular(
-    path: Path | str, mode: str = "rb", more_flags: int = 0, buffering: int = -1
-) -> BinaryIO:
-    """Opens a file of unknown origin; OSError at once for a pipe or a device."""
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | more_flags | os.O_NONBLOCK, 0o666)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
-    file = open(path, mode, buffering=buffering, opener=opener)  # noqa: SIM115
+    file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))

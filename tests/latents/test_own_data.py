@@ -249,15 +249,15 @@ def test_more_than_ten_and_1_percent_unreadable_images_are_an_error(
 
 def test_a_fault_of_the_storage_is_an_error_and_not_a_bad_image(tmp_path, monkeypatch):
     good_images(tmp_path)
-    images, opened = open_images(str(tmp_path), 16), images_module.open_regular
+    images = open_images(str(tmp_path), 16)
 
     class Stale(io.BytesIO):
         def read(self, *_):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(
-        images_module, "open_regular",
-        lambda path: Stale() if path == images.name(1) else opened(path),
+        images_module, "open", raising=False,
+        value=lambda path, mode: Stale() if path == images.name(1) else open(path, mode),  # noqa: SIM115
     )  # fmt: skip
     assert images[0, False][1] == []
     with pytest.raises(UserError, match="^--data-path: the storage failed to read .*Stale file"):
