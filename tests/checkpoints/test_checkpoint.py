@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
+from checkpoints import (
+    Record,
+    checkpoint,
+    ema_file,
+    load_model,
+    read_checkpoint,
+    read_record,
+    step_folders,
+)
 from checkpoints.from_diffusers import OWN_CLASS
 from models import DiT
 from options import settings
@@ -191,3 +200,34 @@ def test_a_run_folder_opens_its_newest_readable_checkpoint(saved, tmp_path, caps
     for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
         with pytest.raises(UserError, match=f"{given}: .*, expected"):
             load_model(given)
+
+
+@pytest.mark.parametrize(
+    "name", ["step_folders", "open_safetensors", "read_record", "read_tensors"]
+)
+@pytest.mark.parametrize("ema", [None, "0.9"])
+def test_a_run_is_read_while_a_new_checkpoint_replaces_the_one_that_is_read(
+    saved, tmp_path, monkeypatch, capsys, name, ema
+):
+    run, (_, model) = tmp_path / "checkpoints", saved
+
+    def save(step: int) -> None:
+        for name in ("0.99", "0.9"):
+            path = run / f"{step}.tmp" / ema_file(name, is_first=name == "0.99")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(model, path, **FACTS | {"step": step}, ema=name)
+        path.parent.rename(run / f"{step:07d}")
+
+    original = getattr(checkpoint, name)
+
+    def replaced_before(*arguments):
+        listed = original(*arguments) if name == "step_folders" else None
+        if not (run / "0000002").exists():
+            save(2)
+            shutil.rmtree(run / "0000001")
+        return original(*arguments) if listed is None else listed
+
+    save(1)
+    monkeypatch.setattr(checkpoint, name, replaced_before)
+    assert read_checkpoint(tmp_path, ema=ema).record.step == 2
+    assert not capsys.readouterr().err

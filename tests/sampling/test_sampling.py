@@ -1,6 +1,7 @@
 """sample.py and the Python pipeline: seeds, labels, guidance, precision, pictures and errors."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT
 from runtime.errors import UserError, run_main
+from runtime.progress import progress
 from sampling.config import SamplingConfig
 from sampling.fonts import FONT
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
@@ -125,11 +127,21 @@ def test_a_folder_with_the_images_of_an_earlier_call_is_noted(checkpoints, tmp_p
         assert (note in out) == is_noted and "euler 1 step, " in out
 
 
-def test_without_a_terminal_progress_is_a_line_at_each_tenth(checkpoints, tmp_path, capsys):
+def test_sampling_says_what_it_does_and_how_far_it_is(checkpoints, tmp_path, capsys):
+    """In a file, the bar is only refreshed every 20 seconds."""
     flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
     call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
-    assert lines == [f"{done} of 20 steps" for done in range(2, 21, 2)]
+    output = capsys.readouterr()
+    assert re.match(r"loading .*\nsampling 1 image: euler 20 steps, .*\n1 image in .*", output.out)
+    first, *between, last = re.findall(r"(\d+)/20 ", output.err)
+    assert (first, last) == ("0", "20") and len(between) <= 1
+
+
+def test_only_the_main_process_has_a_bar(capsys, monkeypatch):
+    for rank, shown in (("0", True), ("3", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert [*progress(range(3), unit="batch")] == [0, 1, 2]
+        assert ("3/3" in capsys.readouterr().err) == shown
 
 
 def test_a_sampled_image_depends_only_on_its_seed_and_label(checkpoints, tmp_path):
@@ -219,6 +231,24 @@ def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, t
         save_checkpoint(model, path, vae_sha256=digest, **info)
         open_pipeline(SamplingConfig(ckpt=str(path)))
         assert ("note: " in capsys.readouterr().out) == is_noted
+
+
+def test_what_a_checkpoint_says_cannot_control_the_terminal(tiny_vae, tmp_path, capsys):
+    escape = "\x1b]0;x\x07\r\n\x9b2J"
+    (tmp_path / f"vae{escape}").symlink_to(tiny_vae)
+    facts = dict(
+        image_size=16, vae_path=str(tmp_path / f"vae{escape}"), vae_sha256="another",
+        objective="gaussian", step=1, ema=f"0.9{escape}", ema_start_share=0.9,
+        class_names=[f"{name}{escape}" for name in NAMES],
+    )  # fmt: skip
+    path = save_checkpoint(randomised_preset(), tmp_path / "forged.safetensors", **facts)
+    output = ("--output", tmp_path / "a.png", "--num-sampling-steps", 2)
+    call_main("sample.py", "--ckpt", path, *output)
+    printed = capsys.readouterr()
+    lines = (printed.out + printed.err).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert any("EMA 0.9?]0;x?" in line for line in lines)
+    assert any("differ from the autoencoder" in line for line in lines)
 
 
 def test_ctrl_c_prints_one_line_and_exits_with_130(capsys):

@@ -383,10 +383,12 @@ def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
 def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, experts):
     """256 does not divide the 1408 rows of down_proj of G: 22,528 runs of 88 bytes per layer."""
     with torch.device("meta"):
-        weights = dict(DiT(config_of(model, num_experts=experts, depth=2)).named_parameters())
+        dit = DiT(config_of(model, num_experts=experts, depth=2))
+    weights, names = dict(dit.named_parameters()), frozenset(dit.expert_parameters())
     with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
         fsdp.check_layout(fsdp.Layout(256), weights)
-    for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
+    spread = fsdp.Layout(32, spread=8, experts=names)
+    for layout in (fsdp.Layout(128), spread, fsdp.Layout(8)):
         fsdp.check_layout(layout, weights)
 
 

@@ -70,6 +70,17 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def read_log(run: Path) -> list[dict]:
+    """Reads the rows of a run's log; refuses a run that went on with other settings."""
+    rows = read_lines(run / "log.jsonl")
+    if changed := [line for row in rows for line in row.get("changed", ())]:
+        raise UserError(
+            f"{run}: got a run that went on with changes: {'; '.join(changed)}; expected the same "
+            "settings in all steps; delete its folder to train it again"
+        )
+    return rows
+
+
 def add_row(path: Path, row: dict) -> None:
     """Appends a row durably; other commands may append to the same file."""
     with path.open("a") as file:
