@@ -53,31 +53,27 @@ class RunLog(AbstractContextManager):
     def __init__(
         self, folder: Path, stream: BatchStream, settings: dict, wandb: str | None, *, is_main: bool
     ):
-        self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
+        self.is_main, self.start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
         rows, board = folder / "log.jsonl", folder / "tensorboard"
         for path in (board, folder / "wandb", folder / "profile"):
             if path.is_symlink():
                 raise UserError(f"{path}: got a link, expected a folder inside the run folder")
-        self.total_steps, self.wandb, self.board = total_steps, None, None
-        is_finished = start_step >= total_steps  # then the log gets no more than a line
-        if not is_finished:
-            self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
-            keep_rows(rows, start_step)
+        self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
+        keep_rows(rows, self.start_step)
+        self.total_steps = total_steps
         self.text_file = open_run_file(folder / "log.txt")
         self.rows_file = open_run_file(rows)
-        self.bar = tqdm(
-            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
-        )
-        if is_finished:
-            return
-        self.board = SummaryWriter(board, purge_step=start_step + 1)
+        self.board = SummaryWriter(board, purge_step=self.start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         for summary in hparams(
             plain | {"version": __version__}, dict.fromkeys(("loss/loss", "loss/val_loss"))
         ):
             self.board.file_writer.add_summary(summary)
+        self.bar = tqdm(
+            total=total_steps, initial=self.start_step, disable=not sys.stderr.isatty(), unit="step"
+        )
 
     def text(self, message: str) -> None:
         """Writes a line, with the time, to standard output and log.txt."""
@@ -128,7 +124,11 @@ class RunLog(AbstractContextManager):
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
                 left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
-                parts.append(f"{left} left, ends {datetime.now() + left:%a %d %b %H:%M}")
+                end = f"{datetime.now() + left:%a %d %b %H:%M}"
+                if step == self.start_step + 1:  # includes what happens only once
+                    parts.append(f"at most {left} left, ends by {end}")
+                else:
+                    parts.append(f"{left} left, ends {end}")
         parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
@@ -167,9 +167,8 @@ class RunLog(AbstractContextManager):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.is_main:
             self.bar.close()
-            if self.board is not None:
-                with warns_if_lost(self.board.log_dir):
-                    self.board.close()
+            with warns_if_lost(self.board.log_dir):
+                self.board.close()
             if self.wandb is not None:
                 with warns_if_lost("the run of Weights & Biases"):
                     self.wandb.finish(exit_code=int(kind is not None))
