@@ -662,7 +662,7 @@ def test_a_change_that_no_checkpoint_has_leaves_the_log(copied, flags, monkeypat
     log = copied / "run" / "log.jsonl"
     assert "--lr: was 0.001, is 1" in log.read_text()
     call_main("train.py", *resume)
-    assert "changed" not in log.read_text()
+    assert "--lr: was" not in log.read_text()
     call_main("train.py", *resume[:3], 5, "--lr", 1)
     call_main("train.py", *resume[:3], 6)
     assert log.read_text().count("--lr: was 0.001, is 1") == 1
@@ -791,7 +791,7 @@ def test_a_finished_run_has_nothing_to_do_on_a_full_disk(copied, flags, capsys):
     before = sorted(copied.rglob("*"))
     with file_size_limit(0):
         call_main("train.py", *flags(copied))
-    assert "is finished: step 3, nothing to do" in capsys.readouterr().out
+    assert "is finished: step 3" in capsys.readouterr().out
     assert sorted(copied.rglob("*")) == before
 
 
