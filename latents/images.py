@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
@@ -176,12 +177,15 @@ def is_storage_fault(error: Exception) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # Pillow would clip these to white
+    is_grey_16 = image.format == "PNG" and image.mode[0] == "I"
+    if image.mode[0] in "IF" and not is_grey_16:  # Pillow would clip these to white
         raise ValueError(f"got pixels of mode {image.mode}, expected 8 bits")
     with suppress(Exception):  # the metadata can be damaged while the pixels are fine
         # ImageOps.exif_transpose also writes the EXIF data anew, which takes long for many tags.
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         image = image if turn is None else image.transpose(turn)
+    if is_grey_16:  # keep the high bytes, as Pillow does for colours of 16 bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

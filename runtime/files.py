@@ -1,6 +1,7 @@
 """Safe file access: durable writes, bounded reads that do not trust the file, and output paths
 checked before work starts."""
 
+import atexit
 import errno
 import json
 import os
@@ -207,12 +208,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def prepare_output(flag: str, path: Path) -> None:
-    """Creates the folder of an output file."""
+    """Creates the folder of an output file. A new folder that stays empty, because the script fails
+    before it writes the file, is removed at exit."""
     if os.path.isdir(path):  # False without permission
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
+    new = [folder for folder in path.absolute().parents if not os.path.exists(folder)]
+    atexit.register(remove_empty, new)
     with reported_as(f"{flag}: cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_new_folder(flag: str, path: Path, ignored: str = "") -> None:

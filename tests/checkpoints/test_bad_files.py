@@ -133,7 +133,7 @@ def test_a_bad_weight_file_is_a_one_line_error_at_once_and_executes_nothing(name
 def test_a_long_list_in_a_record_is_an_error_at_once(name):
     start = time.process_time()
     with pytest.raises(ValueError, match=f"^{name}: got 1,000,000 values, expected at most"):
-        DiTConfig.of({**CONFIG, name: ["label" if name == "conditions" else 0] * 10**6})
+        DiTConfig(**CONFIG | {name: ["label" if name == "conditions" else 0] * 10**6})
     assert time.process_time() - start < 2
 
 

@@ -43,6 +43,7 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
     for name, image, colour, options in (
         ("rgb.png", red, RED, {}),
         ("grey.png", Image.new("L", size, 128), GREY, {}),
+        ("grey-16.png", Image.fromarray(np.full(size, 0x80FF, np.uint16)), GREY, {}),
         ("one-bit.png", Image.new("1", size, 1), WHITE, {}),
         ("palette.png", red.convert("P", palette=Image.Palette.ADAPTIVE), RED, {}),
         ("palette-clear.png", Image.new("P", size, 0), WHITE, {"transparency": 0}),
@@ -89,9 +90,9 @@ def bad_images(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(data)
         reasons[name] = reason
     Image.fromarray(np.ones((20, 20), np.float32)).save(folder / "float.tiff")
-    Image.fromarray(np.ones((20, 20), np.uint16)).save(folder / "grey-16.png")
+    Image.fromarray(np.ones((20, 20), np.uint16)).save(folder / "grey-16.tiff")
     (folder / "broken-link.png").symlink_to(folder / "nowhere.png")
-    reasons |= {"float.tiff": "8 bits", "grey-16.png": "8 bits"}
+    reasons |= {"float.tiff": "8 bits", "grey-16.tiff": "8 bits"}
     return {**reasons, "broken-link.png": "No such file"}
 
 
