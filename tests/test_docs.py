@@ -155,6 +155,7 @@ def python_commands(script: Path, folder: Path, *arguments: str, **environment: 
     )
     python.chmod(0o755)
     path = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path["PYTHON"] = str(python)
     ended = subprocess.run(
         ["bash", script, *arguments], cwd=folder, text=True, capture_output=True,
         env={**os.environ, **path, **environment},

@@ -17,7 +17,7 @@ import torch
 from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
 from latents.loading import split
-from latents.sources import ImageSource, Source, images_name, same_images, size_notes
+from latents.sources import Source, images_name, same_images, size_notes
 from models import DiT_models, DiTConfig
 from options.parts import options_of
 from options.settings import Settings, difference, differences, flattened, spelling, stored
@@ -134,7 +134,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     origin = before.initialized_from if before else weights and weights.origin
     if before is None:
         notes += length_notes(config, stream)
-    if dist.is_main and isinstance(dataset, ImageSource):
+    if dist.is_main and not dataset.vae_path:
         notes += size_notes(dataset)
 
     # The run folder and its log.
