@@ -28,7 +28,14 @@ from latents.autoencoder import (
     load_autoencoder,
     weights_digest,
 )
-from latents.cache import FEATURES, CacheSettings, begin_cache, settings_of, write_shard
+from latents.cache import (
+    FEATURES,
+    CacheSettings,
+    begin_cache,
+    lock_cache,
+    settings_of,
+    write_shard,
+)
 from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import check_unreadable, read_batches
@@ -150,7 +157,7 @@ def main(config: CacheConfig) -> None:
     images = open_images(config.data_path, config.image_size or 256)
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download
-    plan = None
+    plan = lock = None
     if dist.is_main:
         settings = settings_of(
             images, networks.vae, config.precision, config.flip, config.shard_images,
@@ -159,6 +166,7 @@ def main(config: CacheConfig) -> None:
         sizes = bytes_of(settings, networks.vae)
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
         missing = begin_cache(folder, settings)
+        lock = lock_cache(folder, is_main=True) if missing else None
         for note in size_notes(images):
             print_safely(f"note: {note}")
         if not (sheet := folder / "images.png").exists():
@@ -170,11 +178,15 @@ def main(config: CacheConfig) -> None:
         )
         plan = settings, missing
     settings, missing = dist.broadcast(plan)
+    if missing and not dist.is_main:
+        lock = lock_cache(folder, is_main=False)
     close_distributed()  # processes are independent from here on, and a barrier could time out
     shards = dict([*missing.items()][dist.rank :: dist.world_size])
     total = sum(map(len, shards.values()))
     with progress(total=total, unit="image", disable=not (dist.is_main and total)) as bar:
         write_shards(config, images, settings, shards, networks, bar)
+    if lock:
+        lock.close()
 
 
 if __name__ == "__main__":

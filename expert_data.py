@@ -18,7 +18,7 @@ from pathlib import Path
 from analysis.config import BATCH_SIZE, ExpertConfig, check_source, default_file, open_prompts
 from analysis.counts import COUNTS_FILE, RoutingCounts
 from options.parts import option
-from runtime.errors import run_main
+from runtime.errors import print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 
@@ -52,7 +52,7 @@ def count_checkpoint(config: ExpertDataConfig) -> RoutingCounts:
     # Names may not be unique.
     labels = pipeline.labels_of(config.class_labels) or range(len(pipeline.class_names))
     images, batch_size = config.images_per_class or IMAGES_PER_CLASS, config.batch_size
-    print(f"sampling {images} images per class: {pipeline.describe()}", flush=True)
+    print_safely(f"sampling {images} images per class: {pipeline.describe()}")
     return count_routing(
         pipeline, labels, images, seed=config.seed, batch_size=batch_size or BATCH_SIZE
     )
@@ -62,7 +62,7 @@ def count_pipeline(config: ExpertDataConfig) -> RoutingCounts:
     from analysis.prompts import count_prompts, describe_prompts
 
     pipeline, prompts, settings = open_prompts(config, config.images_per_class or 1)
-    print(f"sampling {describe_prompts(pipeline, prompts)}", flush=True)
+    print_safely(f"sampling {describe_prompts(pipeline, prompts)}")
     return count_prompts(pipeline, prompts, settings)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from analysis.config import ABLATION_FILE, default_file
 from options.parts import option
-from runtime.errors import UserError, reported_as, run_main
+from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import parse_config
 from sampling.config import SamplingConfig
@@ -67,7 +67,7 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     pipeline = make_pipeline(config, checkpoint)
     pipeline.guide_path = pipeline.guide_path and Path(pipeline.guide_path.name)  # no local path
     labels = list(range(min(config.samples, len(pipeline.class_names))))
-    print(f"sampling {len(labels)} images for the card: {pipeline.describe()}", flush=True)
+    print_safely(f"sampling {len(labels)} images for the card: {pipeline.describe()}")
     parts = batches(labels, 1, config.seed, config.batch_size)
     images = torch.cat([pipeline.images(*part) for part in parts])
     captions = class_captions(pipeline.model, pipeline.class_names, labels)
@@ -145,7 +145,9 @@ def main(config: ExportConfig) -> None:
     if vae_path and Path(vae_path).is_absolute() and not Path(vae_path).exists():
         if config.format == "pipeline" or config.vae_path:
             raise UserError(f"--vae-path: {vae_path} does not exist")
-        print(f"note: {vae_path} does not exist, so the export has no autoencoder (--vae-path)")
+        print_safely(
+            f"note: {vae_path} does not exist, so the export has no autoencoder (--vae-path)"
+        )
         vae_path = None
     if config.precision:
         dtype = DTYPES[config.precision]
@@ -170,7 +172,7 @@ def main(config: ExportConfig) -> None:
         readme.write_text(export.model_card(public, name, config.format, scores, samples))
         for path in folder.rglob("*.safetensors"):  # diffusers makes them readable by owners only
             path.chmod(readme.stat().st_mode)
-    print(f"{config.output}: {checkpoint.path} in format {config.format}")
+    print_safely(f"{config.output}: {checkpoint.path} in format {config.format}")
 
 
 if __name__ == "__main__":

@@ -614,6 +614,14 @@ class DiT(nn.Module):
                 found.setdefault(f"{prefix}.{name}", count)
         return {name: found[name] for name, _ in self.named_parameters() if name in found}
 
+    def expert_parameters(self) -> list[str]:
+        """Returns the names of the parameters (E, ...) that have a slice for each expert."""
+        return [
+            f"{prefix}.experts.{name}"
+            for prefix, module in self.named_modules() if isinstance(module, SparseMoEBlock)
+            for name, _ in module.experts.named_parameters() if name in module.experts.per_expert
+        ]  # fmt: skip
+
     def checkpoint_options(self) -> dict[str, Any]:
         """Returns the options with which torch recomputes a block."""
         return checkpoint_options({"all": (), "selective": self.kept_operators}[self.recomputed])

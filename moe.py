@@ -17,7 +17,7 @@ Shape legend:
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,10 +125,18 @@ class Experts(nn.Module):
     swiglu_bias  also gate_up_bias (E, 2H) and down_bias (E, D)
     gelu         up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E layers
                  like `GeluMLP`, such as the copies of a dense layer that upcycling makes
+
+    `per_expert` and `shared` declare all parameters, with the number of matrices in each (0: a
+    vector), see `DiT.matrices`. Expert parallelism, counts, Muon, quantisation and the dropping of
+    experts follow them. A subclass adds its own parameters and overrides `weights` or `forward`.
     """
 
     is_spread = False  # whether other processes hold other experts of the layer
-    matrices_in = {"gate_up_proj": 2, "up_proj": 1, "down_proj": 1}  # see `DiT.matrices`
+    per_expert: ClassVar[dict[str, int]] = {  # (E, ...): one slice belongs to each expert
+        "gate_up_proj": 2, "up_proj": 1, "down_proj": 1,
+        "gate_up_bias": 0, "up_bias": 0, "down_bias": 0,
+    }  # fmt: skip
+    shared: ClassVar[dict[str, int]] = {}  # every expert uses the whole parameter
 
     def __init__(
         self,
@@ -162,9 +170,20 @@ class Experts(nn.Module):
             else:
                 nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Computes the experts' outputs for tokens x (S, D); returns weighted sums (S, D)."""
-        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, self.weights())
+    @property
+    def matrices_in(self) -> dict[str, int]:
+        """See `DiT.matrices`."""
+        return {name: n for name, n in {**self.per_expert, **self.shared}.items() if n}
+
+    def forward(
+        self, x: Tensor, routing: Routing, weights: ExpertWeights | None = None
+    ) -> Tensor:
+        """Computes the experts' outputs for tokens x (S, D); returns weighted sums (S, D).
+
+        weights: of other experts; None: its own
+        """
+        weights = weights or self.weights()
+        return EXPERT_BACKENDS[self.backend](cast_as_autocast(x), routing, weights)
 
     def weights(self) -> ExpertWeights:
         up = "gate_up" if hasattr(self, "gate_up_proj") else "up"
@@ -183,9 +202,9 @@ class QuantizedExperts(Experts):
 
     def __init__(self, experts: Experts, kind: str):
         nn.Module.__init__(self)
-        self.backend = experts.backend
+        self.backend, matrices = experts.backend, matrices_to_quantize(experts)
         for name, parameter in experts.named_parameters():
-            if name.endswith("_proj"):
+            if name in matrices:
                 weight = quantize(parameter, kind)
                 self.register_buffer(name, weight.values)
                 self.register_buffer(f"{name}_scale", weight.scale)
@@ -196,6 +215,30 @@ class QuantizedExperts(Experts):
         if name.endswith("_bias"):
             return super().weight(name)
         return QuantizedWeight(getattr(self, name), getattr(self, f"{name}_scale"))
+
+
+def matrices_to_quantize(experts: Experts) -> list[str]:
+    """Returns the names of the matrices that quantisation replaces."""
+    if type(experts) is not Experts or experts.shared:
+        raise ValueError(
+            f"got {type(experts).__name__} with the parameters "
+            f"{', '.join(name for name, _ in experts.named_parameters())}; expected those of "
+            "moe.Experts, because only their products are computed with integers"
+        )
+    return [name for name, _ in experts.named_parameters() if experts.per_expert[name]]
+
+
+def check_declared(experts: nn.Module, num_experts: int) -> None:
+    """Raises ValueError for a parameter of experts whose owners are unknown; see `Experts`."""
+    per_expert, shared = (getattr(experts, name, {}) for name in ("per_expert", "shared"))
+    kind = type(experts).__name__
+    for name, weight in experts.named_parameters():
+        if (name in per_expert) == (name in shared):
+            raise ValueError(f"{kind}: got the parameter {name}, expected its name in per_expert, "
+                             f"if each expert owns a slice (E, ...), or in shared")
+        if name in per_expert and (not weight.dim() or len(weight) != num_experts):
+            raise ValueError(f"{kind}.per_expert: got {name} {tuple(weight.shape)}, expected "
+                             f"({num_experts}, ...), a slice for each expert")
 
 
 def quantize_experts(model: nn.Module, kind: str) -> None:
@@ -294,6 +337,7 @@ class SparseMoEBlock(nn.Module):
             expert_backend,
             mlp_type,
         )
+        check_declared(self.experts, num_experts + self.gate.extra_experts)
         shared_size = width_of(hidden_size, n_shared_experts)
         self.shared_experts = MLP_TYPES[mlp_type](hidden_size, shared_size) if shared_size else None
 

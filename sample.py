@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options.parts import option
-from runtime.errors import UserError, pluralize, run_main
+from runtime.errors import UserError, pluralize, print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 from sampling.config import CKPT_HELP, SamplingConfig
@@ -102,7 +102,7 @@ def main(config: SampleConfig) -> None:
     classes = pipeline.labels_of(config.class_labels)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
-    print(f"sampling {pluralize(num_images, 'image')}: {pipeline.describe()}", flush=True)
+    print_safely(f"sampling {pluralize(num_images, 'image')}: {pipeline.describe()}")
 
     pictures = {}  # recorders of the first batch, by output file
     if config.trajectory or config.experts:

@@ -32,7 +32,7 @@ from analysis.counts import (
     to_csv,
 )
 from options.parts import option
-from runtime.errors import UserError
+from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
 from sampling.fonts import font_families
 
@@ -155,7 +155,9 @@ def write_heatmap(
     heatmap = map_of(counts, layers)
     if np.ptp(heatmap.panels) == 0:
         title = heatmap.title.splitlines()[0]
-        print(f"{title}: {heatmap.panels.flat[0]:.3g} everywhere, so there is nothing to draw")
+        print_safely(
+            f"{title}: {heatmap.panels.flat[0]:.3g} everywhere, so there is nothing to draw"
+        )
         return
     save_figure(heatmap.draw(), output)
     shown = [i for i in layers if all(i < len(x) for x in heatmap.statistics.values())]

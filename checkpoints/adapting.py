@@ -109,10 +109,13 @@ def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkp
     if (number := len(dropped[0])) > (most := config.num_experts - config.num_experts_per_tok):
         raise ValueError(f"got {number} experts, expected at most {most}")
     smaller = replace(config, num_experts=config.num_experts - number)
+    of_experts = {*meta_model(config).expert_parameters()}
     for layer, gone in zip(config.sparse_blocks, dropped, strict=True):
         kept = torch.tensor([i for i in range(config.num_experts) if i not in gone])
         for name, weight in state_dict.items():
-            if name.startswith((f"blocks.{layer}.moe.gate.", f"blocks.{layer}.moe.experts.")):
+            is_gate = name.startswith(f"blocks.{layer}.moe.gate.")
+            is_here = name.startswith(f"blocks.{layer}.moe.experts.")
+            if is_gate or is_here and name.removesuffix("_scale") in of_experts:
                 state_dict[name] = weight[kept]  # (E, ...)
     record = replace(source.record, config=smaller)
     return replace(source, state_dict=state_dict, record=record)

@@ -13,8 +13,10 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +39,11 @@ from models import DiT, DiT_models, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
 from options.settings import check_names, flags_of, over, read
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import find_moved, hub_folder, open_regular, parse_json
 from runtime.tensor_file import write_tensors
 
+T = TypeVar("T")
 MODEL_FILE = "model.safetensors"
 WEIGHTS = (  # keys of a .pt, best first
     "ema", "ema_model_state_dict", "model_ema1", "model", "model_state_dict"
@@ -128,16 +131,19 @@ def read_checkpoint(
     overrides: fields of DiTConfig that replace the values of the file; a router such as
         "batch_pool:inference=count" replaces the options that it says
     """
-    path, source = fetch(path)
-    is_pickled = os.path.isfile(path) and path.suffix != ".safetensors"
-    path = find_weights(path) if ema is None or is_pickled else average_file(path, ema)
-    if path.is_dir():
-        state_dict, record = read_diffusers(path, overrides)
-    else:
-        state_dict, record = read_file(path, hints or {}, overrides, ema)
+    named, source = fetch(path)
+    is_pickled = os.path.isfile(named) and named.suffix != ".safetensors"
+
+    def read() -> tuple[Path, dict[str, Tensor], Record]:
+        path = find_weights(named) if ema is None or is_pickled else average_file(named, ema)
+        if path.is_dir():
+            return path, *read_diffusers(path, overrides)
+        return path, *read_file(path, hints or {}, overrides, ema)
+
+    path, state_dict, record = while_replaced(named, read)
     with as_user_error(path, "a different model"):
         if quantize:
-            quantize_state_dict(state_dict, quantize)
+            quantize_state_dict(state_dict, quantize, record.config)
         assemble(record.config, state_dict)  # raises if they do not fit
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source)
@@ -161,6 +167,18 @@ def fetch(path: str | Path) -> tuple[Path, dict | None]:
     return local / (file or ""), {"hub": str(path), "revision": local.name}  # named by the commit
 
 
+def while_replaced(run: Path, read: Callable[[], T]) -> T:
+    """Calls read(), again if it failed while a checkpoint disappeared: a run that trains replaces
+    its older ones."""
+    while True:
+        before = step_folders(run)
+        try:
+            return read()
+        except UserError:
+            if set(before) <= set(step_folders(run)):
+                raise
+
+
 def find_weights(path: Path) -> Path:
     """Finds the weights of a path: a weight file, or a folder of a model in diffusers' format.
 
@@ -180,10 +198,12 @@ def find_weights(path: Path) -> Path:
         except MissingPlugin:
             raise
         except UserError as error:
+            if not folder.exists():  # a run that trains has replaced it
+                return find_weights(path)
             faults.append(str(error))
             continue
         if faults and os.environ.get("RANK", "0") == "0":
-            print(f"using {folder}, because {'; '.join(faults)}", file=sys.stderr)
+            print_safely(f"using {folder}, because {'; '.join(faults)}", file=sys.stderr)
         return folder / MODEL_FILE
     got = "; ".join(faults) or ("got no weights" if path.exists() else "no such file or folder")
     raise UserError(f"{path}: {got}, expected weights, a run, a step folder or a hub id")
@@ -202,8 +222,8 @@ def averages_of(path: Path) -> dict[str, Path]:
         return {}
     try:
         first = read_record(file.parent).ema
-    except UserError:  # a file without a record
-        return {}
+    except UserError:  # a file without a record, or a checkpoint that a run has replaced
+        return {} if file.exists() else averages_of(path)
     others = sorted(file.parent.glob(EMA_FILES.format("*")))
     start, _ = EMA_FILES.split("{}")
     return ({first: file} if first else {}) | {o.stem.removeprefix(start): o for o in others}

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from checkpoints.meta import meta_model
 from models import DiTConfig
-from moe import Experts, width_of
+from moe import width_of
 from moe_kernels.attention import fused_attention
 
 NEEDS_DATA = (DynamicOutputShapeException, DataDependentOutputException)
@@ -54,11 +54,8 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
     """Returns the number of all parameters and of the parameters active for one token."""
     model = meta_model(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = sum(
-        (len(stack) - config.num_experts_per_tok) * stack[0].numel()
-        for module in model.modules() if isinstance(module, Experts)
-        for stack in module.parameters()
-    )  # fmt: skip
+    stacks = map(model.get_parameter, model.expert_parameters())  # (E, ...)
+    idle = sum((len(stack) - config.num_experts_per_tok) * stack[0].numel() for stack in stacks)
     return total, total - idle
 
 

@@ -5,22 +5,29 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from models import DiT
+from checkpoints.meta import meta_model
+from models import DiT, DiTConfig
+from moe import SparseMoEBlock, matrices_to_quantize
 from moe_kernels.quantized import KINDS, quantize
-from runtime.errors import UserError
-
-EXPERT_WEIGHT = re.compile(r"blocks\.\d+\.moe\.experts\.(gate_up|up|down)_proj")
+from runtime.errors import UserError, reported_as
 
 
 def quantization_of(state_dict: dict[str, Tensor]) -> str | None:
     """Returns int8 or int4 if the expert weights of a state dict are quantised, else None."""
-    types = (value.dtype for name, value in state_dict.items() if EXPERT_WEIGHT.fullmatch(name))
+    types = (value.dtype for name, value in state_dict.items() if f"{name}_scale" in state_dict)
     return next((KINDS[dtype] for dtype in types if dtype in KINDS), None)
 
 
-def quantize_state_dict(state_dict: dict[str, Tensor], kind: str) -> None:
+def quantize_state_dict(state_dict: dict[str, Tensor], kind: str, config: DiTConfig) -> None:
     """Replaces the expert weights by integers and scales, one weight at a time."""
-    names = [name for name in state_dict if EXPERT_WEIGHT.fullmatch(name)]
+    names: list[str] = []
+    for prefix, module in meta_model(config).named_modules():
+        if isinstance(module, SparseMoEBlock):
+            with reported_as(f"--quantize: got {kind}", ValueError):
+                names += [
+                    f"{prefix}.experts.{name}" for name in matrices_to_quantize(module.experts)
+                ]
+    names = [name for name in names if name in state_dict]
     stored = quantization_of(state_dict)
     if not names or stored not in (None, kind):
         expected = f"{stored}, as the file stores them" if names else "a model with experts"

@@ -99,9 +99,9 @@ class Record:
         facts |= {name: settings[section].pop(name, None)
                   for name, section in TYPED.items() if section in settings}  # fmt: skip
         model = as_words(settings.pop("model"), "router")
-        facts["objective"] = as_words(
-            {"objective": facts.get("objective"), **settings.get("step", {})}, "objective"
-        )["objective"]
+        step = {"objective": facts.get("objective"), **settings.get("step", {})}
+        settings["step"] = as_words(step, "objective")
+        facts["objective"] = settings["step"].pop("objective")
         facts["settings"] = {name: section for name, section in settings.items() if section}
         return cls.of_weights(model, {k: v for k, v in facts.items() if k != "config"})
 

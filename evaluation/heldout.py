@@ -21,7 +21,7 @@ from latents.loading import collate, evenly_spaced, split
 from latents.sources import Batch, Source, same_images
 from models import DiT
 from options.parts import Size, convert
-from runtime.errors import UserError
+from runtime.errors import UserError, print_safely
 from sampling.pipeline import SamplingPipeline
 
 BINS = 10
@@ -123,9 +123,11 @@ def open_held_out(
         if share:
             _, indices = split(images, share)
             facts["val_share"] = share
-            print(f"{facts['images']}: using the {len(indices):,} images that {path} held out")
+            print_safely(
+                f"{facts['images']}: using the {len(indices):,} images that {path} held out"
+            )
         else:
-            print(
+            print_safely(
                 f"note: {path} was trained on {facts['images']}, so the loss is not a held-out one"
             )
     return images, indices[evenly_spaced(len(indices), num_images)].tolist(), facts

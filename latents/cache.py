@@ -16,13 +16,14 @@ Shape legend: N batch, n images of a shard, C latent channels, M channels of a r
 `latents.autoencoder`), h x w latent size
 """
 
+import fcntl
 import json
 import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, BinaryIO, get_type_hints
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ from latents.sources import (
 )
 from options.parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
-from runtime.files import check_new_folder, find_moved, read_json, write_durably
+from runtime.files import check_new_folder, find_moved, open_regular, read_json, write_durably
 from runtime.tensor_file import write_tensors
 
 INDEX_FILE = "index.json"
@@ -323,6 +324,26 @@ def begin_cache(folder: Path, settings: CacheSettings) -> dict[Path, range]:
         except UserError:
             missing[path] = images
     return missing
+
+
+def lock_cache(folder: Path, *, is_main: bool) -> BinaryIO:
+    """Excludes other commands from writing to a cache until the returned file is closed.
+
+    The processes of one command share the lock, and the main process takes it first. A file system
+    without locks excludes nobody.
+    """
+    with reported_as(f"--output: cannot write {folder}", OSError):
+        file = open_regular(folder / INDEX_FILE, "r+b")
+    try:
+        if is_main:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        other = "another cache_latents.py writes to it; wait for it, or choose another folder"
+        raise UserError(f"--output: {folder}: {other}") from None
+    except OSError:
+        pass
+    return file
 
 
 def write_shard(path: Path, tensors: Batch, channels: int) -> None:

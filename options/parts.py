@@ -31,6 +31,7 @@ Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 QUOTES = ("'", '"')
 WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
+MAX_VALUES = 10_000  # of a list, which a file may forge
 LIMITS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
     "le": ("at most", operator.le), "lt": ("below", operator.lt),
@@ -159,7 +160,7 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the field can name; the field is then a `Part`, or a tuple of them.
+    # The components that the field can name: a `Part`, a tuple of them, or text that is read later.
     table: Registry | None = None
     each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
@@ -179,7 +180,10 @@ class Option:
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
-        if self.table is not None:
+        if isinstance(value, list | tuple) and len(value) > MAX_VALUES:
+            got = f"got {len(value):,} values"
+            raise ValueError(f"{name or self.name}: {got}, expected at most {MAX_VALUES:,}")
+        if Part in (self.hint, *typing.get_args(self.hint)):
             return self.read_parts(value, name or self.name)
         allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
@@ -209,11 +213,14 @@ class Option:
         return f"{words_for(self.hint)} {ranges}".strip()
 
     def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
-        """Reads a word, a `Part`, or for a list several of them, which must differ."""
+        """Reads a word, a `Part`, or for a list several of them, which must differ, or "none"."""
         try:
             if not self.is_list:
                 return Part.parse(value, self.table)
             items = value if isinstance(value, list | tuple) else [value]
+            items = [] if [*items] == ["none"] else items
+            if not items and not self.each_once:
+                raise ValueError("got none, expected at least one")
             found = [Part.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None

@@ -4,6 +4,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -63,13 +64,14 @@ def did_you_mean(word: str, known: Mapping[str, str]) -> str:
 
 def printable(text: str) -> str:
     """Joins text into one line and replaces control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    line = re.sub(r"\s*[\r\n]\s*", " ", text.lstrip("\r\n").rstrip().expandtabs(1))
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def print_safely(line: str, file: TextIO | None = None) -> None:
-    """Prints a line, ignoring write errors such as a full disk or a closed pipe."""
+    """Prints a line, `printable`, ignoring write errors such as a full disk or a closed pipe."""
     with suppress(OSError):
-        print(line, file=file, flush=True)
+        print(printable(line), file=file, flush=True)
 
 
 def end_while_importing(number: int, frame: FrameType | None) -> None:

@@ -225,7 +225,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except BaseException as error:
         code = 1
-        print_safely(traceback.format_exc(), file=sys.stderr)
+        for line in traceback.format_exc().splitlines():
+            print_safely(line, file=sys.stderr)
         with suppress(OSError):  # a full disk
             get_error_handler().record_exception(error)  # torchrun prints it
     for child in multiprocessing.active_children():  # DataLoader workers, as a normal exit does

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
 from options.parts import Size, option, options_of
+from routers import ROUTERS
 from runtime.flags import naming_flags
 from runtime.plugins import import_plugins
 
@@ -52,11 +53,11 @@ class SamplingConfig:
         help="latent height and width, for DSMoE's files (default: 32)",
     )
     router: str | None = option(
-        None,
+        None, table=ROUTERS,
         help="options of the model's router: prototype:choice=expert for ProMoE-EC, "
         "sigmoid:scale=X for DSMoE, or batch_pool:inference=count for DiffMoE as released, in "
         "which an image depends on its batch",
-    )
+    )  # fmt: skip
     vae_path: str | None = option(
         None, help="autoencoder: a folder in diffusers' format, or a hub id"
     )

@@ -72,9 +72,9 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
         if nn.init.constant_(torch.zeros(1, device="cpu"), 1.0):
             self.model.initialize_weights()
         if quantization:
-            for name, weight in self.model.named_parameters():
-                if ".moe.experts." in name:
-                    weight.data.zero_()  # diffusers may leave it uninitialised until loading
+            for name in self.model.expert_parameters():
+                # diffusers may leave it uninitialised until loading
+                self.model.get_parameter(name).data.zero_()
             quantize_experts(self.model, quantization)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

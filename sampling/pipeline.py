@@ -20,7 +20,7 @@ from moe_kernels.cpu import keep_freed_memory
 from options.parts import sides
 from options.settings import spelling
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, pluralize
+from runtime.errors import UserError, check_same, pluralize, print_safely
 from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
@@ -169,7 +169,7 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
         raise UserError("--router: has no effect on a dense model")
     record = checkpoint.record
     if (share := record.ema_start_share) is not None and share >= NOTED_SHARE:
-        print(
+        print_safely(
             f"note: at step {record.step} {share:.0%} of EMA {record.ema} are the weights that it "
             "began with; samples look like theirs, which is noise for new weights"
         )
@@ -201,7 +201,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         except UserError as error:
             raise UserError(f"--guide-ckpt {error}") from None
         if config.quantize and guide.config.num_experts:
-            quantize_state_dict(guide.state_dict, config.quantize)
+            quantize_state_dict(guide.state_dict, config.quantize, guide.config)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     for name in ("guided_channels", "guidance_interval"):
@@ -275,7 +275,7 @@ def autoencoder_of(
         print(f"the checkpoint does not record its autoencoder; using {path} (see --vae-path)")
     vae = load_autoencoder(path, device, torch.float32, checkpoint.record.norm)
     if (trained := checkpoint.record.vae_sha256) and vae.weights_sha256 != trained:
-        print(f"note: the weights of {path} differ from the autoencoder used in training")
+        print_safely(f"note: the weights of {path} differ from the autoencoder used in training")
     image_size = config.image_size or checkpoint.record.image_size
     if image_size and (got := vae.latent_size(image_size)) != model.input_size:
         image_size, got, expected = (

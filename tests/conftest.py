@@ -29,6 +29,7 @@ from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
 from runtime.processes import Distributed, close_distributed
 from training.engines.state import read_state
+from training.manifest import MANIFEST_FILE, write_manifest
 
 # One thread in this process and in every process that a test starts: a different number of threads
 # may round differently, and threads that wait for each other are slow while other tests run.
@@ -298,6 +299,13 @@ def expect_error(capsys, script: str, *arguments) -> str:
     return line
 
 
+def list_files(folder: Path) -> None:
+    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
+    (folder / MANIFEST_FILE).unlink()
+    files = (path for path in folder.rglob("*") if path.is_file())
+    write_manifest(folder, {str(p.relative_to(folder)): p.stat().st_size for p in files})
+
+
 def command(script: Path | str, arguments: tuple | list, processes: int, *launcher: str) -> dict:
     """Arguments for subprocess that run a script, under torchrun if `processes` is not 0."""
     start = [sys.executable]
@@ -462,12 +470,19 @@ def main_of_rank(dist: Distributed, script: str, arguments: tuple) -> None:
 def train_on(dist: Distributed, *commands: list[str]) -> None:
     """Runs train.py's commands one after another in an existing process group."""
     from training.config import parse_training
-    from training.engines.flags import DDPFlags
-    from training.loop import train
+    from training.start import train
 
     for arguments in commands:
-        user_flags = parse_training(DDPFlags, None, arguments)
-        assert train(user_flags, DDPFlags, dist) == 0
+        command, said = parse_training("train.py", None, arguments)
+        assert train(command, said, "train.py", dist) == 0
+
+
+def config_of_command(*arguments, script: str = "train.py"):
+    """The config of a command of a training script, without what follows from the data."""
+    from training.config import TrainConfig, parse_training
+
+    _, said = parse_training(script, None, [*map(str, arguments)])
+    return TrainConfig.default(script).changed(said)
 
 
 # Checkpoints, and files that a run leaves behind.

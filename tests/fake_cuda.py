@@ -63,11 +63,10 @@ from checkpoints import config_of  # noqa: E402
 from diffusion.objectives import Gaussian  # noqa: E402
 from training.engines import fsdp  # noqa: E402
 from training.engines.ddp import DDPEngine  # noqa: E402
-from training.engines.flags import DDPFlags  # noqa: E402
 from models import DiTConfig  # noqa: E402
 from routers import ROUTERS, Routing, TopKRouter  # noqa: E402
 from runtime.processes import ALONE, Distributed  # noqa: E402
-from training.config import resolve  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 
@@ -177,7 +176,7 @@ def step_of(
     fault, flags = None, {"precision": "bf16", "grad_clip": 1.0} | (flags or {})
     objective = objective_of()
     with fake_mode():
-        config = replace(resolve(flags, DDPFlags), model=model_of(model, **fields))
+        config = replace(TrainConfig.default().changed(flags), model=model_of(model, **fields))
         engine = DDPEngine(replace(ALONE, device=DEVICE), config, ())  # weights have no data
         try:
             for _ in range(2):
@@ -222,7 +221,7 @@ def traffic_of(
     """
     torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     common = {"precision": "bf16", "grad_clip": 1.0, "shard": True, "gpus_per_node": 8}
-    config = resolve(common | (flags or {}), DDPFlags)
+    config = TrainConfig.default().changed(common | (flags or {}))
     config = replace(config, model=model_of(model, **fields))
     dist, make_meshes = Distributed(0, 0, ranks, DEVICE), fsdp.make_meshes
     meshes = make_meshes(dist, config)  # a mesh reads a tensor of ranks, which must not be fake

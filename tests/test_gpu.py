@@ -15,15 +15,14 @@ from routers import ROUTERS
 from runtime.processes import ALONE
 from sampling.generate import SamplerSettings, generate
 from tools.benchmarks.common import make_engine, train_step
-from training.config import resolve
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig
 
 
 @needs_gpu
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_training_step_after_warm_up_has_no_gpu_sync(router):
     model = config_of("DiT-Ti/2", router=router)
-    config = replace(resolve({}, DDPFlags), model=model)
+    config = replace(TrainConfig.default(), model=model)
     engine = make_engine(config, replace(ALONE, device=torch.device("cuda")))
     for mode in ("default", "default", "error"):
         torch.cuda.synchronize()
@@ -49,6 +48,7 @@ def test_a_gpu_samples_the_same_latents_as_a_cpu_for_the_same_seeds(at_most):
 def test_a_gpu_run_learns_and_resumes_with_its_losses(at_most, train_flags, tmp_path, precision):
     flags = partial(train_flags, precision=precision, model="DiT-Ti/2", rf=True, lr=3e-3, **{
         "global-batch-size": 16, "max-steps": 60, "ckpt-every": 30, "log-every": 1,
+        "run-name": "run",
     })  # fmt: skip
     call_main("train.py", *flags(tmp_path / "whole"))
     shutil.copytree(tmp_path / "whole", tmp_path / "again")

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def randomised(noise: float = 0.05, **fields) -> DiT:
     return model
 
 
+def resolved(config: DiTConfig) -> DiTConfig:
+    """The config with the values of what it leaves to its defaults."""
+    return replace(
+        config, sparse_layers=config.sparse_blocks or "all", mlp_type=config.expert_mlp,
+        dense_mlp_type=config.dense_mlp, dense_mlp_ratio=config.dense_ratio,
+        class_dropout_prob=config.dropout,
+    )  # fmt: skip
+
+
 def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     model = DiT(**TINY_MODEL)
     assert not model(*tiny_batch())[0].any()
@@ -239,7 +249,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
         model = randomised(**fields)
         model.recomputed = recomputed
         gradients.append(gradients_of(model))
-        assert len(calls) == repeated * len(model.config.sparse_layers)
+        assert len(calls) == repeated * len(model.config.sparse_blocks)
         calls.clear()
     for other in gradients[1:]:
         assert all(map(torch.equal, gradients[0], other))

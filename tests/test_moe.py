@@ -1,18 +1,32 @@
 """The experts: the output and every gradient of each back end are correct."""
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import needs_gpu, needs_triton, relative_error
+from conftest import TINY_MODEL, needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
 
-from moe import Experts, ExpertWeights, SwiGLU, experts_grouped, experts_loop
+import moe
+from checkpoints import Checkpoint, Record
+from checkpoints.adapting import drop_experts
+from checkpoints.costs import count_parameters
+from checkpoints.meta import build_meta
+from checkpoints.quantized import quantize_state_dict
+from models import DiT, DiTConfig
+from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter
+from runtime.errors import UserError
+from training.config import resolve
+from training.engines.flags import DDPFlags
+from training.engines.fsdp import FSDPEngine
+from training.optimizers import Muon
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -206,3 +220,99 @@ def test_each_expert_slice_is_initialised_like_a_linear_layer(mlp_type):
     for weight in (parameter for parameter in experts.parameters() if parameter.dim() == 3):
         assert weight.abs().max() <= bound
         assert weight.std((1, 2)).tolist() == pytest.approx([bound / 3**0.5] * 6, rel=0.03)
+
+
+class LowRankExperts(Experts):
+    """SwiGLU experts that share a base; the matrices of an expert are base + b a, of rank 2."""
+
+    per_expert = {"up_a": 1, "up_b": 1, "down_a": 1, "down_b": 1}
+    shared = {"up_base": 2, "down_base": 1}
+
+    def __init__(self, d, h, num_experts, backend="grouped", mlp_type="swiglu"):
+        torch.nn.Module.__init__(self)
+        self.backend = backend
+        for side, (m, n) in {"up": (2 * h, d), "down": (d, h)}.items():
+            shapes = {"base": (m, n), "a": (num_experts, 2, n), "b": (num_experts, m, 2)}
+            for name, shape in shapes.items():
+                self.register_parameter(f"{side}_{name}", torch.nn.Parameter(torch.empty(shape)))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+
+    def weights(self):
+        return ExpertWeights(self.up_base + self.up_b @ self.up_a,
+                             self.down_base + self.down_b @ self.down_a)  # fmt: skip
+
+
+@pytest.fixture
+def low_rank(monkeypatch) -> DiTConfig:
+    """Config of a model whose experts share parameters."""
+    monkeypatch.setattr(moe, "Experts", LowRankExperts)
+    build_meta.cache_clear()
+    yield DiTConfig(**TINY_MODEL)
+    build_meta.cache_clear()
+
+
+def test_a_parameter_that_the_experts_share_is_counted_and_updated_once(low_rank):
+    model, d, h, e, k = DiT(low_rank), 32, 128, 4, 2
+    factors, base = 2 * (2 * h + d + d + h), 2 * h * d + d * h  # of an expert, of a layer
+    total, active = count_parameters(low_rank)
+    assert total == sum(weight.numel() for weight in model.parameters())
+    assert total - active == 2 * (e - k) * factors
+    stacks = {name: model.get_parameter(name).shape[0] for name in model.expert_parameters()}
+    assert set(stacks.values()) == {e} and len(stacks) == 2 * 4
+    assert sum(w.numel() for n, w in model.named_parameters() if "_base" in n) == 2 * base
+    matrices = model.matrices()
+    assert {n: matrices[f"blocks.0.moe.experts.{n}"] for n in ("up_base", "down_base", "up_a")} == {
+        "up_base": 2, "down_base": 1, "up_a": 1,
+    }  # fmt: skip
+    named = {n: w for n, w in model.named_parameters() if ".experts." in n}
+    (group,) = Muon().make(named, 1e-3, matrices).param_groups
+    assert len(group["params"]) == len(named) and "num_chunks" in group
+
+
+def test_dropping_experts_keeps_what_they_share(low_rank):
+    model = DiT(low_rank)
+    source = Checkpoint(Path("model"), model.state_dict(), Record(config=low_rank))
+    smaller = DiT(drop_experts(source, [[1], [0]]).config)
+    smaller.load_state_dict(drop_experts(source, [[1], [0]]).state_dict)
+    got, want = (m.blocks[0].moe.experts for m in (smaller, model))
+    assert torch.equal(got.up_base, want.up_base)
+    assert torch.equal(got.up_a, want.up_a[[0, 2, 3]])
+
+
+def test_experts_that_share_a_parameter_are_neither_quantised_nor_cut_over_processes(low_rank):
+    with pytest.raises(UserError, match="--quantize: got int8 .*got LowRankExperts with .*up_base"):
+        quantize_state_dict(DiT(low_rank).state_dict(), "int8", low_rank)
+    flags = {"shard": True, "expert_parallel": 2, "gpus_per_node": 2, "global_batch_size": 4}
+    config = dataclasses.replace(resolve(flags, DDPFlags), model=low_rank)
+    with pytest.raises(UserError, match="--expert-parallel: got 2, expected 1, .*0.*up_base"):
+        FSDPEngine.check(config, 2)
+    sharded = dataclasses.replace(config.engine, expert_parallel=1)
+    FSDPEngine.check(dataclasses.replace(config, engine=sharded), 2)
+
+
+@pytest.mark.parametrize(
+    "shape, declared, message",
+    [
+        ((4, 3), {}, "got the parameter scale, expected its name in per_expert, .* or in shared"),
+        (
+            (3,),
+            {"scale": 0},
+            r"per_expert: got scale \(3,\), expected \(4, ...\), a slice",
+        ),
+    ],
+)
+def test_a_parameter_of_experts_is_declared(monkeypatch, shape, declared, message):
+    class Scaled(Experts):
+        per_expert = Experts.per_expert | declared
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.scale = torch.nn.Parameter(torch.ones(shape))
+
+    monkeypatch.setattr(moe, "Experts", Scaled)
+    with pytest.raises(ValueError, match=f"Scaled.*{message}"):
+        SparseMoEBlock(32, 4, 2)

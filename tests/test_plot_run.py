@@ -21,7 +21,7 @@ def test_plotted_runs_share_the_curve_panels_and_the_colour_scale_of_load_maps(t
     write_log(low, [row(s, expert_load=[1.5, 2.0], val_loss=0.5) for s in (1, 5, 9)])
     write_log(high, [row(s, expert_load=[2.0, 4.0]) for s in (1, 5)])
     write_log(dense, [row(1), row(5, loss="nan"), row(9)])
-    (high / "config.yaml").write_text("model: {sparse_layers: [3, 5]}")
+    (high / "config.yaml").write_text("{}\n---\nsparse_blocks: [3, 5]\n")
     call_main("plot_run.py", low, high, dense)
     assert [path.name for path in tmp_path.glob("**/*.png")] == ["runs.png"]
     axes = draw({run: read_rows(run) for run in (low, high, dense)}).axes

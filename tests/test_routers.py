@@ -247,7 +247,7 @@ def test_router_input_selects_the_input_of_the_router_and_not_of_the_experts(nam
     torch.manual_seed(0)
     x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3) * 999, torch.tensor([0, 10, 1])
     for option in ("modulated", "normalised", "normalised_time"):
-        model = randomised(router=name, router_input=option, class_dropout_prob=0.1).eval()
+        model = randomised(router=f"{name}:input={option}", class_dropout_prob=0.1).eval()
         block, got = model.blocks[1], {}
 
         def note(module, inputs, output, got=got) -> None:

@@ -154,7 +154,8 @@ def main(config: NearestConfig) -> None:
         write_durably(config.output / "nearest.json", json.dumps(result, indent=1) + "\n")
     shown = to_pil_image(picture(samples, reference, config.rows))
     write_picture(config.output / "nearest.webp", shown)
-    print_safely(table(result))
+    for line in table(result).splitlines():
+        print_safely(line)
     print_safely(f"written: {config.output}")
 
 

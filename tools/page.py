@@ -48,6 +48,7 @@ MOST_IMAGES = 64  # largest number of images in a grid
 MOST_STEPS = 250  # largest value of the slider, unless the page was started with more steps
 MOST_WAITING = 16  # requests in the queue; more are rejected
 PREVIEW_SECONDS, PREVIEW_SHARE = 0.4, 0.2  # time between previews, and share of the time for them
+LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")  # names of this machine for itself
 MOST_BYTES = 1_000_000  # of a request
 UNREAD_SECONDS = 5.0  # a browser that leaves messages unread for longer is considered closed
 NAMES = {  # names of the controls, by the names that errors use
@@ -376,6 +377,15 @@ class LimitedBody:
             await self.app(scope, receive_some if scope["type"] == "http" else receive, send)
 
 
+def hosts_of(config: SamplingConfig) -> list[str]:
+    """Returns the hosts that requests may name, as a browser does.
+
+    A page of another site can let its own name lead to this machine (DNS rebinding). Its requests
+    name that site. With --host or --share, the names of this machine are not known.
+    """
+    return [*LOCAL] if config.host in LOCAL and not config.share else ["*"]
+
+
 def launch(config: SamplingConfig):
     """Serves the page from threads of this process until the page is closed; returns the page.
 
@@ -393,6 +403,7 @@ def launch(config: SamplingConfig):
     missing = "the page requires gradio; run: pip install -r requirements-extras.txt"
     with reported_as(missing, ImportError):
         import gradio as gr
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
     stops: dict[str, threading.Event] = {}  # by session, while a request of it is running
 
     def stop(request: gr.Request) -> None:
@@ -401,7 +412,8 @@ def launch(config: SamplingConfig):
 
     def answer(values: dict, request: gr.Request) -> Iterator[dict]:
         given = {name: values[control] for name, control in controls.items()}
-        sides = [replace(config, ema=given["ema"] or None), *configs[1:]]
+        ema = str(given["ema"] or "") or None  # a request may have a dict, which has no hash
+        sides = [replace(config, ema=ema), *configs[1:]]
         session = request.session_hash
         stops[session] = stopping = threading.Event()
         yield gr.skip()  # gradio empties the view if a generator yields nothing
@@ -459,7 +471,10 @@ def launch(config: SamplingConfig):
         page.launch(
             server_name=config.host, server_port=config.port, share=config.share, theme=theme,
             quiet=True, prevent_thread_lock=True, footer_links=[], max_file_size=1, css=LAYOUT,
-            app_kwargs={"middleware": [(LimitedBody, (), {})]},
+            app_kwargs={"middleware": [
+                (TrustedHostMiddleware, (), {"allowed_hosts": hosts_of(config)}),
+                (LimitedBody, (), {}),
+            ]},
         )  # fmt: skip
     except OSError:
         raise UserError(

@@ -133,8 +133,10 @@ class TrainConfig:
         values: Settings = {"vae_path": record.vae_path}
         if record.objective:
             values["objective"] = Part(record.objective, record.objective_options)
-        config = cls.default(script).changed(values)
-        return replace(config, preset=record.model_name, model=record.config)
+        # A probability that follows from the classes of the weights follows from those of the data.
+        model = replace(record.config, class_dropout_prob=None)
+        model = model if model.dropout == record.config.dropout else record.config
+        return replace(cls.default(script).changed(values), preset=record.model_name, model=model)
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
         """Returns the config with these values of fields, by name."""
@@ -204,8 +206,7 @@ def parse_training(
     with naming_flags(flags):
         command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
         layers = [read_recipe(Path(path)) for path in command.config]
-        layers.append({n: v for n, v in given.items() if n == "rf" or n not in of_command})
-        layers = [once(layer) for layer in layers]
+        layers.append(once({n: v for n, v in given.items() if n == "rf" or n not in of_command}))
         named = [number for number, layer in enumerate(layers) if "model" in layer]
         said: Settings = {}
         for number, layer in enumerate(layers):
@@ -242,7 +243,7 @@ def read_recipe(path: Path) -> Settings:
         recipe = read_values(values, flags)
         for name in recipe.keys() & options_of(CommandFlags).keys() - {"rf"}:
             raise ValueError(f"got the key {name}, which only a command can have")
-    return recipe
+        return once(recipe)
 
 
 def once(layer: Settings) -> Settings:

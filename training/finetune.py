@@ -32,7 +32,7 @@ def open_weights(path: str, said: Settings) -> Checkpoint:
     except UserError as error:
         raise UserError(f"--finetune {error}") from None
     vae_path = source.record.vae_path or ""
-    is_needed = not {"latents_path", "vae_path"} & said.keys()
+    is_needed = not (said.get("latents_path") or said.get("vae_path"))
     if is_needed and os.path.isabs(vae_path) and not os.path.isdir(vae_path):
         was = f"the weights were trained with the autoencoder {vae_path}"
         raise UserError(f"--finetune: {was}, which does not exist; pass --vae-path")

@@ -79,7 +79,7 @@ class RunLog(AbstractContextManager):
         """Writes a line, with the time, to standard output and log.txt."""
         if not self.is_main:
             return
-        line = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}"
+        line = printable(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {message}")
         with self.bar.external_write_mode():  # the bar is hidden meanwhile
             print_safely(line)  # the terminal may be closed
         self.write(self.text_file, line)

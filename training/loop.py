@@ -237,7 +237,7 @@ class TrainingLoop:
             for name in set(unreadable) - self.unreadable:
                 self.unreadable.add(name)
                 report = self.log.text if dist.is_main else print_safely
-                report(printable(f"skipped an image that cannot be read: {name}"))
+                report(f"skipped an image that cannot be read: {name}")
             batch = {n: tensor.to(dist.device, non_blocking=True) for n, tensor in batch.items()}
             reseed(self.config.run.global_seed, step, number * dist.world_size + dist.rank)
             yield self.dataset.to_latents(self.vae, batch)

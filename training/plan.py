@@ -20,7 +20,7 @@ from moe import width_of
 from options.parts import Size
 from options.settings import Settings
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize
+from runtime.errors import UserError, pluralize, print_safely
 from runtime.processes import ALONE, read_environment
 from training.config import TrainConfig
 from training.engine import Bytes
@@ -56,7 +56,7 @@ def print_plan(
     else:
         notes = notes + length_notes(config, stream)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
-        print(f"{name:<12} {text}")
+        print_safely(f"{name:<12} {text}")
 
 
 def describe_model(config: TrainConfig) -> dict[str, str]:

@@ -78,17 +78,17 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     # command; over these what follows from the data.
     folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
     before = step_folder = weights = None
-    if steps:  # the settings of the newest checkpoint hold, even if it is damaged
-        newest = newest_record(steps)
-        step_folder = newest_intact(steps, notes, dist)
-        before = read_record(step_folder)
-        base = TrainConfig.of_record(newest)
-    elif command.finetune:
-        weights = open_weights(command.finetune, said)
-        base = TrainConfig.of_weights(weights.record, script)
-    else:
-        base = TrainConfig.default(script)
     with naming_flags(training_flags()):
+        if steps:  # the settings of the newest checkpoint hold, even if it is damaged
+            newest = newest_record(steps)
+            step_folder = newest_intact(steps, notes, dist)
+            before = read_record(step_folder)
+            base = TrainConfig.of_record(newest or before)
+        elif command.finetune:
+            weights = open_weights(command.finetune, said)
+            base = TrainConfig.of_weights(weights.record, script)
+        else:
+            base = TrainConfig.default(script)
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
         if command.dry_run:
             dataset = open_planned(data, said, base if before or weights else None, notes)
@@ -194,18 +194,18 @@ def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Pat
     )
 
 
-def newest_record(steps: list[Path]) -> Record:
+def newest_record(steps: list[Path]) -> Record | None:
     """Returns the record of the first readable checkpoint; refuses that of an earlier version."""
-    record = None
     for step in steps:
         with suppress(UserError):
             record = read_record(step)
             break
-    record = record or read_record(steps[0])  # raises
+    else:
+        return None
     if "version" not in record.facts:
         raise UserError(
-            f"{steps[0]} was saved by a version before 0.3, whose runs do not go on; start a new "
-            "run from its weights (--finetune), or use that version"
+            f"{step} was saved by a version before 0.3, whose runs do not go on; start a new run "
+            "from its weights (--finetune), or use that version"
         )
     return record
 

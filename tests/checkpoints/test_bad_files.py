@@ -18,14 +18,14 @@ from checkpoints import Record, load_model, save_model
 from latents.autoencoder import open_autoencoder
 from latents.cache import open_data
 from models import DiT, DiTConfig
-from options.settings import nested
+from options.settings import stored
 from runtime.errors import UserError
 from runtime.files import read_json
 
 REFERENCE = ROOT / "tests" / "reference" / "dit_moe_flash.pt"
 MODEL = DiT(**TINY_MODEL)
 WEIGHTS = MODEL.state_dict()
-CONFIG = nested(MODEL.config)
+CONFIG = stored(MODEL.config)
 POS_EMBED = WEIGHTS["pos_embed"]
 
 
@@ -131,6 +131,14 @@ def test_a_bad_weight_file_is_a_one_line_error_at_once_and_executes_nothing(name
     assert not (tmp_path / executed).exists()
 
 
+@pytest.mark.parametrize("name", ["conditions", "sparse_layers", "router"])
+def test_a_long_list_in_a_record_is_an_error_at_once(name):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=f"^{name}: got 1,000,000 values, expected at most"):
+        DiTConfig.of({**CONFIG, name: ["label" if name == "conditions" else 0] * 10**6})
+    assert time.process_time() - start < 2
+
+
 @pytest.mark.parametrize("content, message", [
     (b"a: &a [x, x]\nb: [*a, *a]", "alias"), (b"a: " + b"[" * 5000, "nested"),
     (b"a: " + b"{a: " * 5000, "nested"), (b"#" * 200_000, "more than 100,000 bytes"),
@@ -178,7 +186,7 @@ def test_every_size_in_a_checkpoint_record_has_an_upper_bound():
     assert {"depth", "input_size", "num_classes", "dense_mlp_ratio"} <= set(numbers)
     for name in numbers:
         with pytest.raises(ValueError, match="2000000000"):
-            DiTConfig.of({**CONFIG, name: 2_000_000_000})
+            DiTConfig(**{**CONFIG, name: 2_000_000_000})
 
 
 def test_a_file_that_holds_no_weights_is_not_called_damaged():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,25 @@ import torch
 from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from checkpoints import Record, load_model, read_checkpoint, read_record, step_folders
+from checkpoints import (
+    Record,
+    checkpoint,
+    ema_file,
+    load_model,
+    read_checkpoint,
+    read_record,
+    step_folders,
+)
 from checkpoints.from_diffusers import OWN_CLASS
 from models import DiT
-from options.settings import nested
+from options import settings
 from routers import ROUTERS, TopKRouter
 from runtime.errors import UserError
 
 REFERENCE = ROOT / "tests" / "reference"
 FACTS = {
     "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16,
+    "objective_options": {"schedule": "linear"},
     "class_names": tuple("abcdefghij"), "settings": {"step": {"lr": 1e-4, "freeze": []}},
     "facts": {"script": "train.py"}, "micro_batch": 4,
     "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
@@ -73,16 +83,17 @@ def test_a_router_may_have_buffers_of_integers(tmp_path, monkeypatch):
 
 
 def test_an_option_of_the_router_overrides_that_of_a_checkpoint_or_pipeline(tmp_path):
-    model = DiT(**TINY_MODEL, router={"sigmoid": {"scale": 2.5, "bias_step": 0.1}})
+    model = DiT(**TINY_MODEL, router="sigmoid:scale=2.5,bias_step=0.1")
     folder = tmp_path / "pipe" / "transformer"
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    stored = {"_class_name": OWN_CLASS, "dit": nested(model.config)}
+    stored = {"_class_name": OWN_CLASS, "dit": settings.stored(model.config)}
     (folder / "config.json").write_text(json.dumps(stored))
     for path in (save_checkpoint(model, tmp_path / "model.safetensors"), tmp_path / "pipe"):
-        for flags in ({"router_scale": 3.0}, {"router": {"sigmoid": {"scale": 3.0}}}):
-            options = load_model(path, **flags).config.router_options
-            assert (options["scale"], options["bias_step"]) == (3.0, 0.1)
+        options = load_model(path, router="sigmoid:scale=3").config.router.options
+        assert (options["scale"], options["bias_step"]) == (3.0, 0.1)
+        with pytest.raises(UserError, match='router_scale.*router="sigmoid:scale='):
+            load_model(path, router_scale=3.0)
 
 
 def test_file_permissions_of_saved_weights_follow_the_umask(saved, tmp_path):
@@ -105,7 +116,7 @@ def test_published_files_load_with_the_config_and_facts_they_imply(name):
     for field in ("input_size", "patch_size", "depth", "mlp_ratio", "num_classes", "num_experts"):
         assert getattr(model.config, field) == config[field], field
     record = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=config["num_heads"]).record
-    facts = {"image_size": 64, "objective": "gaussian"}
+    facts = {"image_size": 64, "objective": "gaussian", "objective_options": {"schedule": "linear"}}
     if name == "dit_moe_flash":  # a bare state dict, without the arguments of its training
         facts = {}
     assert record == Record(config=model.config, **facts)
@@ -124,6 +135,28 @@ def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path
 def test_a_stored_config_may_contain_null_for_optional_fields():
     config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
     assert Record.of_weights(config, {}).config == DiT(**TINY_MODEL).config
+
+
+@pytest.mark.parametrize(
+    "router, objective",
+    [
+        ({"router": "sigmoid:scale=2.5", "aux_loss_alpha": 0.1},
+         {"objective": "rectified_flow:mean=-0.4"}),
+        # Until version 0.3
+        ({"router": {"sigmoid": {"scale": 2.5, "aux_loss_alpha": 0.1}}},
+         {"objective": {"rectified_flow": {"mean": -0.4}}}),
+        # Until version 0.2
+        ({"router": "sigmoid", "router_scale": 2.5, "aux_loss_alpha": 0.1},
+         {"objective": "rectified_flow", "objective_mean": -0.4}),
+    ],
+)  # fmt: skip
+def test_the_metadata_of_every_version_give_the_same_model_and_objective(router, objective):
+    record = Record.from_dict({"config": {"model": {**TINY_MODEL, **router}, "step": objective}})
+    want = DiT(**TINY_MODEL, router="sigmoid:scale=2.5", aux_loss_alpha=0.1).config
+    assert record.config == want
+    assert (record.objective, record.objective_options["mean"]) == ("rectified_flow", -0.4)
+    assert Record.from_metadata(record.to_metadata()) == record
+    assert record.settings == {}
 
 
 def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(saved, tmp_path):
@@ -167,3 +200,34 @@ def test_a_run_folder_opens_its_newest_readable_checkpoint(saved, tmp_path, caps
     for given in (tmp_path, tmp_path / "checkpoints", tmp_path / "nothing"):
         with pytest.raises(UserError, match=f"{given}: .*, expected"):
             load_model(given)
+
+
+@pytest.mark.parametrize(
+    "name", ["step_folders", "open_safetensors", "read_record", "read_tensors"]
+)
+@pytest.mark.parametrize("ema", [None, "0.9"])
+def test_a_run_is_read_while_a_new_checkpoint_replaces_the_one_that_is_read(
+    saved, tmp_path, monkeypatch, capsys, name, ema
+):
+    run, (_, model) = tmp_path / "checkpoints", saved
+
+    def save(step: int) -> None:
+        for name in ("0.99", "0.9"):
+            path = run / f"{step}.tmp" / ema_file(name, is_first=name == "0.99")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(model, path, **FACTS | {"step": step}, ema=name)
+        path.parent.rename(run / f"{step:07d}")
+
+    original = getattr(checkpoint, name)
+
+    def replaced_before(*arguments):
+        listed = original(*arguments) if name == "step_folders" else None
+        if not (run / "0000002").exists():
+            save(2)
+            shutil.rmtree(run / "0000001")
+        return original(*arguments) if listed is None else listed
+
+    save(1)
+    monkeypatch.setattr(checkpoint, name, replaced_before)
+    assert read_checkpoint(tmp_path, ema=ema).record.step == 2
+    assert not capsys.readouterr().err

@@ -23,6 +23,7 @@ from conftest import (
     save_checkpoint,
 )
 from safetensors.torch import load_file, save_file
+from test_models import resolved
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
@@ -55,9 +56,9 @@ def hints(name: str) -> dict:
     chosen = moe.get("num_experts_per_tok") or moe.get("top_k") or moe.get("capacity") or 1
     found = {"num_heads": arguments["num_heads"], "num_experts_per_tok": chosen}
     if name == "promoe_ec":
-        found["router_choice"] = "expert"
+        found["router"] = "prototype:choice=expert"
     if name in DIFFMOE:
-        found["router_inference"] = "count"
+        found["router"] = "batch_pool:inference=count"
     if name == "dsmoe":
         found["input_size"] = 8
     return found
@@ -131,7 +132,7 @@ def test_published_moe_weights_give_the_official_samples_after_four_steps(name):
 def test_published_moe_weights_choose_the_official_experts_and_expert_weights(name, mode):
     io, routings = numbers(name), {}
     model = load(name, mode == "train")
-    for number in model.config.sparse_layers:
+    for number in model.config.sparse_blocks:
         model.blocks[number].moe.register_forward_hook(
             lambda *call, number=number: routings.update({number: call[2][1]})
         )
@@ -216,7 +217,7 @@ def test_published_moe_weights_give_the_official_training_outputs_and_gradients(
         assert (got - want[key]).norm() < allowed, key
     if name in DIFFMOE:
         model.update_routers(model.observed)
-        for layer in model.config.sparse_layers:
+        for layer in model.config.sparse_blocks:
             got = model.blocks[layer].moe.gate.threshold
             assert relative_error(got, io[f"train.block{layer}.threshold_after"]) < 1e-5
 
@@ -226,7 +227,7 @@ def test_diffmoe_images_depend_on_their_batch_only_with_count_inference(name):
     io = numbers(name)
     inputs = [(io["x"][[i]], io["t"][[i]], io["y"][[i]]) for i in range(len(io["x"]))]
     with torch.no_grad():
-        counting, model = load(name), load(name, router_inference="threshold")
+        counting, model = load(name), load(name, router="batch_pool:inference=threshold")
         assert counting.depends_on_batch and not model.depends_on_batch
         single = [
             torch.cat([predict(name, m, *one)[0] for one in inputs]) for m in (counting, model)
@@ -236,7 +237,7 @@ def test_diffmoe_images_depend_on_their_batch_only_with_count_inference(name):
     assert relative_error(single[0], io["output"]) > 1e-2
     assert relative_error(single[1], batch) < 1e-5
     assert relative_error(batch, io["output"]) > 1e-2  # the paper's rule gives a different output
-    for layer in counting.config.sparse_layers:
+    for layer in counting.config.sparse_blocks:
         counting.blocks[layer].moe.gate.threshold.zero_()
     with torch.no_grad():
         every = predict(name, counting, io["x"], io["t"], io["y"])[0]
@@ -252,15 +253,21 @@ def test_published_moe_files_load_with_their_objective():
     assert ddpm.record.objective == "gaussian"
 
 
-def test_router_flags_fill_gaps_of_a_file_and_cannot_contradict_a_file(tmp_path):
-    config = SamplingConfig(ckpt=weights_path("dsmoe"), **hints("dsmoe"), router_scale=1.5)
-    assert open_checkpoint(config).config.router_options["scale"] == 1.5
-    options = dict(num_experts=4, router="sigmoid", router_scale=2.5)
-    model = DiT(**SMALL, **options)
-    path = save_checkpoint(model, tmp_path / "ours.safetensors")
-    assert open_checkpoint(SamplingConfig(ckpt=path, router_scale=2.5))
-    with pytest.raises(UserError, match="different model: router_scale: got 1.0, expected 2.5"):
-        open_checkpoint(SamplingConfig(ckpt=path, router_scale=1))
+def test_the_word_of_a_router_changes_options_of_a_file_and_not_its_router(tmp_path):
+    config = SamplingConfig(ckpt=weights_path("dsmoe"), **hints("dsmoe"), router="sigmoid:scale=3")
+    published = open_checkpoint(replace(config, router=None)).config.router.options
+    assert open_checkpoint(config).config.router.options == published | {"scale": 3.0}
+    model = DiT(**SMALL, num_experts=4, router="sigmoid:scale=2.5,bias_step=0.1")
+    config = SamplingConfig(ckpt=save_checkpoint(model, tmp_path / "ours.safetensors"))
+    options = open_checkpoint(replace(config, router="sigmoid:scale=3")).config.router.options
+    assert (options["scale"], options["bias_step"]) == (3.0, 0.1)
+    for word in ("topk", "race:momentum=0.5"):
+        with pytest.raises(UserError, match="router: got .*, expected sigmoid"):
+            open_checkpoint(replace(config, router=word))
+    model = DiT(**SMALL, num_experts=0)
+    dense = save_checkpoint(model, tmp_path / "dense.safetensors")
+    with pytest.raises(UserError, match="--router: has no effect on a dense model"):
+        open_checkpoint(replace(config, ckpt=dense, router="topk"))
 
 
 def test_shared_weight_names_are_resolved_by_arguments_and_file_keys(tmp_path):
@@ -284,7 +291,7 @@ def test_bare_files_of_our_models_are_not_mistaken_for_other_projects(tmp_path):
         model = DiT(**{**TINY_MODEL, **changes})
         torch.save(model.state_dict(), tmp_path / "bare.pt")
         loaded = load_model(tmp_path / "bare.pt", num_heads=2)
-        assert loaded.config == model.config
+        assert resolved(loaded.config) == resolved(model.config)
         for name, weight in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weight), name
 
@@ -293,7 +300,7 @@ def test_promoe_with_other_than_1000_classes_never_uses_the_unconditional_expert
     weights, table = official_weights("promoe_tc"), "y_embedder.embedding_table.weight"
     save_file({**weights, table: weights[table][-11:].clone()}, tmp_path / "a.safetensors")
     few, io = load_model(tmp_path / "a.safetensors", num_heads=2), numbers("promoe_tc")
-    assert few.config.num_classes == 10 and not few.config.router_options["unconditional_expert"]
+    assert few.config.num_classes == 10 and not few.config.router.options["unconditional_expert"]
     routed = []
     few.blocks[1].moe.register_forward_hook(lambda *call: routed.append(call[2][1]))
     with torch.no_grad():

@@ -199,7 +199,7 @@ def test_mean_flow_takes_router_statistics_from_the_pass_with_gradients(router):
 
 
 def test_guidance_in_training_without_dropped_labels_is_rejected(train_flags, tmp_path, capsys):
-    flags = train_flags(tmp_path, objective="mean_flow", **{"objective-kappa": 0.5})
+    flags = train_flags(tmp_path, objective="mean_flow:kappa=0.5")
     line = expect_error(capsys, "train.py", *flags, "--class-dropout-prob", 0)
     assert "--class-dropout-prob: got 0, expected a value above 0, because guidance" in line
     assert not [*tmp_path.iterdir()]
@@ -210,8 +210,8 @@ def test_fine_tuning_a_flow_to_mean_flow_starts_with_its_velocity(train_flags, t
     flow = ["--objective", "rectified_flow", "--max-steps", "3", "--run-name", "flow"]
     call_main("train", *train_flags(tmp_path), *flow)
     changes = {"model": None, "num_experts": None, "lr": 0.0, "gradient-checkpointing": True}
-    command = train_flags(tmp_path, **changes, objective="mean_flow", finetune=tmp_path / "flow")
-    command += ["--objective-kappa", "0.5", "--max-steps", "1", "--run-name", "tuned"]
+    command = train_flags(tmp_path, **changes, finetune=tmp_path / "flow")
+    command += ["--objective", "mean_flow:kappa=0.5", "--max-steps", "1", "--run-name", "tuned"]
     call_main("train", *command)
     before, after = (load_model(tmp_path / name) for name in ("flow", "tuned"))
     assert after.config.conditions == ("label", "span")

@@ -133,7 +133,12 @@ def test_evaluation_settings_identify_the_weights_and_the_model_flags(tmp_path, 
 
     flags = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
     choices = [
-        settings(weights_path("diffmoe"), **flags, router_inference=choice, batch_size=size)
+        settings(
+            weights_path("diffmoe"),
+            **flags,
+            batch_size=size,
+            router=f"batch_pool:inference={choice}",
+        )
         for choice, size in (("threshold", 4), ("threshold", 8), ("count", 4), ("count", 8))
     ]
     assert choices[0] == choices[1] and all(a != b for a, b in combinations(choices[1:], 2))

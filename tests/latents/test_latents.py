@@ -5,12 +5,15 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     call_main,
     expect_error,
     main_in_processes,
@@ -136,6 +139,34 @@ def test_a_killed_cache_latents_run_resumes_to_the_same_shards(cache, cache_flag
     call_main("cache_latents.py", *cache_flags(killed))
     assert contents(killed) == contents(cache)
     assert kept.stat().st_mtime_ns == before
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from latents.cache import lock_cache
+lock = lock_cache(Path(sys.argv[1]), is_main=True)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_command_cannot_write_to_a_cache_until_the_first_has_ended(
+    cache, cache_flags, tmp_path, capsys
+):
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    flags = cache_flags(copied)
+    command = [sys.executable, "-c", LOCKED, copied]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
+        assert first.stdout.readline() == b"locked\n"
+        call_main("cache_latents.py", *flags)  # there is nothing to write
+        (copied / "shard-00001.safetensors").unlink()
+        line = expect_error(capsys, "cache_latents.py", *flags)
+        assert f"--output: {copied}: another cache_latents.py writes to it; wait" in line
+        first.stdin.close()
+    call_main("cache_latents.py", *flags)
+    assert contents(copied) == contents(cache)
 
 
 def test_a_folder_of_images_without_classes_may_be_renamed(image_tree, cache_flags, tmp_path):

@@ -354,7 +354,7 @@ def test_any_folder_name_becomes_a_unique_one_line_class_name(tmp_path):
     assert set(names) == {"\ufffd\ufffd", "\ufffd\ufffd'", "two lines", "two lines'", "käse"}
 
 
-def test_the_data_fingerprint_depends_on_the_images_and_not_on_their_location(image_tree, tmp_path):
+def test_the_fingerprint_of_data_depends_on_names_and_labels_not_on_location(image_tree, tmp_path):
     (tmp_path / "moved").symlink_to(image_tree)
     there, moved = (open_images(str(path), 16) for path in (image_tree, tmp_path / "moved"))
     one_class = open_images(str(image_tree / "class-0"), 16)
@@ -363,8 +363,7 @@ def test_the_data_fingerprint_depends_on_the_images_and_not_on_their_location(im
     write_shards(there, tmp_path, lambda label: str(label).encode())
     shards = str(tmp_path / "photos-{000..001}.tar")
     before = [there.fingerprint, open_images(shards, 16).fingerprint]
-    with open(tmp_path / "changed" / "class-0" / "03.png", "ab") as file:
-        file.write(b"more")
+    (tmp_path / "changed" / "class-0" / "03.png").rename(tmp_path / "changed/class-0/other.png")
     changed = open_images(str(tmp_path / "changed"), 16)
     write_shards(changed, tmp_path, lambda label: str(3 - label).encode())
     after = [changed.fingerprint, open_images(shards, 16).fingerprint]
@@ -413,6 +412,16 @@ def test_what_a_shard_cannot_give_is_noted(tmp_path, capsys):
     assert len(open_images(str(tmp_path / "photos.tar"), 16)) == 1
     line = capsys.readouterr().out
     assert "1 images whose key a later image has" in line and "1 links in shards" in line
+
+
+def test_a_label_that_expands_to_megabytes_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.add(save(tmp_path, "a.png"), "a.png")
+        label = tarfile.TarInfo("a.cls")
+        label.pax_headers = {"GNU.sparse.map": "100000000,0", "GNU.sparse.size": "100000000"}
+        tar.addfile(label)
+    with pytest.raises(UserError, match=r"a\.cls: got 100,000,000 bytes, expected a label"):
+        open_images(str(tmp_path / "photos.tar"), 16)
 
 
 class Pairs:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script, running, wait_for
 
+from runtime.errors import printable
 from runtime.processes import setup_distributed
+
+
+def test_a_printed_line_keeps_its_spaces_and_loses_its_control_characters():
+    assert printable("  a   b\tc\n  d \r e\x1b[1m\n") == "  a   b c d e?[1m"
 
 
 @pytest.mark.parametrize("shared, count", [("True", 1), ("False", 0)])

@@ -153,7 +153,9 @@ def test_sample_py_reproduces_the_sample_grid_of_training(objective, train_flags
     """Includes names and layout. 10 images of 4 classes become two images per class."""
     changes = {"num-sample": 10, "max-steps": 4, "lr": 0.03, "global-batch-size": 4}
     flags = train_flags(tmp_path, **changes, rf=objective == "rectified_flow")
-    call_main("train.py", *flags, "--run-name=run", "--sample-cfg-scale=4", "--ema-decay=0.1")
+    call_main(
+        "train.py", *flags, "--run-name=run", "--sample-cfg-scale=4", "--ema=exponential:decay=0.1"
+    )
     grid = pixels(tmp_path / "run" / "samples-0000004.png")
     common = ["--ckpt", tmp_path / "run", "--cfg-scale", 4, "--num-sampling-steps", 50]
     common += ["--sampler", "ddim"] if objective == "gaussian" else []
@@ -170,7 +172,9 @@ BAD_FLAGS = [
     (("--class-labels", "fox"), "--class-labels: got fox, expected 0 to 3 or one of ape"),
     (("--class-labels", "4"), "--class-labels: got 4, expected 0 to 3"),
     (("--class-labels", "caat"), "; did you mean cat?"),
-    (("--router-scale", "2"), "--router-scale: has no effect on a model with router topk"),
+    (("--router", "sigmoid:scale=2"), "router: got sigmoid:scale=2.0, expected topk"),
+    (("--router-scale", "2"), "--router sigmoid:scale=VALUE"),
+    (("--router-inference", "count"), "--router batch_pool:inference=VALUE"),
     (("--model", "DiT-S/2"), "depth: got 12, expected 6"),
     (("--model", "DiT-S/3"), "--model: got DiT-S/3, expected one of"),
     (("--num_experts", "8"), "different model: num_experts: got 8, expected 4"),
@@ -215,6 +219,24 @@ def test_sampling_with_another_autoencoder_than_in_training_is_noted(tiny_vae, t
         save_checkpoint(model, path, vae_sha256=digest, **info)
         open_pipeline(SamplingConfig(ckpt=str(path)))
         assert ("note: " in capsys.readouterr().out) == is_noted
+
+
+def test_what_a_checkpoint_says_cannot_control_the_terminal(tiny_vae, tmp_path, capsys):
+    escape = "\x1b]0;x\x07\r\n\x9b2J"
+    (tmp_path / f"vae{escape}").symlink_to(tiny_vae)
+    facts = dict(
+        image_size=16, vae_path=str(tmp_path / f"vae{escape}"), vae_sha256="another",
+        objective="gaussian", step=1, ema=f"0.9{escape}", ema_start_share=0.9,
+        class_names=[f"{name}{escape}" for name in NAMES],
+    )  # fmt: skip
+    path = save_checkpoint(randomised_preset(), tmp_path / "forged.safetensors", **facts)
+    output = ("--output", tmp_path / "a.png", "--num-sampling-steps", 2)
+    call_main("sample.py", "--ckpt", path, *output)
+    printed = capsys.readouterr()
+    lines = (printed.out + printed.err).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert any("EMA 0.9?]0;x?" in line for line in lines)
+    assert any("differ from the autoencoder" in line for line in lines)
 
 
 def test_ctrl_c_prints_one_line_and_exits_with_130(capsys):

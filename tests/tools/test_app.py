@@ -47,12 +47,19 @@ def config(checkpoints) -> AppConfig:
 
 
 @pytest.fixture(scope="module")
-def browser(config):
+def server(config):
+    """The demo page, served."""
+    pytest.importorskip("gradio")
+    page = launch(config)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser(server):
     """Browser on an empty page, while the demo page is served."""
     with open_browser() as driver:
-        server = launch(config)
         yield driver
-    server.close()
 
 
 DARK = """
@@ -273,14 +280,40 @@ def test_a_wrong_value_on_the_page_is_a_one_line_error_that_names_the_control(vi
     assert "Traceback" not in capfd.readouterr().err
 
 
-def post(config, path: str, content: bytes, kind: str) -> int:
+def post(config, path: str, content: bytes, kind: str, **headers) -> int:
     """Status code of the server's response to a POST request."""
     url = f"http://127.0.0.1:{config.port}/gradio_api/{path}"
     try:
-        headers = {"Content-Type": kind}
+        headers = {"Content-Type": kind, **headers}
         return urlopen(Request(url, content, headers), timeout=60).status
     except HTTPError as error:
         return error.code
+
+
+def request_of(config, **changed) -> dict:
+    """The request of the Draw button, with other values of the controls of these labels."""
+    served = json.load(urlopen(f"http://127.0.0.1:{config.port}/config", timeout=60))
+    values = {c["id"]: c["props"].get("value") for c in served["components"]}
+    labels = {c["id"]: str(c["props"].get("label")).split()[0] for c in served["components"]}
+    draw = next(d for d in served["dependencies"] if d["api_name"] == "answer")
+    data = [changed.get(labels[i], values[i]) for i in draw["inputs"]]
+    return {"data": data, "fn_index": draw["id"], "session_hash": "nobody"}
+
+
+def test_a_site_whose_name_leads_here_reaches_nothing(server, config):
+    """DNS rebinding: the request of another site's page names that site."""
+    content = json.dumps(request_of(config)).encode()
+    for host, status in (("evil.example:7860", 400), ("localhost", 200)):
+        assert post(config, "queue/join", content, "application/json", Host=host) == status
+    assert page.hosts_of(replace(config, host="0.0.0.0")) == ["*"]
+
+
+def test_a_value_without_a_hash_is_an_error_that_names_its_control(server, config):
+    content = json.dumps(request_of(config, EMA={"a": 1})).encode()
+    assert post(config, "queue/join", content, "application/json") == 200
+    address = f"http://127.0.0.1:{config.port}/gradio_api/queue/data?session_hash=nobody"
+    with urlopen(address, timeout=60) as events:
+        assert any(b"EMA: got {'a': 1}" in line for line in events)
 
 
 def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, monkeypatch):
@@ -291,15 +324,8 @@ def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, m
     assert post(config, "queue/join", large, "application/json") == 413
     visitor = visit()
     visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
-    address = f"http://127.0.0.1:{config.port}/config"
-    served = json.load(urlopen(address, timeout=60))
-    values = {c["id"]: c["props"].get("value") for c in served["components"]}
-    steps = {c["id"] for c in served["components"] if c["props"].get("label") == "Steps"}
-    draw = next(d for d in served["dependencies"] if d["api_name"] == "answer")
-    data = [250 if i in steps else values[i] for i in draw["inputs"]]
-    requests = (
-        {"data": data, "fn_index": draw["id"], "session_hash": f"nobody{i}"} for i in range(40)
-    )
+    slow = request_of(config, Steps=250)
+    requests = ({**slow, "session_hash": f"nobody{i}"} for i in range(40))
     with monkeypatch.context() as impatient:
         impatient.setattr(page, "UNREAD_SECONDS", 0.3)
         answers = [

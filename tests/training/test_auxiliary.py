@@ -18,23 +18,24 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from checkpoints import config_of
 from checkpoints.checkpoint import load_model
 from diffusion import OBJECTIVES
 from models import DiT, DiTConfig
+from options.parts import Part
 from runtime.processes import ALONE
 from tools.benchmarks.common import make_engine, train_step
 from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
-from training.config import DataFacts, parse_training, resolve
+from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
-from training.engines.flags import DDPFlags
 from training.step import losses
 
 EVERY = ["repa", "sra", "dispersive", "contrastive"]
 CASES = {
-    "repa": {}, "repa-on-the-same-grid": {}, "irepa": {"spatial": True, "gamma": 0.6},
-    "sra": {"teacher_share": 1.0}, "sra-gaussian": {"teacher_share": 1.0}, "dispersive": {},
-    "contrastive": {},
+    "repa": "repa", "repa-on-the-same-grid": "repa", "irepa": "repa:spatial=True,gamma=0.6",
+    "sra": "sra:teacher_share=1", "sra-gaussian": "sra:teacher_share=1",
+    "dispersive": "dispersive", "contrastive": "contrastive",
 }  # fmt: skip
 
 
@@ -59,10 +60,10 @@ def noised(x, noise, t) -> torch.Tensor:
 def test_benchmarks_compute_the_auxiliary_losses(monkeypatch):
     called, loss = [], Dispersive.loss
     monkeypatch.setattr(Dispersive, "loss", lambda *args: called.append(1) or loss(*args))
-    arguments = ["--model=DiT-Ti/2", "--depth=2", "--rf", "--auxiliary", *EVERY]
-    facts = DataFacts(num_classes=4, input_size=8, in_channels=4, image_size=64, vae_path="",
-                      shapes={"label": (), "tokens": (4, 8)})  # fmt: skip
-    config = resolve(parse_training(DDPFlags, None, arguments), DDPFlags, data=facts)
+    model = config_of("DiT-Ti/2", depth=2, input_size=8, num_classes=4)
+    values = {"objective": "rectified_flow", "auxiliary": EVERY}
+    config = replace(TrainConfig.default(), model=model)
+    config = config.changed(values, shapes={"label": (), "tokens": (4, 8)})
     train_step(make_engine(config, ALONE), config.objective, 4)
     assert called
 
@@ -120,17 +121,16 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
-    name = {"irepa": "repa"}.get(case, case.split("-")[0])
+    part = Part.parse(CASES[case], AUXILIARY_LOSSES)
+    part.options["weight"] = 0.3
     objective = OBJECTIVES["gaussian" if case == "sra-gaussian" else "rectified_flow"]()
     torch.manual_seed(1)
     batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
     batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
-    given = {"precision": "fp32", "ema_decay": (0.9,),
-             "auxiliary": {name: {"weight": 0.3, **CASES[case]}},
-             "objective": "rectified_flow"}  # fmt: skip
-    config = resolve(given, DDPFlags)
-    config = replace(config, model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0),
-                     shapes={"tokens": batch["tokens"].shape[1:]})  # fmt: skip
+    values = {"precision": "fp32", "ema": ("exponential:decay=0.9",), "auxiliary": (part,),
+              "objective": "rectified_flow"}  # fmt: skip
+    config = replace(TrainConfig.default(), model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0))
+    config = config.changed(values, shapes={"tokens": batch["tokens"].shape[1:]})
     engine = DDPEngine(ALONE, config, new_weights(config))
     for weight in engine.parameters.values():  # gates initialised to zero would hide errors
         weight.data += 0.1 * torch.randn_like(weight)
@@ -146,7 +146,7 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     drawn = objective.draw(batch["latents"])
     want = naive(case, engine, objective, batch, drawn["t"], drawn["noise"])
     plain = objective.losses(engine.model, batch["latents"], batch["label"], **drawn)
-    assert terms[name].item() == pytest.approx(want.item(), rel=1e-4)
+    assert terms[part.name].item() == pytest.approx(want.item(), rel=1e-4)
     total = plain["loss"].mean() + plain["aux_loss"] + 0.3 * want
     expected = torch.autograd.grad(total, weights.values(), allow_unused=True)
     for weight, one, other in zip(weights, got, expected, strict=True):
@@ -180,14 +180,13 @@ def flags(train_flags, latent_cache):
 
 def test_a_branch_drops_and_adds_auxiliary_losses(flags, tmp_path, capsys):
     """One branch of a run with all losses drops them; a branch of it adds them."""
-    asked = [
-        "--auxiliary", *EVERY, "--auxiliary-contrastive-weight", "0.1", "--auxiliary-repa-width",
-        "16", "--val-share", "0.5", "--val-images", "20",
-    ]  # fmt: skip
+    words = ["contrastive:weight=0.1", "repa:width=16", "sra", "dispersive"]
+    held_out = ["--val-share", "0.5", "--val-images", "20"]
+    asked = ["--auxiliary", *words, *held_out]
     call_main("train.py", *flags(tmp_path / "whole", *asked))
     run, last = only_run(tmp_path / "whole"), step_folder(tmp_path / "whole", 3)
     assert {*EVERY, "val_loss"} <= rows(tmp_path / "whole")[-1].keys()
-    assert "{contrastive: {weight: 0.1}}" in (run / "config.yaml").read_text()
+    assert "contrastive:weight=0.1" in (run / "config.yaml").read_text()
     weights = load_file(last / "model.safetensors")
     assert weights.keys() == load_model(run).state_dict().keys()
     (state,) = (last / "state").iterdir()
@@ -195,17 +194,16 @@ def test_a_branch_drops_and_adds_auxiliary_losses(flags, tmp_path, capsys):
     assert len(moved) == 6 + 4  # the projection layers of repa and sra
 
     branch = flags(tmp_path / "without", "--resume", str(last), **{"max-steps": 4})
-    call_main("train.py", *branch, "--auxiliary", *asked[-4:])
+    call_main("train.py", *branch, "--auxiliary", "none", *held_out)
     assert "repa" not in rows(tmp_path / "without")[-1]
     branch = flags(tmp_path / "with", "--resume", str(step_folder(tmp_path / "without", 4)))
     call_main("train.py", *branch, *asked, "--max-steps", "5")
     assert "repa" in rows(tmp_path / "with")[-1]
     log = (only_run(tmp_path / "with") / "log.txt").read_text()
-    assert "note: auxiliary loss repa starts with new weights" in log
-    assert "dispersive starts" not in log  # it has no weights
-    branch = flags(tmp_path / "wide", "--resume", str(last), *asked, "--auxiliary-repa-width", "9")
+    assert "changed: auxiliary loss repa begins" in log
+    branch = flags(tmp_path / "wide", "--resume", str(last), "--auxiliary", "repa:width=9")
     line = expect_error(capsys, "train.py", *branch, "--max-steps", "4")
-    assert "--auxiliary-repa-width: was 16, is 9" in line and "projectors" not in line
+    assert "--auxiliary" in line and "got (9,), expected (16,)" in line
 
 
 def test_a_branch_on_features_of_another_width_is_told_both_widths(
@@ -227,7 +225,7 @@ def test_a_branch_on_features_of_another_width_is_told_both_widths(
         call_main("train.py", *flags(tmp_path / run, *asked, "1", **own))
         branch = ("--resume", str(step_folder(tmp_path / run, 1)), *asked, "2")
         line = expect_error(capsys, "train.py", *flags(tmp_path / f"{run}-2", *branch, **other))
-        assert "--latents-path: other features than those" in line and "damaged" not in line
+        assert "--latents-path" in line and "damaged" not in line
         assert f"got ({got}" in line and f"expected ({expected}" in line
 
 

@@ -30,16 +30,14 @@ from checkpoints import config_of, read_record
 from checkpoints.weights import open_safetensors
 from latents.loading import BatchStream
 from models import DiT
-from options.parts import Part
 from routers import ROUTERS, TopKRouter
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
 from training.alarms import LINES
-from training.config import resolve
+from training.config import TrainConfig
 from training.engines import ddp, fsdp, state
-from training.engines.flags import DDPFlags
 from training.log import RunLog
 from training.plan import load_that_fits
 
@@ -366,8 +364,7 @@ def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
     for module in (state, ddp):
         monkeypatch.setattr(module, "open_safetensors", open_counted)
     monkeypatch.setattr(ddp.DDPEngine, "share_state", lambda *_: None, raising=False)
-    config = resolve({**layout, "ema": [Part("exponential", {"decay": 0.9})]}, DDPFlags)
-    config = replace(config, model=read_record(folder).config)
+    config = TrainConfig.of_record(read_record(folder)).changed(layout)
     for rank in range(8):
         torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
         try:
@@ -386,10 +383,12 @@ def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
 def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, experts):
     """256 does not divide the 1408 rows of down_proj of G: 22,528 runs of 88 bytes per layer."""
     with torch.device("meta"):
-        weights = dict(DiT(config_of(model, num_experts=experts, depth=2)).named_parameters())
+        dit = DiT(config_of(model, num_experts=experts, depth=2))
+    weights, names = dict(dit.named_parameters()), frozenset(dit.expert_parameters())
     with pytest.raises(UserError, match="^--shard-size: got 256.*down_proj.*expected 128 or fewer"):
         fsdp.check_layout(fsdp.Layout(256), weights)
-    for layout in (fsdp.Layout(128), fsdp.Layout(32, spread=8), fsdp.Layout(8)):
+    spread = fsdp.Layout(32, spread=8, experts=names)
+    for layout in (fsdp.Layout(128), spread, fsdp.Layout(8)):
         fsdp.check_layout(layout, weights)
 
 
@@ -414,6 +413,6 @@ def test_the_plan_refuses_what_training_would_refuse(monkeypatch):
 
 def test_the_plan_prints_the_load_that_fits_under_expert_parallelism():
     """G keeps 40 layers x 8,192 rows of 1408 + 2 x 5632 numbers in bf16 at the mean load."""
-    config = replace(resolve({}, DDPFlags), model=config_of("DiT-G/2", num_experts=16))
+    config = replace(TrainConfig.default(), model=config_of("DiT-G/2", num_experts=16))
     text = load_that_fits(config, micro_batch=16, free=15.47 * 2**30)
     assert text.startswith("7.73 GiB more on a process") and text.endswith("3.0 times the mean fit")

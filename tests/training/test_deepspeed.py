@@ -24,6 +24,7 @@ from conftest import (
     call_main,
     expect_error,
     in_process,
+    list_files,
     relative_error,
     run_script,
 )
@@ -35,12 +36,10 @@ from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE, reseed
-from training.config import resolve
+from training.config import TrainConfig
 from training.engines.deepspeed_engine import DeepSpeedEngine, read_part
-from training.engines.flags import DeepSpeedFlags
 from training.engines.state import FACTS_KEY
 from training.engines.zero_config import complete_config
-from training.manifest import checksums_of, write_manifest
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
 FP16 = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
@@ -220,13 +219,6 @@ def parts_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("deepspeed/*"))
 
 
-def list_files(folder: Path) -> None:
-    """Rewrites the manifest of a checkpoint so that it matches the files as they are."""
-    (folder / "manifest.json").unlink()
-    files = (path for path in folder.rglob("*") if path.is_file())
-    write_manifest(folder, checksums_of(folder, [str(path.relative_to(folder)) for path in files]))
-
-
 def store_step_as_number(folder: Path) -> None:
     """Stores the step of the optimizer as DeepSpeed's Adam for the CPU does."""
     for path in parts_of(folder):
@@ -328,9 +320,9 @@ def test_weights_drawn_one_by_one_equal_those_of_a_model_built_at_once(router):
 def config_for(tmp_path: Path, json_text: dict | str, gpus: int, per_node: int, **changes) -> dict:
     path = tmp_path / "config.json"
     path.write_text(json_text if isinstance(json_text, str) else json.dumps(json_text))
-    user_flags = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
-             "gpus_per_node": per_node, **changes}  # fmt: skip
-    return complete_config(resolve(user_flags, DeepSpeedFlags), gpus)
+    values = {"deepspeed_config": str(path), "train_batch_size": 4, "accum_iter": 2,
+              "gpus_per_node": per_node, **changes}  # fmt: skip
+    return complete_config(TrainConfig.default("train_deepspeed.py").changed(values), gpus)
 
 
 CONTRADICTIONS = [
@@ -390,7 +382,7 @@ def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
 @pytest.mark.parametrize("user_flags, message", [
     ({"freeze": ("x_embedder",)}, "--freeze.* under DeepSpeed, expected"),
     ({"train_router_only": True}, "--train-router-only.* under DeepSpeed, expected"),
-    ({"ema_decay": (0.9, 0.99)}, "--ema: got 2 averages, expected one"),
+    ({"ema": ("exponential", "power")}, "--ema: got 2 averages, expected one"),
     ({"optimizer": "muon"}, "--optimizer: got muon, expected adamw"),
     ({"auxiliary": ("dispersive", "sra")}, "--auxiliary: got sra under DeepSpeed"),
 ])  # fmt: skip

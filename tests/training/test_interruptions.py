@@ -59,7 +59,7 @@ def assert_resumes_exactly(flags, results: Path, other: Path, step: int) -> None
     for folder in (results, other):
         call_main("train.py", *flags(folder, **{"max-steps": step + 2}))
     assert_same_state(step_folder(results, step + 2), step_folder(other, step + 2))
-    steps = [row["step"] for row in rows(results)]
+    steps = [row["step"] for row in rows(results) if "loss" in row]
     assert steps == list(range(1, step + 3))  # every step once
 
 
@@ -160,7 +160,7 @@ def test_two_processes_recover_from_a_killed_process_and_stop_together(flags, tm
     last = {"max-steps": step + 2}
     in_processes(train_on, shared(results, **last), shared(tmp_path / "whole", **last))
     assert_same_state(step_folder(results, step + 2), step_folder(tmp_path / "whole", step + 2))
-    assert [row["step"] for row in rows(results)] == list(range(1, step + 3))
+    assert [row["step"] for row in rows(results) if "loss" in row] == list(range(1, step + 3))
 
 
 def test_a_run_killed_at_random_moments_resumes_to_the_same_weights(flags, tmp_path, request):

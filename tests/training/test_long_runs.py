@@ -12,10 +12,9 @@ from runtime.errors import UserError
 from runtime.processes import ALONE
 from training import spikes
 from training.alarms import LINES, Alarms
-from training.config import resolve
+from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
-from training.engines.flags import DDPFlags
 from training.engines.fsdp import FSDPEngine
 from training.metrics import ProcessReport
 from training.saving import Saver
@@ -46,8 +45,8 @@ def optimizer_steps(engine, scales: list[float]) -> list[bool]:
 def test_a_spike_changes_nothing_and_its_mean_is_resumed(kind, tmp_path, monkeypatch):
     """A resumed engine draws no initial weights: the state replaces all of them."""
     monkeypatch.setattr(spikes, "STEPS", 2)
-    flags = resolve({"grad_skip": 3.0, "shard": kind is FSDPEngine}, DDPFlags)
-    config = replace(flags, model=config_of("DiT-Ti/2", depth=1))
+    values = {"grad_skip": 3.0, "shard": kind is FSDPEngine}
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2", depth=1)).changed(values)
     engine = kind(ALONE, config, new_weights(config))
     assert optimizer_steps(engine, [1.0, 1.0]) == [False, False]
     before = [tensor.clone() for tensor in (*engine.averaged.values(), *engine.emas[0].averages)]

@@ -8,8 +8,7 @@ import torch
 from conftest import ROOT, call_main, expect_error
 
 from checkpoints import config_of
-from training.config import resolve
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig
 from training.memory import copied_bytes, model_activations, planned_weights
 from training.plan import disk_notes, disk_use
 
@@ -41,7 +40,7 @@ def test_the_plan_for_selective_checkpointing_adds_the_outputs_of_attention_and_
 
 def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     """PyTorch allocates the next power of two for each pinned tensor; two copies share the work."""
-    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2"))
     exact = [4 * weight.numel() for weight in planned_weights(config).values()]
     alone = copied_bytes(config, copies=1)["copy at a save"]
     steps = 4 * len(exact)  # AdamW's counts
@@ -51,7 +50,7 @@ def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
 
 def test_a_run_notes_that_its_disk_is_too_small(tmp_path, monkeypatch):
     """Checkpoints that the run has already written count as space for its checkpoints."""
-    config = replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2"))
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2"))
     needed, _ = disk_use(config, 1000, 2**20)
     (tmp_path / "0000500").mkdir()
     with (tmp_path / "0000500" / "model.safetensors").open("wb") as file:
@@ -80,11 +79,11 @@ def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than
     plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
     call_main(*plan)
     assert (
-        "after 1,000 steps 90% of EMA 0.9999 will still be the initial" in capsys.readouterr().out
+        "after 1,000 steps 90% of EMA 0.9999 will still be the weights" in capsys.readouterr().out
     )
-    call_main(*plan, "--ema-warmup", True, "--global-batch-size", 2 * 1_281_167)
+    call_main(*plan, "--ema", "exponential:warmup=True", "--global-batch-size", 2 * 1_281_167)
     output = capsys.readouterr().out
-    assert "initial weights" not in output and "each step uses every image 2 times" in output
+    assert "of EMA" not in output and "each step uses every image 2 times" in output
 
 
 def test_the_plan_refuses_micro_batches_of_one_image_as_the_run_does(capsys):

@@ -1,25 +1,20 @@
 """Recipes of published models: parameter counts, training settings and commands."""
 
+import functools
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, call_main
 
 from checkpoints.costs import count_parameters
-from latents.autoencoder import DEFAULT_VAE
 from models import DiT
-from options.settings import flat, flattened
-from training.config import (
-    DataFacts,
-    TrainConfig,
-    parse_training,
-    parse_yaml,
-    resolve,
-    training_flags,
-)
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig, fitted, parse_training
+from training.plan import open_planned
+from training.run_folder import CONFIG_FILE, write_config
 
 FOLDER = ROOT / "config" / "recipes"
 PRESETS = ROOT / "tests" / "reference" / "published" / "presets.json"
@@ -61,14 +56,17 @@ MILLIONS = {
 }  # fmt: skip
 
 
-def config_of(name: str) -> TrainConfig:
-    user_flags = parse_training(DDPFlags, None, ["--config", str(FOLDER / f"{name}.yaml")])
-    image_size, is_latent = int(user_flags["image_size"]), name not in JIT
-    facts = DataFacts(
-        num_classes=1000, input_size=image_size // (8 if is_latent else 1), image_size=image_size,
-        in_channels=4 if is_latent else 3, vae_path=user_flags.get("vae_path", DEFAULT_VAE),
-    )  # fmt: skip
-    return resolve(user_flags, DDPFlags, data=facts)
+def config_of(*arguments: str | Path) -> TrainConfig:
+    """The config of a command, with ImageNet's classes."""
+    _, said = parse_training("train.py", None, [*map(str, arguments)])
+    base = TrainConfig.default()
+    images = open_planned(base.changed(said).data, said, None, [])
+    return base.changed(fitted(base, said, images))
+
+
+@functools.cache
+def recipe(name: str) -> TrainConfig:
+    return config_of("--config", FOLDER / f"{name}.yaml")
 
 
 def preset_of(name: str) -> dict:
@@ -79,12 +77,12 @@ def preset_of(name: str) -> dict:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name):
-    config, preset = config_of(name).model, preset_of(name)
+    config, preset = recipe(name).model, preset_of(name)
     with torch.device("meta"):
         model = DiT(**vars(config))
     trainable = sum(parameter.numel() for parameter in model.parameters())
     assert trainable == preset["trainable_parameters"]
-    assert list(config.sparse_layers) == preset["sparse_blocks"]
+    assert list(config.sparse_blocks) == preset["sparse_blocks"]
     assert (config.num_heads, config.input_size) == tuple(
         preset["kwargs"][key] for key in ("num_heads", "input_size")
     )
@@ -95,7 +93,7 @@ PUBLISHED = [name for name in SOURCES if "training" in preset_of(name) and name 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_has_the_published_training_settings(name):
-    config, training = config_of(name), preset_of(name)["training"]
+    config, training = recipe(name), preset_of(name)["training"]
     optimizer, step = config.optimizer, config.step
     assert step.lr == training["lr"] and not step.warmup_steps
     assert list(optimizer.betas) == training["betas"]
@@ -103,21 +101,21 @@ def test_a_published_recipe_has_the_published_training_settings(name):
     assert step.grad_clip == (training["clip_grad_norm"] or 0)
     assert [ema.decay for ema in config.ema] == [training["ema_decay"]]
     assert config.engine.global_batch_size == training["batch_size"]
-    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert config.model.dropout == training["label_dropout"]
     assert config.objective.times == training["time"].split()[0].replace(",", "")
     assert (config.model.time_scale == 1000) == ("1000 t" in training["objective"])
 
 
 @pytest.mark.parametrize("name", JIT)
 def test_a_recipe_of_jit_has_the_published_training_settings(name):
-    config, training = config_of(name), preset_of(name)["training"]
+    config, training = recipe(name), preset_of(name)["training"]
     assert config.step.lr == 2e-4 and "2e-4 at 1024" in training["lr"]
     assert config.step.warmup_steps == 5 * 1_281_167 // 1024 and "5 epochs" in training["schedule"]
     assert list(config.optimizer.betas) == training["betas"]
     assert [ema.decay for ema in config.ema] == training["ema_decay"]
     assert config.engine.global_batch_size == training["batch_size"]
     assert config.run.epochs == training["epochs_in_script"]
-    assert config.model.class_dropout_prob == training["label_dropout"]
+    assert config.model.dropout == training["label_dropout"]
     assert training["time"] == "logit-normal mean -0.8 std 0.8, t = 1 data"
     objective = config.objective
     assert (objective.mean, objective.std, objective.clamp) == (0.8, 0.8, 0.05)
@@ -125,21 +123,14 @@ def test_a_recipe_of_jit_has_the_published_training_settings(name):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
-def test_a_recipe_flat_and_nested_gives_the_same_config(name):
-    path, flags = FOLDER / f"{name}.yaml", training_flags(DDPFlags)
-    config = resolve(parse_training(DDPFlags, None, ["--config", str(path)]), DDPFlags)
-    written = flattened(parse_yaml(path)[0], flags)
-    assert not [key for key in written if flags[key].options]  # all are inside their component
-    values = flat(*config.by_section.values())
-    for name in [name for name in values if name.partition("_")[0] == "ema"]:
-        values[name] = [*dict.fromkeys(values[name])]  # --ema-decay A B makes two EMAs of one --ema
-    for written in ({"model": config.preset, **values}, config.sections()):
-        assert resolve(written, DDPFlags).sections() == config.sections()
+def test_the_config_file_of_a_run_with_a_recipe_is_a_recipe_for_the_same_config(name, tmp_path):
+    write_config(tmp_path, recipe(name), {})
+    assert config_of("--config", tmp_path / CONFIG_FILE) == recipe(name)
 
 
 @pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
 def test_dit_and_dit_moe_have_the_published_parameters(name):
-    total, active = count_parameters(config_of(name).model)
+    total, active = count_parameters(recipe(name).model)
     if name in DENSE:
         assert total == active == DENSE[name]
     else:
@@ -148,20 +139,18 @@ def test_dit_and_dit_moe_have_the_published_parameters(name):
 
 @pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
 def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run(name, capsys):
-    """With two blocks, which are planned in less time, if the recipe allows so few."""
+    """With two blocks, which are planned in less time."""
     path = FOLDER / f"{name}.yaml"
     assert f"--config config/recipes/{path.name}" in path.read_text()
     if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16"):
-        depth = () if name in JIT else ("--depth", 2)
-        call_main("train.py", "--config", path, "--dry-run", "--gpus", 8, *depth)
+        few = ("--depth", 2, "--class-tokens-start", 1) if name in JIT else ("--depth", 2)
+        call_main("train.py", "--config", path, "--dry-run", "--gpus", 8, *few)
         assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["published", "stable", "fast", "pixels"])
 def test_a_recipe_is_applied_and_command_line_flags_override_it(name):
     """The recipe `published` equals the defaults."""
-    recipe = ["--config", str(FOLDER / f"{name}.yaml")]
-    parsed = [parse_training(DDPFlags, None, flags) for flags in ([], recipe, [*recipe, "--lr=1"])]
-    nothing, config, changed = (resolve(flags, DDPFlags) for flags in parsed)
-    assert parsed[1].keys() > {"optimizer", "lr", "grad_clip"} and changed.step.lr == 1
-    assert (config.sections() == nothing.sections()) == (name == "published")
+    changed = config_of("--config", FOLDER / f"{name}.yaml", "--lr=1")
+    assert (recipe(name) == config_of()) == (name == "published")
+    assert changed.step == replace(recipe(name).step, lr=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import (
     ROOT,
     assert_same_state,
@@ -32,8 +33,7 @@ from checkpoints.costs import count_macs
 from models import DiT
 from options.parts import Part
 from routers import ROUTERS
-from training.config import parse_training, parse_yaml
-from training.engines.flags import DDPFlags
+from training.config import parse_training
 from training.run_folder import CONFIG_FILE
 
 STEPS, BROKEN = 4, 3
@@ -44,7 +44,7 @@ MORE = {"expert_choice": ["--auxiliary", "sra", "dispersive"]}  # sra has weight
 def flags(train_flags):
     values = {
         "num_experts_per_tok": 2, "global-batch-size": 8, "rf": True, "log-every": 1,
-        "ckpt-every": 1, "max-steps": STEPS,
+        "ckpt-every": 1, "max-steps": STEPS, "run-name": "run",
     }  # fmt: skip
 
     def make(root: Path, name: str, **changes) -> list[str]:
@@ -159,13 +159,14 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     plugin, train_flags, tmp_path, capsys
 ):
     (path, forget), output = plugin, ("--output", tmp_path / "grid.png")
-    flags = {"router": "cosine", "router-temperature": 0.2, "run-name": "run", "max-steps": 1}
+    flags = {"router": "cosine:temperature=0.2", "run-name": "run", "max-steps": 1}
     flags = train_flags(tmp_path, **flags)
     sample = ["sample.py", "--ckpt", tmp_path / "run", "--num-sampling-steps", 1, *output]
     call_main("train.py", *flags, "--plugin", path)
     forget()
     assert "--plugin FILE.py" in expect_error(capsys, *sample)
-    assert parse_training(DDPFlags, arguments={"plugin": path})["plugin"] == (str(path),)
+    command, _ = parse_training("train.py", arguments={"plugin": path})
+    assert command.plugin == (str(path),)
     forget()
     call_main(*sample, "--plugin", path)
     assert load_model(tmp_path / "run").blocks[0].moe.gate.temperature == 0.2
@@ -207,7 +208,7 @@ def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     for plugin_file in plugins:
         del sys.modules[f"plugin:{plugin_file.resolve()}"]
     words = ["--plugin", str(path), "--lr", "1", f"--plugin={plugins[1]}", "--rf"]
-    assert parse_training(DDPFlags, arguments=words)["plugin"] == tuple(map(str, plugins))
+    assert parse_training("train.py", None, words)[0].plugin == tuple(map(str, plugins))
     assert {"cosine", "masked", "tied"} <= ROUTERS.keys()
     assert not (tmp_path / "results").exists()
 
@@ -216,12 +217,12 @@ def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_
     plugin, train_flags, tmp_path
 ):
     results = tmp_path / "results"
-    flags = {"router": "growing", "router-interval": 2, "num_experts_per_tok": 3, "log-every": 1,
+    flags = {"router": "growing:interval=2", "num_experts_per_tok": 3, "log-every": 1,
              "ckpt-every": 1, "global-batch-size": 4, "run-name": "run"}  # fmt: skip
     for steps in (3, 5):
         values = {**flags, "max-steps": steps}
         call_main("train.py", *train_flags(results, **values), "--plugin", plugin[0])
-    log = rows(results)
+    log = [row for row in rows(results) if "loss" in row]
     assert [row["experts_per_token"][0] for row in log] == [1, 1, 2, 2, 3]
     config = load_model(step_folder(results, 5)).config
     for row, k in ((log[0], 1), (log[-1], 3)):
@@ -255,8 +256,8 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
         assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section
         (copy / place).write_text((copy / place).read_text() + "\n\n" + code)
     values = {
-        "router": "mine", "objective": "flow_noise", "objective-clamp": 0.1, "log-every": 1,
-        "optimizer": "adafactor", "optimizer-weight-decay": 0.1, "global-batch-size": 8,
+        "router": "mine", "objective": "flow_noise:clamp=0.1", "log-every": 1,
+        "optimizer": "adafactor:weight_decay=0.1", "global-batch-size": 8,
         "val-share": 0.5, "val-every": 4, "num-sample": 4, "run-name": "run",
         "vae-path": "pixels", "image-size": 8,  # opens no autoencoder, which takes seconds
     }  # fmt: skip
@@ -271,11 +272,10 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
     run_script(copy / "several.py", COMMANDS=json.dumps(commands, default=str))
     assert_same_state(step_folder(tmp_path / "two", 4), step_folder(tmp_path / "whole", 4))
     assert (tmp_path / "grid.png").stat().st_size > 100
-    settings, _ = parse_yaml(tmp_path / "two" / "run" / CONFIG_FILE)
+    settings, _ = yaml.safe_load_all((tmp_path / "two" / "run" / CONFIG_FILE).read_text())
     log = rows(tmp_path / "two")
     assert log[-1]["aux_loss"] > 0 and log[-1]["experts_per_token"] == [2.0] * 2
     assert log[-1]["val_loss"] > 0
-    (router,), step = settings["model"]["router"].items(), settings["step"]
-    assert router[0] == "mine" and router[1]["aux_loss_alpha"] == "0.001"
-    assert step["objective"]["flow_noise"]["clamp"] == "0.1"
-    assert step["optimizer"]["adafactor"]["weight_decay"] == "0.1"
+    step = settings["step"]
+    assert settings["model"]["router"].startswith("mine:")
+    assert "clamp=0.1" in step["objective"] and "weight_decay=0.1" in step["optimizer"]

@@ -12,8 +12,7 @@ from runtime.processes import ALONE, ProcessError
 from runtime.tensor_file import Box, TensorFile
 from tools.benchmarks.common import make_engine
 from training import saving
-from training.config import resolve
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig
 
 TENSORS = {
     "cube": torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0)),
@@ -47,9 +46,8 @@ def test_several_writers_produce_the_same_file_as_one(tmp_path, dim):
 
 def test_any_failure_of_a_save_is_reported_as_one_that_all_processes_see(tmp_path, monkeypatch):
     """`run_on_all` passes the error to all processes, and the loop logs it and trains on."""
-    engine = make_engine(
-        replace(resolve({}, DDPFlags), model=config_of("DiT-Ti/2", depth=1)), ALONE
-    )
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2", depth=1))
+    engine = make_engine(config, ALONE)
     saver, left = saving.Saver(tmp_path, engine), tmp_path / "checkpoints" / "writing-0000001.tmp"
     for owner, name in ((TensorFile, "write"), (saving, "write_manifest")):
         with monkeypatch.context() as patch:

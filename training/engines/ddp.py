@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +48,7 @@ class DDPEngine:
     """fp32 master weights and EMAs, autocast steps; see `training.engine.Engine`."""
 
     copy_size = 1  # processes that together hold one copy of the model
+    peers: ProcessGroup | None = None  # one process of each copy, with the same shards; None: all
 
     def __init__(
         self, dist: Distributed, config: TrainConfig, weights: Iterable[tuple[str, Tensor]]
@@ -275,8 +278,35 @@ class DDPEngine:
         return tensors | dict(self.model.named_buffers())
 
     def load_state(self, folder: Path) -> None:
-        self.dist.run_on_all(lambda: self.read_state(folder))
-        self.dist.run_on_all(lambda: self.read_averages(folder))
+        """Reads the state in the first copy of the model, which broadcasts it to the others."""
+        reads = self.dist.rank < self.copy_size
+        self.dist.run_on_all(lambda: self.read_state(folder) if reads else None)
+        self.dist.run_on_all(lambda: self.read_averages(folder) if reads else None)
+        if self.dist.world_size > self.copy_size:
+            self.share_state(reads)
+
+    @torch.no_grad()
+    def share_state(self, reads: bool) -> None:
+        """Broadcasts the state from the first copy; shards of every copy have the same shapes."""
+        kept = {name: self.optimizer.state[weight] for name, weight in self.trained.items()}
+        # Tensors on the meta device stand for those that follow.
+        box: list[Any] = [
+            {name: {k: without_data(v) for k, v in state.items()} for name, state in kept.items()},
+            self.scaler.state_dict(), self.find_spikes.state_dict(),
+        ]  # fmt: skip
+        torch.distributed.broadcast_object_list(box, group=self.peers, group_src=0)
+        if not reads:
+            states, scaler, spikes = box
+            for name, state in states.items():
+                empty = {k: allocated(v, self.dist.device) for k, v in state.items()}
+                kept[name] |= {k: distributed_as(self.trained[name], v) for k, v in empty.items()}
+            self.scaler.load_state_dict(scaler)
+            self.find_spikes.load_state_dict(spikes)
+        tensors = [*self.local_tensors().values(), *(v for s in kept.values() for v in s.values())]
+        tensors += [average for ema in self.emas for average in ema.averages]
+        for tensor in map(rows_of, filter(torch.is_tensor, tensors)):
+            if tensor.numel():
+                torch.distributed.broadcast(tensor, group=self.peers, group_src=0)
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
@@ -291,7 +321,8 @@ class DDPEngine:
         projectors = [name for name in local if not is_of_model(name)]
         trained = {name: local[name].shape for name in self.trained if name in local}
         planned = planned_state(self.config.optimizer, trained, self.model.matrices())
-        other = f"--latents-path: other features than those that {folder} was trained on"
+        source = f"the auxiliary losses of {folder}"
+        other = f"--auxiliary: other options or features (--latents-path) than {source}"
         with reported_as(other, ValueError):
             check_shapes({n: expected[n] for n in projectors}, {n: stored[n] for n in projectors})
         with as_user_error(folder, "damaged, or of a different model"):
@@ -303,10 +334,11 @@ class DDPEngine:
             for name in trained:
                 weight, kept = self.trained[name], state["optimizer"].get(name, {}).items()
                 self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
-        # The scale is missing after a save in another precision, and below 1 after many nan steps.
-        if state["scaler"].get("scale", 0) >= 1:
-            self.scaler.load_state_dict(state["scaler"])
-        self.find_spikes.load_state_dict(state["spikes"])
+            # The scale is missing after a save in another precision, and below 1 after many nan
+            # steps.
+            if state["scaler"].get("scale", 0) >= 1:
+                self.scaler.load_state_dict(state["scaler"])
+            self.find_spikes.load_state_dict(state["spikes"])
 
     def read_averages(self, folder: Path) -> None:
         stored = averages_of(folder)  # a resumed run may have other EMAs, or another order
@@ -323,6 +355,16 @@ class DDPEngine:
                 for name, average in zip(self.averaged, ema.averages, strict=True):
                     if average.numel():
                         average.copy_(file.get_slice(name)[self.places[name]])
+
+
+def without_data(value: Any) -> Any:
+    """Replaces the shard of a tensor by a tensor on the meta device."""
+    return rows_of(value).to("meta") if torch.is_tensor(value) else value
+
+
+def allocated(value: Any, device: torch.device) -> Any:
+    """Replaces a tensor on the meta device by a tensor without values."""
+    return torch.empty_like(value, device=device) if torch.is_tensor(value) else value
 
 
 def distributed_as(weight: Tensor, shard: Any) -> Any:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from moe import EXPERT_BACKENDS, ExpertWeights
+from moe import ExpertWeights
 from moe_kernels.experts import combine_rows, gather_rows, sort_rows
 from routers import Routing
 
@@ -33,8 +33,10 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
     """Removes the experts of other processes from stacked parameters (E, ...)."""
     first = sum(counts[:rank])
     for name, stack in list(experts.named_parameters()):
-        kept = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
-        setattr(experts, name, kept)
+        if name in experts.per_expert:
+            kept = nn.Parameter(stack.detach()[first : first + counts[rank]], stack.requires_grad)
+            owner, _, name = name.rpartition(".")
+            setattr(experts.get_submodule(owner), name, kept)
 
 
 def spread(
@@ -63,9 +65,7 @@ def spread(
         # A row of weight 0: ranks without extra rows must join the backward collective too.
         local = (F.pad(t[here], (0, 1)) for t in (token, expert, weight))
         weights = (p if p is None else FromLast.apply(p[-extra:], group) for p in experts.weights())
-        y = EXPERT_BACKENDS[experts.backend](
-            x, Routing(*local, 0, routing.loss, routing.load), ExpertWeights(*weights)
-        )
+        y = compute(x, Routing(*local, 0, routing.loss, routing.load), ExpertWeights(*weights))
         return y + exchange(x, Routing(*routed, routing.loss, routing.load))
 
     def exchange(x: Tensor, routing: Routing) -> Tensor:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard
 from checkpoints.meta import meta_model
 from diffusion import Objective
 from models import DiT
-from moe import Experts
+from moe import Experts, SparseMoEBlock
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
@@ -39,7 +39,6 @@ from training.engines.layout import (
     Layout,
     Place,
     experts_of_each,
-    is_expert,
     shard_dim,
     stored_of_each,
 )
@@ -67,6 +66,8 @@ class FSDPEngine(DDPEngine):
             if sums_rounded(self.config, mesh):
                 module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         super().distribute()
+        if meshes.model.ndim == 2:
+            self.peers = meshes.model["replicate"].get_group()
         self.layout = layout_of(self.config, self.dist.world_size)
         self.copy_size = self.layout.size
 
@@ -93,6 +94,8 @@ class FSDPEngine(DDPEngine):
         layout = layout_of(config, world_size)
         if layout.size > 1:
             check_state(config)
+        if layout.spread > 1:
+            check_experts(config)
         weights = planned_weights(config)
         if scalars := [name for name, weight in weights.items() if not weight.dim()]:
             expected = "a dimension, such as torch.empty(1)"
@@ -116,7 +119,7 @@ class FSDPEngine(DDPEngine):
         model, weights = meta_model(config.model), planned_weights(config)
         shapes = {name: w[layout.place(name, w.shape, 0)].shape for name, w in weights.items()}
         padded = {w: layout.gathered(name) * shapes[name].numel() for name, w in weights.items()}
-        experts = {w for name, w in weights.items() if layout.spread > 1 and is_expert(name)}
+        experts = {weights[name] for name in layout.experts}
         groups = [
             [sum(padded[w] for w in group) for group in (block - experts, block & experts)]
             for block in map(set, map(block_parameters, model.blocks))
@@ -171,7 +174,7 @@ class FSDPEngine(DDPEngine):
         if self.layout.spread > 1:
             # An expert's gradient sums over the processes that send it rows, but FSDP averages only
             # over those that hold it.
-            spread = [self.local[n] for n in self.trained if is_expert(n)]
+            spread = [self.local[n] for n in self.trained if n in self.layout.experts]
             if gradients := [weight.grad for weight in spread if weight.grad is not None]:
                 torch._foreach_div_(gradients, self.layout.spread)
         return weights
@@ -201,7 +204,9 @@ def layout_of(config: TrainConfig, world_size: int) -> Layout:
     experts = config.model.num_experts
     if spread > max(1, experts):
         raise UserError(f"--expert-parallel: got {spread}, expected at most {experts} experts")
-    return Layout(size // spread, spread, config.model.experts_per_layer - config.model.num_experts)
+    extra = config.model.experts_per_layer - experts
+    names = meta_model(config.model).expert_parameters() if spread > 1 else ()
+    return Layout(size // spread, spread, extra, frozenset(names))
 
 
 def count_runs(layout: Layout, weights: dict[str, Tensor]) -> dict[str, int]:
@@ -265,6 +270,19 @@ def check_state(config: TrainConfig) -> None:
                     f"--optimizer: {config.step.optimizer} keeps {key} {tuple(value.shape)} for "
                     f"{name} {tuple(shapes[name])}; --shard requires tensors of the same shape"
                 )
+
+
+def check_experts(config: TrainConfig) -> None:
+    """Refuses expert parallelism of experts that share a parameter: each process would sum its
+    gradient over other processes.
+    """
+    for name, module in meta_model(config.model).named_modules():
+        if isinstance(module, SparseMoEBlock) and module.experts.shared:
+            shared = ", ".join(f"{name}.experts.{one}" for one in module.experts.shared)
+            raise UserError(
+                f"--expert-parallel: got {config.engine.expert_parallel}, expected 1, because the "
+                f"experts share {shared}; --shard alone can cut them"
+            )
 
 
 class Meshes(NamedTuple):
@@ -362,7 +380,7 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
         if meshes.spread is not None and block.moe is not None:
             experts = block.moe.experts
             size, extra = meshes.spread.size(), block.moe.gate.extra_experts
-            number = len(next(experts.parameters())) - extra
+            number = config.model.num_experts
             stored = stored_of_each(number, size, extra)
             keep_experts(experts, stored, meshes.spread.get_local_rank())
             routed, group = experts_of_each(number, size), meshes.spread.get_group()

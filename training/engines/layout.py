@@ -23,6 +23,7 @@ class Layout:
     shards: int
     spread: int = 1  # processes that hold different experts of a layer: --expert-parallel
     extra: int = 0  # experts of a layer in addition to the routed ones
+    experts: frozenset[str] = frozenset()  # names of the parameters whose experts are spread
 
     @property
     def size(self) -> int:
@@ -31,11 +32,11 @@ class Layout:
 
     def gathered(self, name: str) -> int:
         """Returns the number of processes that a parameter is sharded over."""
-        return self.shards if is_expert(name) else self.size
+        return self.shards if name in self.experts else self.size
 
     def place(self, name: str, shape: torch.Size, shard_index: int) -> Place:
         """Returns the position, in a parameter of this shape, of shard number `shard_index`."""
-        if not is_expert(name):
+        if name not in self.experts:
             return shard_place(shape, shard_index, self.gathered(name))
         counts = stored_of_each(shape[0] - self.extra, self.spread, self.extra)
         rank = shard_index % self.spread
@@ -56,10 +57,6 @@ def stored_of_each(num_experts: int, size: int, extra: int) -> list[int]:
     """Returns the number of stored experts by process; the last process has `extra` more."""
     counts = experts_of_each(num_experts, size)
     return [*counts[:-1], counts[-1] + extra]
-
-
-def is_expert(name: str) -> bool:
-    return ".moe.experts." in name
 
 
 def shard_dim(shape: torch.Size, num_shards: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from checkpoints.weights import as_user_error, open_safetensors
 from runtime.errors import UserError
+from runtime.files import parse_json
 from runtime.tensor_file import Box
 from training.engines.layout import Place
 
@@ -64,8 +65,8 @@ def read_state(
     shards, numbers, facts = stored_shards(folder)
     model: dict[str, Tensor] = {}
     stored_shapes: dict[str, tuple[int, ...]] = {}
-    optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
     with as_user_error(folder, "damaged, or of a different model"):
+        optimizer: dict[str, dict] = {name: dict(kept) for name, kept in numbers.items()}
         for title, stored in shards.items():
             kind, name, *key = title.split("/")
             whole = whole_shape(stored)
@@ -121,14 +122,15 @@ def stored_shards(
     for path in paths:
         file = open_safetensors(path)
         with as_user_error(path, "damaged"):
-            facts.append(json.loads(file.metadata()[FACTS_KEY]))
+            facts.append(parse_json(file.metadata()[FACTS_KEY]))
             for title, offset in facts[-1]["offsets"].items():
                 content = file.get_slice(title)
                 read = content.__getitem__ if offset else lambda _, f=file, t=title: f.get_tensor(t)
                 shards.setdefault(title, []).append(
                     StoredShard(tuple(offset), tuple(content.get_shape()), read)
                 )
-    if len(paths) != (expected := facts[0]["processes"]):
-        raise UserError(f"{folder}: got {len(paths)} files of its state, expected {expected}")
-    numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
+    with as_user_error(folder, "damaged"):
+        if len(paths) != (expected := facts[0]["processes"]):
+            raise ValueError(f"got {len(paths)} files of its state, expected {expected!s:.80}")
+        numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
     return shards, numbers, facts[0]

@@ -1,0 +1,216 @@
+"""The config of a run: recipes in order, the command over them, and presets of sizes."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import config_of_command, expect_error
+
+from runtime.errors import UserError
+from train import run
+from training.config import RECIPES, TrainConfig
+from training.run_folder import CONFIG_FILE, write_config
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Function that writes a recipe, and returns the config of a command with it."""
+    number = iter(range(100))
+
+    def make(text: str, *arguments) -> TrainConfig:
+        path = tmp_path / f"{next(number)}.yaml"
+        path.write_text(text)
+        return config_of_command("--config", path, *arguments)
+
+    return make
+
+
+def config_file(folder: Path, config: TrainConfig) -> Path:
+    write_config(folder, config, {})
+    return folder / CONFIG_FILE
+
+
+def test_the_command_overrides_a_recipe_whose_values_are_words_or_typed(recipe):
+    """YAML reads 1e-4 as text. A section of a config.yaml has no meaning."""
+    text = (
+        "router: sigmoid:scale=2.5\nlr: 1e-3\nrf: true\nnum-experts-per-tok: 1\n"
+        "step: {grad_clip: 2, ema: ['exponential:decay=0.9,warmup=True', power]}\n"
+        "optimizer: adamw:betas=0.9,0.95\nsparse_layers: every-second\n"
+    )
+    config = recipe(text, "--lr", "2e-3", "--sparse-layers", "6,8")
+    assert (config.step.lr, config.step.grad_clip) == (2e-3, 2.0)
+    assert config.model.router.options["scale"] == 2.5 and config.model.num_experts_per_tok == 1
+    assert config.step.objective.name == "rectified_flow"
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert [ema.name for ema in config.ema] == ["0.9", "power-0.1"] and config.ema[0].warmup
+    assert config.model.sparse_blocks == (6, 8)
+
+
+def test_a_word_of_the_command_keeps_the_options_of_the_recipe(recipe):
+    text = (
+        "router: sigmoid:scale=2.5\noptimizer: adamw:betas=0.9,0.95\nema:\n"
+        "- exponential:decay=0.9,warmup=True\nauxiliary: ['dispersive:weight=0.4', sra]\nrf: 1\n"
+    )
+    words = ["--router", "sigmoid:bias_step=0", "--optimizer", "adamw:weight_decay=0.1"]
+    words += ["--ema", "power", "exponential:decay=0.5", "--auxiliary", "contrastive", "dispersive"]
+    config = recipe(text, *words)
+    router = {"input": "modulated", "scale": 2.5, "bias_step": 0.0}
+    assert config.model.router.options == router
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
+    assert [ema.name for ema in config.ema] == ["power-0.1", "0.5"] and config.ema[1].warmup
+    assert [one.weight for one in config.auxiliary] == [0.4, 0.05]  # in the order of the table
+    assert recipe(text, "--router", "race").model.router.options["momentum"] == 0.99
+    assert recipe(text, "--optimizer", "muon").optimizer.betas == (0.9, 0.95)
+    assert recipe(text, "--auxiliary").auxiliary == []
+
+
+def test_several_files_override_each_other_in_order(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: DiT-B/2\nlr: 1e-3\nrouter: sigmoid:scale=2\ndepth: 3\n")
+    second.write_text("model: DiT-L/2\nlr: 2e-3\nrouter: sigmoid:bias_step=0.5\n")
+    for words in (("--config", first, second), ("--config", first, "--config", second)):
+        config = config_of_command(*words, "--warmup-steps", 7)
+        assert (config.model.depth, config.step.lr, config.step.warmup_steps) == (24, 2e-3, 7)
+        assert str(config.model.router) == "sigmoid:input=modulated,scale=2.0,bias_step=0.5"
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "expected"),
+    [
+        ({"depth": 6}, ("--model", "DiT-B/2"), {"depth": 12, "hidden_size": 768}),
+        ({"model": "DiT-B/2", "depth": 6}, (), {"depth": 6, "hidden_size": 768}),
+        ({"model": "DiT-B/2", "depth": 6}, ("--model", "DiT-S/2"), {"depth": 12, "num_heads": 6}),
+        ({"model": "DiT-B/2"}, ("--model", "DiT-S/2", "--depth", 4), {"depth": 4, "num_heads": 6}),
+        ({"depth": 6}, ("--depth", 4), {"depth": 4, "hidden_size": 384}),
+        ({"num-experts": 32}, ("--model", "DiT-B/2"), {"num_experts": 32, "depth": 12}),
+        ({"num-experts": 32}, ("--model", "JiTMoE-B/16"), {"num_experts": 16, "norm": "rms"}),
+        ({"num-experts": 0, "norm": "rms"}, ("--num_experts", 4),
+         {"sparse_blocks": (*range(12),), "expert_mlp": "swiglu", "norm": "rms"}),
+        ({"router": "sigmoid:scale=2", "sparse-layers": 6}, ("--num_experts", 0),
+         {"sparse_blocks": (), "dense_mlp": "gelu", "num_experts_per_tok": 2}),
+    ],
+)  # fmt: skip
+def test_a_preset_sets_its_sizes_over_files_and_flags_of_sizes_override_both(
+    file, words, expected, recipe
+):
+    model = recipe(json.dumps(file), *words).model
+    assert {name: getattr(model, name) for name in expected} == expected
+
+
+def test_the_config_file_of_a_run_is_a_recipe_for_the_same_config(tmp_path):
+    """What follows from other settings follows from the flags beside the file."""
+    words = ("--depth", 6, "--objective", "flow_x:mean=0.5", "--sparse-layers", "deep-half")
+    words += ("--auxiliary", "dispersive:weight=0.1", "--ema", "power", "exponential:decay=0.9")
+    words += ("--freeze", "blocks.*.attn.*", "--val-share", 0.1, "--max-steps", 5)
+    config = config_of_command(*words)
+    file = config_file(tmp_path, config)
+    assert config_of_command("--config", file) == config
+    assert config_of_command("--config", file, "--depth", 8).model.sparse_blocks == (4, 5, 6, 7)
+    epochs = config_of_command("--config", file, "--epochs", 3).run
+    assert (epochs.epochs, epochs.max_steps) == (3, None)
+    held_out = config_of_command("--config", file, "--val-path", "x").data
+    assert (held_out.val_path, held_out.val_share) == ("x", 0.0)
+    lines = file.read_text()
+    assert lines.count("optimizer: adamw:betas=0.9,0.999,") == 1
+
+
+def test_a_later_alternative_replaces_an_earlier_one(recipe):
+    config = recipe("max-steps: 5\nlatents-path: x\nval-path: y\n", "--epochs", 3,
+                    "--data-path", "z", "--val-share", 0.5)  # fmt: skip
+    assert (config.run.epochs, config.run.max_steps) == (3, None)
+    assert (config.data.latents_path, config.data.data_path) == (None, "z")
+    assert (config.data.val_path, config.data.val_share) == (None, 0.5)
+    kept = recipe("val-path: y\n", "--val-share", 0)  # says nothing about images
+    assert kept.data.val_path == "y"
+
+
+@pytest.mark.parametrize("words", ["--epochs 5 --max-steps 9", "--latents-path x --data-path y",
+                                   "--val-share 0.1 --val-path x", "--rf True --objective gaussian",
+                                   "--rf False --objective flow_x"])  # fmt: skip
+def test_a_command_says_a_thing_in_one_way(words, capsys):
+    first, _, second, _ = words.split()
+    line = expect_error(capsys, "train.py", *words.split())
+    assert first.strip("-") in line and second.strip("-") in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning: 1", "--learning: unknown flag"),
+        ("router-scale: 2.5", "--router sigmoid:scale="),
+        ("router: {sigmoid: {scale: 2.5}}", "--router: got {'sigmoid'"),
+        ("ema: [exponential:decay=0.9,warmup=True]", "--ema: got 'warmup=True' without"),
+        ("ema: [{exponential: {decay: 0.9}}]", "--ema: got {'exponential'"),
+        ("auxiliary: [sra, sra]", "--auxiliary: got sra, sra"),
+        ("config: x", "the key config"),
+        ("run_name: x", "the key run_name"),
+        ("lr: x", "--lr: got 'x'"),
+        ("- 1", "YAML"),
+        ("image-size: [[256], [256]]", "--image-size: got"),
+        ("max-steps: [5, 5]", "--max-steps: got"),
+        ("lr: 1e-3\nlr: 2e-3", "lr: is given twice"),
+        ("lr: 1e-3\nstep: {lr: 2e-3}", "lr: is given twice"),
+        ("steps: {lr: 1e-3}", "steps: got a section, expected a flag or one of model, data, step"),
+        ("epochs: 5\nmax-steps: 9", "--max-steps"),
+        (b"\xb8\x05 weights", "expected a YAML file in UTF-8"),
+        ("run_name: café".encode("latin-1"), "expected a YAML file in UTF-8"),
+    ],
+)
+def test_an_error_in_a_recipe_is_one_line_with_its_path(text, words, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = expect_error(capsys, "train.py", "--config", recipe)
+    assert words in line and str(recipe) in line
+
+
+def test_a_recipe_that_is_a_folder_is_a_one_line_error(tmp_path, capsys):
+    assert "Is a directory" in expect_error(capsys, "train.py", "--config", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--num_experts 0 --router race", "--num_experts 0 --aux-loss-alpha 1",
+        "--num_experts 0 --n-shared-experts 1", "--num_experts 0 --num-experts-per-tok 1",
+        "--num_experts 0 --sparse-layers 6",
+        "--model DiT-S/2 --conditions vector", "--model DiT-S/2 --auxiliary sra sra",
+        "--shard True --precision fp16", "--max-steps 5 --shard-size 2", "--max-steps 5 --gpus 2",
+        "--max-steps 5 --num-classes 5", "--max-steps 5 --image-size 18",
+        "--lr 1 --model JiT-B/16",
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_or_that_data_contradict_is_refused(
+    command, image_tree, tiny_vae, capsys
+):
+    words = command.split()
+    data = () if "--image-size" in command else ("--image-size", 16)
+    data += ("--data-path", image_tree, "--vae-path", tiny_vae)
+    assert words[2] in expect_error(capsys, "train.py", *words, *data)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"lr": "fast"}, "--lr: got 'fast', expected a number"),
+        ({"lr": 10**400}, "--lr: got 1000"),
+        ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
+        ({"optimizer": "adamw:betas=0.9"}, "--optimizer: adamw:betas: got '0.9', expected 2 num"),
+        ({"auxiliary": ["repa:weight=-1"]}, "--auxiliary: repa:weight: got -1.0, expected"),
+        ({"ema_decay": 0.9}, "--ema exponential:decay="),
+        ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size"),
+        ({"config": "no.yaml"}, "--config no.yaml (no such file)"),
+        ({"config": "stable"}, f"did you mean {os.path.relpath(RECIPES / 'stable.yaml')}?"),
+        ({"input_size": 8}, "--input-size: unknown flag"),  # follows from the data
+        ({"train_batch_size": 8}, "train_deepspeed.py"),
+    ],
+)
+def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        run(**flags)
+
+
+def test_two_averages_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="ema: got power-0.1, power-0.1, expected different"):
+        config_of_command("--ema", "power", "power:length=0.1")
