@@ -22,10 +22,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from checkpoints import Record, build_model, read_checkpoint
 from diffusion.rectified_flow import RectifiedFlow
@@ -34,19 +35,22 @@ from latents.cache import CachedLatents
 from latents.loading import available_cores
 from latents.sources import images_name, same_images
 from options.parts import option
-from options.settings import differences
+from options.settings import differences, spelling
 from runtime.errors import UserError, check_same, reported_as, run_main
 from runtime.files import check_new_folder, write_durably
 from runtime.flags import parse_config
 from tools.benchmarks.common import matrix_peaks, report
 from tools.experiments.arms import arm_flags
+from tools.experiments.comparisons import with_error
 from tools.experiments.report import add_row, read_lines, read_log
+from tools.experiments.routers import ema_decay_of
 from training.config import TrainConfig, fitted, parse_training
 from training.flags import TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
-# What tools.experiments.routers says before the flags of an arm.
+# What tools.experiments.routers says before the flags of an arm, besides the decay of the EMA.
 OF_ARMS = "--model DiT-Ti/2 --objective rectified_flow --global-batch-size 128 --warmup-steps 50"
+PATHS = "latents_path", "val_path", "report_path"
 OBJECTIVES = ("rectified_flow", "flow_x")  # whose networks give a velocity at a time
 TOLERANCE = 1e-4  # of a loss that another machine computes again; seeds differ by 4e-4
 ROUNDED = 1  # second, to which the rows of a log round the time
@@ -78,7 +82,10 @@ def words_of(entry: str) -> list[str]:
     first, *words = shlex.split(entry) or [""]
     if flags := arm_flags(first):
         flags = [str(ROOT / word) if word.endswith((".yaml", ".py")) else word for word in flags]
-        return [*OF_ARMS.split(), *flags, *words]
+        pairs = pairwise(words := [*flags, *words])
+        lengths = [int(n) for flag, n in pairs if flag == "--max-steps" and n.isdecimal()]
+        decays = [f"--ema=exponential:decay={ema_decay_of(steps)}" for steps in lengths[-1:]]
+        return [*OF_ARMS.split(), *decays, *words]
     if not first.endswith(".yaml"):
         expected = "a recipe FILE.yaml, or an arm of tools/experiments/arms.yaml"
         raise UserError(f"got the entry {entry!r}, expected {expected}, and flags of train.py")
@@ -106,13 +113,11 @@ def command_of(config: SpeedrunConfig, entry: str, seed: int, name: str) -> list
 
 def check_data(config: SpeedrunConfig) -> None:
     """Refuses equal images in two of the sets."""
-    paths = [("--latents-path", config.latents_path), ("--val-path", config.val_path)]
-    paths += [("--report-path", config.report_path)] if config.report_path else []
-    opened = [(flag, path, CachedLatents(path, flag).fingerprint) for flag, path in paths]
-    for number, (flag, path, images) in enumerate(opened):
-        for other, _, known in opened[:number]:
-            if same_images(images, known):
-                raise UserError(f"{flag}: got {path}, which has the images of {other}")
+    paths = {spelling(name): getattr(config, name) for name in PATHS if getattr(config, name)}
+    images = {flag: CachedLatents(path, flag).fingerprint for flag, path in paths.items()}
+    for one, other in combinations(images, 2):
+        if same_images(images[one], images[other]):
+            raise UserError(f"{other}: got {paths[other]}, which has the images of {one}")
 
 
 def check_entry(trained: TrainConfig, entry: str) -> None:
@@ -196,12 +201,12 @@ def table(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
         runs = frame[frame["entry"] == entry].set_index("seed")
         line = {
             "entry": entry, "seeds": len(runs),
-            "share of the time": with_error(runs["seconds"] / reference["seconds"], 3),
+            "share of the time": with_error(runs["seconds"] / reference["seconds"], digits=3),
             "share of the images": f"{(runs['images'] / reference['images']).mean():.3f}",
-            "loss, choosing": with_error(runs["loss"], 4),
+            "loss, choosing": with_error(runs["loss"]),
             "target": f"{target:.4f}",
             "reached": "yes" if runs["loss"].mean() <= target else "no",
-            "seconds": with_error(runs["seconds"], 1),
+            "seconds": with_error(runs["seconds"], digits=1),
             "busy": f"{runs['busy'].mean():.0%}",
         }  # fmt: skip
         line |= {
@@ -209,14 +214,9 @@ def table(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
             for name, peak in peaks.items()
         }
         if "report_loss" in runs:
-            line["loss, reporting"] = with_error(runs["report_loss"], 4)
+            line["loss, reporting"] = with_error(runs["report_loss"])
         lines.append(line)
     return lines
-
-
-def with_error(values: Series, digits: int) -> str:
-    error = f" ± {values.sem():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{error}"
 
 
 def verify(config: SpeedrunConfig, run: Path) -> str:
@@ -225,14 +225,20 @@ def verify(config: SpeedrunConfig, run: Path) -> str:
     Refuses a run that changed or was not finished, one on other images, one whose checkpoint is not
     of its config.yaml, and one whose log or checkpoint contradicts the row.
     """
-    rows = [row for row in read_lines(run.parent.parent / "rows.jsonl") if row["run"] == run.name]
-    if len(rows) != 1:
-        raise UserError(f"{run}: got {len(rows)} rows in {run.parent.parent}, expected one")
-    (row,), log, record = rows, read_log(run), read_checkpoint(run).record
+    rows = read_lines(run.parent.parent / "rows.jsonl")
+    own = [row for row in rows if row["run"] == run.name]
+    if len(own) != 1:
+        raise UserError(f"{run}: got {len(own)} rows in {run.parent.parent}, expected one")
+    (row,), log, record = own, read_log(run), read_checkpoint(run).record
     dataset = CachedLatents(config.latents_path)
-    words = ["--config", str(run / "config.yaml"), "--latents-path", config.latents_path]
-    trained = resolved(words, dataset)
+    first = next(one["run"] for one in rows if one["entry"] == row["entry"])
+    trained, of_first = (
+        resolved(["--config", str(one / "config.yaml"), "--latents-path", config.latents_path],
+                 dataset)
+        for one in (run, run.with_name(first))
+    )  # fmt: skip
     check_entry(trained, str(run))
+    check_equal(f"{run}: is of the entry of {first}, but", of_first, trained, "global_seed")
     check_record(run, record, trained, dataset)
     steps, last = [line["step"] for line in log], trained.run.max_steps
     if [steps[:1], steps[-1:], record.step] != [[1], [last], last] or steps != sorted({*steps}):
@@ -272,11 +278,17 @@ def check_record(run: Path, record: Record, trained: TrainConfig, data: CachedLa
             f"{run}: got latents of the autoencoder {str(record.vae_sha256)[:12]}, expected "
             f"{data.vae_sha256[:12]}"
         )
+    # The digests above replace the paths; a record has no back end.
+    ignored = "latents_path", "vae_path", "expert_backend"
     saved = TrainConfig.of_record(record)
-    for section, part in trained.by_section.items():
-        for name, line in differences(getattr(saved, section), part):
-            if name not in ("latents_path", "vae_path", "expert_backend"):
-                raise UserError(f"{run}: its config.yaml is not that of its checkpoint: {line}")
+    check_equal(f"{run}: its config.yaml is not that of its checkpoint:", saved, trained, *ignored)
+
+
+def check_equal(message: str, was: TrainConfig, now: TrainConfig, *ignored: str) -> None:
+    for section, part in now.by_section.items():
+        for name, line in differences(getattr(was, section), part):
+            if name not in ignored:
+                raise UserError(f"{message} {line}")
 
 
 def parse_args() -> SpeedrunConfig:

@@ -18,6 +18,7 @@ from latents.cache import CachedLatents
 from runtime.errors import UserError
 from runtime.files import read_json
 from tools import speedrun
+from tools.experiments import routers
 from tools.experiments.report import read_lines
 from training.config import TrainConfig
 
@@ -127,6 +128,18 @@ def test_a_record_is_raced_again_from_the_config_of_its_run(finished, data):
     assert (again.run.max_steps, again.optimizer.precision, again.run.global_seed) == (2, "fp32", 1)
 
 
+def test_an_arm_has_the_settings_of_its_experiment(data):
+    dataset = CachedLatents(data[1])
+    experiment = routers.ExperimentConfig(
+        latents_path=str(data[1]), val_path=str(data[3]), precision="fp32"
+    )
+    for arm in ("published-ema-fp32-800", "fast-fp32-400", "dense-8e-3-400"):
+        raced = speedrun.resolved(speedrun.words_of(f"{arm} --precision fp32"), dataset)
+        expected = routers.train_config(experiment, arm)
+        assert (raced.model, raced.step) == (expected.model, expected.step)
+        assert raced.run.max_steps == expected.run.max_steps
+
+
 def test_the_table_compares_runs_of_one_seed_and_the_means_of_losses():
     def row(entry: str, seed: int, seconds: float, loss: float, images: int) -> dict:
         return dict(entry=entry, seed=seed, seconds=seconds, loss=loss, images=images, busy=1.0)
@@ -233,14 +246,16 @@ def test_a_checkpoint_of_other_settings_images_or_weights_is_refused(
     config.write_text(text.replace("lr: 0.001", "lr: 0.002"))
     assert "not that of its checkpoint: --lr: was 0.001, is 0.002" in verify(capsys, data, run)
     config.write_text(text)
+    other = race / "runs" / "0-tiny-1"
+    (other / "config.yaml").write_text(text.replace("lr: 0.001", "lr: 0.002"))
+    assert "the entry of 0-tiny-0, but --lr: was 0.001, is 0.002" in verify(capsys, data, other)
     others = ["--latents-path", data[3], "--val-path", latent_cache]
     assert "got 40 images" in verify(capsys, others, run)
     weights = step_folders(run)[0] / MODEL_FILE
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()
-    save_file(
-        {name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, metadata
-    )
+    changed = {name: tensor + 0.1 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata)
     assert "the loss of its checkpoint on" in verify(capsys, data, run)
 
 
