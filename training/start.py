@@ -152,7 +152,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
-    if isinstance(dataset, ImageSource):
+    if not dataset.vae_path:  # images
         dist.on_main(partial(write_sheet, dataset, folder))
     values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
     with reported_as(f"{folder}: cannot write the log", OSError):
@@ -314,7 +314,7 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
     return lines
 
 
-def write_sheet(images: ImageSource, folder: Path) -> None:
+def write_sheet(images: Source, folder: Path) -> None:
     """Writes some of the images, as training reads them, to images.png, unless the file exists."""
     if not (path := folder / "images.png").exists():
         from sampling.grid import contact_sheet, write_png  # imports matplotlib: a second
