@@ -182,6 +182,33 @@ def test_the_commands_of_the_demo_are_valid(name, demo_script, tmp_path, monkeyp
         check(*words[1:] if words[0] == "-m" else words)
 
 
+def test_a_short_demo_samples_little_and_makes_only_what_is_older_than_its_checkpoint(
+    demo_script, tmp_path
+):
+    whole, _ = python_commands(demo_script, tmp_path)
+    short, _ = python_commands(demo_script, tmp_path, DEMO_STEPS="20")
+    for words, fewer in zip(whole, short, strict=True):
+        for flag in {"--max-steps", "--num-sampling-steps", "--images-per-class"} & {*words}:
+            assert int(fewer[fewer.index(flag) + 1]) < int(words[words.index(flag) + 1])
+    assert (
+        "--max-steps" in str(short) and short[4][short[4].index("--num-sampling-steps") + 1] == "5"
+    )
+    out = tmp_path / "results" / "demo"
+    checkpoint = out / "checkpoints" / "0000020"
+    checkpoint.mkdir(parents=True)
+    made = ("samples.png", "three.png", "expert_data.npz", "heatmap_class.png", "run.png",
+            "heatmap_timestep.png", "expert_report.html")  # fmt: skip
+    for name, time in {checkpoint: 1, "log.jsonl": 1, **dict.fromkeys(made, 3)}.items():
+        (out / name).is_dir() or (out / name).touch()
+        os.utime(out / name, (time, time))
+    os.utime(out / "expert_data.npz", (2, 2))
+    again, ended = python_commands(demo_script, tmp_path)
+    assert [words[0] for words in again] == ["-m", "cache_latents.py", "train.py"], ended.stderr
+    os.utime(checkpoint, (4, 4))  # trained further
+    again, _ = python_commands(demo_script, tmp_path)
+    assert [words[0] for words in again[3:]] == ["sample.py", "sample.py", "expert_data.py"]
+
+
 def test_a_demo_of_an_earlier_version_is_one_line(demo_script, tmp_path):
     (tmp_path / "results" / "demo").mkdir(parents=True)
     (tmp_path / "results" / "demo" / CONFIG_FILE).write_text("model: {}\n---\nversion: 0.2.0\n")

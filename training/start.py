@@ -152,7 +152,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
-    if not dataset.vae_path:
+    if not dataset.vae_path:  # images
         dist.on_main(partial(write_sheet, dataset, folder))
     values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
     with reported_as(f"{folder}: cannot write the log", OSError):
