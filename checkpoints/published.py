@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 
 from checkpoints.record import with_overrides
-from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
+from models import JIT_SIZES, MEANINGS, SIZES, DiT_models, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
 from options.parts import options_of
 
@@ -126,13 +126,15 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     layout of the official DiT. Refuses a model that no published code can compute.
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
-    follows = ("expert_mlp", "dense_mlp", "sparse_blocks", "router")  # their fields may be None
-    names = {*options_of(DiTConfig)} - {*SAID, "mlp_type", "dense_mlp_type", "sparse_layers"}
+    names = [name for name in options_of(DiTConfig) if name not in SAID]
+    if not config.num_experts:
+        of_experts = ("router", "sparse_layers", "mlp_type", "dense_mlp_type")
+        names = [name for name in names if name not in of_experts]
+    pairs = {n: [getattr(c, MEANINGS.get(n, n)) for c in (config, plain)] for n in names}
     if differing := [
-        f"{name}: got {getattr(config, name)}, expected {getattr(plain, name)}"
-        for name in sorted(names | {*follows} if config.num_experts else names - {"router"})
-        if getattr(config, name) != getattr(plain, name)
-    ]:
+        f"{name}: got {got}, expected {expected}"
+        for name, (got, expected) in pairs.items() if got != expected
+    ]:  # fmt: skip
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):
         raise ValueError(f"input_size: got {config.input_size}, expected a square")

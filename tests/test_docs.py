@@ -67,6 +67,7 @@ def test_python_examples_in_the_docs_run_and_have_at_most_ten_lines(workspace, m
     assert (values["counts"].by_class.sum(-1) == 4 * 50 * 16 * 2).all()  # images, steps, patches, K
     assert values["experts"].shape == (2, 1, 16) and values["experts"].min() >= 0
     assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
+    assert {path.name for path in workspace.iterdir()} == {"assets", "config", "data", "results"}
 
 
 def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeypatch, tmp_path):
@@ -74,12 +75,13 @@ def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeyp
     (code,) = re.findall(r"## Your own loop\n.*?```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 50
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path)
     values: dict = {}
     exec(compile(code, "docs/python.md", "exec"), values)
     drawn = ("--num-sampling-steps", 2, "--class-labels", "dog", "--output", "dog.png")
-    call_main("sample.py", "--ckpt", "my-dit.safetensors", *drawn)
-    loaded = load_model("my-dit.safetensors")
+    call_main("sample.py", "--ckpt", "results/my-dit.safetensors", *drawn)
+    loaded = load_model("results/my-dit.safetensors")
     for name, weight in values["model"].state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.cpu()), name
     biases = [b.moe.gate.e_score_correction_bias for b in loaded.blocks]
@@ -237,7 +239,11 @@ def test_the_demo_notebook_runs(workspace):
     from jupyter_client import AsyncKernelManager
 
     book = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in book.cells)
+    text = (ROOT / "docs" / "demo.ipynb").read_text()
+    words = re.sub(r'"image/\w+": ".*"', "", text)
+    shown = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", ())]
+    assert sum("image/png" in data or "image/jpeg" in data for data in shown) == 4
+    assert len(text) < 500_000 and not re.search("/home|/root|/tmp|/work|stderr", words)
     (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
     first.source = f"CKPT, CLASSES = {str(workspace / 'results' / 'demo')!r}, [0, 1]"
     # Not over TCP: another process may take the ports that the manager chose for the kernel.

@@ -18,7 +18,7 @@ from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
 from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
-from models import DiT_models, DiTConfig
+from models import MEANINGS, DiT_models, DiTConfig
 from options.parts import options_of
 from options.settings import Settings, difference, differences, flattened, spelling, stored
 from runtime import __version__
@@ -245,6 +245,8 @@ def check_changes(
         for name, line in differences(was.by_section[section], part):
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
             is_other = getattr(old, "name", old) != getattr(new, "name", new)
+            if section == "model" and is_same(was.model, now.model, name):
+                continue
             if section == "model":
                 shapes_state = name not in FREE_IN_MODEL
             else:
@@ -262,6 +264,12 @@ def check_changes(
             "new run, which --finetune starts from the weights of this one"
         )
     return changes
+
+
+def is_same(was: DiTConfig, now: DiTConfig, name: str) -> bool:
+    """Returns whether a field of two models means the same, as None and its default do."""
+    meaning = MEANINGS.get(name, name)
+    return getattr(was, meaning) == getattr(now, meaning)
 
 
 def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list[str]:
