@@ -34,7 +34,7 @@ from moe_kernels.layouts import to_stacked_layout
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
-from training.metrics import MetricTracker, expert_metrics
+from training.step_metrics import MetricTracker, expert_metrics
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("loop", "grouped")

@@ -33,13 +33,13 @@ from checkpoints import Record, save_model
 from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
+from latents.fonts import FONT, font_with
+from latents.image_grid import class_caption, image_grid
 from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.fonts import FONT, font_with
 from sampling.generate import SamplerSettings, generate
-from sampling.grid import class_caption, image_grid
 
 STEPS, TOKENS, K = 3, 16, 2
 

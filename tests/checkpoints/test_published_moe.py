@@ -35,8 +35,8 @@ from diffusion.rectified_flow import RectifiedFlow
 from models import DiT
 from moe_kernels.layouts import to_stacked_layout
 from runtime.errors import UserError
-from sampling.config import SamplingConfig
 from sampling.pipeline import open_checkpoint
+from sampling.sampling_config import SamplingConfig
 
 FOLDER = ROOT / "tests" / "reference" / "published"
 PROMOE, DIFFMOE = ["promoe_tc", "promoe_tc_k2", "promoe_ec"], ["diffmoe", "diffmoe_ckpt"]

@@ -28,9 +28,9 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import SamplingPipeline, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
 from tools.experiments.interventions import Reuse
 

@@ -27,7 +27,8 @@ from pandas import DataFrame
 from torch import Tensor
 
 from analysis.counts import mutual_information, run_names
-from analysis.heatmap import Heatmap, experts_per_token_cells, save_figure
+from analysis.figures import save_figure
+from analysis.heatmap import Heatmap, experts_per_token_cells
 from analysis.recorder import RoutingRecorder, listen
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
