@@ -23,8 +23,7 @@ from models import DiT, DiTConfig
 from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
-from training.config import resolve
-from training.engines.flags import DDPFlags
+from training.config import TrainConfig
 from training.engines.fsdp import FSDPEngine
 from training.optimizers import Muon
 
@@ -287,7 +286,7 @@ def test_experts_that_share_a_parameter_are_neither_quantised_nor_cut_over_proce
     with pytest.raises(UserError, match="--quantize: got int8 .*got LowRankExperts with .*up_base"):
         quantize_state_dict(DiT(low_rank).state_dict(), "int8", low_rank)
     flags = {"shard": True, "expert_parallel": 2, "gpus_per_node": 2, "global_batch_size": 4}
-    config = dataclasses.replace(resolve(flags, DDPFlags), model=low_rank)
+    config = dataclasses.replace(TrainConfig.default().changed(flags), model=low_rank)
     with pytest.raises(UserError, match="--expert-parallel: got 2, expected 1, .*0.*up_base"):
         FSDPEngine.check(config, 2)
     sharded = dataclasses.replace(config.engine, expert_parallel=1)
