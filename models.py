@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from conditions import (
     CONDITIONS,
@@ -34,7 +33,6 @@ from conditions import (
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
-from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names
 from routers import NOTHING, ROUTERS, Context, Router, Routing
@@ -465,8 +463,6 @@ class DiT(nn.Module):
         router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
         observed            (L, ...) statistics for `update_routers`, or None, see
                             `Routing.observed`
-    Set `recomputed`, before `compile_blocks`, to what the backward pass computes again instead of
-    storing it: "nothing", "all" of each block, or "selective", all but attention and experts.
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -476,9 +472,6 @@ class DiT(nn.Module):
         check_names(fields, DiTConfig)
         self.config = config = config or DiTConfig(**fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.recomputed = "nothing"
-        self.kept_operators = KEPT_OPERATORS  # if `recomputed` is "selective"
-        self.recomputes_in_graphs = False
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
         self.router_metrics: dict[str, Tensor] = {}
@@ -622,30 +615,6 @@ class DiT(nn.Module):
             for name, _ in module.experts.named_parameters() if name in module.experts.per_expert
         ]  # fmt: skip
 
-    def checkpoint_options(self) -> dict[str, Any]:
-        """Returns the options with which torch recomputes a block."""
-        return checkpoint_options({"all": (), "selective": self.kept_operators}[self.recomputed])
-
-    def compile_blocks(self) -> None:
-        """Compiles each block separately. Blocks of the same structure share one compiled graph.
-
-        Hooks, such as those that gather sharded weights, run outside the graph. Uncompiled are
-        blocks whose router returns a varying number of rows, because a graph has fixed shapes, and
-        all blocks under torch.func.jvp.
-        """
-        is_spread = any(b.moe is not None and b.moe.experts.is_spread for b in self.blocks)
-        if is_spread:  # the experts are outside the graphs
-            self.kept_operators = EXPERT_OPERATORS
-        # A graph may overwrite what its operators return, so the outputs of operators inside a
-        # graph can be kept only by the graph itself.
-        self.recomputes_in_graphs = self.recomputed == "selective" and not is_spread
-        for block in self.blocks:
-            eager = block.forward
-            if self.recomputes_in_graphs:
-                options = self.checkpoint_options()
-                eager = partial(recomputed_in_training, block, eager, options)
-            block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
-
     def unpatchify(self, x: Tensor) -> Tensor:
         """Rearranges patches (N, P, p*p*C') to an image (N, C', h, w)."""
         p = self.config.patch_size
@@ -692,14 +661,11 @@ class DiT(nn.Module):
             count = self.config.class_tokens
             rotation = rotary_positions(width, self.config.grid, x.device, count)       # (T, d)
         routings, rates = [], []                                            # one per sparse layer
-        is_recomputed = self.recomputed != "nothing" and not self.recomputes_in_graphs
-        is_recomputed = is_recomputed and self.training and torch.is_grad_enabled()
-        options = self.checkpoint_options() if is_recomputed else {}
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
                 x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
-            inputs = x, c, context, None if rotation is None else rotation[-x.shape[1] :]
-            x, routing = checkpoint(block, *inputs, **options) if is_recomputed else block(*inputs)
+            of_tokens = None if rotation is None else rotation[-x.shape[1] :]
+            x, routing = self.call(block, x, c, context, of_tokens)
             if routing is not None:
                 context = context | (routing.passed_on or {})
                 routings.append(routing)
@@ -726,6 +692,10 @@ class DiT(nn.Module):
         observed = [routing.observed for routing in routings]
         self.observed = None if observed[0] is None else torch.stack(observed)
         return prediction, loss
+
+    def call(self, block: DiTBlock, *inputs: Any) -> tuple[Tensor, Routing | None]:
+        """Calls a block; gradient checkpointing replaces this method (see wrappers.py)."""
+        return block(*inputs)
 
     def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
         """Updates the state of the routers; called once per optimizer step.
@@ -782,23 +752,6 @@ def unset_value(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point:
         return math.nan
     return torch.iinfo(dtype).min if dtype.is_signed else 0
-
-
-def recomputed_in_training(
-    block: DiTBlock, forward: Callable, options: dict[str, Any], *inputs: Any
-) -> tuple[Tensor, Routing | None]:
-    """Calls the forward of a block, whose activations are recomputed during training."""
-    is_recomputed = block.training and torch.is_grad_enabled()
-    return checkpoint(forward, *inputs, **options) if is_recomputed else forward(*inputs)
-
-
-def compiled_or_eager(
-    block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
-) -> tuple[Tensor, Routing | None]:
-    """Calls the compiled forward of a block where possible, see `DiT.compile_blocks`."""
-    mode = "training" if block.training else "evaluation"
-    varies = block.moe is not None and mode in block.moe.gate.varies_in
-    return (eager if varies or has_tangent(x) else compiled)(x, *args)
 
 
 def embedder_of(condition: str) -> str:

@@ -25,6 +25,7 @@ from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
+from wrappers import wrap_blocks
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
@@ -213,8 +214,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     model = build(checkpoint, device, DTYPES[precision])
     if kind := checkpoint.quantization:
         print(describe(model, kind))
-    if config.compile:
-        model.compile_blocks()
+    wrap_blocks(model, compiled=config.compile)
     checkpoint.state_dict.clear()  # free the fp32 weights
     keep_freed_memory(device)
     pipeline = SamplingPipeline(

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoints.costs import NEEDS_DATA, fake_pass
 from checkpoints.meta import meta_model
 from models import DiTConfig
-from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES, pinned_bytes
 from training.auxiliary import PROJECTORS, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import planned_state
+from wrappers import KEPT_OPERATORS
 
 Shapes = Mapping[str, torch.Size]
 

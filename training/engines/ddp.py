@@ -42,6 +42,7 @@ from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
 from training.optimizers import planned_state
 from training.spikes import SpikeDetector
+from wrappers import wrap_blocks
 
 
 class DDPEngine:
@@ -102,11 +103,10 @@ class DDPEngine:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
         EMAs, optimizer and loss scaler."""
         step = self.config.step
-        self.model.recomputed = step.recomputed
         if step.compile:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False
-            self.model.compile_blocks()
+        wrap_blocks(self.model, recomputed=step.recomputed, compiled=step.compile)
         self.averaged = {n: w for n, w in self.local.items() if is_of_model(n)}  # by EMAs
         self.emas = self.config.ema
         for ema in self.emas:
