@@ -125,6 +125,11 @@ def results_folder(config: EvaluateConfig, settings: dict) -> Path:
 
 
 def write_results(folder: Path, metrics: dict, settings: dict) -> None:
+    for name in ("images", "reference"):
+        info = settings.get(name)
+        if isinstance(info, dict) and info.get("resized"):
+            height, width = info["image_size"]
+            print(f"--{name}: scaled and cropped to {height} x {width} pixels")
     print(*(f"{name:40} {value}" for name, value in metrics.items()), sep="\n")
     path, results = folder / "results.json", {"metrics": metrics, "settings": settings}
     folder.mkdir(parents=True, exist_ok=True)

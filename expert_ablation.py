@@ -102,6 +102,7 @@ def main(config: ExpertAblationConfig) -> None:
         raise UserError("--compile: got True, but a compiled block cannot leave out an expert")
     output = config.output or default_file(config.ckpt, ABLATION_FILE)
     prepare_output("--output", output)
+    print(f"loading {config.ckpt or config.pipeline}", flush=True)
     from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers
 

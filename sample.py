@@ -90,6 +90,7 @@ def main(config: SampleConfig) -> None:
             prepare_output(f"--{name}", path)
     if config.output_dir:
         prepare_output("--output-dir", config.output_dir / "image.png")
+    print(f"loading {config.ckpt}", flush=True)
     # Imported here, so that --help and errors appear at once.
     import torch
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from analysis.sparse_layers import SparseLayer, sparse_layers
 from latents.loading import evenly_spaced
 from runtime.errors import UserError, check_same
-from runtime.files import open_regular, write_durably
+from runtime.files import write_durably
 from runtime.progress import progress
 from sampling.pipeline import SamplingPipeline, batches
 
@@ -134,8 +134,7 @@ def load_ablation(path: Path, expected: dict | None = None) -> tuple[dict, list[
     expected: settings that the file must have
     """
     try:
-        with open_regular(path) as file:
-            first, *lines = map(json.loads, file.read().decode().splitlines())
+        first, *lines = map(json.loads, path.read_text().splitlines())
         found, settings = first["format"], first["settings"]
         rows = [Ablation(**line) for line in lines] if found == FORMAT else []
     except (OSError, ValueError, KeyError, TypeError) as error:

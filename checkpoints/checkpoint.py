@@ -40,7 +40,7 @@ from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
 from options.settings import check_names, flags_of, over, read
 from runtime.errors import UserError, print_safely, reported_as
-from runtime.files import find_moved, hub_folder, open_regular, parse_json
+from runtime.files import find_moved, hub_folder, parse_json
 from runtime.tensor_file import write_tensors
 
 T = TypeVar("T")
@@ -314,7 +314,7 @@ def find_vae(record: Record, path: Path) -> str | None:
 def read_record(path: Path) -> Record:
     """Reads the record of a step folder or file, even if the tensors behind it are truncated."""
     path = path / MODEL_FILE if path.is_dir() else path
-    with as_user_error(path, "damaged or not a safetensors file"), open_regular(path) as file:
+    with as_user_error(path, "damaged or not a safetensors file"), open(path, "rb") as file:
         header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), MAX_HEADER)))
     with as_user_error(path, "not a DiT-MoE checkpoint"):
         return Record.from_metadata(header.get("__metadata__"))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from options.parts import UnknownComponent
 from runtime.errors import UserError, reported_as
-from runtime.files import flush_to_disk, open_regular
+from runtime.files import flush_to_disk
 
 MALFORMED = (
     SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -43,7 +43,6 @@ def as_user_error(path: Path, what: str) -> Iterator[None]:
 def open_safetensors(path: Path):
     """Opens a safetensors file by safe_open, which also detects a truncated file."""
     with as_user_error(path, "damaged or not a safetensors file"):
-        open_regular(path).close()  # rejects a pipe, on which safetensors would block
         return safe_open(path, framework="pt")
 
 
@@ -59,14 +58,13 @@ def read_pickle(path: Path, mmap: bool = True) -> dict:
     With mmap the tensors are pages of the file, which must not change while they are used.
     """
     try:
-        open_regular(path).close()
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about the pickle protocol
             mmap = mmap and zipfile.is_zipfile(path)  # False in torch's format before 1.6
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # of any kind; torch's message recommends weights_only=False
         if not isinstance(error, OSError):
-            with open_regular(path) as file:
+            with open(path, "rb") as file:
                 start = file.read(2)
             if start and start[:1] != b"\x80" and start != b"PK":  # no pickle, no zip file
                 expected = "a .safetensors file, a .pt file, a run or a hub id"
@@ -92,7 +90,7 @@ def write_pickle(path: Path, stored: dict) -> None:
 
 
 def check_weights(state_dict: dict) -> None:
-    """Checks that all values are dense tensors of finite numbers."""
+    """Checks that all values are dense tensors of a usable type, without reading them."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise ValueError("got no weights, expected a state dict of tensors")
     for name, value in state_dict.items():
@@ -104,8 +102,8 @@ def check_weights(state_dict: dict) -> None:
             raise ValueError(
                 f"{name:.80}: got {held:,} bytes, expected storage for {value.numel():,} elements"
             )
-        if value.numel() and not all(torch.isfinite(end) for end in torch.aminmax(value)):
-            raise ValueError(f"{name:.80}: got inf or nan, expected finite weights")
+        if value.is_floating_point() and value.itemsize < 2:
+            raise ValueError(f"{name:.80}: got {value.dtype}, expected at least 16 bits")
 
 
 def shapes_of(values: dict[str, Any]) -> dict[str, torch.Size]:

@@ -22,6 +22,7 @@ from latents.sources import Batch, Source, same_images
 from models import DiT
 from options.parts import Size, convert
 from runtime.errors import UserError, print_safely
+from runtime.progress import progress
 from sampling.pipeline import SamplingPipeline
 
 BINS = 10
@@ -56,7 +57,7 @@ def held_out_losses(
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     losses, total = [], 0.0
-    for batch in batches:
+    for batch in progress(batches, desc="held-out images", unit="batch", delay=5, leave=False):
         y = {name: value.to(device) for name, value in batch.items()}
         x = y.pop("latents")
         indices = range(len(losses), len(losses) + len(x))

@@ -16,8 +16,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from latents.autoencoder import Autoencoder
 from latents.images import IMAGE_SUFFIXES, center_crop_arr, images_below, read_rgb
 from options.parts import Size
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import atomic_file, open_npz
+
+MOST_NAMED = 20  # files in an error
 
 
 @dataclass
@@ -27,6 +29,7 @@ class ImageSet:
     count: int
     size: tuple[int, int]
     read: Callable[[int, int], Tensor]
+    is_resized: bool = False  # whether the files were scaled and cropped to this size
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """Yields all images in order."""
@@ -58,25 +61,46 @@ def image_files(folder: Path, files: list[Path], resize: Size | None = None) -> 
     """Makes an image set from files of a folder, in order."""
     if not files:
         raise UserError(f"{folder}: got no images, expected some of {', '.join(IMAGE_SUFFIXES)}")
-    size = tuple(read_image(files[0], resize).shape[1:])
+    size = None
 
     def read(start: int, stop: int) -> Tensor:
-        images = [read_image(file, resize) for file in files[start:stop]]
-        for image, file in zip(images, files[start:stop], strict=True):
-            if (got := tuple(image.shape[1:])) != size:
-                raise UserError(f"{file}: got {got} pixels, expected {size}; see --resize")
-        return torch.stack(images)
+        try:
+            return torch.stack([read_image(file, resize, size) for file in files[start:stop]])
+        except ValueError:
+            raise UserError(bad_files(folder, files, resize, size)) from None
 
-    return ImageSet(len(files), size, read)
+    size = tuple(read(0, 1).shape[2:])
+    return ImageSet(len(files), size, read, is_resized=resize is not None)
 
 
-def read_image(path: Path, resize: Size | None = None) -> Tensor:
-    """Reads an image as uint8 (3, H, W)."""
-    fix = "repair or delete the file, because every image of the folder is evaluated"
-    with reported_as(f"{path}: damaged or not an image; {fix}", ValueError):
-        image = read_rgb(path)
-        image = center_crop_arr(image, resize) if resize else image
-        return pil_to_tensor(image)
+def read_image(
+    path: Path, resize: Size | None = None, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Reads an image as uint8 (3, H, W). ValueError if it cannot be read, or has another size."""
+    image = read_rgb(path)
+    image = center_crop_arr(image, resize) if resize else image
+    pixels = pil_to_tensor(image)
+    if size and (got := tuple(pixels.shape[1:])) != size:
+        raise ValueError(f"got {got} pixels, expected {size}; see --resize")
+    return pixels
+
+
+def bad_files(
+    folder: Path, files: list[Path], resize: Size | None, size: tuple[int, int] | None
+) -> str:
+    """Describes all files that `read_image` refuses, by reading every file."""
+    faults = []
+    for file in files:
+        try:
+            size = tuple(read_image(file, resize, size).shape[1:])
+        except ValueError as error:
+            faults.append(f"{file.relative_to(folder)} ({error})")
+    more = f" and {len(faults) - MOST_NAMED:,} more" if len(faults) > MOST_NAMED else ""
+    return (
+        f"{folder}: {len(faults):,} of {pluralize(len(files), 'image')} cannot be evaluated: "
+        f"{', '.join(faults[:MOST_NAMED])}{more}; repair or delete them, because every image of "
+        "the folder is evaluated"
+    )
 
 
 def write_npz(path: Path, images: ImageSet, batch_size: int) -> None:

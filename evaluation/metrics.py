@@ -107,6 +107,8 @@ def collect(
         "num_images": count, "image_size": list(images.size), "sha256": pixels.hexdigest(),
         "backbone": extractor.name, "backbone_sha256": weights_digest(extractor),
     }  # fmt: skip
+    if images.is_resized:
+        statistics.info["resized"] = True
     return statistics
 
 

@@ -381,8 +381,11 @@ def open_autoencoder(path: str, local_files_only: bool = False) -> Autoencoder:
     """Opens an autoencoder without its weights, from a folder, a hub id or the hub's cache."""
     if path == PIXELS:
         return Pixels()
-    expected = "a folder in diffusers' format or a hub id that can be downloaded"
-    message = f"--vae-path: got {path}, expected {expected}"
+    message = (
+        f"--vae-path: got {path}, expected a folder in diffusers' format, a hub id that can be "
+        f"downloaded, or {PIXELS} to train without an autoencoder (--config "
+        "config/recipes/pixels.yaml)"
+    )
     with reported_as(message, OSError, ValueError, LookupError, TypeError):
         folder = local_folder(path, CONFIG_FILE, local_files_only=local_files_only)
         if (folder / STATE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():

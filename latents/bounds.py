@@ -35,7 +35,7 @@ NUMBER_BYTES = {
     1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
 }  # fmt: skip
 KEPT_AS_BYTES = (1, 2, 7)
-OFFSETS = (TiffImagePlugin.STRIPOFFSETS, TiffImagePlugin.TILEOFFSETS)
+TILE_WIDTH, TILE_HEIGHT, *OFFSETS = 322, 323, 273, 324  # tags; the offsets are of strips and tiles
 read_directory = TiffImagePlugin.ImageFileDirectory_v2.load
 
 
@@ -105,8 +105,7 @@ def check_image(image: Image.Image) -> None:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
     check_pixels(*image.size)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        names = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
-        width, height = (image.tag_v2.get(name, 0) for name in names)
+        width, height = (image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT))
         if width * height > max(image.width * image.height, MAX_TILE):
             raise ValueError(f"got tiles of {width:,} x {height:,} pixels, more than the image has")
 

@@ -47,7 +47,7 @@ from latents.sources import (
 )
 from options.parts import Size, convert, sides
 from runtime.errors import UserError, check_same, reported_as
-from runtime.files import check_new_folder, find_moved, open_regular, read_json, write_durably
+from runtime.files import check_new_folder, find_moved, read_json, write_durably
 from runtime.tensor_file import write_tensors
 
 INDEX_FILE = "index.json"
@@ -333,7 +333,7 @@ def lock_cache(folder: Path, *, is_main: bool) -> BinaryIO:
     without locks excludes nobody.
     """
     with reported_as(f"--output: cannot write {folder}", OSError):
-        file = open_regular(folder / INDEX_FILE, "r+b")
+        file = open(folder / INDEX_FILE, "r+b")  # noqa: SIM115
     try:
         if is_main:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch import Tensor
 from latents.bounds import check_content, check_image
 from options.parts import Size, sides
 from runtime.errors import pluralize
-from runtime.files import open_regular
 
 # Formats that Pillow may decode, whatever the file's name, and suffixes of the files that count as
 # images. The list excludes EPS, which Pillow would pass to Ghostscript.
@@ -97,7 +97,7 @@ def find_classes(root: Path) -> tuple[dict[str, list[str]], list[str]]:
 def check_is_foreign(folder: Path) -> None:
     """Refuses a folder that a script of ours wrote, whose images are figures."""
     for name, (mark, kind) in FOLDERS_OF_OURS.items():
-        with suppress(OSError), open_regular(folder / name) as file:
+        with suppress(OSError), open(folder / name, "rb") as file:
             if mark in file.read(4096):
                 raise ValueError(f"{folder} is {kind}")
 
@@ -155,7 +155,7 @@ def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     failed.
     """
     try:
-        file = source if isinstance(source, io.BytesIO) else open_regular(source)
+        file = source if isinstance(source, io.BytesIO) else open(source, "rb")  # noqa: SIM115
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
             check_content(file)
@@ -177,12 +177,15 @@ def is_storage_fault(error: Exception) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # Pillow would clip these to white
+    is_grey_16 = image.format == "PNG" and image.mode[0] == "I"
+    if image.mode[0] in "IF" and not is_grey_16:  # Pillow would clip these to white
         raise ValueError(f"got pixels of mode {image.mode}, expected 8 bits")
     with suppress(Exception):  # the metadata can be damaged while the pixels are fine
         # ImageOps.exif_transpose also writes the EXIF data anew, which takes long for many tags.
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         image = image if turn is None else image.transpose(turn)
+    if is_grey_16:  # keep the high bytes, as Pillow does for colours of 16 bits
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")

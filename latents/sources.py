@@ -46,7 +46,6 @@ from latents.images import (
 )
 from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
-from runtime.files import open_regular
 
 MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabytes
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
@@ -378,7 +377,7 @@ class ShardImages(ImageSource):
         places, labels = {}, {}
         try:
             with (
-                open_regular(self.shards[shard]) as file,
+                open(self.shards[shard], "rb") as file,
                 tarfile.open(fileobj=file, mode="r:") as tar,
             ):
                 for member in tar:
@@ -409,7 +408,7 @@ class ShardImages(ImageSource):
 
     def read(self, index: int) -> Image.Image:
         shard, offset, num_bytes = self.places[index]
-        with open_regular(self.shards[shard]) as file:
+        with open(self.shards[shard], "rb") as file:
             file.seek(offset)
             return read_rgb(io.BytesIO(file.read(min(num_bytes, MAX_BYTES + 1))))
 

@@ -1,6 +1,7 @@
-"""Safe file access: durable writes, reads that neither block nor trust the file, and output paths
+"""Safe file access: durable writes, bounded reads that do not trust the file, and output paths
 checked before work starts."""
 
+import atexit
 import errno
 import json
 import os
@@ -87,7 +88,7 @@ class PlainLoader(yaml.BaseLoader):
 
 
 def read_bounded(path: Path | str, most: int) -> bytes:
-    with open_regular(path) as file:
+    with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"got more than {most:,} bytes")
@@ -98,7 +99,7 @@ def read_bounded(path: Path | str, most: int) -> bytes:
 def open_npz(path: Path | str, what: str) -> Iterator[np.lib.npyio.NpzFile]:
     """Opens an .npz file without unpickling anything."""
     # zipfile, zlib and NumPy each raise exceptions of their own.
-    with reported_as(f"{path}: not {what}", Exception), open_regular(path) as file:
+    with reported_as(f"{path}: not {what}", Exception), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is not an .npz file, or it is incomplete")
         file.seek(0)
@@ -152,18 +153,11 @@ def flush_to_disk(path: Path) -> None:
 def open_run_file(path: Path) -> BinaryIO:
     """Opens a file of a run folder for appending, unbuffered; OSError for a link, which could lead
     to somebody else's file, and for a pipe."""
-    return open_regular(path, "a+b", os.O_NOFOLLOW, buffering=0)
-
-
-def open_regular(
-    path: Path | str, mode: str = "rb", more_flags: int = 0, buffering: int = -1
-) -> BinaryIO:
-    """Opens a file of unknown origin; OSError at once for a pipe or a device."""
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | more_flags | os.O_NONBLOCK, 0o666)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
-    file = open(path, mode, buffering=buffering, opener=opener)  # noqa: SIM115
+    file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -214,12 +208,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def prepare_output(flag: str, path: Path) -> None:
-    """Creates the folder of an output file."""
+    """Creates the folder of an output file. A new folder that stays empty, because the script fails
+    before it writes the file, is removed at exit."""
     if os.path.isdir(path):  # False without permission
         raise UserError(f"{flag}: got the folder {path}, expected a file name")
+    new = [folder for folder in path.absolute().parents if not os.path.exists(folder)]
+    atexit.register(remove_empty, new)
     with reported_as(f"{flag}: cannot write {path}", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def check_new_folder(flag: str, path: Path, ignored: str = "") -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -20,9 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from runtime.errors import UserError, print_safely, printable, run_main
 
 T = TypeVar("T")
-GPU_FILE = Path("/dev/nvidia0")  # where there is an NVIDIA GPU with a driver
 PATIENCE = 20  # seconds that a process which failed in a collective action waits for the others
-OTHER_DESCRIPTORS = 500  # of NCCL, reader processes, files and libraries
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -151,21 +148,12 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
             "WARNING: --max-restarts: restarted processes may wait for dead ones, expected "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and --rdzv-backend=c10d"
         )
-    device, is_hidden = dist.device, "CUDA_VISIBLE_DEVICES" in os.environ
+    device = dist.device
     if dist.world_size > 1:
-        raise_descriptor_limit(dist)
+        raise_descriptor_limit()
     if torch.cuda.is_available():
         device = choose_gpu(dist.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(device)
-    elif GPU_FILE.exists() and not is_hidden:
-        why = f"torch {torch.__version__} cannot use the GPU of this machine"
-        if "RANK" in os.environ:
-            raise UserError(
-                f"{why}: got a build for {torch.version.cuda or 'the CPU'} and perhaps an older "
-                "driver, expected a build that the driver supports (docs/gpu.md); "
-                "CUDA_VISIBLE_DEVICES= trains on the CPU"
-            )
-        print_safely(f"WARNING: {why} (its build or the driver): on the CPU")
     if always_group and "RANK" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -191,24 +179,12 @@ def choose_gpu(local_rank: int, visible: int) -> torch.device:
     return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
-def needed_descriptors(world_size: int) -> int:
-    """Returns the number of files and sockets that a process opens, among them a socket to every
-    other process for each of two groups of gloo (hosts, saves)."""
-    return 2 * world_size + OTHER_DESCRIPTORS
-
-
-def raise_descriptor_limit(dist: Distributed) -> None:
-    """Allows this process as many open files and sockets as possible; warns if they are too few."""
-    needed = needed_descriptors(dist.world_size)
+def raise_descriptor_limit() -> None:
+    """Allows this process as many open files and sockets as possible: gloo opens a socket to every
+    other process for each of two groups."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS permits fewer than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if dist.is_main and allowed != resource.RLIM_INFINITY and allowed < needed:
-        print_safely(
-            f"WARNING: ulimit -n: got {allowed}, expected at least {needed} open files for "
-            f"{dist.world_size} processes; without them, a connection may fail"
-        )
 
 
 def close_distributed() -> None:

@@ -10,7 +10,9 @@ from runtime.errors import print_safely
 
 
 def progress(*items, **options) -> tqdm:
-    """Returns a tqdm bar, refreshed every 0.1 s on a terminal and every 20 s in a file."""
+    """Returns a tqdm bar of the main process, refreshed every 0.1 s on a terminal and every 20 s in
+    a file."""
+    options.setdefault("disable", int(os.environ.get("RANK", 0)) > 0)
     return tqdm(*items, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 

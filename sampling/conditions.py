@@ -14,7 +14,6 @@ from torch import Tensor
 
 from models import DiT
 from runtime.errors import UserError, reported_as
-from runtime.files import open_regular
 
 
 def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
 def read_rows(name: str, text: str) -> Tensor:
     if not text.endswith((".npy", ".npz")):
         return torch.tensor([float(number) for number in text.split(",")])
-    with open_regular(text) as file:
+    with open(text, "rb") as file:
         stored = np.load(file, allow_pickle=False)
         array = stored[name] if text.endswith(".npz") else stored
         return torch.from_numpy(array.astype(np.float32))

@@ -4,15 +4,13 @@
 
 The device holds two blocks: while one computes, the next one is copied. On CUDA, the blocks are
 stored in pinned host memory, cast to dtype, and a second stream copies them. On a CPU, they stay in
-the memory-mapped .safetensors or .pt file, a thread copies and casts them, and their pages are then
-released. Each block computes the same numbers as without offload.
+the memory-mapped .safetensors or .pt file, and a thread copies and casts them; the system takes
+their pages back when it needs memory. Each block computes the same numbers as without offload.
 """
 
-import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +18,6 @@ from torch import Tensor, nn
 from models import DiT
 
 ALIGNMENT = 256  # bytes; a tensor in a slot starts at a multiple of it
-PAGE = 4096
-MADV_DONTNEED = 4  # from sys/mman.h
 
 
 def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None:
@@ -48,7 +44,7 @@ class BlockCopier:
                 tensor.data = tensor.data.to(kind).pin_memory()
             self.stream = torch.cuda.Stream(device)
         else:
-            self.thread, self.files = ThreadPoolExecutor(1), mapped_files()
+            self.thread = ThreadPoolExecutor(1)
         self.waiting = [[tensor.data for tensor in tensors] for tensors in self.tensors]
         size = max(block_bytes(*pair) for pair in zip(self.waiting, self.types, strict=True))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -95,8 +91,6 @@ class BlockCopier:
     def copy(self, index: int, copies: list[Tensor]) -> None:
         for copied, tensor in zip(copies, self.waiting[index], strict=True):
             copied.copy_(tensor, non_blocking=True)
-            if not self.on_cuda:
-                release_pages(tensor, self.files)
 
 
 def type_of(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -112,24 +106,3 @@ def block_bytes(tensors: list[Tensor], types: list[torch.dtype]) -> int:
     """Returns the size in bytes of a block's copy on the device."""
     pairs = zip(tensors, types, strict=True)
     return sum(padded(tensor.numel() * kind.itemsize) for tensor, kind in pairs)
-
-
-def mapped_files() -> list[range]:
-    """Returns the address ranges of this process's private file mappings; empty without /proc."""
-    maps, found = Path("/proc/self/maps"), []
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        addresses, mode, _, _, inode, *_ = line.split()
-        if inode != "0" and mode.endswith("p"):
-            found.append(range(*(int(address, 16) for address in addresses.split("-"))))
-    return found
-
-
-def release_pages(tensor: Tensor, files: list[range]) -> None:
-    """Releases the memory of a tensor that is mapped from one of the files, until the next read."""
-    start = tensor.data_ptr()
-    if any(start in file for file in files):
-        first, end = -(-start // PAGE) * PAGE, (start + tensor.nbytes) // PAGE * PAGE
-        if first < end:
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_DONTNEED
-            )

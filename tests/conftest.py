@@ -294,7 +294,8 @@ def expect_error(capsys, script: str, *arguments) -> str:
     capsys.readouterr()
     with command_line(script, arguments) as module, pytest.raises(SystemExit) as stopped:
         run_main(lambda: module.main(module.parse_args()))
-    (line,) = capsys.readouterr().err.strip().split("\n")
+    lines = capsys.readouterr().err.rstrip().split("\n")
+    (line,) = [line for line in lines if not line.startswith("\r")]  # without progress bars
     assert stopped.value.code == 2 and line.startswith("error: ") and line.isprintable()
     return line
 

@@ -53,7 +53,7 @@ class RunLog(AbstractContextManager):
     def __init__(
         self, folder: Path, stream: BatchStream, settings: dict, wandb: str | None, *, is_main: bool
     ):
-        self.is_main, start_step, total_steps = is_main, stream.start_step, stream.end_step
+        self.is_main, self.start_step, total_steps = is_main, stream.start_step, stream.end_step
         if not is_main:
             return
         rows, board = folder / "log.jsonl", folder / "tensorboard"
@@ -61,18 +61,18 @@ class RunLog(AbstractContextManager):
             if path.is_symlink():
                 raise UserError(f"{path}: got a link, expected a folder inside the run folder")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
-        keep_rows(rows, start_step)
+        keep_rows(rows, self.start_step)
         self.total_steps = total_steps
         self.text_file = open_run_file(folder / "log.txt")
         self.rows_file = open_run_file(rows)
-        self.board = SummaryWriter(board, purge_step=start_step + 1)
+        self.board = SummaryWriter(board, purge_step=self.start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         for summary in hparams(
             plain | {"version": __version__}, dict.fromkeys(("loss/loss", "loss/val_loss"))
         ):
             self.board.file_writer.add_summary(summary)
         self.bar = tqdm(
-            total=total_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step"
+            total=total_steps, initial=self.start_step, disable=not sys.stderr.isatty(), unit="step"
         )
 
     def text(self, message: str) -> None:
@@ -124,7 +124,11 @@ class RunLog(AbstractContextManager):
         if step < self.total_steps:
             with suppress(OverflowError):  # after the year 9999, as in a run without an end
                 left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
-                parts.append(f"{left} left, ends {datetime.now() + left:%a %d %b %H:%M}")
+                end = f"{datetime.now() + left:%a %d %b %H:%M}"
+                if step == self.start_step + 1:  # includes what happens only once
+                    parts.append(f"at most {left} left, ends by {end}")
+                else:
+                    parts.append(f"{left} left, ends {end}")
         parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
@@ -224,14 +228,18 @@ def warns_if_lost(name: str | Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines."""
+    """Deletes the rows of a log.jsonl after `last_step`, and incomplete lines.
+
+    Changes after `last_step` itself are in no checkpoint, so the run goes on without them.
+    """
     with open_run_file(path) as file:
         file.seek(0)
         whole = file.read()
     rows = []
     for line in whole.split(b"\n"):
         with suppress(ValueError, KeyError, TypeError):  # not a row
-            if json.loads(line)["step"] <= last_step:
+            row = json.loads(line)
+            if row["step"] + ("changed" in row) <= last_step:
                 rows.append(line + b"\n")
     if (kept := b"".join(rows)) != whole:
         write_durably(path, kept)

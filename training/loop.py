@@ -8,6 +8,7 @@ step: only the fp16 loss scale changes.
 
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ from training.metrics import (
     round_number,
     speed_metrics,
 )
-from training.plan import describe_memory, device_memory, disk_notes
+from training.plan import describe_memory, device_memory, disk_notes, lighter_settings, most_tokens
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
@@ -57,11 +58,12 @@ from training.schedule import rate_factor
 from training.step import take_step
 
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
+SLOW_SECONDS = 60  # of the first step, after which a line says what takes long
 MAX_SKIPPED = 10  # the run stops at a log line if the last 10 or more steps were skipped
 
 
 class StepAbandoned(Exception):
-    """A signal arrived between two micro-batches of a single process."""
+    """A signal arrived before a micro-batch of a single process."""
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,8 @@ class TrainingLoop:
         self.tracker = MetricTracker(self.dist)
         self.clock = ForwardClock(self.engine.model, self.dist.device)
         self.log_every: int = self.config.run.log_every or 1
+        self.slow = threading.Timer(SLOW_SECONDS, self.explain_slow_step)
+        self.slow.daemon = True
 
     def run(self) -> int:
         """Returns the exit code: 0 after the last step, or STOPPED if a signal stopped the run."""
@@ -99,6 +103,7 @@ class TrainingLoop:
         self.describe()
         profile = self.config.run.profile if self.dist.is_main else None
         start = time.monotonic()
+        self.slow.start()
         try:
             with profiling(profile, self.folder / "profile", self.stream.start_step) as after_step:
                 finished = self.take_steps(after_step)
@@ -122,7 +127,7 @@ class TrainingLoop:
             counts += f", {trained / 1e6:.2f}M trained"
         self.log.text(
             f"{self.folder}: {config.name}, {total / 1e6:.1f}M parameters ({counts}), "
-            f"{max(map(config.model.tokens_of, range(config.model.depth)))} tokens an image, "
+            f"{most_tokens(config.model)} tokens an image, "
             f"{stream.num_images} images of {pluralize(len(self.dataset.classes), 'class')}, steps "
             f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, "
             f"on {pluralize(dist.world_size, f'{dist.device.type} process')}"
@@ -150,6 +155,18 @@ class TrainingLoop:
                 f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
                 "training is several times faster"
             )
+
+    def explain_slow_step(self) -> None:
+        """Logs what a step computes, and what makes it faster."""
+        config = self.config
+        compiling = " (--compile: it includes the compilation)" if config.step.compile else ""
+        _, active = count_parameters(config.model)
+        faster = [*lighter_settings(config), "a smaller --global-batch-size"]
+        self.log.text(
+            f"the first step has taken a minute so far{compiling}: {self.stream.global_batch} "
+            f"images of {most_tokens(config.model)} tokens, {active / 1e6:.1f}M parameters for "
+            f"each; what makes a step shorter: {'; '.join(faster)}"
+        )
 
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
@@ -193,6 +210,7 @@ class TrainingLoop:
                 self.stop(step)
                 return False
             self.requests.has_step = True
+            self.slow.cancel()
             after_step()
 
             done, is_first, is_last = step + 1, step == stream.start_step, step == last
@@ -231,7 +249,7 @@ class TrainingLoop:
         """
         dist = self.dist
         for number, (batch, unreadable) in enumerate(loaded):
-            if number and dist.world_size == 1 and self.requests.is_signalled:
+            if dist.world_size == 1 and self.requests.is_signalled:
                 raise StepAbandoned
             self.num_read += len(batch["label"])
             for name in set(unreadable) - self.unreadable:
@@ -326,6 +344,8 @@ class TrainingLoop:
         else:
             if grid is not None:
                 self.log.samples(step, grid, path)
+            elif self.requests.is_signalled:
+                self.log.text(f"no sample grid of step {step}: a signal arrived")
 
     def save(self, step: int) -> None:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
@@ -401,6 +421,7 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Waits for the checkpoint in progress, and ends the signal handling."""
+        self.slow.cancel()
         try:
             self.finish_save()
         except Exception as error:  # such as a lost process; the error that ended the run counts

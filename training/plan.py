@@ -13,9 +13,10 @@ import torch
 
 from checkpoints import Record
 from checkpoints.costs import count_macs, count_parameters
-from latents.autoencoder import AutoencoderKL, open_autoencoder
+from latents.autoencoder import PIXELS, AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream
 from latents.sources import GivenImages, Source, expand_range
+from models import DiTConfig
 from moe import width_of
 from options.parts import Size
 from options.settings import Settings
@@ -82,13 +83,12 @@ def describe_memory(
     gpu, host, layout = engine.memory(config, stream.world_size)
     needed = in_gib(gpu)
     tips = {
-        "a smaller --model": not config.engine.shard,
         "--gradient-checkpointing": config.step.recomputed == "nothing",
-        "smaller micro-batches": micro_batch > 1,
+        "smaller micro-batches (a larger --accum-iter)": micro_batch > 1,
         "more GPUs" if config.engine.shard else "--shard on several GPUs": True,
     }
-    others = ", ".join(tip for tip, helps in tips.items() if helps)
-    advice = "" if needed <= usable else f"; try {others}"
+    others = [tip for tip, helps in tips.items() if helps]
+    advice = f"; try {', '.join(lighter_settings(config) + others)}" if needed > usable else ""
     lines = {
         "layout": f"{layout}, {config.step.precision}",
         "GPU": listed(gpu),
@@ -99,6 +99,20 @@ def describe_memory(
     if config.engine.expert_parallel > 1 and config.model.sparse_blocks:
         lines["load"] = load_that_fits(config, micro_batch, GIB * (usable - needed))
     return lines
+
+
+def lighter_settings(config: TrainConfig) -> list[str]:
+    """Names settings that make a step need less memory and time."""
+    is_small = config.preset == "DiT-Ti/2" or config.engine.shard
+    in_pixels = config.data.vae_path == PIXELS and config.step.objective.name != "flow_x"
+    return ["--config config/recipes/pixels.yaml, made for --vae-path pixels"] * in_pixels + [
+        "a smaller --model (the smallest is DiT-Ti/2)"
+    ] * (not is_small)
+
+
+def most_tokens(model: DiTConfig) -> int:
+    """Returns the largest number of tokens that a block of the model computes for an image."""
+    return max(map(model.tokens_of, range(model.depth)))
 
 
 def describe_steps(config: TrainConfig, stream: BatchStream) -> dict[str, str]:

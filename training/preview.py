@@ -3,25 +3,36 @@
 grid = draw_preview(loop)            # (3, H, W) uint8 on the CPU
 """
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from latents.autoencoder import DECODED_AT_ONCE
 from latents.loading import collate, evenly_spaced
-from sampling.generate import SamplerSettings, generate
+from runtime.progress import progress
+from sampling.generate import SamplerSettings, generate, resolve_settings
 
 if TYPE_CHECKING:
     from training.loop import TrainingLoop
+
+
+class Signalled(Exception):
+    """A signal arrived during sampling."""
 
 
 def draw_preview(run: "TrainingLoop") -> Tensor | None:
     """Generates images from fixed seeds, with labels spread over the classes.
 
     Several images of a class form a row. A model with feature conditions uses the features of
-    training images. All processes call this function. Returns the grid (3, H, W) uint8 on the main
-    process and None on the others.
+    training images. All processes call this function, but only those that share a copy of the model
+    sample. Returns the grid (3, H, W) uint8 on the main process, and None on the others or if a
+    signal arrived.
     """
     config, model, engine = run.config, run.engine.model, run.engine
+    if engine.copy_size == 1 and not engine.dist.is_main:
+        return None
     count, classes = config.run.num_sample, model.config.num_classes
     shown, conditions = min(count, classes), {}
     labels = [i * classes // shown for i in range(shown) for _ in range(count // shown)]
@@ -39,12 +50,30 @@ def draw_preview(run: "TrainingLoop") -> Tensor | None:
         cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,
         objective_options=config.step.objective.options,
     )
-    with engine.ema_weights():
-        latents = generate(model, labels, range(len(labels)), settings, conditions=conditions)
-    if not engine.dist.is_main:
+    steps = resolve_settings(settings, model.config).num_steps
+    bar = progress(total=steps, desc="samples", leave=False, delay=5)
+
+    def end_step(state: dict) -> None:
+        bar.update()
+        is_signalled = run.requests.is_signalled
+        if engine.copy_size > 1:  # they compute together, so they stop after the same step
+            is_signalled = any(run.dist.gather(is_signalled))
+        if is_signalled:
+            raise Signalled
+
+    latents = None
+    with bar, engine.ema_weights(), suppress(Signalled):
+        latents = generate(
+            model, labels, range(len(labels)), settings, conditions=conditions, callback=end_step
+        )
+    if latents is None or not run.dist.is_main:
         return None
+    images = []
+    for part in latents.split(DECODED_AT_ONCE):
+        if run.requests.is_signalled:
+            return None
+        images.append(run.vae.decode(part))
     from sampling.grid import class_captions, image_grid  # imports matplotlib, which takes a second
 
-    images = run.vae.decode(latents)
     captions = class_captions(model, run.dataset.classes, labels)
-    return image_grid(images, captions, len(labels) // shown)
+    return image_grid(torch.cat(images), captions, len(labels) // shown)

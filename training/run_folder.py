@@ -5,6 +5,8 @@
         run.lock                               locked during training
         checkpoints/0050000/
         log.txt, log.jsonl, tensorboard/
+        images.png                             some images as training reads them, without a cache
+        samples-0050000.png                    images of the first EMA
 
 Only one run trains in a folder at a time. The run never writes its files through links, but
 `checkpoints` may be a link, for example to a larger disk.

@@ -37,7 +37,7 @@ from training.finetune import (
     weights_notes,
 )
 from training.flags import CommandFlags, DataConfig
-from training.log import RunLog
+from training.log import RunLog, warns_if_lost
 from training.loop import TrainingLoop
 from training.manifest import find_fault
 from training.plan import open_planned, planned_processes, print_plan
@@ -152,6 +152,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
+    if isinstance(dataset, ImageSource):
+        dist.on_main(partial(write_sheet, dataset, folder))
     values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
     with reported_as(f"{folder}: cannot write the log", OSError):
         log = dist.run_on_all(
@@ -310,6 +312,15 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
         if None not in (was, now) and was != now:
             lines.append(f"{label}: was {was!s:.12}, is {now!s:.12}")
     return lines
+
+
+def write_sheet(images: ImageSource, folder: Path) -> None:
+    """Writes some of the images, as training reads them, to images.png, unless the file exists."""
+    if not (path := folder / "images.png").exists():
+        from sampling.grid import contact_sheet, write_png  # imports matplotlib: a second
+
+        with warns_if_lost(path):
+            write_png(contact_sheet(images), path)
 
 
 def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -> int:

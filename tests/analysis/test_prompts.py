@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_main, expect_error, relative_error
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLQwenImage,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    HiDreamImagePipeline,
-    HiDreamImageTransformer2DModel,
-    NucleusMoEImagePipeline,
-    NucleusMoEImageTransformer2DModel,
-)
+from diffusers import DiffusionPipeline
 from test_report import data_of, table_of
 
 from analysis.ablation import expert_removed, load_ablation
@@ -28,121 +19,12 @@ from analysis.sparse_layers import sparse_layers, weight_similarity
 from moe_kernels.quantized import quantize
 from routers import Routing
 from runtime.errors import UserError
+from tools.tiny_pipeline import PIPELINES, PROMPTS, tiny_nucleus
 
-transformers = pytest.importorskip("transformers", reason="needs transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers", reason="needs transformers")
 
-WORDS = ["a", "cat", "red", "dog", "on", "the", "moon"]
-PROMPTS = "cat\ta red cat\nmoon\tthe moon\n\ncat\ta cat on the moon\n"
 STEPS, IMAGES = 2, 3
-
-
-def word_tokenizer(special: list[str], **options) -> transformers.PreTrainedTokenizerFast:
-    """Tokenizer with a token for each word."""
-    words = ["<unk>", "<eos>", *special, *WORDS]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", **options
-    )
-
-
-def tiny_hidream(**fields) -> HiDreamImagePipeline:
-    """Random HiDream-I1 of 8 x 8 patches: one double-stream and two single-stream blocks."""
-    torch.manual_seed(0)
-    pieces = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS)]
-    clip = transformers.CLIPTokenizer({word: i for i, word in enumerate(pieces)}, [])
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -1.0) for w in WORDS)]
-    small = dict(vocab_size=16, num_hidden_layers=1, num_attention_heads=2)
-    small |= dict(hidden_size=8, intermediate_size=8)
-    llama = transformers.LlamaConfig(**small | {"num_hidden_layers": 2}, num_key_value_heads=2)
-    t5 = transformers.T5Config(
-        vocab_size=16, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
-    encoders = [
-        transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(
-                **small, projection_dim=8, max_position_embeddings=128, bos_token_id=0,
-                eos_token_id=1, pad_token_id=1,
-            )
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    transformer = HiDreamImageTransformer2DModel(
-        patch_size=16, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_channels=[16, 8], text_emb_dim=16, axes_dims_rope=(4, 2, 2),
-        max_resolution=(128, 128), llama_layers=[0, 1, 1], force_inference_output=True, **fields,
-    )  # fmt: skip
-    pipeline = HiDreamImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL(
-            block_out_channels=(4,), latent_channels=4, norm_num_groups=4, shift_factor=0.1,
-            mid_block_add_attention=False,
-        ),
-        text_encoder=encoders[0], tokenizer=clip, text_encoder_2=encoders[1], tokenizer_2=clip,
-        text_encoder_3=transformers.T5EncoderModel(t5),
-        tokenizer_3=transformers.T5Tokenizer(pieces, extra_ids=0),
-        text_encoder_4=transformers.LlamaForCausalLM(llama), tokenizer_4=word_tokenizer([]),
-        transformer=transformer,
-    )  # fmt: skip
-    return quiet(pipeline)
-
-
-def tiny_nucleus(**fields) -> NucleusMoEImagePipeline:
-    """Random Nucleus-Image with three dense and two sparse blocks."""
-    torch.manual_seed(0)
-    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    words = word_tokenizer(special, pad_token="<eos>", padding_side="left")
-    template = "{% for m in messages %}{{ m.content[0].text or m.content }} {% endfor %}"
-    small = dict(hidden_size=8, intermediate_size=8)
-    config = transformers.Qwen3VLConfig(
-        text_config=dict(
-            **small, vocab_size=16, num_hidden_layers=8, num_attention_heads=2, head_dim=4,
-            num_key_value_heads=2,
-            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]),
-        ),
-        vision_config=dict(
-            **small, depth=1, num_heads=2, out_hidden_size=8, num_position_embeddings=16,
-            deepstack_visual_indexes=[0],
-        ),
-        image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5,
-    )  # fmt: skip
-    options = dict(dense_moe_strategy="leave_first_three_blocks_dense", num_experts=8) | fields
-    transformer = NucleusMoEImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=5, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, axes_dims_rope=(4, 2, 2), mlp_ratio=12, moe_intermediate_dim=16,
-        capacity_factors=2.0, **options,
-    )  # fmt: skip
-    for name, parameter in transformer.named_parameters():
-        if ".experts." in name:  # diffusers leaves them to the checkpoint
-            torch.nn.init.normal_(parameter, std=0.1)
-    pipeline = NucleusMoEImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLQwenImage(
-            base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-        ),
-        text_encoder=transformers.Qwen3VLForConditionalGeneration(config),
-        processor=transformers.Qwen3VLProcessor(
-            transformers.Qwen2VLImageProcessor(), words, transformers.Qwen3VLVideoProcessor(),
-            chat_template=template,
-        ),
-    )  # fmt: skip
-    return quiet(pipeline)
-
-
-def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """In eval mode, as a loaded pipeline, and without progress bars."""
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval()
-    return pipeline
-
-
-MAKE = {"hidream": tiny_hidream, "nucleus": tiny_nucleus}
+MAKE = PIPELINES
 SIZE = {"hidream": (112, 144), "nucleus": (16, 16)}  # 63 of HiDream's 64 patches are in the image
 PATCHES = {"hidream": 63, "nucleus": 16}
 names = pytest.mark.parametrize("name", MAKE)
@@ -152,10 +34,10 @@ names = pytest.mark.parametrize("name", MAKE)
 def pipelines(tmp_path_factory) -> dict[str, DiffusionPipeline]:
     """The pipelines, saved in folders of their names under `root`."""
     root = tmp_path_factory.mktemp("pipelines")
+    for name in MAKE:
+        call_main("tools.tiny_pipeline", name, root / name)
+    shutil.copy(root / "nucleus" / "prompts.txt", root)
     made = {name: make() for name, make in MAKE.items()}
-    for name, pipeline in made.items():
-        pipeline.save_pretrained(root / name)
-    (root / "prompts.txt").write_text(PROMPTS)
     for part in ("text_encoder_4", "tokenizer_4"):
         shutil.copytree(root / "hidream" / part, root / "llama", dirs_exist_ok=True)
     return {"root": root, **made}

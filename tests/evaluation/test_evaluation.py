@@ -1,6 +1,7 @@
 """Metrics compared with closed forms and with torch-fidelity, and the inputs of evaluate.py."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -223,12 +224,12 @@ def test_wrong_evaluate_inputs_are_one_line_errors(folders, tiny_vae, tmp_path, 
         ((), "got neither of --ckpt and --images"),
         (("--images", first, "--loss"), "--loss: has no effect without --ckpt"),
         (("--images", first, "--reference", odd, *small), "got images of (33, 33) pixels"),
-        (("--images", mixed, "--reference", second, *small), "2.png: got (40, 40)"),
+        (("--images", mixed, "--reference", second, *small), "2.png (got (40, 40) pixels, exp"),
         (("--images", cut, "--reference", second, *small), "cut.npz"),
         (("--images", wrong, "--reference", second, *small), "got float32 (4, 3, 32, 32)"),
         (
             ("--images", notes, "--reference", second, *small),
-            "broken.png: damaged or not an image; repair or delete",
+            "1 of 1 image cannot be evaluated: broken.png (its format is not one of",
         ),
         (("--images", root / "none", *small), "expected a folder of images or an .npz"),
         (("--images", first, "--reference", cut, *small), "cut.npz"),
@@ -271,6 +272,31 @@ def test_metrics_are_chosen_by_backbone_and_image_count(backbone, num_images, co
     assert got == want + (["inception_score"] if backbone == InceptionFeatures.name else [])
     without_reference = choose_metrics(InceptionFeatures.name, None, num_images, 1000)
     assert without_reference == ["inception_score"]
+
+
+def test_all_bad_files_of_a_folder_are_named_at_once(folders, tmp_path, capsys):
+    bad = shutil.copytree(folders[0], tmp_path / "bad")
+    for number in (0, 3, 5):
+        (bad / f"{number:02d}.png").write_text("not an image")
+    Image.new("RGB", (40, 40)).save(bad / "02.png")
+    for flag, other in (("--reference", "--images"), ("--images", "--reference")):
+        arguments = (flag, bad, other, folders[1], *LITE, "--output", tmp_path / "out")
+        line = expect_error(capsys, "evaluate.py", *arguments)
+        assert f"{bad}: 4 of {IMAGES} images cannot be evaluated: 00.png (" in line
+        assert all(name in line for name in ("02.png (got (40, 40)", "03.png (", "05.png ("))
+
+
+def test_resized_images_are_said_in_the_results(folders, tmp_path, capsys):
+    arguments = ("--images", folders[0], "--reference", folders[1], *LITE, "--output", tmp_path)
+    for resize, is_resized in (((), False), (("--resize", 16), True)):
+        capsys.readouterr()
+        call_main("evaluate.py", *arguments, *resize)
+        settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+        assert [settings[x].get("resized", False) for x in ("images", "reference")] == [
+            is_resized, is_resized,
+        ]  # fmt: skip
+        line = "--reference: scaled and cropped to 16 x 16 pixels"
+        assert (line in capsys.readouterr().out) == is_resized
 
 
 def test_an_image_folder_of_any_format_is_resized_for_evaluation(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,18 @@ def test_a_cached_hub_autoencoder_loads_without_output(
     assert opened.config["latent_channels"] == 4 and opened.path == loaded.path == "lab/vae"
     assert capfd.readouterr() == ("", "")
     assert loaded.weights_sha256 == vae.weights_sha256
+
+
+@pytest.mark.parametrize("script", ["train.py", "cache_latents.py"])
+def test_without_a_network_a_missing_autoencoder_names_the_recipe_that_needs_none(
+    script, image_tree, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    output = ("--output", tmp_path / "latents") if script == "cache_latents.py" else ()
+    line = expect_error(capsys, script, "--data-path", image_tree, "--image-size", 64, *output)
+    assert "got stabilityai/sd-vae-ft-mse" in line and "or pixels" in line
+    (recipe,) = re.findall(r"--config (\S+\.yaml)\)", line)
+    assert (ROOT / recipe).is_file()
 
 
 @pytest.mark.parametrize("kind", ["missing", "unexpected", "nan", "no file"])

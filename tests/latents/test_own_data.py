@@ -43,6 +43,7 @@ def good_images(folder: Path) -> dict[str, tuple[int, int, int]]:
     for name, image, colour, options in (
         ("rgb.png", red, RED, {}),
         ("grey.png", Image.new("L", size, 128), GREY, {}),
+        ("grey-16.png", Image.fromarray(np.full(size, 0x80FF, np.uint16)), GREY, {}),
         ("one-bit.png", Image.new("1", size, 1), WHITE, {}),
         ("palette.png", red.convert("P", palette=Image.Palette.ADAPTIVE), RED, {}),
         ("palette-clear.png", Image.new("P", size, 0), WHITE, {"transparency": 0}),
@@ -89,9 +90,9 @@ def bad_images(folder: Path) -> dict[str, str]:
         (folder / name).write_bytes(data)
         reasons[name] = reason
     Image.fromarray(np.ones((20, 20), np.float32)).save(folder / "float.tiff")
-    Image.fromarray(np.ones((20, 20), np.uint16)).save(folder / "grey-16.png")
+    Image.fromarray(np.ones((20, 20), np.uint16)).save(folder / "grey-16.tiff")
     (folder / "broken-link.png").symlink_to(folder / "nowhere.png")
-    reasons |= {"float.tiff": "8 bits", "grey-16.png": "8 bits"}
+    reasons |= {"float.tiff": "8 bits", "grey-16.tiff": "8 bits"}
     return {**reasons, "broken-link.png": "No such file"}
 
 
@@ -248,15 +249,15 @@ def test_more_than_ten_and_1_percent_unreadable_images_are_an_error(
 
 def test_a_fault_of_the_storage_is_an_error_and_not_a_bad_image(tmp_path, monkeypatch):
     good_images(tmp_path)
-    images, opened = open_images(str(tmp_path), 16), images_module.open_regular
+    images = open_images(str(tmp_path), 16)
 
     class Stale(io.BytesIO):
         def read(self, *_):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(
-        images_module, "open_regular",
-        lambda path: Stale() if path == images.name(1) else opened(path),
+        images_module, "open", raising=False,
+        value=lambda path, mode: Stale() if path == images.name(1) else open(path, mode),  # noqa: SIM115
     )  # fmt: skip
     assert images[0, False][1] == []
     with pytest.raises(UserError, match="^--data-path: the storage failed to read .*Stale file"):

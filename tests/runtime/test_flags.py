@@ -104,7 +104,7 @@ def test_help_shows_each_default_once(help_of):
 
 
 def test_usage_names_required_flags_and_help_names_values_by_type(parser_of):
-    assert parser_of("export").format_usage().endswith(" --ckpt CKPT --output PATH [flags]\n")
+    assert parser_of("export").format_usage().endswith(" --output PATH --ckpt CKPT [flags]\n")
     words = " ".join(parser_of("train").format_help().split())
     for shown in ("--lr X", "--depth N", "--rope [True|False]", "--norm {layer,rms}"):
         assert f" {shown} " in words

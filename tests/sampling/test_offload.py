@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call_main, expect_error, resident, save_checkpoint
+from conftest import SMALL, call_main, expect_error, in_process, resident, save_checkpoint
 from test_models import randomised
 
 from analysis.recorder import count_routing
@@ -78,20 +78,22 @@ def test_the_memory_plan_counts_pinned_tensors_as_pytorch_allocates_them():
     assert offloaded[1] == pytest.approx(12.8e9, rel=0.01)
 
 
-def test_offloading_keeps_less_than_half_of_the_weights_in_memory(tmp_path, tiny_vae):
-    """The model takes 100 MB in fp32, mostly for its experts."""
+def test_offloading_on_a_cpu_leaves_the_weights_in_the_mapped_file(tmp_path, tiny_vae):
+    """The model takes 100 MB in fp32, mostly for its experts; the system can drop mapped pages."""
     model = randomised(hidden_size=128, depth=8, num_experts=16, num_heads=4)
     size = sum(weight.nbytes for weight in model.parameters())
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="rectified_flow")
     path = save_checkpoint(model, tmp_path / "model.safetensors", **facts)
-    del model
-    grown = {}
-    for offload in (True, False):  # offloading first, because the process keeps freed memory
-        before, seen = resident(), []
-        config = SamplingConfig(ckpt=str(path), offload=offload, num_sampling_steps=3)
-        open_pipeline(config).latents([1], [0], lambda _, seen=seen: seen.append(resident()))
-        grown[offload] = seen[-1] - before
-    assert grown[True] < 0.5 * size and grown[False] > 0.9 * size, grown
+    grown = {offload: in_process(bytes_of_sampling, path, offload) for offload in (True, False)}
+    assert grown[True] < 0.25 * size and grown[False] > 0.45 * size, grown
+
+
+def bytes_of_sampling(path: Path, offload: bool) -> int:
+    """Returns the memory, without mapped files, that a model in bf16 adds to this process."""
+    before, seen = resident("RssAnon"), []
+    config = SamplingConfig(ckpt=str(path), offload=offload, num_sampling_steps=3, precision="bf16")
+    open_pipeline(config).latents([1], [0], lambda _: seen.append(resident("RssAnon")))
+    return seen[-1] - before
 
 
 def test_sample_py_dry_run_prints_the_memory_of_each_precision(checkpoint, capsys):

@@ -1,6 +1,7 @@
 """sample.py and the Python pipeline: seeds, labels, guidance, precision, pictures and errors."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
 from models import DiT
 from runtime.errors import UserError, run_main
+from runtime.progress import progress
 from sampling.config import SamplingConfig
 from sampling.fonts import FONT
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
@@ -125,11 +127,21 @@ def test_a_folder_with_the_images_of_an_earlier_call_is_noted(checkpoints, tmp_p
         assert (note in out) == is_noted and "euler 1 step, " in out
 
 
-def test_without_a_terminal_progress_is_a_line_at_each_tenth(checkpoints, tmp_path, capsys):
+def test_sampling_says_what_it_does_and_how_far_it_is(checkpoints, tmp_path, capsys):
+    """In a file, the bar is only refreshed every 20 seconds."""
     flags = ("--num-sampling-steps", 20, "--class-labels", 0, "--output", tmp_path / "grid.png")
     call_main("sample.py", "--ckpt", checkpoints["rectified_flow"], *flags)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("20 steps")]
-    assert lines == [f"{done} of 20 steps" for done in range(2, 21, 2)]
+    output = capsys.readouterr()
+    assert re.match(r"loading .*\nsampling 1 image: euler 20 steps, .*\n1 image in .*", output.out)
+    first, *between, last = re.findall(r"(\d+)/20 ", output.err)
+    assert (first, last) == ("0", "20") and len(between) <= 1
+
+
+def test_only_the_main_process_has_a_bar(capsys, monkeypatch):
+    for rank, shown in (("0", True), ("3", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert [*progress(range(3), unit="batch")] == [0, 1, 2]
+        assert ("3/3" in capsys.readouterr().err) == shown
 
 
 def test_a_sampled_image_depends_only_on_its_seed_and_label(checkpoints, tmp_path):

@@ -26,7 +26,7 @@ from scipy import stats
 from checkpoints import step_folders
 from checkpoints.costs import count_macs, count_parameters
 from models import DiT
-from routers import ROUTERS, Context, Routing, TopKRouter
+from routers import NOTHING, ROUTERS, Context, Routing, TopKRouter
 from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
@@ -467,9 +467,9 @@ def test_experts_with_a_small_weight_are_left_out():
     """The kept rows are unchanged, and the hook counts them."""
     router, hook = TopKRouter(hidden_size=8, num_experts=4, num_experts_per_tok=3), DropSmall(0.3)
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
-    every = rows_of(router(x, {}))
+    every = rows_of(router(x, NOTHING))
     router.register_forward_hook(hook)
-    kept = rows_of(router(x, {}))
+    kept = rows_of(router(x, NOTHING))
     assert kept == [row for row in every if row[2] >= 0.3] and 0 < len(kept) < len(every)
     assert hook.rows_per_token == [len(kept) / 32]
 
@@ -557,7 +557,8 @@ def test_small_updates_of_bf16_weights_are_lost(plugins):
 
 def test_the_weights_of_nucleus_sum_to_its_scale(plugins):
     router = plugins.NucleusRouter(hidden_size=8, num_experts=4, num_experts_per_tok=2, scale=3.0)
-    routing = router(torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), {})
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    routing = router(x, NOTHING)
     total = torch.zeros(32).index_add(0, routing.token, routing.weight.detach())
     chosen = routing.token.bincount(minlength=32) > 0
     assert chosen.sum() > 0 and total[chosen].tolist() == pytest.approx([3.0] * int(chosen.sum()))

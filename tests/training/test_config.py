@@ -63,7 +63,8 @@ def test_a_word_of_the_command_keeps_the_options_of_the_recipe(recipe):
     assert [one.weight for one in config.auxiliary] == [0.4, 0.05]  # in the order of the table
     assert recipe(text, "--router", "race").model.router.options["momentum"] == 0.99
     assert recipe(text, "--optimizer", "muon").optimizer.betas == (0.9, 0.95)
-    assert recipe(text, "--auxiliary").auxiliary == []
+    for words in (("--auxiliary",), ("--auxiliary", "none")):
+        assert recipe(text, *words).auxiliary == []
 
 
 def test_several_files_override_each_other_in_order(tmp_path):

@@ -19,6 +19,7 @@ from conftest import (
     assert_same_state,
     call_main,
     children,
+    in_process,
     in_processes,
     kill_all,
     rows,
@@ -28,11 +29,14 @@ from conftest import (
     wait_for,
 )
 
+import train
 from checkpoints import step_folders
 from runtime import signals
 from runtime.errors import STOPPED
 from runtime.processes import ALONE
 from runtime.signals import Requests
+from training import loop, preview, start
+from training.config import parse_training
 from training.manifest import find_fault
 
 UNTIL_STOPPED = 100_000  # steps. A resumed run may have fewer
@@ -76,6 +80,78 @@ def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
     step = saved_step(output)
     assert re.search("SIG(HUP|TERM): saving", output) and step >= 4
     assert_resumes_exactly(flags, tmp_path / "r", tmp_path / "whole", step)
+
+
+def test_a_signal_before_the_end_of_the_first_step_ends_the_run_at_once(flags, tmp_path):
+    slow = {"global-batch-size": 80_000, "accum_iter": 10_000, "max-steps": 1}
+    with running("train.py", flags(tmp_path, **slow)) as process:
+        wait_for(process, "needed")  # the line on the memory, the last before the first step
+        os.kill(process.pid, signal.SIGINT)
+        assert "SIGINT: stopped before the end of the first step" in process.stdout.read()
+        assert process.wait() == 128 + signal.SIGINT
+    assert not step_folders(tmp_path / "run")
+
+
+def stopped_run(place: str, arguments: list[str]) -> int:
+    """Trains until a signal that arrives in the second step, between two micro-batches, or in the
+    sample grid of the second step; returns the exit code."""
+    take_step, unsignalled = loop.take_step, preview.generate
+
+    def step(engine, objective, batches, count, *, step: int, rate: float) -> dict:
+        def signalled():
+            yield next(batches)
+            signal.raise_signal(signal.SIGTERM)
+            yield from batches
+
+        given = signalled() if place == "step" and step == 2 else batches
+        return take_step(engine, objective, given, count, step=step, rate=rate)
+
+    def generate(*given, callback, **options):
+        def signal_after_a_step(state: dict) -> None:
+            assert state["step"] == 0
+            signal.raise_signal(signal.SIGTERM)
+            callback(state)
+
+        return unsignalled(*given, callback=signal_after_a_step, **options)
+
+    loop.take_step, preview.generate = step, generate
+    return train.main(parse_training("train.py", None, arguments))
+
+
+@pytest.mark.parametrize("place, steps", [("step", 1), ("grid", 2)])
+def test_a_stop_within_a_step_or_a_sample_grid_loses_nothing(place, steps, flags, tmp_path):
+    changes = {"sample-every": 2, "num-sample": 2, "max-steps": 5}
+    code = in_process(stopped_run, place, flags(tmp_path / "r", **changes))
+    assert code == STOPPED and not [*tmp_path.rglob("samples-*.png")]
+    (last,) = step_folders(tmp_path / "r" / "run")
+    assert int(last.name) == steps
+    call_main("train.py", *flags(tmp_path / "r", **changes))
+    call_main("train.py", *flags(tmp_path / "whole", **changes))
+    assert_same_state(step_folder(tmp_path / "r", 5), step_folder(tmp_path / "whole", 5))
+
+
+def stopped_grid(dist, arguments: list[str]) -> int:
+    """Trains in a process of several; a signal to rank 1 only arrives in the first sample grid."""
+    unsignalled = preview.generate
+
+    def generate(*given, callback, **options):
+        def signal_after_a_step(state: dict) -> None:
+            assert state["step"] == 0
+            if dist.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            callback(state)
+
+        return unsignalled(*given, callback=signal_after_a_step, **options)
+
+    preview.generate = generate
+    return start.train(*parse_training("train.py", None, arguments), "train.py", dist)
+
+
+def test_processes_that_share_a_model_leave_a_sample_grid_together(flags, tmp_path):
+    changes = {"sample-every": 1, "num-sample": 2, "max-steps": 50, "accum_iter": 1}
+    shard = flags(tmp_path, shard=True, **changes)
+    assert in_processes(stopped_grid, shard) == [STOPPED] * 2
+    assert not [*tmp_path.rglob("samples-*.png")]
 
 
 @pytest.mark.parametrize("launcher, answer", [({}, None), ({"TORCHELASTIC_RUN_ID": "1"}, "stop")])

@@ -648,6 +648,26 @@ def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
     assert path.read_bytes() == b"".join(good[:3])
 
 
+def test_a_change_that_no_checkpoint_has_leaves_the_log(copied, flags, monkeypatch):
+    """The run is killed after the change and before a save."""
+    resume = ["--resume", copied / "run", "--max-steps", 4]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(loop.TrainingLoop, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call_main("train.py", *resume, "--lr", 1)
+    log = copied / "run" / "log.jsonl"
+    assert "--lr: was 0.001, is 1" in log.read_text()
+    call_main("train.py", *resume)
+    assert "--lr: was" not in log.read_text()
+    call_main("train.py", *resume[:3], 5, "--lr", 1)
+    call_main("train.py", *resume[:3], 6)
+    assert log.read_text().count("--lr: was 0.001, is 1") == 1
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -765,6 +785,14 @@ def file_size_limit(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_finished_run_has_nothing_to_do_on_a_full_disk(copied, flags, capsys):
+    before = sorted(copied.rglob("*"))
+    with file_size_limit(0):
+        call_main("train.py", *flags(copied))
+    assert "is finished: step 3" in capsys.readouterr().out
+    assert sorted(copied.rglob("*")) == before
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard

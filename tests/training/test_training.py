@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -50,6 +51,7 @@ from runtime.devices import peak_of
 from runtime.errors import UserError
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
+from training import loop
 from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
@@ -621,6 +623,42 @@ def test_wrong_train_py_flags_are_errors_that_create_no_run(flags, tmp_path, cha
     (name, value), *_ = changes.items()
     assert name in line or str(value) in line
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_on_images_shows_some_as_it_reads_them(flags, latent_cache, tmp_path):
+    one_step = {"max-steps": 1, "vae-path": "pixels"}
+    call_main("train.py", *flags(tmp_path / "pixels", **one_step, **{"image-size": (16, 8)}))
+    sheet = Image.open(only_run(tmp_path / "pixels") / "images.png")
+    assert sheet.width > 4 * 112 and sheet.height > 4 * 2 * 112  # four columns of images 8 wide
+    of_cache = {"data-path": None, "latents-path": latent_cache, "image-size": None}
+    call_main("train.py", *flags(tmp_path / "cached", **of_cache, **{"max-steps": 1}))
+    assert not (only_run(tmp_path / "cached") / "images.png").exists()
+
+
+def test_a_first_step_of_more_than_a_minute_says_what_takes_long(flags, tmp_path, monkeypatch):
+    said, explain, take_step = threading.Event(), TrainingLoop.explain_slow_step, loop.take_step
+
+    def explain_and_tell(run: TrainingLoop) -> None:
+        explain(run)
+        said.set()
+
+    def slow_step(*arguments, step: int, **options) -> dict:
+        assert step > 1 or said.wait(60)
+        return take_step(*arguments, step=step, **options)
+
+    changes = {"vae-path": "pixels", "global-batch-size": 6, "patch-size": 4, "max-steps": 3}
+    call_main("train.py", *flags(tmp_path / "fast", **changes))
+    monkeypatch.setattr(loop, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(loop, "take_step", slow_step)
+    monkeypatch.setattr(TrainingLoop, "explain_slow_step", explain_and_tell)
+    call_main("train.py", *flags(tmp_path / "slow", **changes))
+    fast, slow = ((only_run(tmp_path / n) / "log.txt").read_text() for n in ("fast", "slow"))
+    (line,) = re.findall(r"the first step has taken .*", slow)
+    assert "6 images of 16 tokens, " in line and "recipes/pixels.yaml" in line
+    assert line.endswith("a smaller --global-batch-size") and "has taken" not in fast
+    # The first step has work that others do not have.
+    first, *others = (part for part in slow.splitlines() if " left, " in part)
+    assert "at most " in first and others and not any("at most" in other for other in others)
 
 
 def test_an_epoch_uses_every_image_once(flags, tmp_path):

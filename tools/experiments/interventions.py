@@ -20,7 +20,8 @@ class DropSmall:
         kept = (routing.weight >= self.min_weight).nonzero().squeeze(1)
         self.rows_per_token.append(len(kept) / math.prod(args[0].shape[:2]))
         token, expert, weight = routing.token[kept], routing.expert[kept], routing.weight[kept]
-        return Routing(token, expert, weight, per_token=0, loss=routing.loss, load=routing.load)
+        rows = {"token": token, "expert": expert, "weight": weight}
+        return routing._replace(**rows, per_token=0, is_even=False)
 
 
 class Reuse:
