@@ -11,7 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,12 +30,13 @@ from conditions import (
     ZeroLinear,
     split_condition,
 )
+from initialization import initialize
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names
-from routers import NOTHING, ROUTERS, Context, Router, Routing
+from routers import NOTHING, ROUTERS, Context, Routing
 
 
 class RMSNorm(nn.RMSNorm):
@@ -377,7 +378,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning.
+    """Transformer block with adaLN-Zero conditioning, which is the identity at first.
 
     Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
@@ -497,9 +498,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(
             config.hidden_size, config.patch_size, self.out_channels, config.norm
         )
-        # Tensors on the meta device, and fake ones, have no data.
-        if self.x_embedder.proj.weight.untyped_storage().device.type != "meta":
-            self.initialize_weights()
+        initialize(self)
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -541,50 +540,6 @@ class DiT(nn.Module):
 
     def reset_parameters(self) -> None:
         self.pos_embed.copy_(position_embedding(self.config))
-
-    def initialize_weights(self) -> None:
-        """Initialises all parameters and buffers, see `draw_weights`."""
-        for _ in self.draw_weights():
-            pass
-
-    @torch.no_grad()
-    def draw_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Initialises one module after the other; yields parameters and buffers with their names.
-
-        The adaLN modulation starts at zero, so each block is the identity. The output layer starts
-        at zero, so the prediction is zero.
-
-        `reset_parameters` of a module sets what the module itself owns. Raises ValueError with the
-        name of a tensor that it does not set. If the model is on the meta device, only one module
-        at a time has data, on the CPU.
-        """
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        in_routers = {module for router in routers for module in router.modules()}
-        is_meta = self.x_embedder.proj.weight.is_meta
-        # Routers last: the same seed gives the same other weights (except with `prototype`, whose
-        # extra expert draws too).
-        for prefix, module in sorted(self.named_modules(), key=lambda pair: pair[1] in in_routers):
-            if is_meta:
-                module.to_empty(device="cpu", recurse=False)
-            own = dict(module.named_parameters(prefix, recurse=False))
-            own |= module.named_buffers(prefix, recurse=False)
-            for tensor in own.values():
-                tensor.fill_(unset_value(tensor.dtype))
-            try:
-                if reset := getattr(type(module), "reset_parameters", None):
-                    INITIAL.get(reset, reset)(module)
-            finally:
-                if is_meta:
-                    module.to_empty(device="meta", recurse=False)
-            for name, tensor in own.items():
-                unset = unset_value(tensor.dtype)
-                is_unset = tensor.isnan() if math.isnan(unset) else tensor == unset
-                if tensor.dtype.is_signed and is_unset.any():
-                    raise ValueError(
-                        f"{name}: has no initial value, expected {type(module).__name__}."
-                        "reset_parameters to set every parameter and buffer of the module"
-                    )
-                yield name, tensor.detach()
 
     def matrices(self) -> dict[str, int]:
         """Returns the number of hidden matrices in each parameter that is no vector.
@@ -731,27 +686,6 @@ class DiT(nn.Module):
     ):
         """Loads a state dict in our layout or a published one (see layouts.py)."""
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
-
-
-def xavier(layer: nn.Linear | nn.Conv2d) -> None:
-    nn.init.xavier_uniform_(layer.weight.flatten(1))
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-# Where DiT initialises a layer of torch in another way than torch: torch's method -> DiT's.
-INITIAL = {
-    nn.Linear.reset_parameters: xavier,
-    nn.Conv2d.reset_parameters: xavier,
-    nn.Embedding.reset_parameters: lambda layer: nn.init.normal_(layer.weight, std=0.02),
-}
-
-
-def unset_value(dtype: torch.dtype) -> float | int:
-    """Returns the value that marks an element as not initialised; 0, no mark, if unsigned."""
-    if dtype.is_floating_point:
-        return math.nan
-    return torch.iinfo(dtype).min if dtype.is_signed else 0
 
 
 def embedder_of(condition: str) -> str:

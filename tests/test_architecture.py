@@ -13,7 +13,8 @@ ALLOWED_IMPORTS = {
     "moe_kernels": "",
     "routers": "options",
     "moe": "moe_kernels options routers",
-    "models": "conditions moe moe_kernels options routers",
+    "initialization": "routers",
+    "models": "conditions initialization moe moe_kernels options routers",
     "wrappers": "models moe_kernels routers",
     "diffusion": "options",
     "runtime": "options",
@@ -23,7 +24,8 @@ for module in ("latents", "checkpoints", "sampling", "evaluation", "training"):
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
 PURE = (
-    "models", "wrappers", "conditions", "moe", "options", "routers", "moe_kernels", "diffusion",
+    "models", "initialization", "wrappers", "conditions", "moe", "options", "routers",
+    "moe_kernels", "diffusion",
 )  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
