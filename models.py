@@ -302,8 +302,6 @@ class ClassTokens(nn.Module):
     A token is the embedding of the class plus a learned position. It is not rotated.
     """
 
-    matrices_in = {"positions": 0}
-
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.positions = nn.Parameter(torch.empty(1, count, hidden_size))
@@ -322,8 +320,6 @@ class Attention(nn.Module):
 
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
-
-    matrices_in = {"qkv.weight": 3}
 
     def __init__(
         self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
@@ -382,8 +378,6 @@ class DiTBlock(nn.Module):
 
     Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
-
-    matrices_in = {"adaLN_modulation.1.weight": 6}
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -540,27 +534,6 @@ class DiT(nn.Module):
 
     def reset_parameters(self) -> None:
         self.pos_embed.copy_(position_embedding(self.config))
-
-    def matrices(self) -> dict[str, int]:
-        """Returns the number of hidden matrices in each parameter that is no vector.
-
-        A weight (m, n) can contain several of equal size, one below the other: 2 (gate and up), 3
-        (queries, keys and values), 6 (the modulations of a block). For a weight (E, m, n), this is
-        the number per expert. It is 0 for embeddings, gates, the first and the last layer.
-
-        The weight of a linear layer is one matrix. A module whose parameters differ from that lists
-        them in `matrices_in`; its other parameters are vectors.
-        """
-        found: dict[str, int] = {}
-        hidden = [self.t_embedder, *self.conditions.values(), self.blocks]
-        hidden = {module for part in hidden for module in part.modules()}
-        for prefix, module in self.named_modules():
-            counts = dict(getattr(module, "matrices_in", {}))
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-                counts["weight"] = int(module in hidden and isinstance(module, nn.Linear))
-            for name, count in counts.items():
-                found.setdefault(f"{prefix}.{name}", count)
-        return {name: found[name] for name, _ in self.named_parameters() if name in found}
 
     def expert_parameters(self) -> list[str]:
         """Returns the names of the parameters (E, ...) that have a slice for each expert."""
