@@ -11,7 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -456,8 +456,7 @@ class DiT(nn.Module):
         expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
         router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
-        observed            (L, ...) statistics for `update_routers`, or None, see
-                            `Routing.observed`
+        observed            (L, ...) statistics for `Router.update`, or None, see `Routing.observed`
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -499,32 +498,6 @@ class DiT(nn.Module):
         """Conditions by name, in the order in which the model adds their vectors."""
         names = [split_condition(spec)[0] for spec in self.config.conditions]
         return {name: getattr(self, embedder_of(name)) for name in names}
-
-    def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of all images by null values, such as the label "no class".
-
-        y: tensors (N, ...) by name; the result contains only the conditions of this model
-
-        "size" and "span" have no null values and stay as they are, see `Condition.none`.
-        """
-        conditions = self.conditions.items()
-        return {name: condition.none(y[name]) for name, condition in conditions if name in y}
-
-    def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of random images by null values; see `without_conditions`.
-
-        All conditions of an image are dropped together, with probability class_dropout_prob.
-        Training calls this method once per micro-batch.
-        """
-        none, probability = self.without_conditions(y), self.config.dropout
-        if not probability or not none:
-            return {name: y[name] for name in none}
-        count, device = next((len(value), value.device) for value in none.values())
-        is_dropped = torch.rand(count, device=device) < probability         # (N,)
-        return {
-            name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), value, y[name])
-            for name, value in none.items()
-        }
 
     @property
     def depends_on_batch(self) -> bool:
@@ -624,16 +597,6 @@ class DiT(nn.Module):
     def call(self, block: DiTBlock, *inputs: Any) -> tuple[Tensor, Routing | None]:
         """Calls a block; gradient checkpointing replaces this method (see wrappers.py)."""
         return block(*inputs)
-
-    def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
-        """Updates the state of the routers; called once per optimizer step.
-
-        observed: (L, ...) mean of `self.observed` over the micro-batches and processes of the step
-        skipped: whether the optimizer step was skipped, as after a non-finite gradient
-        """
-        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
-        for gate, statistics in zip(gates, observed, strict=True):
-            gate.update(statistics, skipped)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
