@@ -39,7 +39,7 @@ from latents.cache import (
 from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
 from latents.loading import check_unreadable, read_batches
-from latents.sources import Batch, ImageSource, open_images, size_notes
+from latents.sources import Batch, Source, open_images, size_notes
 from options.parts import Size, option, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable
@@ -113,7 +113,7 @@ def encode_view(networks: Networks, images: Tensor) -> dict[str, Tensor]:
 
 def write_shards(
     config: CacheConfig,
-    images: ImageSource,
+    images: Source,
     settings: CacheSettings,
     shards: dict[Path, range],
     networks: Networks,

@@ -37,7 +37,7 @@ from evaluation.metrics import (
 )
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from options.parts import Size, option
-from runtime.errors import UserError
+from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
 from runtime.flags import parse_config, refuse_idle
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
@@ -281,6 +281,8 @@ def main(config: EvaluateConfig) -> None:
     if config.output and (config.images or config.loss):  # samples need a folder of their own
         prepare_output("--output", config.output / "results.json")
     dist = setup_distributed()
+    if dist.is_main:
+        print_safely(f"loading {config.ckpt or config.images}")
     if config.images:
         evaluate_images(config, dist)
     elif not config.loss:

@@ -23,7 +23,7 @@ from analysis.config import (
     open_prompts,
 )
 from options.parts import option
-from runtime.errors import UserError, run_main
+from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 
@@ -55,6 +55,7 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
     from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
+    from runtime.progress import progress
     from sampling.generate import objective_of
     from sampling.pipeline import open_pipeline
 
@@ -71,7 +72,8 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
         batches = latent_batches(
             images, indices, pipeline.vae, pipeline.class_names, batch_size=batch_size
         )
-        batches, objective = list(batches), objective_of(pipeline.settings)
+        batches = list(progress(batches, desc="encoding", unit="batch", delay=5))
+        objective = objective_of(pipeline.settings)
         losses = lambda: held_out_losses(pipeline.model, objective, batches, config.seed)[0]  # noqa: E731
         facts |= {"num_images": num_images}
     pictures = config.num_pictures or 8
@@ -102,7 +104,7 @@ def main(config: ExpertAblationConfig) -> None:
         raise UserError("--compile: got True, but a compiled block cannot leave out an expert")
     output = config.output or default_file(config.ckpt, ABLATION_FILE)
     prepare_output("--output", output)
-    print(f"loading {config.ckpt or config.pipeline}", flush=True)
+    print_safely(f"loading {config.ckpt or config.pipeline}")
     from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers
 

@@ -71,7 +71,7 @@ def main(config: ExpertDataConfig) -> None:
     output = config.output or default_file(config.ckpt, COUNTS_FILE)
     prepare_output("--output", output)
     start = time.perf_counter()
-    print(f"loading {config.ckpt or config.pipeline}", flush=True)
+    print_safely(f"loading {config.ckpt or config.pipeline}")
     counts = count_checkpoint(config) if config.ckpt else count_pipeline(config)
     counts.save(output)
     seconds = time.perf_counter() - start

@@ -259,6 +259,13 @@ class DiTConfig(Config):
         return self.num_experts + ROUTERS[self.router.name].extra_experts if self.num_experts else 0
 
 
+# Properties that say what a field means if its default follows from other fields.
+MEANINGS = {
+    "sparse_layers": "sparse_blocks", "mlp_type": "expert_mlp", "dense_mlp_type": "dense_mlp",
+    "dense_mlp_ratio": "dense_ratio", "class_dropout_prob": "dropout",
+}  # fmt: skip
+
+
 def select_layers(chosen: str | Sequence[int], depth: int) -> tuple[int, ...]:
     """Returns the indices of the chosen blocks.
 

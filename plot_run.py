@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.counts import run_names
 from analysis.heatmap import save_figure
 from options.parts import option
-from runtime.errors import UserError, reported_as, run_main
+from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import prepare_output, read_yaml
 from runtime.flags import parse_config
 
@@ -29,7 +29,10 @@ PANELS = {
     "grad_norm": "gradient norm",
     "images_per_sec": "images per second",
     "busiest": "busiest expert over mean",
+    "dead_experts": "experts without tokens",
 }
+LAST = ("loss", "val_loss", "grad_norm", "images_per_sec", "dead_experts")  # printed
+FIRST_STEPS = 0.1  # fraction of the steps that do not set the range of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,28 @@ def falling_loss(rows: list[dict]) -> str:
     return "mse" if mse and np.ptp(loss) < 0.01 * max(loss) else "loss"
 
 
+def loss_range(runs: dict[str, list[dict]]) -> tuple[float, float] | None:
+    """Returns the range of the losses after the first steps, where runs differ; None if there are
+    too few."""
+    first = FIRST_STEPS * max(row["step"] for rows in runs.values() for row in rows)
+    shown = []
+    for rows in runs.values():
+        for name in (falling_loss(rows), "val_loss"):
+            pairs = zip(*series(rows, name), strict=True)
+            shown += [value for step, value in pairs if step > first]
+    if len(shown) < 10:
+        return None
+    low, high = min(shown), max(shown)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def last_values(rows: list[dict]) -> str:
+    """Returns the last value of each metric that was logged, such as "step 400  loss 0.31"."""
+    last = {name: values[-1] for name in LAST if (values := series(rows, name)[1])}
+    return "  ".join([f"step {rows[-1]['step']}", *(f"{n} {v:.4g}" for n, v in last.items())])
+
+
 def draw(runs: dict[Path, list[dict]]) -> Figure:
     """Draws one panel per metric with all runs, and below a panel per run with the load by layer.
 
@@ -99,6 +124,8 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         if load[0]
     }
     panels = [name for name in PANELS if name != "busiest" or loads]
+    if not any(any(series(rows, "dead_experts")[1]) for rows in runs.values()):
+        panels.remove("dead_experts")
     mosaic = [panels, *([title] * len(panels) for title in loads)]
     figure = Figure((4 * len(panels), 3.6 + 1.5 * len(loads)), layout="constrained")
     axes = figure.subplot_mosaic(mosaic, height_ratios=[2, *[1] * len(loads)], sharex=True)
@@ -113,6 +140,8 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[name].tick_params(labelbottom=True)
         axes[name].grid(alpha=0.3)
         axes[name].ticklabel_format(axis="y", useOffset=False)
+    if limits := loss_range(runs):
+        axes["loss"].set_ylim(*limits)
     figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     most = max((np.quantile(values, 0.98) for *_, values in loads.values()), default=1)
     style = {"shading": "nearest", "vmin": 1, "vmax": max(most, 1.1)}  # one scale for all runs
@@ -146,7 +175,9 @@ def main(config: PlotConfig) -> None:
     output = config.output or Path(os.path.commonpath(runs), name)
     prepare_output("--output", output)
     save_figure(draw(runs), output, dpi=120)
-    print(f"figure: {output}")
+    for run, rows in runs.items():
+        print_safely(f"{run.name}: {last_values(rows)}")
+    print_safely(f"figure: {output}")
 
 
 if __name__ == "__main__":

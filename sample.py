@@ -90,7 +90,7 @@ def main(config: SampleConfig) -> None:
             prepare_output(f"--{name}", path)
     if config.output_dir:
         prepare_output("--output-dir", config.output_dir / "image.png")
-    print(f"loading {config.ckpt}", flush=True)
+    print_safely(f"loading {config.ckpt}")
     # Imported here, so that --help and errors appear at once.
     import torch
 
@@ -127,15 +127,14 @@ def main(config: SampleConfig) -> None:
         if earlier:
             found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
             print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
-    bar = progress(total=len(requests) * pipeline.settings.num_steps, unit="step")
-    for labels, seeds in requests:
-        batch = pipeline.images(labels, seeds, watch)
-        images += batch  # each (3, H, W) uint8
-        captions += class_captions(pipeline.model, names, labels)
-        if config.output_dir:
-            for image, label, seed in zip(batch, labels, seeds, strict=True):
-                write_png(image, config.output_dir / file_name(seed, label, names[label]))
-    bar.close()
+    with progress(total=len(requests) * pipeline.settings.num_steps, unit="step") as bar:
+        for labels, seeds in requests:
+            batch = pipeline.images(labels, seeds, watch)
+            images += batch  # each (3, H, W) uint8
+            captions += class_captions(pipeline.model, names, labels)
+            if config.output_dir:
+                for image, label, seed in zip(batch, labels, seeds, strict=True):
+                    write_png(image, config.output_dir / file_name(seed, label, names[label]))
     for path, picture in pictures.items():
         picture.save(path, pipeline, captions)
         if len(picture.shown) < num_images:

@@ -25,7 +25,7 @@ from runtime.errors import pluralize
 from runtime.files import open_npz, write_durably
 
 COUNTS_FILE = "expert_data.npz"  # default file name
-FORMAT = 2  # of the file; increased when an older one can no longer be read
+FORMAT = 3  # of the file; increased when an older one can no longer be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class RoutingCounts:
     labels: np.ndarray  # (C,) int64, class of each row of by_class
     class_names: np.ndarray  # (C,) text, name of each row's class
     times: np.ndarray  # (S,) float64, the t passed to the model at each step
-    settings: dict  # model, sampler, num_steps, cfg_scale, seed, images, images_per_class ...
+    settings: dict  # model, run, router, step, sampler, num_steps, cfg_scale, seed, images ...
 
     @property
     def num_layers(self) -> int:
@@ -91,8 +91,11 @@ class RoutingCounts:
 
     def __str__(self) -> str:
         s = self.settings
+        router = f", router {s['router']}" if "router" in s else ""
+        step = f", step {s['step']:,}" if s.get("step") else ""
         return (
-            f"{s['model']}, {s['sampler']}, {s['num_steps']} steps, guidance {s['cfg_scale']:g}, "
+            f"{s['model']}{router}{step}, {s['sampler']}, {s['num_steps']} steps, "
+            f"guidance {s['cfg_scale']:g}, "
             f"{pluralize(s['images'], 'image')} of {pluralize(len(self.labels), 'class')}"
         )
 

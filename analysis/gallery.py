@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 MOST = 16  # entries of an expert
-AROUND = 5  # side of a crop in patches; the patch is in the middle
+AROUND = 5  # side of a crop in patches, at most that of the image
 SIDE = 64  # pixels, largest side of a crop
 NONE = -1  # in place of an image: fewer entries than MOST
 
@@ -80,15 +80,22 @@ class Gallery:
         }
 
 
+def surroundings(place: int, grid: tuple[int, int]) -> tuple[range, range]:
+    """Returns the rows and columns of the patches of a crop: the patch is in the middle, or nearer
+    to an edge of the image."""
+    first = [max(0, min(at - AROUND // 2, side - AROUND))
+             for at, side in zip(divmod(place, grid[1]), grid, strict=True)]  # fmt: skip
+    rows, columns = (range(at, min(at + AROUND, side))
+                     for at, side in zip(first, grid, strict=True))  # fmt: skip
+    return rows, columns
+
+
 def crop(image: Tensor, place: int, grid: tuple[int, int]) -> Image.Image:
-    """Cuts the surroundings of a patch out of an image (3, H, W) uint8; grey beyond its edge."""
+    """Cuts the surroundings of a patch out of an image (3, H, W) uint8."""
     height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]  # of a patch
-    row, column = divmod(place, grid[1])
-    margin = AROUND // 2
-    rows, columns = margin * height, margin * width
-    padded = torch.nn.functional.pad(image, (columns, columns, rows, rows), value=128)
-    top, left = row * height, column * width
-    part = padded[:, top : top + AROUND * height, left : left + AROUND * width]
+    rows, columns = surroundings(place, grid)
+    part = image[:, rows.start * height : rows.stop * height]
+    part = part[:, :, columns.start * width : columns.stop * width]
     picture = Image.fromarray(part.permute(1, 2, 0).contiguous().cpu().numpy())
     scale = min(1, SIDE / max(picture.size))
     if scale < 1:

@@ -221,13 +221,18 @@ def count_routing(
             recorder.start_batch(batch_labels)
             latents = pipeline.latents(batch_labels, seeds, callback=end_step)
             recorder.end_batch(lambda chosen, latents=latents: pipeline.decode(latents[chosen]))
-    name = pipeline.checkpoint.record.model_name
+    name, folder = pipeline.checkpoint.record.model_name, pipeline.checkpoint.path.absolute().parent
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent  # the run
     return RoutingCounts(
         **recorder.counts(labels),
         labels=np.array(labels, dtype=np.int64),
         class_names=np.array([pipeline.class_names[label] for label in labels]),
         settings={
             "model": f"{name}-{config.num_experts}E{config.num_experts_per_tok}A",
+            "run": folder.name,
+            "router": str(config.router),
+            "step": pipeline.checkpoint.record.step,
             "checkpoint_sha256": weights_digest(pipeline.model),
             "seed": seed,
             "images_per_class": images_per_class,

@@ -24,6 +24,7 @@ from analysis.counts import (
     max_over_mean_load,
     mutual_information,
 )
+from analysis.gallery import surroundings
 
 FOLDER = Path(__file__).parent.parent / "assets" / "report"
 LARGEST_SIDE = 32  # cells of a map of the image; larger grids are joined in blocks
@@ -53,7 +54,7 @@ def report(counts: RoutingCounts, ablation: list[Ablation]) -> str:
     page = (FOLDER / "report.html").read_text(encoding="utf-8")
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     for name, value in {
-        "TITLE": escape(f"Experts of {counts.settings['model']}"),
+        "TITLE": escape(f"Experts of {counts.settings.get('run', counts.settings['model'])}"),
         "STYLE": (FOLDER / "report.css").read_text(encoding="utf-8"),
         "SCRIPT": (FOLDER / "report.js").read_text(encoding="utf-8"),
         "DATA": text,
@@ -140,24 +141,42 @@ def classes_of(counts: RoutingCounts) -> dict:
 
 
 def gallery_of(counts: RoutingCounts) -> list:
-    """Returns for each layer and expert a list of [crop, weight, image, class]."""
+    """Returns for each layer and expert a list of [crop, weight, image, class, frame of the patch],
+    see `frame_of`."""
     per_prompt = counts.settings["images_per_class"]
     groups = counts.settings.get("groups", range(len(counts.labels)))
     entries = zip(
         counts.gallery_crop.tolist(), counts.gallery_weight.tolist(),
-        counts.gallery_image.tolist(), strict=True,
+        counts.gallery_image.tolist(), counts.gallery_place.tolist(), strict=True,
     )  # fmt: skip
     return [
         [
             [
-                [crop, round(weight, 4), image, groups[image // per_prompt]]
-                for crop, weight, image in zip(*expert, strict=True)
+                [
+                    crop,
+                    round(weight, 4),
+                    image,
+                    groups[image // per_prompt],
+                    frame_of(place, counts.grid),
+                ]
+                for crop, weight, image, place in zip(*expert, strict=True)
                 if image >= 0
             ]
             for expert in zip(*layer, strict=True)
         ]
         for layer in entries
     ]
+
+
+def frame_of(place: int, grid: tuple[int, int]) -> list[int]:
+    """Returns the distances of a patch from the edges of its crop in percent, clockwise from the
+    top."""
+    ends = []
+    for at, seen in zip(divmod(place, grid[1]), surroundings(place, grid), strict=True):
+        before, after = at - seen.start, seen.stop - 1 - at
+        ends.append([round(100 * patches / len(seen), 1) for patches in (before, after)])
+    (top, bottom), (left, right) = ends
+    return [top, right, bottom, left]
 
 
 def fitting_crops(counts: RoutingCounts) -> list[bytes]:

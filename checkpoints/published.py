@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 
 from checkpoints.record import with_overrides
-from models import JIT_SIZES, SIZES, DiT_models, DiTConfig
+from models import JIT_SIZES, MEANINGS, SIZES, DiT_models, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
 from options.parts import options_of
 
@@ -126,12 +126,16 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     layout of the official DiT. Refuses a model that no published code can compute.
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
-    follows = ("expert_mlp", "dense_mlp", "sparse_blocks", "router")  # their fields may be None
-    names = {*options_of(DiTConfig)} - {*SAID, "mlp_type", "dense_mlp_type", "sparse_layers"}
+    meanings = {
+        name: MEANINGS.get(name, name) for name in options_of(DiTConfig) if name not in SAID
+    }
+    if not config.num_experts:
+        for name in ("router", "sparse_layers", "mlp_type", "dense_mlp_type"):
+            del meanings[name]
     if differing := [
-        f"{name}: got {getattr(config, name)}, expected {getattr(plain, name)}"
-        for name in sorted(names | {*follows} if config.num_experts else names - {"router"})
-        if getattr(config, name) != getattr(plain, name)
+        f"{name}: got {getattr(config, meaning)}, expected {getattr(plain, meaning)}"
+        for name, meaning in meanings.items()
+        if getattr(config, meaning) != getattr(plain, meaning)
     ]:
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):

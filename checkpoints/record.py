@@ -46,7 +46,7 @@ class Record:
     settings: dict = field(default_factory=dict)  # the rest of config.yaml, by section
     facts: dict = field(default_factory=dict)  # facts that are no flags, such as the script
     micro_batch: int | None = None  # images per micro-step and rank
-    images: dict | None = None  # of the data set, see `ImageSource.fingerprint`
+    images: dict | None = None  # of the data set, see `Source.fingerprint`
     ema: str | None = None  # name of the EMA, such as 0.9999
     ema_start_share: float | None = None  # fraction of the EMA that its first weights make up
 

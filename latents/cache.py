@@ -20,7 +20,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from latents.autoencoder import (
     CONFIG_FILE,
@@ -40,7 +39,6 @@ from latents.autoencoder import (
 )
 from latents.sources import (
     Batch,
-    ImageSource,
     Source,
     images_name,
     open_images,
@@ -110,7 +108,7 @@ class CacheSettings:
 
 
 def settings_of(
-    images: ImageSource, vae: Autoencoder, precision: str, flip: bool, shard_images: int,
+    images: Source, vae: Autoencoder, precision: str, flip: bool, shard_images: int,
     features: Mapping[str, Any],
 ) -> CacheSettings:  # fmt: skip
     """Returns the settings of a cache of these images.
@@ -172,8 +170,8 @@ def open_shard(flag: str, path: Path, settings: CacheSettings, count: int) -> Ba
     return tensors
 
 
-class CachedLatents(Dataset):
-    """Latents in a folder written by cache_latents.py, a `Source` like an ImageSource.
+class CachedLatents(Source):
+    """Latents in a folder written by cache_latents.py.
 
     An item has "moments" (M, h, w) fp16, "label", and the other tensors of the shards; the tensors
     in `ON_REQUEST` only if they are in `requested`. Shards are mapped into memory, so processes
@@ -204,7 +202,6 @@ class CachedLatents(Dataset):
         self.norm = data_norm(self) if norm == "data" else LatentNorm(**settings.norm)
         first = {name: tuple(values.shape[2:]) for name, values in self.shards[0].items()}
         self.shapes = {**first, "label": ()}
-        self.requested: Collection[str] = ()
 
     def __len__(self) -> int:
         return self.settings.num_images

@@ -24,7 +24,6 @@ from functools import cached_property
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,46 +50,8 @@ MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabyte
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
-class Source(Protocol):
-    """Interface of training data: an `ImageSource`, or `CachedLatents`."""
-
-    classes: list[str]  # names, by label
-    image_size: Size  # pixels
-    can_flip: bool  # whether mirrored images are available
-    fingerprint: dict  # fingerprint of the images, independent of their location
-    vae_path: str | None  # autoencoder of cached latents; None for images
-    vae_sha256: str | None  # digest of the autoencoder's weights; None for images
-    features_sha256: str | None  # digest of the network that computed cached features
-    norm: LatentNorm | None  # None for images, until the autoencoder is read
-    shapes: dict[str, tuple[int, ...]]  # shapes of the tensors of an item, except "image"
-    requested: Collection[str]  # optional tensors that items contain
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
-        """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
-
-    def geometry(self, vae_path: str) -> tuple[Size, int]:
-        """Returns (latent size, latent channels); cached latents ignore the autoencoder's path."""
-
-    def to_latents(
-        self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
-    ) -> Batch:
-        """Replaces the images or moments of a batch by normalised "latents" (N, C, h, w), fp32.
-
-        The latents are sampled from the posterior. Cached latents need no vae.
-        """
-
-    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        """Separates held-out images (images,) bool from training images: no image of one group then
-        stands in for an unreadable image of the other.
-
-        Returns the images that are held out: a cache adds the copies of held-out images.
-        """
-
-
 def same_images(one: dict | None, other: dict | None) -> bool:
-    """Returns whether two fingerprints, see `ImageSource`, are of the same images."""
+    """Returns whether two fingerprints, see `Source`, are of the same images."""
     keys = "count", "names"
     return all(one and other and one.get(key) == other.get(key) is not None for key in keys)
 
@@ -100,16 +61,16 @@ def images_name(fingerprint: dict) -> str:
     return f"{fingerprint.get('count')} images ({str(fingerprint.get('names'))[:8]})"
 
 
-class ImageSource(Dataset):
-    """Base class of sources of labelled images, which are cropped and converted to uint8.
+class Source(Dataset):
+    """Base class of training data: of images, and of `CachedLatents`, which redefine the methods.
 
-    An item has "image" (3, H, W) uint8, "label" and "size" (4,), see `SizeEmbedder`. The next
-    readable image replaces an unreadable one, the same on every rank and worker; of held-out images
-    a held-out one, of training images a training one.
+    An item of images has "image" (3, H, W) uint8, cropped, "label" and "size" (4,), see
+    `SizeEmbedder`. The next readable image replaces an unreadable one, the same on every rank and
+    worker; of held-out images a held-out one, of training images a training one.
 
-    A subclass is created from (path, image_size) and raises OSError or ValueError for an unsuitable
-    path. It implements `name(index)` and `read(index)`, which returns an RGB image or raises an
-    exception.
+    A subclass for images is created from (path, image_size) and raises OSError or ValueError for an
+    unsuitable path. It implements `name(index)` and `read(index)`, which returns an RGB image or
+    raises an exception.
     """
 
     spelling: str  # regular expression for --data-path
@@ -118,27 +79,43 @@ class ImageSource(Dataset):
     left_out: Sequence[str] = ()  # descriptions of ignored files
 
     labels: np.ndarray  # (images,)
-    classes: list[str]
-    image_size: Size
-    can_flip = True
-    vae_path = vae_sha256 = features_sha256 = norm = None
+    classes: list[str]  # names, by label
+    image_size: Size  # pixels
+    can_flip = True  # whether mirrored images are available
+    vae_path: str | None = None  # autoencoder of cached latents; None for images
+    vae_sha256: str | None = None  # digest of the autoencoder's weights; None for images
+    features_sha256: str | None = None  # digest of the network that computed cached features
+    norm: LatentNorm | None = None  # None for images, until the autoencoder is read
     root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
-    shapes = {"label": (), "size": (4,)}
-    requested = ()
+    # Shapes of the tensors of an item, except "image".
+    shapes: dict[str, tuple[int, ...]] = {"label": (), "size": (4,)}
+    requested: Collection[str] = ()  # optional tensors that items contain
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
+        """Returns (latent size, latent channels); cached latents ignore the autoencoder's path."""
         vae = open_autoencoder(vae_path)
         return vae.latent_size(self.image_size), vae.channels
 
-    def to_latents(self, vae: Autoencoder, batch: Batch, noise_fn: NoiseFn | None = None) -> Batch:
+    def to_latents(
+        self, vae: Autoencoder | None, batch: Batch, noise_fn: NoiseFn | None = None
+    ) -> Batch:
+        """Replaces the images or moments of a batch by normalised "latents" (N, C, h, w), fp32.
+
+        The latents are sampled from the posterior. Cached latents need no vae.
+        """
         others = {name: value for name, value in batch.items() if name != "image"}
         return {"latents": vae.encode(batch["image"].to(vae.device), noise_fn), **others}
 
     def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
+        """Separates held-out images (images,) bool from training images: no image of one group then
+        stands in for an unreadable image of the other.
+
+        Returns the images that are held out: a cache adds the copies of held-out images.
+        """
         self.is_held_out = is_held_out
         return is_held_out
 
@@ -151,6 +128,7 @@ class ImageSource(Dataset):
         return {"count": len(self), "names": sha.hexdigest()}
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
+        """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
         index, flip = key
         fault = ""
         for other in chain(range(index, len(self)), range(index)):
@@ -209,7 +187,7 @@ def class_names(labels: Iterable[str]) -> list[str]:
     return list(names)
 
 
-class ImageTree(ImageSource):
+class ImageTree(Source):
     """Images in a folder of class folders, or in one folder without classes (one class)."""
 
     spelling = ".*"
@@ -232,7 +210,7 @@ class ImageTree(ImageSource):
         return read_rgb(self.name(index))
 
 
-class HubImages(ImageSource):
+class HubImages(Source):
     """Dataset of the package `datasets`: "datasets:ID_OR_FOLDER[:SPLIT]"; default split: train.
 
     The images are the first image column. The labels are the first ClassLabel column, or a column
@@ -281,7 +259,7 @@ class HubImages(ImageSource):
         return read_rgb(stored["path"] if content is None else io.BytesIO(content))
 
 
-class GivenImages(ImageSource):
+class GivenImages(Source):
     """Map-style dataset of (image, label) passed from Python: `train.run(data=dataset)`.
 
     An image is a Pillow image, an array (H, W, 3) uint8, or a tensor (1 or 3, H, W), uint8 or
@@ -348,7 +326,7 @@ def expand_range(path: str) -> list[str]:
     return [f"{head}{number:0{len(first)}d}{tail}" for number in numbers]
 
 
-class ShardImages(ImageSource):
+class ShardImages(Source):
     """WebDataset shards on local disks, "NAME-{000..031}.tar".
 
     The label of an image KEY.jpg is in KEY.cls, a number or a name. Without any labels, all images
@@ -416,7 +394,7 @@ class ShardImages(ImageSource):
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
 
 
-def open_images(path: str, image_size: Size, flag: str | None = None) -> ImageSource:
+def open_images(path: str, image_size: Size, flag: str | None = None) -> Source:
     """Opens images.
 
     flag: the flag that names them; None: --data-path, or the argument of `train.run`
@@ -431,7 +409,7 @@ def open_images(path: str, image_size: Size, flag: str | None = None) -> ImageSo
     return images
 
 
-def size_notes(images: ImageSource) -> list[str]:
+def size_notes(images: Source) -> list[str]:
     """Returns a note if most of up to five images are smaller than --image-size."""
     sizes, (height, width) = [], sides(images.image_size)
     for index in range(0, len(images), -(-len(images) // 5)):

@@ -108,7 +108,8 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
         parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
         if is_tuple:
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
-            if bool in parts or one.each_once:  # True, or no component
+            may_be_absent = one.positional and one.default is not MISSING
+            if bool in parts or one.each_once or may_be_absent:  # True, no component, or nothing
                 rules["nargs"] = "*"
             if flag_name in ("config", "plugin"):  # files add up; of other flags, the last counts
                 rules["action"] = "extend"

@@ -308,6 +308,8 @@ def batches(
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Splits the images into batches (labels, seeds); the seed of image i is seed + i."""
     labels = [label for label in labels for _ in range(images_per_class)]
+    if (largest := 2**32 - len(labels)) < seed:  # see `PerImageNoise`
+        raise UserError(f"--seed: got {seed}, expected an integer from 0 to {largest}")
     seeds = range(seed, seed + len(labels))
     parts = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     return [(labels[part], seeds[part]) for part in parts]

@@ -1,4 +1,5 @@
 # Sourced by the recipes: `launch SCRIPT FLAGS...` runs a script under torchrun on every GPU.
+# The environment need not be activated.
 #
 #   RUN=s2 DATA=/imagenet/train bash scripts/train_s2_8e2a.sh     one node of 8 GPUs
 #   RUN=l2 DATA=... NODES=4 NODE_RANK=0 HOST=node0 bash scripts/train_l2_8e2a.sh    the first of four nodes
@@ -16,11 +17,16 @@
 #   MICRO      images per GPU and micro-batch
 #   GRACE      seconds that a run gets to save when it has to stop (600)
 #   TRACES     folder of the trace files that the processes of a hung run write (traces)
+#   PYTHON     interpreter (that of .venv if scripts/setup.sh has created it, else python)
 #   NUMA       torchrun's --numa-binding, such as node: binds each process to the cores near its GPU
 # The arguments of a recipe are passed to the script: --dry-run, --max-steps 1000, --results-dir ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NODES=${NODES:-1} GPUS=${GPUS:-8}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
+fi
 # The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images per step.
 BATCH=${BATCH:-1024}
 PAPER=(--lr 1e-4 --optimizer adamw:weight_decay=0 --ema exponential:decay=0.9999
@@ -54,9 +60,9 @@ processes() {
     mkdir -p "$traces"
     export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$traces/${SLURM_JOB_ID:+job_${SLURM_JOB_ID}_}rank_
     export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
-    START=(torchrun --nnodes="$NODES" --nproc_per_node="$GPUS" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${HOST:-localhost}" --master_port="${PORT:-29500}"
-        ${NUMA:+--numa-binding="$NUMA"})
+    START=("$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="$GPUS"
+        --node_rank="${NODE_RANK:-0}" --master_addr="${HOST:-localhost}"
+        --master_port="${PORT:-29500}" ${NUMA:+--numa-binding="$NUMA"})
 }
 
 launch() {
@@ -66,7 +72,7 @@ launch() {
     [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")
     if [[ " $* " == *" --dry-run "* ]]; then
         [ -z "${DATA:-}" ] || input+=(--data-path "$DATA")
-        WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS python "$@" "${input[@]}"
+        WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS "$PYTHON" "$@" "${input[@]}"
         return
     fi
     if [ -z "${RUN:-}" ]; then

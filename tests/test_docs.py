@@ -67,6 +67,7 @@ def test_python_examples_in_the_docs_run_and_have_at_most_ten_lines(workspace, m
     assert (values["counts"].by_class.sum(-1) == 4 * 50 * 16 * 2).all()  # images, steps, patches, K
     assert values["experts"].shape == (2, 1, 16) and values["experts"].min() >= 0
     assert (workspace / "results" / "from-python" / "checkpoints" / "0000002").is_dir()
+    assert {path.name for path in workspace.iterdir()} == {"assets", "config", "data", "results"}
 
 
 def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeypatch, tmp_path):
@@ -74,12 +75,13 @@ def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeyp
     (code,) = re.findall(r"## Your own loop\n.*?```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 50
     (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path)
     values: dict = {}
     exec(compile(code, "docs/python.md", "exec"), values)
     drawn = ("--num-sampling-steps", 2, "--class-labels", "dog", "--output", "dog.png")
-    call_main("sample.py", "--ckpt", "my-dit.safetensors", *drawn)
-    loaded = load_model("my-dit.safetensors")
+    call_main("sample.py", "--ckpt", "results/my-dit.safetensors", *drawn)
+    loaded = load_model("results/my-dit.safetensors")
     for name, weight in values["model"].state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.cpu()), name
     biases = [b.moe.gate.e_score_correction_bias for b in loaded.blocks]
@@ -155,6 +157,7 @@ def python_commands(script: Path, folder: Path, *arguments: str, **environment: 
     )
     python.chmod(0o755)
     path = {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path["PYTHON"] = str(python)
     ended = subprocess.run(
         ["bash", script, *arguments], cwd=folder, text=True, capture_output=True,
         env={**os.environ, **path, **environment},
@@ -179,6 +182,33 @@ def test_the_commands_of_the_demo_are_valid(name, demo_script, tmp_path, monkeyp
     assert len(commands) >= 8 and len(tried) == 3
     for words in [*commands, *tried]:
         check(*words[1:] if words[0] == "-m" else words)
+
+
+def test_a_short_demo_samples_little_and_makes_only_what_is_older_than_its_checkpoint(
+    demo_script, tmp_path
+):
+    whole, _ = python_commands(demo_script, tmp_path)
+    short, _ = python_commands(demo_script, tmp_path, DEMO_STEPS="20")
+    for words, fewer in zip(whole, short, strict=True):
+        for flag in {"--max-steps", "--num-sampling-steps", "--images-per-class"} & {*words}:
+            assert int(fewer[fewer.index(flag) + 1]) < int(words[words.index(flag) + 1])
+    assert (
+        "--max-steps" in str(short) and short[4][short[4].index("--num-sampling-steps") + 1] == "5"
+    )
+    out = tmp_path / "results" / "demo"
+    checkpoint = out / "checkpoints" / "0000020"
+    checkpoint.mkdir(parents=True)
+    made = ("samples.png", "three.png", "expert_data.npz", "heatmap_class.png", "run.png",
+            "heatmap_timestep.png", "expert_report.html")  # fmt: skip
+    for name, time in {checkpoint: 1, "log.jsonl": 1, **dict.fromkeys(made, 3)}.items():
+        (out / name).is_dir() or (out / name).touch()
+        os.utime(out / name, (time, time))
+    os.utime(out / "expert_data.npz", (2, 2))
+    again, ended = python_commands(demo_script, tmp_path)
+    assert [words[0] for words in again] == ["-m", "cache_latents.py", "train.py"], ended.stderr
+    os.utime(checkpoint, (4, 4))  # trained further
+    again, _ = python_commands(demo_script, tmp_path)
+    assert [words[0] for words in again[3:]] == ["sample.py", "sample.py", "expert_data.py"]
 
 
 def test_a_demo_of_an_earlier_version_is_one_line(demo_script, tmp_path):
@@ -209,7 +239,11 @@ def test_the_demo_notebook_runs(workspace):
     from jupyter_client import AsyncKernelManager
 
     book = nbformat.read(ROOT / "docs" / "demo.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in book.cells)
+    text = (ROOT / "docs" / "demo.ipynb").read_text()
+    words = re.sub(r'"image/\w+": ".*"', "", text)
+    shown = [out.get("data", {}) for cell in book.cells for out in cell.get("outputs", ())]
+    assert sum("image/png" in data or "image/jpeg" in data for data in shown) == 4
+    assert len(text) < 500_000 and not re.search("/home|/root|/tmp|/work|stderr", words)
     (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
     first.source = f"CKPT, CLASSES = {str(workspace / 'results' / 'demo')!r}, [0, 1]"
     # Not over TCP: another process may take the ports that the manager chose for the kernel.

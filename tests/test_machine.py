@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from functools import partial
 from importlib import metadata
@@ -178,6 +179,7 @@ def test_cluster_limits_collectives_sharded_steps_and_a_save(request, record_pro
                   "--megabytes=1"]  # fmt: skip
     count = torch.cuda.device_count() or 2
     environment = {**os.environ, "GPUS": str(count), "PORT": str(free_port())}
+    environment["PYTHON"] = sys.executable
     subprocess.run(["bash", "scripts/check_cluster.sh", *flags], cwd=ROOT, env=environment)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     for row in rows:

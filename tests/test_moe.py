@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL, needs_gpu, needs_triton, relative_error
+from conftest import TINY_MODEL, config_of_command, needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import moe
@@ -23,7 +23,6 @@ from models import DiT, DiTConfig
 from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
-from training.config import TrainConfig
 from training.engines.fsdp import FSDPEngine
 from training.optimizers import Muon, hidden_matrices
 
@@ -285,8 +284,8 @@ def test_dropping_experts_keeps_what_they_share(low_rank):
 def test_experts_that_share_a_parameter_are_neither_quantised_nor_cut_over_processes(low_rank):
     with pytest.raises(UserError, match="--quantize: got int8 .*got LowRankExperts with .*up_base"):
         quantize_state_dict(DiT(low_rank).state_dict(), "int8", low_rank)
-    flags = {"shard": True, "expert_parallel": 2, "gpus_per_node": 2, "global_batch_size": 4}
-    config = dataclasses.replace(TrainConfig.default().changed(flags), model=low_rank)
+    flags = "--shard", "--expert-parallel=2", "--gpus-per-node=2", "--global-batch-size=4"
+    config = dataclasses.replace(config_of_command(*flags), model=low_rank)
     with pytest.raises(UserError, match="--expert-parallel: got 2, expected 1, .*0.*up_base"):
         FSDPEngine.check(config, 2)
     sharded = dataclasses.replace(config.engine, expert_parallel=1)

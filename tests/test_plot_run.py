@@ -25,7 +25,7 @@ def test_plotted_runs_share_the_curve_panels_and_the_colour_scale_of_load_maps(t
     call_main("plot_run.py", low, high, dense)
     assert [path.name for path in tmp_path.glob("**/*.png")] == ["runs.png"]
     axes = draw({run: read_rows(run) for run in (low, high, dense)}).axes
-    assert [axis.get_title() for axis in axes[:4]] == list(PANELS.values())
+    assert [axis.get_title() for axis in axes[:4]] == list(PANELS.values())[:4]
     assert [line.get_label() for line in axes[1].lines] == ["a/run", "b/run", "dense"]
     assert list(axes[0].lines[-2].get_xdata()) == [1, 9]  # dense, without the step with NaN
     maps = [axis.collections[0] for axis in axes[4:6]]
@@ -34,6 +34,21 @@ def test_plotted_runs_share_the_curve_panels_and_the_colour_scale_of_load_maps(t
     layers = [axis.yaxis.get_major_formatter()(1) for axis in axes[4:6]]
     assert layers == ["1", "5"]  # numbers of blocks, where config.yaml says them
     assert len(draw({dense: read_rows(dense)}).axes) == 3
+
+
+def test_the_range_of_the_loss_is_that_of_its_tail_and_the_last_values_are_printed(
+    tmp_path, capsys
+):
+    for run, end in (("a", 0.30), ("b", 0.31)):
+        rows = [row(s, loss=9.0 if s < 10 else end, dead_experts=s // 50) for s in range(1, 101)]
+        write_log(tmp_path / run, rows)
+    call_main("plot_run.py", tmp_path / "a", tmp_path / "b")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a: step 100  loss 0.3  grad_norm 1  images_per_sec 9  dead_experts 2"
+    figure = draw({run: read_rows(run) for run in (tmp_path / "a", tmp_path / "b")})
+    low, high = figure.axes[0].get_ylim()
+    assert 0.29 < low < 0.3 and 0.31 < high < 0.32
+    assert [axis.get_title() for axis in figure.axes][-1] == PANELS["dead_experts"]
 
 
 def test_the_loss_that_falls_is_drawn(tmp_path):

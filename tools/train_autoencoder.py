@@ -47,7 +47,7 @@ from latents.autoencoder import (
 )
 from latents.images import to_model_range
 from latents.loading import split
-from latents.sources import ImageSource, images_name, open_images
+from latents.sources import Source, images_name, open_images
 from moe_kernels.cpu import keep_freed_memory
 from options.parts import option
 from runtime.errors import (
@@ -108,7 +108,7 @@ def parse_args() -> AutoencoderConfig:
     return parse_config(AutoencoderConfig, __doc__)
 
 
-def load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:
+def load_images(source: Source, indices: Sequence[int]) -> Tensor:
     """Reads images into memory, (N, 3, H, H) uint8, and prints the names of unreadable images."""
     images = torch.empty(len(indices), 3, source.image_size, source.image_size, dtype=torch.uint8)
     unreadable = {}

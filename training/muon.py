@@ -27,6 +27,7 @@ logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging
 ITERATIONS = 5
 QUINTIC = [(3.4445, -4.7750, 2.0315)]  # Jordan's coefficients of the Newton-Schulz iteration
 BATCH = 2**25  # largest number of elements in a batched product; bounds the extra memory
+CACHED = 2**18  # the same on a CPU, whose cache then holds the matrices between the iterations
 Stack = tuple[Tensor, Tensor, Tensor]  # weight (..., m, n), gradient and momentum
 
 
@@ -73,8 +74,9 @@ class MuonAdamW(torch.optim.AdamW):
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             local = [rows_of(t) for t in (weight, weight.grad, self.state[weight]["momentum"])]
             like = weight if is_cut(weight) else None
+            most = CACHED if like is None and weight.device.type == "cpu" else BATCH
             numel = weight.shape[-2:].numel()  # of an unsharded matrix
-            count = max(1, BATCH // numel)
+            count = max(1, most // numel)
             stacks = (
                 [local] if weight.ndim == 2 else zip(*(t.split(count) for t in local), strict=True)
             )
@@ -83,9 +85,9 @@ class MuonAdamW(torch.optim.AdamW):
                     sharding = like is not None and (weight.shape, like.placements)
                     key = chunks, stack[0].shape, sharding
                     size = numel * (1 if weight.ndim == 2 else len(stack[0]))
-                    by_shape.setdefault(key, ([], like, chunks, size))[0].append(tuple(stack))
-        for stacks, like, chunks, size in by_shape.values():
-            count = max(1, BATCH // size)
+                    batch = by_shape.setdefault(key, ([], like, chunks, max(1, most // size)))
+                    batch[0].append(tuple(stack))
+        for stacks, like, chunks, count in by_shape.values():
             for first in range(0, len(stacks), count):
                 yield stacks[first : first + count], like, chunks
 

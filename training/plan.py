@@ -141,8 +141,11 @@ def planned_memory(size: float | None) -> tuple[float, str]:
         return USABLE * size, f"{size:g} (--gpu-memory)"
     if torch.cuda.is_available():
         return device_memory(torch.device("cuda"), 1)
-    _, here = device_memory(torch.device("cpu"), 1)
-    return USABLE * ASSUMED, f"{ASSUMED:g} (assumed; here is no GPU, and {here})"
+    here, _ = device_memory(torch.device("cpu"), 1)
+    return USABLE * ASSUMED, (
+        f"{ASSUMED:g} (assumed, see --gpu-memory: this machine has no GPU; a run on its processor "
+        f"may use {here:.1f})"
+    )
 
 
 def device_memory(device: torch.device, processes: int) -> tuple[float, str]:

@@ -17,6 +17,7 @@ from latents.sources import Batch, Source, open_images, same_images
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
+from runtime.progress import progress
 from training.config import TrainConfig
 from training.engine import frozen_names
 from training.flags import DataConfig
@@ -132,7 +133,8 @@ def held_out_batches(
     chosen = held_out[evenly_spaced(len(held_out), data.val_images)].tolist()
     if len(chosen) < 2 * BINS:
         raise UserError(f"{flag}: got {len(chosen)} held-out images, expected at least {2 * BINS}")
-    return list(latent_batches(images, chosen, vae, dataset.classes, batch_size=32))
+    batches = latent_batches(images, chosen, vae, dataset.classes, batch_size=32)
+    return list(progress(batches, desc="held-out images", unit="batch", delay=5))
 
 
 def length_notes(config: TrainConfig, stream: BatchStream) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
 from latents.loading import split
-from latents.sources import ImageSource, Source, images_name, same_images, size_notes
-from models import DiT_models, DiTConfig
+from latents.sources import Source, images_name, same_images, size_notes
+from models import MEANINGS, DiT_models, DiTConfig
 from options.parts import options_of
 from options.settings import Settings, difference, differences, flattened, spelling, stored
 from runtime import __version__
@@ -134,7 +134,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     origin = before.initialized_from if before else weights and weights.origin
     if before is None:
         notes += length_notes(config, stream)
-    if dist.is_main and isinstance(dataset, ImageSource):
+    if dist.is_main and not dataset.vae_path:
         notes += size_notes(dataset)
 
     # The run folder and its log.
@@ -152,7 +152,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
-    if isinstance(dataset, ImageSource):
+    if not dataset.vae_path:  # images
         dist.on_main(partial(write_sheet, dataset, folder))
     values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
     with reported_as(f"{folder}: cannot write the log", OSError):
@@ -245,6 +245,8 @@ def check_changes(
         for name, line in differences(was.by_section[section], part):
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
             is_other = getattr(old, "name", old) != getattr(new, "name", new)
+            if section == "model" and is_same(was.model, now.model, name):
+                continue
             if section == "model":
                 shapes_state = name not in FREE_IN_MODEL
             else:
@@ -262,6 +264,12 @@ def check_changes(
             "new run, which --finetune starts from the weights of this one"
         )
     return changes
+
+
+def is_same(was: DiTConfig, now: DiTConfig, name: str) -> bool:
+    """Returns whether a field of two models means the same, as None and its default do."""
+    meaning = MEANINGS.get(name, name)
+    return getattr(was, meaning) == getattr(now, meaning)
 
 
 def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list[str]:
@@ -314,7 +322,7 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
     return lines
 
 
-def write_sheet(images: ImageSource, folder: Path) -> None:
+def write_sheet(images: Source, folder: Path) -> None:
     """Writes some of the images, as training reads them, to images.png, unless the file exists."""
     if not (path := folder / "images.png").exists():
         from sampling.grid import contact_sheet, write_png  # imports matplotlib: a second

@@ -222,11 +222,12 @@ function drawExpert() {
   $("facts").textContent = facts.join(" ");
   const gallery = $("gallery");
   gallery.textContent = "";
-  for (const [crop, weight, image, label] of data.gallery[l][e]) {
+  for (const [crop, weight, image, label, frame] of data.gallery[l][e]) {
     const figure = document.createElement("figure");
     figure.innerHTML = `<div class="crop"><img alt="" loading="lazy"></div><figcaption></figcaption>`;
     const img = figure.querySelector("img");
     img.onload = () => { img.parentNode.classList.toggle("pixels", img.naturalWidth < 48); img.style.setProperty("--aspect", img.naturalWidth / img.naturalHeight); };
+    img.parentNode.style.setProperty("--inset", frame.map((x) => `${x}%`).join(" "));
     img.src = urlOf(crop);
     const words = `${data.classes[label]}, image ${image}, weight ${number(weight)}`;
     img.alt = figure.title = words;

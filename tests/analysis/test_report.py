@@ -53,6 +53,7 @@ def page(tmp_path_factory) -> tuple[Path, RoutingCounts]:
     for name in ("by_class", "by_step", "by_position"):
         getattr(counts, name)[:, 1, 5] = 0
     counts = replace(counts, class_names=np.array([f"</script>{i}" for i in range(70)]))
+    counts.settings.update(run="my-run", router="sigmoid", step=1200)
     counts.save(folder / "expert_data.npz")
     rows = [Ablation(i, j, 0.01 * j, 0.001, 0.02) for i in range(3) for j in range(60)]
     save_ablation(folder / "expert_ablation.jsonl", {}, rows)
@@ -71,12 +72,16 @@ def test_the_page_has_the_tables_and_the_crops(page):
         np.testing.assert_allclose(table_of(data, name), table, rtol=1e-6)
     damage = table_of(data, "damage")
     assert damage[1, 2, 59] == np.float32(0.59) and np.isnan(damage[:, :, 60:]).all()
-    crop, weight, image, label = data["gallery"][2][63][0]
+    crop, weight, image, label, frame = data["gallery"][2][63][0]
+    row, column = divmod(int(counts.gallery_place[2, 63, 0]), 2)  # the crop is the image
+    assert frame == [50 * row, 50 * (1 - column), 50 * (1 - row), 50 * column]
     assert image == label == counts.gallery_image[2, 63, 0]
     assert weight == round(float(counts.gallery_weight[2, 63, 0]), 4)
     crops, ends = base64.b64decode(data["crops"]), [0, *data["cropEnds"]]
     picture = Image.open(io.BytesIO(crops[ends[crop] : ends[crop + 1]]))
-    assert picture.format == "WEBP" and picture.size == (64, 64)
+    assert picture.format == "WEBP" and picture.size == (32, 32)
+    assert f"router sigmoid, step 1,200, {counts.settings['sampler']}" in data["about"]
+    assert "<h1>Experts of my-run</h1>" in path.read_text()
 
 
 def test_damage_measured_with_other_weights_is_refused(tmp_path, capsys):

@@ -71,7 +71,13 @@ def flags_in(text: str) -> set[str]:
 
 def test_help_of_training_shows_few_flags_and_help_all_shows_all(help_of):
     few, all_flags = (flags_in(help_of("train.py", *w)) for w in (("--help",), ("--help", "all")))
-    assert len(few) < 20 and {"--model", "--run-name", "--resume"} <= few < all_flags
+    wanted = {"--model", "--run-name", "--resume", "--lr", "--router", "--epochs"}
+    assert len(few) < 20 and wanted <= few < all_flags
+
+
+def test_help_of_sampling_begins_with_the_images_and_where_they_go(help_of):
+    flags = re.findall(r"^  (--[\w-]+)", help_of("sample.py", "--help"), re.MULTILINE)
+    assert {"--class-labels", "--output"} <= {*flags[:5]}
 
 
 def test_help_of_a_word_shows_the_flags_groups_and_components_with_it(help_of):

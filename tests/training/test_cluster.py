@@ -6,7 +6,9 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,6 +20,7 @@ import torch.distributed
 from conftest import (
     ROOT,
     call_main,
+    free_port,
     in_processes,
     running,
     step_folder,
@@ -80,6 +83,21 @@ def test_a_slurm_job_that_fails_or_is_stopped_requeues_itself_if_its_run_saved_a
     assert ended.returncode == code and not (tmp_path / "slurm-7.saved").exists()
     assert ("requeue 7" in (tmp_path / "scontrol.txt").read_text()) == requeued
     assert "--kill-on-bad-exit=1" in (tmp_path / "srun.txt").read_text()
+
+
+def test_a_cluster_starts_without_an_activated_environment(tmp_path):
+    """Neither python nor torchrun is on the PATH, only .venv beside scripts/ has both."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PORT": str(free_port())}
+    ended = subprocess.run(
+        ["/bin/bash", tmp_path / "scripts" / "check_cluster.sh", "--help"],
+        env={"GPUS": "1", "HOME": str(tmp_path), **path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0 and "--megabytes" in ended.stdout, ended.stderr
 
 
 def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, monkeypatch):

@@ -442,12 +442,12 @@ def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
 def output_of(
     recipe: str, flags: list[str], stand_in: Path, program: str, **variables
 ) -> list[str]:
-    """Runs a recipe with a bash script in place of a program it starts; returns its output."""
+    """Runs a recipe with a bash script in place of Python; returns its output."""
     stand_in.write_text(f"#!/usr/bin/env bash\n{program}\n")
     stand_in.chmod(0o755)
     result = subprocess.run(
         ["bash", str(ROOT / "scripts" / recipe), *flags],
-        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", **variables},
+        env={**os.environ, "PYTHON": str(stand_in), **variables},
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -486,10 +486,10 @@ def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatc
     ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
 ])  # fmt: skip
 def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
-    """A script in place of torchrun prints the commands."""
+    """A script in place of Python prints the commands of torchrun."""
     recipe, flags = LARGEST, ["--max-steps", "9"]
     variables = {"RUN": "g2", **variables}
-    output = output_of(recipe, flags, tmp_path / "torchrun", 'echo "$@"', **variables)
+    output = output_of(recipe, flags, tmp_path / "python", 'echo "$@"', **variables)
     assert len(output) == len(lines)
     assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))
     words = ("train.py --shard", "--max-steps 9", "--run-name g2")

@@ -161,6 +161,7 @@ def test_nohup_protects_a_run_from_a_closed_terminal(launcher, answer, monkeypat
         monkeypatch.setenv(name, value)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     requests = Requests(ALONE, save_seconds=0)
+    requests.has_step = True
     try:
         signal.raise_signal(signal.SIGHUP)
         assert requests.poll() == answer

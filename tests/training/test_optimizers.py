@@ -90,6 +90,24 @@ def test_muon_equals_a_reference_loop_over_matrices():
         assert relative_error(named[name].detach(), weight) < 1e-5, name
 
 
+def test_muon_gives_the_same_weights_in_small_and_large_batches(monkeypatch):
+    found = []
+    for largest in (1, 2**14, 2**25):  # elements: one matrix, a few, and all of one shape
+        monkeypatch.setattr("training.muon.CACHED", largest)
+        model, named = make(qk_norm=True)
+        optimizer = Muon(precision="fp32").make(named, 0.02, model.matrices())
+        for step in range(3):
+            draw_gradients(named, step)
+            optimizer.step()
+        group, _ = optimizer.param_groups
+        sizes = {len(stacks) * stacks[0][0].numel() for stacks, *_ in optimizer.batches(group)}
+        found.append((max(sizes), named))
+    assert found[0][0] < found[1][0] < found[2][0]
+    for name, weight in found[-1][1].items():
+        for _, other in found[:-1]:
+            assert relative_error(other[name].detach(), weight.detach()) < 1e-6, name
+
+
 def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
     model = make(router="batch_pool")[0]
     # Parameters of a layer of one's own are vectors, and kernels of a convolution no matrices.

@@ -1,6 +1,8 @@
 """The memory plan of --dry-run, and its note about the EMA."""
 
 import math
+import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -84,6 +86,19 @@ def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than
     call_main(*plan, "--ema", "exponential:warmup=True", "--global-batch-size", 2 * 1_281_167)
     output = capsys.readouterr().out
     assert "of EMA" not in output and "each step uses every image 2 times" in output
+
+
+def test_without_a_gpu_the_plan_says_the_memory_of_this_machine_and_what_is_smaller(capsys):
+    pixels = ("--vae-path", "pixels", "--image-size", 64)
+    call_main("train.py", "--dry-run", *pixels, "--gpu-memory", 8)
+    (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
+    assert fits.startswith("NO: ") and "usable of 8 (--gpu-memory); try --config config/" in fits
+    recipe = ("--config", ROOT / "config" / "recipes" / "pixels.yaml")
+    call_main("train.py", "--dry-run", *pixels, *recipe)
+    (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
+    here = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert fits.startswith("yes: ")
+    assert torch.cuda.is_available() or f"on its processor may use {here:.1f})" in fits
 
 
 def test_the_plan_refuses_micro_batches_of_one_image_as_the_run_does(capsys):
