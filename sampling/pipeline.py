@@ -15,10 +15,11 @@ from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
-from models import DiT, DiT_models
+from models import DiT
 from moe_kernels.cpu import keep_freed_memory
 from options.parts import sides
 from options.settings import spelling
+from presets import PRESETS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, print_safely
 from sampling.conditions import read_conditions, rows_for
@@ -155,8 +156,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     expected = {name: value for name, value in given.items() if value is not None}
     changes = {"router": config.router} if config.router else {}
     if config.model:
-        if config.model not in DiT_models:
-            raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
+        if config.model not in PRESETS:
+            raise UserError(f"--model: got {config.model}, expected one of {', '.join(PRESETS)}")
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
             expected.setdefault(name, getattr(preset, name))

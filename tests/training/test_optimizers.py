@@ -95,7 +95,7 @@ def test_muon_gives_the_same_weights_in_small_and_large_batches(monkeypatch):
     for largest in (1, 2**14, 2**25):  # elements: one matrix, a few, and all of one shape
         monkeypatch.setattr("training.muon.CACHED", largest)
         model, named = make(qk_norm=True)
-        optimizer = Muon(precision="fp32").make(named, 0.02, model.matrices())
+        optimizer = Muon(precision="fp32").make(named, 0.02, hidden_matrices(model))
         for step in range(3):
             draw_gradients(named, step)
             optimizer.step()
