@@ -9,9 +9,10 @@ import math
 from torch import Tensor
 
 from checkpoints.record import with_overrides
-from models import JIT_SIZES, MEANINGS, SIZES, DiT_models, DiTConfig
+from models import MEANINGS, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
 from options.parts import options_of
+from presets import JIT_SIZES, PRESETS, SIZES
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -32,7 +33,7 @@ def facts_of(arguments: dict) -> dict:
     """Translates the arguments of a published file to fields of a Record."""
     names = ("image_size", "vae_path", "latents_norm", "class_names")
     facts = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    if arguments.get("model") in list(DiT_models):
+    if arguments.get("model") in list(PRESETS):
         facts["model"] = arguments["model"]
     if "rf" in arguments:
         facts["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"

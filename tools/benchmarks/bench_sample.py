@@ -33,6 +33,7 @@ from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
 from tools.experiments.interventions import Reuse
+from wrappers import wrap_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,7 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
         if kind != "none":
             quantize_experts(model, kind)
         model.to(device, DTYPES[precision])
-        if config.compile:
-            model.compile_blocks()
+        wrap_blocks(model, compiled=config.compile)
         functions[backend, kind] = lambda model=model: generate(model, list(seeds), seeds, settings)
     times = best_times(functions, seconds=config.seconds, device=device)
     return [
