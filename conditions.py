@@ -213,3 +213,35 @@ def spell_condition(name: str, shape: Sequence[int]) -> str:
     """Returns "vector:768" for the shape (..., 768) of the values of one image."""
     numbers = "x".join(map(str, shape[len(shape) - len(CONDITIONS[name].axes) :]))
     return f"{name}:{numbers}" if numbers else name
+
+
+def without_conditions(
+    conditions: Mapping[str, Condition], y: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Replaces the conditions of all images by null values, such as the label "no class".
+
+    conditions: of a model, `DiT.conditions`
+    y: tensors (N, ...) by name; the result contains only the conditions of the model
+
+    "size" and "span" have no null values and stay as they are, see `Condition.none`.
+    """
+    return {name: one.none(y[name]) for name, one in conditions.items() if name in y}
+
+
+def drop_conditions(
+    conditions: Mapping[str, Condition], y: Mapping[str, Tensor], probability: float
+) -> dict[str, Tensor]:
+    """Replaces the conditions of random images by null values; see `without_conditions`.
+
+    All conditions of an image are dropped together. Training calls this once per micro-batch, with
+    the probability `DiTConfig.dropout`.
+    """
+    none = without_conditions(conditions, y)
+    if not probability or not none:
+        return {name: y[name] for name in none}
+    count, device = next((len(value), value.device) for value in none.values())
+    is_dropped = torch.rand(count, device=device) < probability             # (N,)
+    return {
+        name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), value, y[name])
+        for name, value in none.items()
+    }

@@ -11,7 +11,7 @@ The patches are the last tokens of a block; class tokens, if any, precede them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from conditions import (
     CONDITIONS,
@@ -31,13 +30,14 @@ from conditions import (
     ZeroLinear,
     split_condition,
 )
+from initialization import initialize
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
 from moe_kernels.attention import attend
 from moe_kernels.layouts import to_stacked_layout
-from moe_kernels.recomputation import EXPERT_OPERATORS, KEPT_OPERATORS, checkpoint_options
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names
-from routers import NOTHING, ROUTERS, Context, Router, Routing
+from presets import PRESETS
+from routers import NOTHING, ROUTERS, Context, Routing
 
 
 class RMSNorm(nn.RMSNorm):
@@ -310,8 +310,6 @@ class ClassTokens(nn.Module):
     A token is the embedding of the class plus a learned position. It is not rotated.
     """
 
-    matrices_in = {"positions": 0}
-
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.positions = nn.Parameter(torch.empty(1, count, hidden_size))
@@ -330,8 +328,6 @@ class Attention(nn.Module):
 
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
-
-    matrices_in = {"qkv.weight": 3}
 
     def __init__(
         self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
@@ -386,12 +382,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning.
+    """Transformer block with adaLN-Zero conditioning, which is the identity at first.
 
     Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
-
-    matrices_in = {"adaLN_modulation.1.weight": 6}
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -470,10 +464,7 @@ class DiT(nn.Module):
         expert_load         (L, config.experts_per_layer), see `Routing.load`
         experts_per_token   mean number of experts per token, by layer
         router_metrics      numbers for the log, by name: scalars, or (L,), see `Routing.metrics`
-        observed            (L, ...) statistics for `update_routers`, or None, see
-                            `Routing.observed`
-    Set `recomputed`, before `compile_blocks`, to what the backward pass computes again instead of
-    storing it: "nothing", "all" of each block, or "selective", all but attention and experts.
+        observed            (L, ...) statistics for `Router.update`, or None, see `Routing.observed`
     """
 
     def __init__(self, config: DiTConfig | None = None, **fields):
@@ -483,9 +474,6 @@ class DiT(nn.Module):
         check_names(fields, DiTConfig)
         self.config = config = config or DiTConfig(**fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.recomputed = "nothing"
-        self.kept_operators = KEPT_OPERATORS  # if `recomputed` is "selective"
-        self.recomputes_in_graphs = False
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
         self.router_metrics: dict[str, Tensor] = {}
@@ -511,41 +499,13 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(
             config.hidden_size, config.patch_size, self.out_channels, config.norm
         )
-        # Tensors on the meta device, and fake ones, have no data.
-        if self.x_embedder.proj.weight.untyped_storage().device.type != "meta":
-            self.initialize_weights()
+        initialize(self)
 
     @property
     def conditions(self) -> dict[str, Condition]:
         """Conditions by name, in the order in which the model adds their vectors."""
         names = [split_condition(spec)[0] for spec in self.config.conditions]
         return {name: getattr(self, embedder_of(name)) for name in names}
-
-    def without_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of all images by null values, such as the label "no class".
-
-        y: tensors (N, ...) by name; the result contains only the conditions of this model
-
-        "size" and "span" have no null values and stay as they are, see `Condition.none`.
-        """
-        conditions = self.conditions.items()
-        return {name: condition.none(y[name]) for name, condition in conditions if name in y}
-
-    def drop_conditions(self, y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replaces the conditions of random images by null values; see `without_conditions`.
-
-        All conditions of an image are dropped together, with probability class_dropout_prob.
-        Training calls this method once per micro-batch.
-        """
-        none, probability = self.without_conditions(y), self.config.dropout
-        if not probability or not none:
-            return {name: y[name] for name in none}
-        count, device = next((len(value), value.device) for value in none.values())
-        is_dropped = torch.rand(count, device=device) < probability         # (N,)
-        return {
-            name: torch.where(is_dropped.view(-1, *[1] * (value.ndim - 1)), value, y[name])
-            for name, value in none.items()
-        }
 
     @property
     def depends_on_batch(self) -> bool:
@@ -556,71 +516,6 @@ class DiT(nn.Module):
     def reset_parameters(self) -> None:
         self.pos_embed.copy_(position_embedding(self.config))
 
-    def initialize_weights(self) -> None:
-        """Initialises all parameters and buffers, see `draw_weights`."""
-        for _ in self.draw_weights():
-            pass
-
-    @torch.no_grad()
-    def draw_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Initialises one module after the other; yields parameters and buffers with their names.
-
-        The adaLN modulation starts at zero, so each block is the identity. The output layer starts
-        at zero, so the prediction is zero.
-
-        `reset_parameters` of a module sets what the module itself owns. Raises ValueError with the
-        name of a tensor that it does not set. If the model is on the meta device, only one module
-        at a time has data, on the CPU.
-        """
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        in_routers = {module for router in routers for module in router.modules()}
-        is_meta = self.x_embedder.proj.weight.is_meta
-        # Routers last: the same seed gives the same other weights (except with `prototype`, whose
-        # extra expert draws too).
-        for prefix, module in sorted(self.named_modules(), key=lambda pair: pair[1] in in_routers):
-            if is_meta:
-                module.to_empty(device="cpu", recurse=False)
-            own = dict(module.named_parameters(prefix, recurse=False))
-            own |= module.named_buffers(prefix, recurse=False)
-            for tensor in own.values():
-                tensor.fill_(unset_value(tensor.dtype))
-            try:
-                if reset := getattr(type(module), "reset_parameters", None):
-                    INITIAL.get(reset, reset)(module)
-            finally:
-                if is_meta:
-                    module.to_empty(device="meta", recurse=False)
-            for name, tensor in own.items():
-                unset = unset_value(tensor.dtype)
-                is_unset = tensor.isnan() if math.isnan(unset) else tensor == unset
-                if tensor.dtype.is_signed and is_unset.any():
-                    raise ValueError(
-                        f"{name}: has no initial value, expected {type(module).__name__}."
-                        "reset_parameters to set every parameter and buffer of the module"
-                    )
-                yield name, tensor.detach()
-
-    def matrices(self) -> dict[str, int]:
-        """Returns the number of hidden matrices in each parameter that is no vector.
-
-        A weight (m, n) can contain several of equal size, one below the other: 2 (gate and up), 3
-        (queries, keys and values), 6 (the modulations of a block). For a weight (E, m, n), this is
-        the number per expert. It is 0 for embeddings, gates, the first and the last layer.
-
-        The weight of a linear layer is one matrix. A module whose parameters differ from that lists
-        them in `matrices_in`; its other parameters are vectors.
-        """
-        found: dict[str, int] = {}
-        hidden = [self.t_embedder, *self.conditions.values(), self.blocks]
-        hidden = {module for part in hidden for module in part.modules()}
-        for prefix, module in self.named_modules():
-            counts = dict(getattr(module, "matrices_in", {}))
-            if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-                counts["weight"] = int(module in hidden and isinstance(module, nn.Linear))
-            for name, count in counts.items():
-                found.setdefault(f"{prefix}.{name}", count)
-        return {name: found[name] for name, _ in self.named_parameters() if name in found}
-
     def expert_parameters(self) -> list[str]:
         """Returns the names of the parameters (E, ...) that have a slice for each expert."""
         return [
@@ -628,30 +523,6 @@ class DiT(nn.Module):
             for prefix, module in self.named_modules() if isinstance(module, SparseMoEBlock)
             for name, _ in module.experts.named_parameters() if name in module.experts.per_expert
         ]  # fmt: skip
-
-    def checkpoint_options(self) -> dict[str, Any]:
-        """Returns the options with which torch recomputes a block."""
-        return checkpoint_options({"all": (), "selective": self.kept_operators}[self.recomputed])
-
-    def compile_blocks(self) -> None:
-        """Compiles each block separately. Blocks of the same structure share one compiled graph.
-
-        Hooks, such as those that gather sharded weights, run outside the graph. Uncompiled are
-        blocks whose router returns a varying number of rows, because a graph has fixed shapes, and
-        all blocks under torch.func.jvp.
-        """
-        is_spread = any(b.moe is not None and b.moe.experts.is_spread for b in self.blocks)
-        if is_spread:  # the experts are outside the graphs
-            self.kept_operators = EXPERT_OPERATORS
-        # A graph may overwrite what its operators return, so the outputs of operators inside a
-        # graph can be kept only by the graph itself.
-        self.recomputes_in_graphs = self.recomputed == "selective" and not is_spread
-        for block in self.blocks:
-            eager = block.forward
-            if self.recomputes_in_graphs:
-                options = self.checkpoint_options()
-                eager = partial(recomputed_in_training, block, eager, options)
-            block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Rearranges patches (N, P, p*p*C') to an image (N, C', h, w)."""
@@ -699,14 +570,11 @@ class DiT(nn.Module):
             count = self.config.class_tokens
             rotation = rotary_positions(width, self.config.grid, x.device, count)       # (T, d)
         routings, rates = [], []                                            # one per sparse layer
-        is_recomputed = self.recomputed != "nothing" and not self.recomputes_in_graphs
-        is_recomputed = is_recomputed and self.training and torch.is_grad_enabled()
-        options = self.checkpoint_options() if is_recomputed else {}
         for layer, block in enumerate(self.blocks):
             if self.class_tokens is not None and layer == self.config.class_tokens_start:
                 x = self.class_tokens(x, embedded["label"])                  # (N, T, D)
-            inputs = x, c, context, None if rotation is None else rotation[-x.shape[1] :]
-            x, routing = checkpoint(block, *inputs, **options) if is_recomputed else block(*inputs)
+            of_tokens = None if rotation is None else rotation[-x.shape[1] :]
+            x, routing = self.call(block, x, c, context, of_tokens)
             if routing is not None:
                 context = context | (routing.passed_on or {})
                 routings.append(routing)
@@ -734,15 +602,9 @@ class DiT(nn.Module):
         self.observed = None if observed[0] is None else torch.stack(observed)
         return prediction, loss
 
-    def update_routers(self, observed: Tensor, skipped: Tensor | bool = False) -> None:
-        """Updates the state of the routers; called once per optimizer step.
-
-        observed: (L, ...) mean of `self.observed` over the micro-batches and processes of the step
-        skipped: whether the optimizer step was skipped, as after a non-finite gradient
-        """
-        gates = [block.moe.gate for block in self.blocks if block.moe is not None]
-        for gate, statistics in zip(gates, observed, strict=True):
-            gate.update(statistics, skipped)
+    def call(self, block: DiTBlock, *inputs: Any) -> tuple[Tensor, Routing | None]:
+        """Calls a block; gradient checkpointing replaces this method (see wrappers.py)."""
+        return block(*inputs)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, guided_channels: int | None = 3
@@ -770,44 +632,6 @@ class DiT(nn.Module):
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
-def xavier(layer: nn.Linear | nn.Conv2d) -> None:
-    nn.init.xavier_uniform_(layer.weight.flatten(1))
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
-# Where DiT initialises a layer of torch in another way than torch: torch's method -> DiT's.
-INITIAL = {
-    nn.Linear.reset_parameters: xavier,
-    nn.Conv2d.reset_parameters: xavier,
-    nn.Embedding.reset_parameters: lambda layer: nn.init.normal_(layer.weight, std=0.02),
-}
-
-
-def unset_value(dtype: torch.dtype) -> float | int:
-    """Returns the value that marks an element as not initialised; 0, no mark, if unsigned."""
-    if dtype.is_floating_point:
-        return math.nan
-    return torch.iinfo(dtype).min if dtype.is_signed else 0
-
-
-def recomputed_in_training(
-    block: DiTBlock, forward: Callable, options: dict[str, Any], *inputs: Any
-) -> tuple[Tensor, Routing | None]:
-    """Calls the forward of a block, whose activations are recomputed during training."""
-    is_recomputed = block.training and torch.is_grad_enabled()
-    return checkpoint(forward, *inputs, **options) if is_recomputed else forward(*inputs)
-
-
-def compiled_or_eager(
-    block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *args: Any
-) -> tuple[Tensor, Routing | None]:
-    """Calls the compiled forward of a block where possible, see `DiT.compile_blocks`."""
-    mode = "training" if block.training else "evaluation"
-    varies = block.moe is not None and mode in block.moe.gate.varies_in
-    return (eager if varies or has_tangent(x) else compiled)(x, *args)
-
-
 def embedder_of(condition: str) -> str:
     """Returns the name of the DiT attribute that stores the embedder of a condition."""
     return "y_embedder" if condition == "label" else f"{condition}_embedder"
@@ -829,42 +653,4 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
-# Depth, width and heads of the sizes S to G (arXiv 2407.11633, table 1). The paper has no Ti;
-# scripts/demo.sh trains a DiT-Ti/2.
-SIZES = {
-    "Ti": dict(depth=6, hidden_size=128, num_heads=4, mlp_ratio=2.0),
-    "S": dict(depth=12, hidden_size=384, num_heads=6),
-    "B": dict(depth=12, hidden_size=768, num_heads=12),
-    "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
-    "G": dict(depth=40, hidden_size=1408, num_heads=16),
-}
-
-DiT_models = {
-    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **shape)
-    for size, shape in SIZES.items()
-    for patch_size in ((2,) if size in ("Ti", "G") else (2, 4, 8))
-}
-
-# JiT (Li and He 2025, arXiv 2511.13720), which is trained on pixels, and JiTMoE, its variant with
-# experts in every second block (https://github.com/yhlleo/EfficientMoE).
-JIT = dict(
-    input_size=256, patch_size=16, in_channels=3, learn_sigma=False, norm="rms", qk_norm=True,
-    rope=True, class_tokens=32, mlp_type="swiglu_bias",
-)  # fmt: skip
-JIT_SIZES = {
-    "B": dict(hidden_size=768, num_heads=12, patch_bottleneck=128, class_tokens_start=4),
-    "L": dict(hidden_size=1024, num_heads=16, patch_bottleneck=128, class_tokens_start=8),
-    "H": dict(hidden_size=1280, num_heads=16, patch_bottleneck=256, class_tokens_start=10),
-}
-JIT_SPARSE = dict(
-    num_experts=16, num_experts_per_tok=2, sparse_layers="every-second", dense_mlp_ratio=8 / 3,
-    router="sigmoid:scale=2.5,bias_step=0",
-)  # fmt: skip
-JIT_DEPTHS = {"B": (12, 10, 2.0), "L": (24, 20, 2.0), "H": (32, 28, 1.6)}
-for size, (depth, sparse_depth, ratio) in JIT_DEPTHS.items():
-    both = JIT | JIT_SIZES[size]
-    dense = dict(depth=depth, num_experts=0, mlp_ratio=8 / 3)
-    sparse = dict(depth=sparse_depth, mlp_ratio=ratio, n_shared_experts=ratio) | JIT_SPARSE
-    DiT_models[f"JiT-{size}/16"] = partial(DiT, **both, **dense)
-    DiT_models[f"JiTMoE-{size}/16"] = partial(DiT, **both, **sparse)
+DiT_models = {name: partial(DiT, **fields) for name, fields in PRESETS.items()}

@@ -126,9 +126,10 @@ class Experts(nn.Module):
     gelu         up_proj (E, H, D), up_bias (E, H), down_proj (E, D, H), down_bias (E, D): E layers
                  like `GeluMLP`, such as the copies of a dense layer that upcycling makes
 
-    `per_expert` and `shared` declare all parameters, with the number of matrices in each (0: a
-    vector), see `DiT.matrices`. Expert parallelism, counts, Muon, quantisation and the dropping of
-    experts follow them. A subclass adds its own parameters and overrides `weights` or `forward`.
+    `per_expert` and `shared` declare all parameters, with the number of matrices of equal size in
+    each, one below the other (0: a vector). Expert parallelism, counts, Muon, quantisation and the
+    dropping of experts follow them. A subclass adds its own parameters and overrides `weights` or
+    `forward`.
     """
 
     is_spread = False  # whether other processes hold other experts of the layer
@@ -169,11 +170,6 @@ class Experts(nn.Module):
                 nn.init.zeros_(weight)
             else:
                 nn.init.uniform_(weight, -bound, bound)
-
-    @property
-    def matrices_in(self) -> dict[str, int]:
-        """See `DiT.matrices`."""
-        return {name: n for name, n in {**self.per_expert, **self.shared}.items() if n}
 
     def forward(
         self, x: Tensor, routing: Routing, weights: ExpertWeights | None = None

@@ -110,7 +110,6 @@ class Router(Component, nn.Module):
     weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
     depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
-    matrices_in: ClassVar = {"weight": 0}  # see `DiT.matrices`
 
     def __post_init__(self):
         super().__post_init__()
@@ -352,8 +351,6 @@ class RaceRouter(ThresholdRouter):
     momentum: float = option(
         0.99, help="momentum of the threshold's moving average", ge=0, le=1
     )
-
-    matrices_in = {"weight": 0, "hidden": 1}
 
     def __post_init__(self):
         super().__post_init__()

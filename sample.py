@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options.parts import option
+from presets import PRESETS
 from runtime.errors import UserError, pluralize, print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
@@ -62,7 +63,6 @@ def print_plan(config: SampleConfig) -> None:
     import torch
 
     from checkpoints import config_of
-    from models import DiT_models
     from runtime.devices import DTYPES
     from sampling.config import MODEL_FLAGS
     from sampling.memory import print_memory
@@ -70,11 +70,11 @@ def print_plan(config: SampleConfig) -> None:
 
     if config.ckpt:
         model = open_checkpoint(config).config
-    elif config.model in DiT_models:
+    elif config.model in PRESETS:
         flags = {name: getattr(config, name) for name in MODEL_FLAGS}
         model = config_of(config.model, **{n: v for n, v in flags.items() if v is not None})
     else:
-        raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
+        raise UserError(f"--model: got {config.model}, expected one of {', '.join(PRESETS)}")
     dtype = DTYPES[choose_precision(config.precision, model.hidden_size, torch.device("cuda"))]
     print_memory(model, dtype, config.batch_size * (1 if config.cfg_scale == 1 else 2))
 

@@ -20,8 +20,8 @@ from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_che
 from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.costs import count_parameters
 from diffusion import OBJECTIVES
-from models import DiT_models
 from options.parts import option
+from presets import PRESETS
 from runtime.errors import reported_as, run_main
 from runtime.files import check_new_folder
 from runtime.flags import parse_config
@@ -35,7 +35,7 @@ class UpcycleConfig:
     model: str | None = option(
         None,
         help="preset of the dense model, if the width of the weights does not identify the preset",
-        choices=list(DiT_models),
+        choices=list(PRESETS),
     )
     num_experts: int = option(8, help="routed experts per layer", ge=1)
     num_experts_per_tok: int = option(2, help="experts per token", ge=1)

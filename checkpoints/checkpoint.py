@@ -35,10 +35,11 @@ from checkpoints.weights import (
     read_tensors,
 )
 from latents.autoencoder import PIXELS
-from models import DiT, DiT_models, DiTConfig
+from models import DiT, DiTConfig
 from moe import quantize_experts
 from moe_kernels.layouts import to_stacked_layout
 from options.settings import check_names, flags_of, over, read
+from presets import PRESETS
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import find_moved, hub_folder, parse_json
 from runtime.tensor_file import write_tensors
@@ -337,6 +338,6 @@ def config_of(model: str, **overrides) -> DiTConfig:
     flags = flags_of(DiTConfig)
     try:
         check_names(overrides, DiTConfig)
-        return DiTConfig(**over(read(overrides, flags), read(DiT_models[model].keywords, flags)))
+        return DiTConfig(**over(read(overrides, flags), read(PRESETS[model], flags)))
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from conditions import CONDITIONS, split_condition
+from initialization import draw_weights
 from models import DiT, DiTConfig
 from routers import ROUTERS
 from runtime.errors import reported_as
@@ -33,4 +34,4 @@ def initial_weights(config: DiTConfig) -> Iterator[tuple[str, Tensor]]:
     They are those of `DiT(config)`, but only one module's weights are held at a time.
     """
     with reported_as("the model cannot be built", ValueError):
-        yield from meta_model(config).draw_weights()
+        yield from draw_weights(meta_model(config))

@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoints.published import HEADS
 from conditions import sinusoids
 from latents.autoencoder import PIXELS
-from models import JIT_SIZES
+from presets import JIT_SIZES
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
 NAMES = {  # name in a published sparse layer -> our name

@@ -9,9 +9,10 @@ import math
 from torch import Tensor
 
 from checkpoints.record import with_overrides
-from models import JIT_SIZES, MEANINGS, SIZES, DiT_models, DiTConfig
+from models import MEANINGS, DiTConfig
 from moe_kernels.layouts import FLASH_ATTENTION_NAMES
 from options.parts import options_of
+from presets import JIT_SIZES, PRESETS, SIZES
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
 NEEDED = (
@@ -32,7 +33,7 @@ def facts_of(arguments: dict) -> dict:
     """Translates the arguments of a published file to fields of a Record."""
     names = ("image_size", "vae_path", "latents_norm", "class_names")
     facts = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    if arguments.get("model") in list(DiT_models):
+    if arguments.get("model") in list(PRESETS):
         facts["model"] = arguments["model"]
     if "rf" in arguments:
         facts["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
@@ -126,17 +127,15 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     layout of the official DiT. Refuses a model that no published code can compute.
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
-    meanings = {
-        name: MEANINGS.get(name, name) for name in options_of(DiTConfig) if name not in SAID
-    }
+    names = [name for name in options_of(DiTConfig) if name not in SAID]
     if not config.num_experts:
-        for name in ("router", "sparse_layers", "mlp_type", "dense_mlp_type"):
-            del meanings[name]
+        of_experts = ("router", "sparse_layers", "mlp_type", "dense_mlp_type")
+        names = [name for name in names if name not in of_experts]
+    pairs = {n: [getattr(c, MEANINGS.get(n, n)) for c in (config, plain)] for n in names}
     if differing := [
-        f"{name}: got {getattr(config, meaning)}, expected {getattr(plain, meaning)}"
-        for name, meaning in meanings.items()
-        if getattr(config, meaning) != getattr(plain, meaning)
-    ]:
+        f"{name}: got {got}, expected {expected}"
+        for name, (got, expected) in pairs.items() if got != expected
+    ]:  # fmt: skip
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):
         raise ValueError(f"input_size: got {config.input_size}, expected a square")

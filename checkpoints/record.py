@@ -15,9 +15,10 @@ from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
-from models import SIZES, DiTConfig
+from models import DiTConfig
 from options.parts import Part, Size, convert
 from options.settings import check_names, flags_of, over, read, stored
+from presets import SIZES
 from runtime.files import parse_json
 
 METADATA_KEY = "dit_moe"

@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
+from initialization import initialize
 from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
 from models import DiT
 from moe import quantize_experts
@@ -70,7 +71,7 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
         self.model = model.to_empty(device=torch.get_default_device())
         # Within from_pretrained, nn.init does nothing, because the weights are loaded afterwards.
         if nn.init.constant_(torch.zeros(1, device="cpu"), 1.0):
-            self.model.initialize_weights()
+            initialize(self.model)
         if quantization:
             for name in self.model.expert_parameters():
                 # diffusers may leave it uninitialised until loading

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from conditions import without_conditions
 from diffusion import (
     OBJECTIVES,
     Objective,
@@ -198,7 +199,7 @@ def generate(
     scale = guidance_within(settings.guidance_interval, settings.cfg_scale, objective.noise_time)
     null_y, second = y, guide
     if guide is None and settings.cfg_scale != 1:
-        null_y = {**y, **model.without_conditions(y)}
+        null_y = {**y, **without_conditions(model.conditions, y)}
         if model.depends_on_batch and not objective.guides_in_one_batch:
             second = model
     denoise = classifier_free_guidance(

@@ -15,16 +15,18 @@ from checkpoints.quantized import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
-from models import DiT, DiT_models
+from models import DiT
 from moe_kernels.cpu import keep_freed_memory
 from options.parts import sides
 from options.settings import spelling
+from presets import PRESETS
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, print_safely
 from sampling.conditions import read_conditions, rows_for
 from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
+from wrappers import wrap_blocks
 
 Labels = Sequence[int | str] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
@@ -154,8 +156,8 @@ def open_checkpoint(config: SamplingConfig) -> Checkpoint:
     expected = {name: value for name, value in given.items() if value is not None}
     changes = {"router": config.router} if config.router else {}
     if config.model:
-        if config.model not in DiT_models:
-            raise UserError(f"--model: got {config.model}, expected one of {', '.join(DiT_models)}")
+        if config.model not in PRESETS:
+            raise UserError(f"--model: got {config.model}, expected one of {', '.join(PRESETS)}")
         preset = config_of(config.model)
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
             expected.setdefault(name, getattr(preset, name))
@@ -213,8 +215,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     model = build(checkpoint, device, DTYPES[precision])
     if kind := checkpoint.quantization:
         print(describe(model, kind))
-    if config.compile:
-        model.compile_blocks()
+    wrap_blocks(model, compiled=config.compile)
     checkpoint.state_dict.clear()  # free the fp32 weights
     keep_freed_memory(device)
     pipeline = SamplingPipeline(

@@ -10,10 +10,13 @@ from conftest import ROOT
 ALLOWED_IMPORTS = {
     "options": "",
     "conditions": "",
+    "presets": "",
     "moe_kernels": "",
     "routers": "options",
     "moe": "moe_kernels options routers",
-    "models": "conditions moe moe_kernels options routers",
+    "initialization": "routers",
+    "models": "conditions initialization moe moe_kernels options presets routers",
+    "wrappers": "models moe_kernels routers",
     "diffusion": "options",
     "runtime": "options",
 }
@@ -21,7 +24,10 @@ for module in ("latents", "checkpoints", "sampling", "evaluation", "training"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)  # all modules listed before this one
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
-PURE = ("models", "conditions", "moe", "options", "routers", "moe_kernels", "diffusion")
+PURE = (
+    "models", "presets", "initialization", "wrappers", "conditions", "moe", "options",
+    "routers", "moe_kernels", "diffusion",
+)  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 
 

@@ -16,7 +16,14 @@ import models
 from checkpoints import Record
 from checkpoints.adapting import adapt
 from checkpoints.checkpoint import Checkpoint, load_model, read_checkpoint
-from conditions import CONDITIONS, Condition, ZeroLinear, spell_condition
+from conditions import (
+    CONDITIONS,
+    Condition,
+    ZeroLinear,
+    drop_conditions,
+    spell_condition,
+    without_conditions,
+)
 from diffusion import RectifiedFlow, classifier_free_guidance
 from latents.images import size_and_crop
 from models import DiT
@@ -83,7 +90,8 @@ def test_conditions_may_be_labels_only_and_missing_ones_have_defaults():
 
 def test_label_and_vector_are_dropped_together_while_size_and_span_are_kept():
     model, y = randomised(conditions=ALL, class_dropout_prob=0.25), some_conditions(1000)
-    got = model.drop_conditions({**y, "latents": torch.zeros(1000)})
+    batch = {**y, "latents": torch.zeros(1000)}
+    got = drop_conditions(model.conditions, batch, model.config.dropout)
     assert got.keys() == y.keys()
     dropped = got["label"] == 10
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.05)
@@ -125,7 +133,7 @@ def test_guidance_removes_the_same_conditions_as_dropout_in_training():
     model, y = randomised(conditions=ALL, class_dropout_prob=0.1).eval(), some_conditions()
     x, t = torch.randn(5, 4, 8, 8), torch.rand(5)
     none = {**y, "label": torch.full((5,), 10), "vector": torch.zeros(5, 6)}
-    guided = classifier_free_guidance(model, y, model.without_conditions(y), 3.0)(x, t)
+    guided = classifier_free_guidance(model, y, without_conditions(model.conditions, y), 3.0)(x, t)
     with_y, without = model(x, t, y)[0][:, :4], model(x, t, none)[0][:, :4]
     torch.testing.assert_close(guided[:, :4], without + 3 * (with_y - without))
     settings = SamplerSettings("rectified_flow", num_steps=2)
@@ -250,7 +258,7 @@ def test_a_sequence_of_features_reaches_the_blocks_in_fine_tuning_guidance_and_s
             nn.init.normal_(block.cross[1].weight)
         with_tokens, without = model(x, t, y)[0], model(x, t, y["label"])[0]
     assert not torch.allclose(with_tokens, without)
-    assert not model.without_conditions(y)["tokens"].any()
+    assert not without_conditions(model.conditions, y)["tokens"].any()
     settings = SamplerSettings("rectified_flow", num_steps=2, cfg_scale=2.0)
     drawn = [generate(model, [1, 2], [0, 1], settings, conditions={"tokens": rows})
              for rows in (tokens[0], tokens[[0, 0]], tokens[:2])]  # fmt: skip

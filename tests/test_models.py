@@ -35,6 +35,7 @@ from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
 from training.metrics import MetricTracker, expert_metrics
+from wrappers import wrap_blocks
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ("loop", "grouped")
@@ -247,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
     monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     for recomputed, repeated in (("nothing", 1), ("all", 2), ("selective", 1)):
         model = randomised(**fields)
-        model.recomputed = recomputed
+        wrap_blocks(model, recomputed=recomputed)
         gradients.append(gradients_of(model))
         assert len(calls) == repeated * len(model.config.sparse_blocks)
         calls.clear()
@@ -268,18 +269,14 @@ def test_noise_that_an_edit_adds_to_a_router_is_drawn_again(
     want = gradients_of(randomised())
     for recomputed in ("all", "selective"):
         model = randomised()
-        model.recomputed = recomputed
-        if is_compiled:
-            model.compile_blocks()
+        wrap_blocks(model, recomputed=recomputed, compiled=is_compiled)
         got = gradients_of(model)
         assert all(relative_error(*pair) < 1e-5 for pair in zip(got, want, strict=True))
 
 
 def test_an_unknown_word_does_not_choose_what_is_recomputed():
-    model = randomised()
-    model.recomputed = "everything"
     with pytest.raises(KeyError, match="everything"):
-        gradients_of(model)
+        wrap_blocks(randomised(), recomputed="everything")
 
 
 def gradients_of(model: DiT) -> list[torch.Tensor | None]:
@@ -325,7 +322,7 @@ def compiled(quick_compile):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = randomised(**fields)
-        model.compile_blocks()
+        wrap_blocks(model, compiled=True)
         return model
 
     return make
@@ -362,8 +359,7 @@ def test_compiled_blocks_can_keep_attention_and_experts(quick_compile, monkeypat
     calls, compute = [], experts.forward_rows
     monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     want, model = gradients_of(randomised()), randomised()
-    model.recomputed = "selective"
-    model.compile_blocks()
+    wrap_blocks(model, recomputed="selective", compiled=True)
     calls.clear()
     got = gradients_of(model)
     assert len(calls) == len(model.blocks)

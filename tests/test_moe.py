@@ -24,7 +24,7 @@ from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped,
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
 from training.engines.fsdp import FSDPEngine
-from training.optimizers import Muon
+from training.optimizers import Muon, hidden_matrices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -262,7 +262,7 @@ def test_a_parameter_that_the_experts_share_is_counted_and_updated_once(low_rank
     stacks = {name: model.get_parameter(name).shape[0] for name in model.expert_parameters()}
     assert set(stacks.values()) == {e} and len(stacks) == 2 * 4
     assert sum(w.numel() for n, w in model.named_parameters() if "_base" in n) == 2 * base
-    matrices = model.matrices()
+    matrices = hidden_matrices(model)
     assert {n: matrices[f"blocks.0.moe.experts.{n}"] for n in ("up_base", "down_base", "up_a")} == {
         "up_base": 2, "down_base": 1, "up_a": 1,
     }  # fmt: skip

@@ -17,6 +17,7 @@ from models import DiT, DiTBlock
 from moe import SparseMoEBlock
 from routers import NOTHING, ROUTERS, Context, Router, Routing, TopKRouter, expert_load
 from training.auxiliary import listening
+from wrappers import wrap_blocks
 
 N, T, D, E, K = 3, 8, 12, 4, 2
 
@@ -393,14 +394,12 @@ def test_a_router_reads_what_the_previous_layer_passed_on(monkeypatch, quick_com
     want, seen = [], []
     for recomputed in RECOMPUTED:
         model = randomised(router="heir", depth=3)
-        model.recomputed = recomputed
         if not want:
             for block in model.blocks:
                 block.moe.gate.register_forward_hook(
                     lambda gate, inputs, routing: seen.append(inputs[1].get("logits"))
                 )
-        elif is_compiled:
-            model.compile_blocks()
+        wrap_blocks(model, recomputed=recomputed, compiled=is_compiled and bool(want))
         grads = gradients_of(model)
         want = want or grads
         assert all(relative_error(*pair) < 1e-5 for pair in zip(grads, want, strict=True))
@@ -432,9 +431,7 @@ def test_writing_into_the_context_is_an_error_that_says_what_to_do(
         with monkeypatch.context() as patch:
             patch.setitem(*place, kind)
             model = randomised()
-        model.recomputed = recomputed
-        if is_compiled:
-            model.compile_blocks()
+        wrap_blocks(model, recomputed=recomputed, compiled=is_compiled)
         error = RuntimeError if is_compiled else TypeError  # torch.compile quotes it
         with pytest.raises(error, match="only read the context.* returns as Routing.passed_on"):
             gradients_of(model)

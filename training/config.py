@@ -23,9 +23,10 @@ from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE
 from latents.sources import Source
-from models import DiT_models, DiTConfig
+from models import DiTConfig
 from options.parts import Part, options_of, sides
 from options.settings import Flags, Settings, flags_of, flattened, over, read, spelling, stored
+from presets import PRESETS
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.files import read_yaml
 from runtime.flags import Parser, naming_flags, parse_flags, read_values
@@ -117,7 +118,7 @@ class TrainConfig:
             preset=PresetConfig().model, **{name: kind() for name, kind in SECTIONS.items()}
         )
         engine = {"deepspeed_config": ZERO2} if script == DEEPSPEED else {}
-        return config.changed({**DiT_models[config.preset].keywords, **engine})
+        return config.changed({**PRESETS[config.preset], **engine})
 
     @classmethod
     def of_record(cls, record: Record) -> "TrainConfig":
@@ -160,7 +161,7 @@ class TrainConfig:
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them."""
         found = {name: stored(section) for name, section in self.by_section.items()}
-        if self.preset in DiT_models:  # weights may have any size
+        if self.preset in PRESETS:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
         return found
 
@@ -210,7 +211,7 @@ def parse_training(
         named = [number for number, layer in enumerate(layers) if "model" in layer]
         said: Settings = {}
         for number, layer in enumerate(layers):
-            sizes = DiT_models[layer["model"]].keywords if number in named[-1:] else {}
+            sizes = PRESETS[layer["model"]] if number in named[-1:] else {}
             gone = [b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if layer.get(a)]
             said |= {name: flags[name].default for name in gone}
             if layer.get("num_experts") == 0:  # of no use to a dense model

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from diffusion import OBJECTIVES
 from latents.config import ImagesConfig
-from models import DiT_models
 from options.parts import Config, Part, option
+from presets import PRESETS
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
@@ -23,7 +23,7 @@ ZERO2 = str(Path(__file__).parents[1] / "config" / "zero2.json")
 
 @dataclass(frozen=True, kw_only=True)
 class PresetConfig(Config):
-    model: str = option("DiT-S/2", choices=tuple(DiT_models), help="preset: size and patch size",
+    model: str = option("DiT-S/2", choices=tuple(PRESETS), help="preset: size and patch size",
                       group="model")  # fmt: skip
 
 

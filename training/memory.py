@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from checkpoints.costs import NEEDS_DATA, fake_pass
 from checkpoints.meta import meta_model
 from models import DiTConfig
-from moe_kernels.recomputation import KEPT_OPERATORS
 from runtime.devices import DTYPES, pinned_bytes
 from training.auxiliary import PROJECTORS, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, frozen_names, share_out
-from training.optimizers import planned_state
+from training.optimizers import hidden_matrices, planned_state
+from wrappers import KEPT_OPERATORS
 
 Shapes = Mapping[str, torch.Size]
 
@@ -49,7 +49,7 @@ def state_tensors(
     shapes = shapes or {name: weight.shape for name, weight in planned_weights(config).items()}
     frozen = {*frozen_names(model, config.step)}
     trained = {name: shape for name, shape in shapes.items() if name not in frozen}
-    return shapes, trained, planned_state(config.optimizer, trained, model.matrices())
+    return shapes, trained, planned_state(config.optimizer, trained, hidden_matrices(model))
 
 
 def tensor_bytes(state: Mapping[str, Any]) -> list[int]:

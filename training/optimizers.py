@@ -1,7 +1,7 @@
 """Optimizers: each class in `OPTIMIZERS` makes a torch optimizer for a model.
 
     named = dict(model.named_parameters())
-    optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, model.matrices())
+    optimizer = AdamW(weight_decay=0.1).make(named, 1e-4, hidden_matrices(model))
 
 To add an optimizer, write a subclass of `Optimizer` with `make`, and add it to `OPTIMIZERS`. `make`
 decides the parameter groups and their learning rates, which the schedule multiplies. Saving,
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from checkpoints.costs import FakeTensorMode
+from models import DiT, embedder_of
+from moe import SparseMoEBlock
 from options.parts import Component, option
 from runtime.devices import DTYPES
 
@@ -36,7 +38,7 @@ class Optimizer(Component, ABC):
         """Makes the torch optimizer of these parameters.
 
         named: parameters by name; fake tensors to plan the state
-        matrices: number of hidden matrices in each parameter that is no vector, see `DiT.matrices`
+        matrices: see `hidden_matrices`
         """
 
 
@@ -106,6 +108,40 @@ class Muon(Optimizer):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+
+FUSED = ("qkv.weight", "adaLN_modulation.1.weight")  # square matrices, one below the other
+# Parameters that are neither of a layer of torch nor declared by `Experts`. All others are vectors.
+OTHERS = {".gate.weight": 0, ".gate.hidden": 1, "class_tokens.positions": 0}
+
+
+def hidden_matrices(model: DiT) -> dict[str, int]:
+    """Returns the number of hidden matrices in each parameter that is no vector.
+
+    A weight (m, n) can contain several of equal size, one below the other: 2 (gate and up), 3
+    (queries, keys and values), 6 (the modulations of a block). For a weight (E, m, n), this is the
+    number per expert. It is 0 for embeddings, gates, the first and the last layer.
+    """
+    hidden = ("t_embedder.", "blocks.", *(f"{embedder_of(name)}." for name in model.conditions))
+    declared: dict[str, int] = {}
+    layers: dict[str, nn.Module] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, SparseMoEBlock):
+            counts = {**module.experts.per_expert, **module.experts.shared}
+            declared |= {f"{prefix}.experts.{name}": count for name, count in counts.items()}
+        elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            layers[f"{prefix}.weight"] = module
+    found: dict[str, int] = {}
+    for name, weight in model.named_parameters():
+        if name in declared:
+            count = declared[name] or None
+        elif name in layers:
+            count = int(isinstance(layers[name], nn.Linear) and name.startswith(hidden))
+            count *= len(weight) // weight.shape[1] if name.endswith(FUSED) else 1
+        else:
+            count = next((count for end, count in OTHERS.items() if name.endswith(end)), None)
+        if count is not None:
+            found[name] = count
+    return found
 
 
 def planned_state(

@@ -18,9 +18,10 @@ from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
 from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
-from models import MEANINGS, DiT_models, DiTConfig
+from models import MEANINGS, DiTConfig
 from options.parts import options_of
 from options.settings import Settings, difference, differences, flattened, spelling, stored
+from presets import PRESETS
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
@@ -288,7 +289,7 @@ def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list
 def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
     """Returns a line on the settings that are kept from the run without being said, and one on
     those that this version does not know."""
-    preset = DiT_models[config.preset].keywords if config.preset in DiT_models else {}
+    preset = PRESETS.get(config.preset, {})
     default, kept = TrainConfig.default(config.engine.script).changed(preset), []
     follow = {*OF_DATA, "image_size", "vae_path", "conditions", *said}  # from the data
     for section, part in config.by_section.items():

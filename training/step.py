@@ -9,9 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from conditions import Conditions
+from conditions import Conditions, drop_conditions, without_conditions
 from diffusion import Objective
 from latents.sources import Batch
+from models import DiT
 from training.auxiliary import Pass, block_at, listening
 from training.engine import Engine
 
@@ -49,8 +50,20 @@ def take_step(
     # Routers with state are updated from the mean over the micro-batches of all processes.
     if observed[0] is not None:
         total = engine.dist.sum(torch.stack(observed).sum(0))  # (L, ...)
-        engine.model.update_routers(total / (count * engine.dist.world_size), updated["skipped"])
+        mean = total / (count * engine.dist.world_size)
+        update_routers(engine.model, mean, updated["skipped"])
     return {**metrics, **updated}
+
+
+def update_routers(model: DiT, observed: Tensor, skipped: Tensor | bool = False) -> None:
+    """Updates the state of the routers after an optimizer step.
+
+    observed: (L, ...) mean of `DiT.observed` over the micro-batches and processes of the step
+    skipped: whether the optimizer step was skipped, as after a non-finite gradient
+    """
+    gates = [block.moe.gate for block in model.blocks if block.moe is not None]
+    for gate, statistics in zip(gates, observed, strict=True):
+        gate.update(statistics, skipped)
 
 
 def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tensor]:
@@ -67,17 +80,18 @@ def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tens
     If the sum is infinite or nan, both scalars and the gradients become nan, so that all processes
     skip the step.
     """
-    depth, auxiliary = len(engine.model.blocks), engine.config.auxiliary
+    model, auxiliary = engine.model, engine.config.auxiliary
+    depth = len(model.blocks)
     drawn = objective.draw(batch["latents"])
-    y = engine.model.drop_conditions(batch)
+    y = drop_conditions(model.conditions, batch, model.config.dropout)
     if objective.guides_in_training:
-        drawn["null_y"] = engine.model.without_conditions(batch)
+        drawn["null_y"] = without_conditions(model.conditions, batch)
 
     def ema_tokens(share: float, z: Tensor, t: Tensor) -> Tensor:
         """See `Pass.ema_tokens`."""
         tokens: dict[str, Tensor] = {}
         block = {"ema": block_at(share, depth)}
-        with torch.no_grad(), engine.ema_weights(), listening(engine.model, block, tokens):
+        with torch.no_grad(), engine.ema_weights(), listening(model, block, tokens):
             engine.network(z, t, y)
         return tokens["ema"]
 
@@ -90,7 +104,7 @@ def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tens
         forward_pass.output, aux_loss = engine.network(z, t, y)
         return forward_pass.output, aux_loss
 
-    with listening(engine.model, blocks, forward_pass.tokens, project=True):
+    with listening(model, blocks, forward_pass.tokens, project=True):
         network = recorded_network if auxiliary else engine.network
         terms = objective.losses(network, batch["latents"], y, **drawn)
     for auxiliary_loss, target in zip(auxiliary, targets, strict=True):
@@ -100,5 +114,5 @@ def losses(engine: Engine, objective: Objective, batch: Batch) -> dict[str, Tens
     loss, aux_loss = terms["loss"].mean(), terms["aux_loss"]
     one_or_nan = torch.where((loss + aux_loss).isfinite(), 1.0, math.nan)
     logged = {name: term.detach().mean() for name, term in terms.items()}  # each (N,) or scalar
-    logged |= engine.model.router_metrics
+    logged |= model.router_metrics
     return {**logged, "loss": one_or_nan * loss, "aux_loss": one_or_nan * aux_loss}

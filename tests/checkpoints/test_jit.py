@@ -20,6 +20,7 @@ from models import DiT
 from moe_kernels.layouts import to_stacked_layout
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
+from wrappers import wrap_blocks
 
 PATH, IO = FOLDER / "jitmoe.safetensors", load_file(FOLDER / "jitmoe.io.safetensors")
 HINTS = {"num_heads": 1, "class_tokens_start": 1}
@@ -145,10 +146,9 @@ def test_class_tokens_are_compiled_and_recomputed_with_the_same_gradients(quick_
     gradients = []
     for change in ("none", "compiled", "checkpointed"):
         model = randomised(**FIELDS).train()
-        model.recomputed = "all" if change == "checkpointed" else "nothing"
-        if change == "compiled":
-            torch._dynamo.reset()
-            model.compile_blocks()
+        torch._dynamo.reset()
+        recomputed = "all" if change == "checkpointed" else "nothing"
+        wrap_blocks(model, recomputed=recomputed, compiled=change == "compiled")
         prediction, aux_loss = model(*tiny_batch())
         (prediction.square().sum() + aux_loss).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})

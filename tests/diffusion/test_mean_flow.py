@@ -16,6 +16,7 @@ from checkpoints import load_model
 from diffusion import OBJECTIVES, classifier_free_guidance
 from models import DiT
 from sampling.generate import SamplerSettings, generate, resolve_settings
+from wrappers import wrap_blocks
 
 STD = 0.5
 LABELS, NONE = torch.tensor([0, 1, 4, 3]), torch.full((4,), 4)
@@ -170,8 +171,7 @@ def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkey
     losses, gradients, images = [], [], []
     for is_compiled in (False, True):
         model = model_of().train()
-        if is_compiled:
-            model.compile_blocks()
+        wrap_blocks(model, compiled=is_compiled)
         loss = flow.losses(model, x, {"label": LABELS}, **drawn)["loss"].sum()
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))

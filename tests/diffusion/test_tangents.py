@@ -12,6 +12,7 @@ from test_moe import any_rows
 from moe import Experts, ExpertWeights, GatedLinear, experts_grouped, experts_loop
 from moe_kernels import experts as kernels
 from routers import ROUTERS
+from wrappers import wrap_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS, EXPERTS, WIDTH, HIDDEN = 21, 4, 24, 40
@@ -117,7 +118,6 @@ def test_a_compiled_and_checkpointed_model_has_the_same_tangent(monkeypatch):
             return torch.func.jvp(lambda x: model(x, t, y)[0], (x,), (direction,))[1]
 
     want = tangent()
-    model.compile_blocks()
-    model.recomputed = "all"
+    wrap_blocks(model, recomputed="all", compiled=True)
     model(x, t, y)[0].sum().backward()  # compiles
     assert torch.equal(tangent(), want)

@@ -9,9 +9,9 @@ from torch import nn
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
-from tools.rebuilding import snapshots_of
+from tools.rebuild_ema import snapshots_of
 from training.ema import ExponentialEMA, PowerEMA
-from training.optimizers import AdamW, Muon, planned_state
+from training.optimizers import AdamW, Muon, hidden_matrices, planned_state
 from training.schedule import SCHEDULES, rate_factor
 
 
@@ -63,8 +63,8 @@ def test_the_state_of_an_optimizer_with_tensors_of_its_own_is_planned_by_real_st
 
 def test_muon_equals_a_reference_loop_over_matrices():
     model, named = make(qk_norm=True)
-    hidden = {name: count for name, count in model.matrices().items() if count}
-    muon = Muon(weight_decay=0.1, precision="fp32").make(named, 0.02, model.matrices())
+    hidden = {name: count for name, count in hidden_matrices(model).items() if count}
+    muon = Muon(weight_decay=0.1, precision="fp32").make(named, 0.02, hidden_matrices(model))
     others = {name: w.detach().clone() for name, w in named.items() if name not in hidden}
     adamw = torch.optim.AdamW(others.values(), 0.02, (0.9, 0.95), weight_decay=0.1)
     loop = {  # for each parameter, a list of (matrix, momentum)
@@ -95,7 +95,7 @@ def test_muon_gives_the_same_weights_in_small_and_large_batches(monkeypatch):
     for largest in (1, 2**14, 2**25):  # elements: one matrix, a few, and all of one shape
         monkeypatch.setattr("training.muon.CACHED", largest)
         model, named = make(qk_norm=True)
-        optimizer = Muon(precision="fp32").make(named, 0.02, model.matrices())
+        optimizer = Muon(precision="fp32").make(named, 0.02, hidden_matrices(model))
         for step in range(3):
             draw_gradients(named, step)
             optimizer.step()
@@ -113,7 +113,7 @@ def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
     # Parameters of a layer of one's own are vectors, and kernels of a convolution no matrices.
     model.blocks[0].table = nn.Parameter(torch.zeros(6, 32))
     model.blocks[0].convolution = nn.Conv2d(32, 32, 3)
-    found = model.matrices()
+    found = hidden_matrices(model)
     block = {k.removeprefix("blocks.0."): cut for k, cut in found.items() if "blocks.0" in k}
     assert block == {
         "attn.qkv.weight": 3, "attn.proj.weight": 1, "adaLN_modulation.1.weight": 6,
@@ -129,8 +129,8 @@ def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
         "y_embedder.embedding_table.weight": 0, "final_layer.linear.weight": 0,
         "final_layer.adaLN_modulation.1.weight": 0,
     }  # fmt: skip
-    assert make(router="race")[0].matrices()["blocks.1.moe.gate.hidden"] == 1
-    gelu = make(mlp_type="gelu")[0].matrices()
+    assert hidden_matrices(make(router="race")[0])["blocks.1.moe.gate.hidden"] == 1
+    gelu = hidden_matrices(make(mlp_type="gelu")[0])
     assert "blocks.0.moe.experts.up_proj" in gelu and not [n for n in gelu if "bias" in n]
 
 

@@ -27,10 +27,10 @@ from conftest import (
 )
 from test_training import break_losses
 
+import training.step
 from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from checkpoints.costs import count_macs
-from models import DiT
 from options.parts import Part
 from routers import ROUTERS
 from training.config import parse_training
@@ -62,7 +62,7 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
     while its gradient is finite, as for a sum with infinity.
     """
     root, seen = tmp_path_factory.mktemp("routers"), {name: [] for name in ROUTERS}
-    update = DiT.update_routers
+    update = training.step.update_routers
 
     def watched(model, observed, skipped):
         seen[model.config.router.name].append(bool(skipped))
@@ -70,7 +70,7 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
 
     with pytest.MonkeyPatch.context() as patch:
         break_losses({BROKEN: math.inf}, patch)
-        patch.setattr(DiT, "update_routers", watched)
+        patch.setattr(training.step, "update_routers", watched)
         for name in ROUTERS:
             run = partial(flags, name=name, accum_iter=2)
             call_main("train.py", *run(root / "whole"))

@@ -41,6 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 import training.step
 from checkpoints import Record, load_model, read_record
 from checkpoints.costs import count_macs
+from conditions import drop_conditions
 from diffusion import OBJECTIVES, RectifiedFlow
 from models import DiTConfig
 from moe_kernels.cpu import lacks_instructions
@@ -172,8 +173,9 @@ def test_steps_equal_a_plain_training_loop_that_skips_infinite_losses(optimizer,
         if skipped:
             continue
         torch.manual_seed(0)
-        y = reference.model.drop_conditions(BATCH)
-        terms = ToOnes(factor).losses(reference.model, BATCH["latents"], y)
+        model = reference.model
+        y = drop_conditions(model.conditions, BATCH, model.config.dropout)
+        terms = ToOnes(factor).losses(model, BATCH["latents"], y)
         (terms["loss"] + terms["aux_loss"]).backward()
         if grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(reference.model.parameters(), grad_clip)

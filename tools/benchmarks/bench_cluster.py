@@ -23,8 +23,8 @@ from statistics import median
 import torch
 import torch.distributed as td
 
-from models import DiT_models
 from options.parts import option
+from presets import PRESETS
 from runtime.devices import DTYPES
 from runtime.files import check_new_folder, prepare_output
 from runtime.flags import parse_config
@@ -43,7 +43,7 @@ NCCL_LOG = "nccl.{}.log"  # by rank, in the folder
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    model: str = option("DiT-G/2", choices=tuple(DiT_models), group="model", help="preset")
+    model: str = option("DiT-G/2", choices=tuple(PRESETS), group="model", help="preset")
     num_experts: int = option(16, ge=1, help="routed experts per block")
     depth: int = option(4, ge=1, help="number of blocks")
     image_size: int = option(256, ge=1, help="pixels per side")

@@ -18,9 +18,10 @@ import torch
 from checkpoints import config_of
 from diffusion import Objective
 from latents.sources import Batch
-from models import DiT_models, DiTConfig
+from models import DiTConfig
 from moe_kernels.cpu import keep_freed_memory
 from options.parts import option
+from presets import PRESETS
 from runtime.devices import DTYPES
 from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
@@ -47,7 +48,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchmarkConfig(BenchmarkConfig):
-    model: str = option("DiT-S/2", group="model", choices=tuple(DiT_models), help="preset")
+    model: str = option("DiT-S/2", group="model", choices=tuple(PRESETS), help="preset")
     num_experts: int = option(8, ge=0, help="routed experts per block; 0: dense")
     num_experts_per_tok: int = option(2, ge=1, help="experts per token")
     depth: int | None = option(None, ge=1, help="number of blocks (default: as in the preset)")

@@ -40,8 +40,9 @@ from training.engines.state import (
 )
 from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
-from training.optimizers import planned_state
+from training.optimizers import hidden_matrices, planned_state
 from training.spikes import SpikeDetector
+from wrappers import wrap_blocks
 
 
 class DDPEngine:
@@ -102,11 +103,10 @@ class DDPEngine:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
         EMAs, optimizer and loss scaler."""
         step = self.config.step
-        self.model.recomputed = step.recomputed
         if step.compile:
             # Otherwise PyTorch splits the graph of a block wherever a gradient bucket is full.
             torch._dynamo.config.optimize_ddp = False
-            self.model.compile_blocks()
+        wrap_blocks(self.model, recomputed=step.recomputed, compiled=step.compile)
         self.averaged = {n: w for n, w in self.local.items() if is_of_model(n)}  # by EMAs
         self.emas = self.config.ema
         for ema in self.emas:
@@ -114,7 +114,9 @@ class DDPEngine:
         # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.
         tensors = self.local if self.config.optimizer.is_elementwise else self.parameters
         self.trained = {n: w for n, w in tensors.items() if w.requires_grad}
-        self.optimizer = self.config.optimizer.make(self.trained, step.lr, self.model.matrices())
+        self.optimizer = self.config.optimizer.make(
+            self.trained, step.lr, hidden_matrices(self.model)
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.find_spikes = SpikeDetector(step.grad_skip, self.dist.device)
         self.precision = DTYPES[step.precision]
@@ -320,7 +322,7 @@ class DDPEngine:
         expected = {name: self.shapes.get(name, tensor.shape) for name, tensor in local.items()}
         projectors = [name for name in local if not is_of_model(name)]
         trained = {name: local[name].shape for name in self.trained if name in local}
-        planned = planned_state(self.config.optimizer, trained, self.model.matrices())
+        planned = planned_state(self.config.optimizer, trained, hidden_matrices(self.model))
         source = f"the auxiliary losses of {folder}"
         other = f"--auxiliary: other options or features (--latents-path) than {source}"
         with reported_as(other, ValueError):

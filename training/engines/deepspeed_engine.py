@@ -27,6 +27,7 @@ from training.config import TrainConfig
 from training.engines import zero
 from training.engines.state import FACTS_KEY
 from training.engines.zero_config import complete_config, zero_memory
+from wrappers import wrap_blocks
 
 STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -48,9 +49,7 @@ class DeepSpeedEngine:
             config, complete_config(config, dist.world_size), dist.device
         )
         self.model, self.lr = self.engine.module, step.lr
-        self.model.recomputed = step.recomputed
-        if step.compile:
-            self.model.compile_blocks()
+        wrap_blocks(self.model, recomputed=step.recomputed, compiled=step.compile)
         scaler = vars(self.engine.optimizer.loss_scaler)
         # DeepSpeed would raise an error at the smallest loss scale; the training loop saves the run
         # before it stops it.

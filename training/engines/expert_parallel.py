@@ -127,7 +127,7 @@ groups: dict[str, ProcessGroup] = {}  # by name, for `exchange_rows`
 def exchange_rows(rows: Tensor, sent: list[int], got: list[int], group: str) -> Tensor:
     """Sends sent[p] rows to process p, and receives got[p] rows from it, in the order of processes.
 
-    An operator, so that selective checkpointing can keep its output (`recomputation`).
+    An operator, so that selective checkpointing can keep its output, see wrappers.py.
 
     group: a name in `groups`
     """

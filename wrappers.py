@@ -1,0 +1,101 @@
+"""Gradient checkpointing and torch.compile, applied to the blocks of a finished model.
+
+    wrap_blocks(model, recomputed="selective", compiled=True)
+
+Under gradient checkpointing, the backward pass computes a block again, completely or except for
+operators whose outputs were kept (torch's selective activation checkpointing). What the block draws
+at random is drawn again: torch keeps the state of the generators, which the host holds also for a
+GPU.
+
+The recomputed call includes the hooks of a block, such as those that gather sharded weights, so it
+replaces `DiT.call`. A compiled graph does not include them, so it replaces the block's `forward`.
+"""
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from models import DiT, DiTBlock
+from moe_kernels.experts import has_tangent
+from routers import Routing
+
+# The experts of a layer, and their exchange of rows with other processes.
+EXPERT_OPERATORS = frozenset({"dit_moe::experts", "dit_moe::exchange"})
+KEPT_OPERATORS = EXPERT_OPERATORS | {
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flash_attn::_flash_attn_forward",
+}
+KEPT = {"nothing": (), "all": (), "selective": KEPT_OPERATORS}  # by what is recomputed
+
+
+def wrap_blocks(model: DiT, *, recomputed: str = "nothing", compiled: bool = False) -> None:
+    """Wraps the blocks of a model whose weights are in place.
+
+    recomputed: what the backward pass computes again instead of storing it: "nothing", "all" of
+        each block, or "selective", all but attention and experts
+    compiled: compile each block; blocks of the same structure share one graph
+    """
+    kept = KEPT[recomputed]
+    is_spread = any(block.moe is not None and block.moe.experts.is_spread for block in model.blocks)
+    if compiled and is_spread:  # the experts are outside the graphs
+        kept = EXPERT_OPERATORS.intersection(kept)
+    options = checkpoint_options(kept)
+    # A graph may overwrite what its operators return, so the outputs of operators inside a graph
+    # can be kept only by the graph itself.
+    is_inside = compiled and recomputed == "selective" and not is_spread
+    if recomputed != "nothing" and not is_inside:
+        model.call = lambda block, *inputs: recompute(options, block, block, *inputs)
+    for block in model.blocks if compiled else ():
+        eager = partial(recompute, options, block, block.forward) if is_inside else block.forward
+        block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
+
+
+def recompute(
+    options: dict[str, Any], block: DiTBlock, forward: Callable, *inputs: Any
+) -> tuple[Tensor, Routing | None]:
+    """Calls the forward of a block, whose activations are recomputed during training."""
+    is_recomputed = block.training and torch.is_grad_enabled()
+    return checkpoint(forward, *inputs, **options) if is_recomputed else forward(*inputs)
+
+
+def compiled_or_eager(
+    block: DiTBlock, compiled: Callable, eager: Callable, x: Tensor, *inputs: Any
+) -> tuple[Tensor, Routing | None]:
+    """Calls the compiled forward of a block where possible.
+
+    Uncompiled are blocks whose router returns a varying number of rows, because a graph has fixed
+    shapes, and all blocks under torch.func.jvp.
+    """
+    mode = "training" if block.training else "evaluation"
+    varies = block.moe is not None and mode in block.moe.gate.varies_in
+    return (eager if varies or has_tangent(x) else compiled)(x, *inputs)
+
+
+def checkpoint_options(kept: Collection[str]) -> dict[str, Any]:
+    """Returns the options of torch's `checkpoint`.
+
+    kept: names of operators whose outputs are kept
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    if kept:
+        policy = partial(keep_outputs, frozenset(kept))
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return options
+
+
+def keep_outputs(kept: Collection[str], _: Any, operator: OpOverload, *args, **named):
+    """A policy of torch's selective checkpointing."""
+    is_kept = operator.name() in kept
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
