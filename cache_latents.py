@@ -154,6 +154,8 @@ def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
+    if dist.is_main:
+        print_safely(f"reading the names of the images in {config.data_path}")
     images = open_images(config.data_path, config.image_size or 256)
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download
