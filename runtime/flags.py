@@ -78,12 +78,7 @@ def parse_flags(
     named = [word.split("=", 1)[0][2:] for word in unknown if word.startswith("--")]
     if unknown and not named:
         parser.error(f"got {' '.join(unknown)!r:.200}, expected flags, each with its values")
-    # The bare flag of a tuple of bools: True.
-    found = {
-        name: [True] if value == [] and not flags[name].table else value
-        for name, value in vars(values).items()
-    }
-    return read_values(dict.fromkeys(named) | found, flags)  # reports the unknown flags
+    return read_values(dict.fromkeys(named) | vars(values), flags)  # reports the unknown flags
 
 
 def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) -> "Parser":
@@ -109,7 +104,7 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
         if is_tuple:
             rules["nargs"] = "+" if parts[-1] is ... else len(parts)
             may_be_absent = one.positional and one.default is not MISSING
-            if bool in parts or one.each_once or may_be_absent:  # True, no component, or nothing
+            if one.each_once or may_be_absent:
                 rules["nargs"] = "*"
             if flag_name in ("config", "plugin"):  # files add up; of other flags, the last counts
                 rules["action"] = "extend"

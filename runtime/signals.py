@@ -40,6 +40,7 @@ class Requests:
         self.last_save = time.monotonic()
         self.is_signalled = False
         self.has_step = False  # whether a step is complete, so that there is something to save
+        self.early_exit: int | None = None  # exit code before that; None: that of the signal
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self.every, self.steps = 1, 0  # steps between two polls, and since the last one
         self.last_poll = time.monotonic()
@@ -72,7 +73,7 @@ class Requests:
                 first, name = now, signal.Signals(number).name
                 if not self.has_step:
                     print_safely(f"{name}: stopped before the end of the first step, not saved")
-                    os._exit(128 + number)
+                    os._exit(self.early_exit or 128 + number)
                 if self.dist.is_main:
                     print_safely(
                         f"{name}: saving within two steps or seconds (again, after {REPEATED:g} "

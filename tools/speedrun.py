@@ -267,8 +267,8 @@ def verify(config: SpeedrunConfig, run: Path) -> str:
 
 def check_record(run: Path, record: Record, trained: TrainConfig, data: CachedLatents) -> None:
     """Refuses a checkpoint of other settings than config.yaml, of other images, or from weights."""
-    if record.initialized_from or record.facts.get("origin"):
-        origin = record.facts.get("origin") or record.initialized_from["path"]
+    if record.initialized_from or record.facts.get("began_with"):
+        origin = record.facts.get("began_with") or record.initialized_from["path"]
         raise UserError(f"{run}: began from {origin}, expected new weights")
     if not same_images(record.images, data.fingerprint):
         got = images_name(record.images or {})

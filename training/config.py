@@ -61,6 +61,7 @@ OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model th
 OF_EXPERTS = (
     "router", "aux_loss_alpha", "num_experts_per_tok", "sparse_layers", "n_shared_experts"
 )  # fmt: skip
+SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 ALTERNATIVES = (  # pairs of flags of which a command gives one
     ("epochs", "max_steps"), ("latents_path", "data_path"), ("val_share", "val_path"),
 )  # fmt: skip
@@ -118,15 +119,16 @@ class TrainConfig:
             preset=PresetConfig().model, **{name: kind() for name, kind in SECTIONS.items()}
         )
         engine = {"deepspeed_config": ZERO2} if script == DEEPSPEED else {}
-        return config.changed({**PRESETS[config.preset], **engine})
+        return config.changed({**sizes_of(config.preset), **engine})
 
     @classmethod
     def of_record(cls, record: Record) -> "TrainConfig":
-        """Returns the settings of a checkpoint; those that this version lacks are left out."""
+        """Returns the settings of a checkpoint; fields that this version lacks are left out."""
         flags = flags_of(*SECTIONS.values())
         values = flattened(record.sections(), flags)
         config = cls.default().changed({k: v for k, v in values.items() if k in flags})
-        return replace(config, preset=record.model_name, model=record.config)
+        model = replace(record.config, expert_backend=record.facts.get("expert_backend", "grouped"))
+        return replace(config, preset=record.model_name, model=model)
 
     @classmethod
     def of_weights(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
@@ -140,12 +142,17 @@ class TrainConfig:
         return replace(cls.default(script).changed(values), preset=record.model_name, model=model)
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
-        """Returns the config with these values of fields, by name."""
-        parts = {}
+        """Returns the config with these values by name; another preset sets its sizes."""
+        values, parts = self.with_sizes(values), {}
         for name, part in self.by_section.items():
             own = {key: values[key] for key in options_of(type(part)) if key in values}
             parts[name] = replace(part, **over(own, {key: getattr(part, key) for key in own}))
         return replace(self, preset=values.get("model", self.preset), **parts, **facts)
+
+    def with_sizes(self, values: Mapping[str, Any]) -> Settings:
+        """Adds the sizes of the preset that the values name, if it is another one."""
+        preset = values.get("model", self.preset)
+        return {**values} if preset == self.preset else over(values, sizes_of(preset))
 
     @property
     def name(self) -> str:
@@ -183,7 +190,8 @@ def parse_training(
 ) -> tuple[CommandFlags, Settings]:
     """Reads the command of a training script; its flags override the files of --config.
 
-    The last --model sets the sizes of its preset, over what the files before it say.
+        --config wide.yaml --model DiT-S/2 --depth 6     sizes of DiT-S/2 with 6 blocks, and what
+                                                         else wide.yaml says
 
     arguments: the words of a command, by default sys.argv, or values by name
     """
@@ -208,19 +216,33 @@ def parse_training(
         command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
         layers = [read_recipe(Path(path)) for path in command.config]
         layers.append(once({n: v for n, v in given.items() if n == "rf" or n not in of_command}))
-        named = [number for number, layer in enumerate(layers) if "model" in layer]
         said: Settings = {}
-        for number, layer in enumerate(layers):
-            sizes = PRESETS[layer["model"]] if number in named[-1:] else {}
+        for layer in layers:
             gone = [b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if layer.get(a)]
             said |= {name: flags[name].default for name in gone}
             if layer.get("num_experts") == 0:  # of no use to a dense model
                 said = {n: v for n, v in said.items() if n not in OF_EXPERTS}
-            said = over(layer, over(read(sizes, flags_of(DiTConfig)), said))
-        for name, flag in flags.items():  # a preset sets also fields that are no flags
-            if flag.script not in (None, script) and said.get(name, flag.default) != flag.default:
+            if layer.get("shard") is False:
+                said = {n: v for n, v in said.items() if n not in SHARDING}
+            if "model" in layer:
+                said = without_preset(said, layer["model"])
+            said = over(layer, said)
+        for name, flag in flags.items():  # a recipe may say the other script's defaults
+            is_said = name in given or said.get(name, flag.default) != flag.default
+            if flag.script not in (None, script) and is_said:
                 raise ValueError(f"{name}: is a flag of {flag.script}, not of {script}")
     return command, said
+
+
+def sizes_of(preset: str) -> Settings:
+    return read(PRESETS[preset], flags_of(DiTConfig))
+
+
+def without_preset(said: Settings, preset: str) -> Settings:
+    """Drops what a preset sets, and what the preset that it replaces has set."""
+    new, old = sizes_of(preset), sizes_of(said["model"]) if "model" in said else {}
+    kept = {name: value for name, value in said.items() if name not in new}
+    return {n: v for n, v in kept.items() if n not in old or over({n: old[n]}, kept)[n] != v}
 
 
 def read_recipe(path: Path) -> Settings:
@@ -266,6 +288,7 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
 
     Raises ValueError if they say something else.
     """
+    said = base.with_sizes(said)
     vae_path = said.get("vae_path") or (None if said.get("latents_path") else base.data.vae_path)
     vae_path = vae_path or dataset.vae_path or DEFAULT_VAE
     input_size, channels = dataset.geometry(vae_path)
@@ -276,7 +299,7 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     }  # fmt: skip
     if said.get("in_channels", channels) != channels:
         raise ValueError(
-            f"model: got {said['model']}, which is made for {said['in_channels']} channels, but "
+            f"model: got {said.get('model')}, made for {said['in_channels']} channels, but "
             f"the latents have {channels}; JiT models take pixels (--vae-path pixels)"
         )
     for name in ("num_classes", "image_size"):

@@ -1,9 +1,9 @@
 """Protocol of the engines. An engine holds the model, its optimizer and its EMAs.
 
 The engines in `training/engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`), DeepSpeed.
-To add one, write a class with the methods of `Engine`, a class of flags whose `engine_class`
-returns it, and a script that passes the flags to `training.loop.train`. An engine calls `freeze`
-before it creates the optimizer, or rejects --freeze and --train-router-only.
+To add one, write a class with the methods of `Engine`, a field of `EngineConfig` that chooses it,
+and a branch in `EngineConfig.engine_class`. An engine calls `freeze` before it creates the
+optimizer, or rejects --freeze and --train-router-only.
 """
 
 import os

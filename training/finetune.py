@@ -14,7 +14,7 @@ from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
-from training.config import TrainConfig
+from training.config import TrainConfig, sizes_of
 from training.engine import frozen_names
 from training.log import RunLog
 
@@ -23,7 +23,8 @@ def open_weights(path: str, said: Settings) -> Checkpoint:
     """Reads the weights that --finetune names."""
     # Published files do not record these fields.
     names = ("num_heads", "num_experts_per_tok")
-    hints = {name: said[name] for name in names if name in said}
+    known = (sizes_of(said["model"]) if "model" in said else {}) | said
+    hints = {name: known[name] for name in names if name in known}
     # DiffMoE's files do not record the objective. Without this hint they are read as a flow.
     if "objective" in said and said["objective"].name == "gaussian":
         hints["objective"] = "gaussian"

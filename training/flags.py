@@ -17,8 +17,13 @@ from training.optimizers import OPTIMIZERS
 from training.schedule import SCHEDULES
 
 EPOCHS = 1400  # without --epochs and --max-steps
-TRAIN, DEEPSPEED = SCRIPTS = "train.py", "train_deepspeed.py"
-ZERO2 = str(Path(__file__).parents[1] / "config" / "zero2.json")
+TRAIN, DEEPSPEED = "train.py", "train_deepspeed.py"
+ZERO2 = "config/zero2.json"
+
+
+def find_file(path: str) -> Path:
+    """Finds a file in the working directory or in the project, such as ZERO2."""
+    return Path(path) if Path(path).exists() else Path(__file__).parents[1] / path
 
 
 @dataclass(frozen=True, kw_only=True)

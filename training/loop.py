@@ -73,7 +73,7 @@ class TrainingLoop:
     config: TrainConfig
     folder: Path
     facts: dict[str, Any]  # about the data and the script, for the records of checkpoints
-    origin: dict | None  # provenance of the weights that training began from, if any
+    initialized_from: dict | None  # provenance of the weights that training began from, if any
     dataset: Source
     vae: Autoencoder | None  # None if no step needs it
     held_out: list[Batch] | None  # latents of --val-path or --val-share
@@ -84,6 +84,8 @@ class TrainingLoop:
     def __post_init__(self):
         self.dist, self.objective = self.engine.dist, self.config.objective
         self.requests = Requests(self.dist, 60 * self.config.run.save_minutes)
+        if self.stream.start_step:  # a checkpoint from which a launcher can start again
+            self.requests.early_exit = STOPPED
         self.saver = Saver(self.folder, self.engine)
         self.saved_step, self.save_failure = self.stream.start_step, ""
         self.unreadable: set[str] = set()  # "name (reason)" of the skipped images
@@ -177,7 +179,7 @@ class TrainingLoop:
         typed = {name: facts.pop(name) for name in ("images", "vae_sha256")}
         return Record.from_dict({
             "config": sections, "facts": facts, **typed, "step": step,
-            "class_names": dataset.classes, "initialized_from": self.origin,
+            "class_names": dataset.classes, "initialized_from": self.initialized_from,
             "micro_batch": self.stream.micro_batch, "latents_norm": dataset.norm.to_dict(),
         })  # fmt: skip
 

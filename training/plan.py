@@ -53,7 +53,8 @@ def print_plan(
     lines = describe_model(config) | describe_memory(config, stream, usable, of)
     lines |= describe_steps(config, stream)
     if before:
-        lines["goes on"] = f"after step {before.step:,}"
+        is_finished = stream.end_step <= before.step
+        lines["goes on"] = f"after step {before.step:,}" + ": finished" * is_finished
     else:
         notes = notes + length_notes(config, stream)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:

@@ -42,28 +42,36 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
     from a checkpoint of another run.
     """
     named = named_folder(command) if command.run_name else None
-    resumed = Path(command.resume) if command.resume else None  # an empty variable names nothing
-    is_branch = resumed is not None and is_step_folder(resumed)
-    if command.finetune and resumed:
+    branch = branch_of(command)
+    if command.finetune and command.resume:
         raise UserError("--resume: cannot be combined with --finetune")
-    if resumed and not is_branch:
-        if not (steps := step_folders(resumed)):
-            raise not_resumable(resumed)
-        place = named or Path(command.results_dir or resumed.parent, resumed.resolve().name)
-        if place.resolve() != resumed.resolve():
-            branch = f"--resume {steps[0]} --run-name NEW"
-            raise UserError(
-                f"--resume {resumed}: a run keeps its folder, got {place}; for a new run: {branch}"
-            )
-        return resumed, steps
-    if named and (steps := step_folders(named)):
+    if command.resume and not branch:  # an empty variable of a shell names nothing
+        run = Path(command.resume)
+        if not (steps := step_folders(run)):
+            raise not_resumable(run)
+        place = named or Path(command.results_dir or run.resolve().parent, run.resolve().name)
+        if place.resolve() != run.resolve():
+            new = f"--resume {steps[0]} --run-name NEW"
+            got = f"a run keeps its folder, got {place}"
+            raise UserError(f"--resume {run}: {got}; for a new run: {new}")
+        return run, steps
+    if named and (steps := step_folders(named)):  # a branch's first checkpoint may be deleted
         return named, steps
+    if branch and not is_step_folder(branch):
+        raise not_resumable(branch)
     if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UserError(
             "--run-name: is required with --max-restarts: a restarted command goes on with the run "
             "of its name"
         )
-    return None, [resumed] if is_branch else []
+    return None, [branch] if branch else []
+
+
+def branch_of(command: CommandFlags) -> Path | None:
+    """Returns the checkpoint with which a new run begins, if --resume names one."""
+    path = Path(command.resume or "")
+    is_checkpoint = Path(os.path.abspath(path)).parent.name == "checkpoints" or is_step_folder(path)
+    return path if command.resume and is_checkpoint else None
 
 
 def is_step_folder(path: Path) -> bool:
@@ -77,8 +85,10 @@ def not_resumable(source: Path) -> UserError:
     """Describes the error for a --resume that names neither a run nor a checkpoint."""
     expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
     if os.path.exists(source):
-        weights = f"to start from weights: --finetune {source}"
-        return UserError(f"--resume: got {source}, {expected}; {weights}")
+        advice = f"to start from weights: --finetune {source}"
+        if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
+            advice = f"to begin it again: its command, or --config {source / CONFIG_FILE}"
+        return UserError(f"--resume: got {source}, {expected}; {advice}")
     steps = [folder.name for folder in step_folders(source.parent.parent)]
     if source.parent.name == "checkpoints" and steps:
         expected = f"expected a checkpoint of the run: {', '.join(steps[:20])}"
@@ -88,7 +98,7 @@ def not_resumable(source: Path) -> UserError:
 def parent_folder(command: CommandFlags) -> Path:
     """Returns the folder of the run's folder: that of the run whose checkpoint --resume names, or
     --results-dir."""
-    if command.resume and not command.results_dir and is_step_folder(step := Path(command.resume)):
+    if not command.results_dir and (step := branch_of(command)):
         return Path(os.path.normpath(step / "../../.."))
     return Path(command.results_dir or "results")
 
@@ -112,12 +122,13 @@ def new_folder(command: CommandFlags, config: TrainConfig) -> Path:
         if command.run_name:  # it may exist, without a checkpoint
             (folder := named_folder(command)).mkdir(exist_ok=True)
             return folder
+        found = [re.match(r"(\d{3,6})-(?:DiT|JiT)", name) for name in os.listdir(parent)]
+        number = 1 + max((int(match[1]) for match in found if match), default=-1)
         while True:
-            found = [re.match(r"(\d{3,6})-(?:DiT|JiT)", name) for name in os.listdir(parent)]
-            number = 1 + max((int(match[1]) for match in found if match), default=-1)
             with suppress(FileExistsError):
                 (folder := parent / f"{number:03d}-{ending}").mkdir()
                 return folder
+            number += 1  # another command was faster
 
 
 def enter_run_folder(run: Path) -> BinaryIO:

@@ -28,7 +28,7 @@ from runtime.errors import UserError, printable, reported_as
 from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
-from training.config import OF_DATA, OF_EXPERTS, TrainConfig, fitted, training_flags
+from training.config import OF_DATA, OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
 from training.engine import new_weights
 from training.finetune import (
     check_weights,
@@ -44,9 +44,9 @@ from training.manifest import find_fault
 from training.plan import open_planned, planned_processes, print_plan
 from training.run_folder import (
     CONFIG_FILE,
+    branch_of,
     enter_run_folder,
     find_start,
-    is_step_folder,
     new_folder,
     write_config,
 )
@@ -64,7 +64,6 @@ from training.setup import (
 # components only the name.
 FREE_IN_MODEL = ("expert_backend", "aux_loss_alpha")
 SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
-SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
 
 
 def train(command: CommandFlags, said: Settings, script: str, dist: Distributed) -> int:
@@ -79,22 +78,25 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     # command; over these what follows from the data.
     folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
     before = step_folder = weights = None
-    with naming_flags(training_flags()):
-        if steps:  # the settings of the newest checkpoint hold, even if it is damaged
-            newest = newest_record(steps)
-            step_folder = newest_intact(steps, notes, dist)
-            before = read_record(step_folder)
+    flags = training_flags()
+    if steps:  # the settings of the newest checkpoint hold, even if it is damaged
+        newest = newest_record(steps)
+        step_folder = newest_intact(steps, notes, dist)
+        before = read_record(step_folder)
+        with naming_flags(flags):
             base = TrainConfig.of_record(newest or before)
-        elif command.finetune:
-            weights = open_weights(command.finetune, said)
-            base = TrainConfig.of_weights(weights.record, script)
-        else:
-            base = TrainConfig.default(script)
+    elif command.finetune:
+        weights = open_weights(command.finetune, said)
+        base = TrainConfig.of_weights(weights.record, script)
+    else:
+        base = TrainConfig.default(script)
+    with naming_flags(flags):
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
-        if command.dry_run:
-            dataset = open_planned(data, said, base if before or weights else None, notes)
-        else:
-            dataset = open_dataset(data, dist)
+    if command.dry_run:
+        dataset = open_planned(data, said, base if before or weights else None, notes)
+    else:
+        dataset = open_dataset(data, dist)
+    with naming_flags(flags):
         config = base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
         refuse_idle_flags(command, said, config)
     check_model(config)
@@ -119,8 +121,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
     of_data, vae = inputs_of(config, dataset, dist)
-    facts = {"version": __version__, "origin": origin_of(command, before, folder)}
-    facts |= {**of_engine, **of_data}
+    facts = {"version": __version__, "began_with": began_with(command, before, folder)}
+    facts |= {"expert_backend": config.model.expert_backend, **of_engine, **of_data}
     if before:
         changes += data_changes(before, facts, dataset)
     elif weights:
@@ -132,7 +134,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     if config.data.val_path or config.data.val_share:
         batches = held_out_batches(config, dataset, vae, facts, held_out, notes)
     dataset.requested = tensors_of(config)
-    origin = before.initialized_from if before else weights and weights.origin
+    initialized_from = before.initialized_from if before else weights and weights.origin
     if before is None:
         notes += length_notes(config, stream)
     if dist.is_main and not dataset.vae_path:
@@ -175,8 +177,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             engine.load_state(step_folder)
             log.text(f"resumed from {step_folder}")
         loop = TrainingLoop(
-            config=config, folder=folder, facts=facts, origin=origin, dataset=dataset, vae=vae,
-            held_out=batches, stream=stream, log=log, engine=engine,
+            config=config, folder=folder, facts=facts, initialized_from=initialized_from,
+            dataset=dataset, vae=vae, held_out=batches, stream=stream, log=log, engine=engine,
         )  # fmt: skip
         code = loop.run()
     del lock  # ends the exclusion of other runs
@@ -213,18 +215,17 @@ def newest_record(steps: list[Path]) -> Record | None:
     return record
 
 
-def origin_of(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
-    """Returns what a run began from: the words of --finetune or --resume, or None."""
+def began_with(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
+    """Returns what the run began with: the path or hub id of --finetune or --resume, or None."""
     if before and folder:
-        return before.facts.get("origin")
-    return command.finetune or command.resume
+        return before.facts.get("began_with")
+    word = command.finetune or command.resume
+    return os.path.abspath(word) if word and os.path.exists(word) else word
 
 
 def check_origin(command: CommandFlags, before: Record, folder: Path | None) -> None:
     """Refuses --finetune or a branch beside the name of a run that began from something else."""
-    is_branch = command.resume and is_step_folder(Path(command.resume))
-    said = command.finetune or (command.resume if is_branch else None)
-    began = before.facts.get("origin")
+    said, began = command.finetune or branch_of(command), before.facts.get("began_with")
     if folder and said and not same_path(said, began):
         raise UserError(
             f"--run-name: {folder} began with {began or 'new weights'} and has a checkpoint, so it "
@@ -232,8 +233,12 @@ def check_origin(command: CommandFlags, before: Record, folder: Path | None) -> 
         )
 
 
-def same_path(one: str, other: str | None) -> bool:
-    return other is not None and (one == other or os.path.realpath(one) == os.path.realpath(other))
+def same_path(one: str | Path, other: str | None) -> bool:
+    """Compares a word of the command with what `began_with` returned."""
+    return other is not None and (
+        other in (str(one), os.path.abspath(one))
+        or os.path.realpath(one) == os.path.realpath(other)
+    )
 
 
 def check_changes(
@@ -244,6 +249,8 @@ def check_changes(
     changes, refused = [], []
     for section, part in now.by_section.items():
         for name, line in differences(was.by_section[section], part):
+            if name == "vae_path":  # it may have moved; `latent_changes` compares the weights
+                continue
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
             is_other = getattr(old, "name", old) != getattr(new, "name", new)
             if section == "model" and is_same(was.model, now.model, name):

@@ -6,7 +6,6 @@ rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest
 """
 
 import json
-from pathlib import Path
 
 from options.settings import spelling
 from runtime.devices import DTYPES, pinned_bytes
@@ -14,6 +13,7 @@ from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
 from training.engine import Bytes
+from training.flags import find_file
 from training.memory import activation_bytes, planned_weights
 from training.optimizers import AdamW
 
@@ -35,7 +35,7 @@ FLAGS = {
 def asks_for_fp16(path: str) -> bool:
     """Returns whether a JSON enables fp16, as in the published files."""
     try:
-        return read_json(path)["fp16"]["enabled"] is True
+        return read_json(find_file(path))["fp16"]["enabled"] is True
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -69,12 +69,12 @@ def complete_config(config: TrainConfig, world_size: int) -> dict:
     if config.step.freeze or config.step.train_router_only:
         flags = "--freeze or --train-router-only"
         raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")
-    path = Path(config.engine.deepspeed_config)
+    path = find_file(config.engine.deepspeed_config)
     if path.name in ("zero2_ep.json", "zero3_ep.json") and not path.exists():
         raise UserError(f"--deepspeed_config: got {path}, {INSTEAD}")
     faults = (OSError, ValueError, AttributeError, TypeError)
-    with reported_as(f"--deepspeed_config {config.engine.deepspeed_config}", *faults):
-        ds_config = read_json(config.engine.deepspeed_config)
+    with reported_as(f"--deepspeed_config {path}", *faults):
+        ds_config = read_json(path)
         zero = ds_config.get("zero_optimization", {})
         stage, offload = zero.get("stage"), zero.get("offload_optimizer", {}).get("device")
         if stage not in (1, 2, 3):
