@@ -55,7 +55,8 @@ class ExperimentConfig:
         help="numbers of the questions in tools/experiments/arms.yaml",
     )  # fmt: skip
     arms: tuple[str, ...] = option((), help="train only these arms (default: all)")
-    seeds: int = option(5, ge=1, help="runs per arm, with seeds 0, 1, ...")
+    seeds: int = option(5, ge=1, help="runs per arm, with consecutive seeds")
+    first_seed: int = option(0, ge=0, help="the first of these seeds")
     latents_path: str = option(group="data", help="training latents, from cache_latents.py")
     val_path: str = option(help="held-out latents")
     val_images: int = option(2000, ge=1, help="number of held-out latents to use")
@@ -219,7 +220,8 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
     """Trains the runs without a row: all arms with one seed, then all arms with the next seed."""
     rows = read_rows(config.output)
     done = {(row["arm"], row["seed"]) for row in rows}
-    missing = [(a, s) for s in range(config.seeds) for a in arms if (a, s) not in done]
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    missing = [(a, s) for s in seeds for a in arms if (a, s) not in done]
     print(f"{len(missing)} of {len(arms) * config.seeds} runs are missing", flush=True)
     with ThreadPoolExecutor(config.jobs) as pool:
         jobs = [pool.submit(run_arm, config, arm, seed) for arm, seed in missing]
