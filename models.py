@@ -403,7 +403,7 @@ class DiTBlock(nn.Module):
     """
 
     matrices_in = {"adaLN_modulation.1.weight": 6}
-    router_context = ("time", "no_class")  # names in `context` that a router may ask for
+    router_context = ("time", "no_class", "label")  # names in `context` that a router may ask for
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()
@@ -430,6 +430,7 @@ class DiTBlock(nn.Module):
             if unknown := [name for name in gate.asks_for if name not in known]:
                 raise ValueError(f"{type(gate).__name__}.asks_for: got {', '.join(unknown)}, "
                                  f"expected {' or '.join(known)}")
+            gate.layer = layer
         else:
             self.mlp = MLP_TYPES[config.dense_mlp_type or config.mlp_type](
                 config.hidden_size, width_of(config.hidden_size, config.dense_mlp_ratio)
@@ -714,11 +715,13 @@ class DiT(nn.Module):
             values = y[name] if name in y else condition.default(len(x), x.device)
             embedded[name] = condition(values)
             c = c + embedded[name] if embedded[name].dim() == 2 else c
-        no_class = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)  # (N, 1)
+        label = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)  # (N, 1)
+        no_class = torch.zeros_like(label, dtype=torch.bool)                # (N, 1)
         if "label" in y:
-            no_class = y["label"][:, None] == self.config.num_classes
+            label = y["label"][:, None]
+            no_class = label == self.config.num_classes
         tokens = {name: value for name, value in embedded.items() if value.dim() > 2}
-        context = {"time": time, "no_class": no_class, **tokens}
+        context = {"time": time, "no_class": no_class, "label": label, **tokens}
         rotation = None
         if self.config.rope:
             width = self.config.hidden_size // self.config.num_heads

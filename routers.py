@@ -59,7 +59,8 @@ class Router(Component, nn.Module):
     """Base class of routers: a linear gate W (E, F), computed in fp32 even under autocast.
 
     `DiTBlock.router_input` appends to the token (D) what `asks_for` names: "time", the
-    embedding of the time (D), or "no_class" (1), true without a class, which the gate ignores.
+    embedding of the time (D); or, which the gate ignores, "no_class" (1), true without a class, or
+    "label" (1), in the token's dtype: bf16 is exact up to 256.
 
     draws_nothing: whether `forward` uses no random numbers. Every class declares it anew. Gradient
         checkpointing then need not restore the state of the generators.
@@ -84,6 +85,7 @@ class Router(Component, nn.Module):
 
     aux_loss_alpha: float = loss_weight(0.01)
 
+    layer = 0  # number of the block, which sets it
     extra_experts = 0  # number of experts in addition to the E routed experts
     weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"

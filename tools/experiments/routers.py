@@ -100,6 +100,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     every = str(max(1, steps // 10))
     is_file = (".yaml", ".py")
     words = [str(ROOT / word) if word.endswith(is_file) else word for word in arm_flags(arm)]
+    words = [word.format(runs=config.output / "runs", partner=seed ^ 1) for word in words]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,
