@@ -184,16 +184,16 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
 def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     plugin, train_flags, tmp_path, capsys
 ):
-    path = plugin[0].with_name("cosine_of_label.py")
+    path = plugin[0].with_name("cosine_of_size.py")
     path.write_text(
-        "from routers import ROUTERS, TopKRouter\n\n\nclass LabelRouter(TopKRouter):\n"
+        "from routers import ROUTERS, TopKRouter\n\n\nclass SizeRouter(TopKRouter):\n"
         "    def __post_init__(self):\n        super().__post_init__()\n"
-        '        self.asks_for += ("label",)\n\n\nROUTERS["label"] = LabelRouter\n'
+        '        self.asks_for += ("size",)\n\n\nROUTERS["size"] = SizeRouter\n'
     )
-    flags = train_flags(tmp_path / "results", router="label", plugin=path)
+    flags = train_flags(tmp_path / "results", router="size", plugin=path)
     for more in ((), ("--dry-run",)):
         line = expect_error(capsys, "train.py", *flags, *more)
-        assert "LabelRouter.asks_for: got label, expected time or no_class" in line
+        assert "SizeRouter.asks_for: got size, expected time or no_class or label" in line
     path.with_name("cosine_of_mask.py").write_text(
         "import torch\n\nfrom routers import ROUTERS, TopKRouter\n\n\nclass Masked(TopKRouter):\n"
         "    def __post_init__(self):\n        super().__post_init__()\n"
@@ -211,13 +211,13 @@ def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     flags = train_flags(tmp_path / "results", router="tied")
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
     assert "blocks.0.moe.gate.second.weight: got state that is tied to another" in line
-    for name in ("label", "masked", "tied"):
+    for name in ("size", "masked", "tied"):
         del ROUTERS[name]
     for plugin_file in plugins:
         del sys.modules[f"plugin:{plugin_file.resolve()}"]
     words = ["--plugin", str(path), "--lr", "1", f"--plugin={plugins[1]}", "--rf"]
     assert parse_training(DDPFlags, arguments=words)["plugin"] == tuple(map(str, plugins))
-    assert {"label", "masked", "tied"} <= ROUTERS.keys()
+    assert {"size", "masked", "tied"} <= ROUTERS.keys()
     assert not (tmp_path / "results").exists()
 
 
