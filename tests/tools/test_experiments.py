@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -125,7 +126,7 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     run = config.output / "runs" / "topk-0"
     shutil.rmtree(run / "checkpoints")  # as after a failed save
     monkeypatch.setattr(routers.subprocess, "run", train_here)  # another process starts slowly
-    row = routers.run_arm(config, "topk", 0)
+    row = routers.row_of(config, "topk", 0, routers.run_arm(config, "topk", 0))
     monkeypatch.undo()
     assert step_folders(run) and row in routers.read_rows(config.output)
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
@@ -138,6 +139,30 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     assert output.read_text().count("\n") == 7 and "nan" not in output.read_text()
     assert output.with_name("specialisation_spending.png").is_file()
     assert (config.output / "question-2.csv").read_text().startswith("arm,seeds")
+
+
+def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_path):
+    """Their multiply-adds are counted, which two threads cannot do at once."""
+    config = replace(config, output=tmp_path, jobs=2)
+    for arm in ("topk", "race"):
+        call_main("train.py", *routers.command_of(config, arm, 0))
+    monkeypatch.setattr(routers.subprocess, "run", None)  # a call would fail
+    together, listed = threading.Barrier(2, timeout=60), routers.step_folders
+    counted, threads = routers.count_macs, []
+
+    def step_folders(run: Path) -> list[Path]:
+        together.wait()
+        return listed(run)
+
+    def count_in_thread(*arguments) -> int:
+        threads.append(threading.get_ident())
+        return counted(*arguments)
+
+    monkeypatch.setattr(routers, "step_folders", step_folders)
+    monkeypatch.setattr(routers, "count_macs", count_in_thread)
+    routers.run_missing(config, ["topk", "race"])
+    assert len(threads) == 2 and len(set(threads)) == 1
+    assert sorted(row["arm"] for row in routers.read_rows(tmp_path)) == ["race", "topk"]
 
 
 def train_here(command: list, **_) -> SimpleNamespace:

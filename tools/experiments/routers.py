@@ -160,8 +160,8 @@ def report(output: Path) -> None:
     write_durably(output / "tables.md", text)
 
 
-def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
-    """Trains an arm, or resumes its training; returns the row of the run."""
+def run_arm(config: ExperimentConfig, arm: str, seed: int) -> Path:
+    """Trains an arm, or resumes its training; returns the run folder."""
     threads = max(1, available_cores() // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
@@ -178,7 +178,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
         if code := done.returncode:
             line = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{folder}: training failed with exit code {code}: {line}")
-    return row_of(config, arm, seed, folder)
+    return folder
 
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
@@ -225,14 +225,15 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
     missing = [(a, s) for s in seeds for a in arms if (a, s) not in done]
     print(f"{len(missing)} of {len(arms) * config.seeds} runs are missing", flush=True)
     with ThreadPoolExecutor(config.jobs) as pool:
-        jobs = [pool.submit(run_arm, config, arm, seed) for arm, seed in missing]
+        jobs = {pool.submit(run_arm, config, *run): run for run in missing}
         try:
             for job in as_completed(jobs):
-                row = job.result()
+                folder = job.result()
+                # In this thread: the fake tensors that count multiply-adds are not thread-safe.
+                row = row_of(config, *jobs[job], folder)
                 add_row(config.output / "rows.jsonl", row)
                 report(config.output)
-                run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
-                for state in run.glob("checkpoints/*/state/*"):
+                for state in folder.glob("checkpoints/*/state/*"):
                     state.unlink()  # not needed any more, and three quarters of a run's size
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
         finally:
