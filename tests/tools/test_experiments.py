@@ -304,8 +304,8 @@ def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds
     call_main(*words)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| arm | seeds | 4e-3 | 8e-3 | chosen |"
-    assert "| topk | 2 | 0.7400 | 0.7300 | 8e-3 |" in lines
-    assert "| bad | 2 | 0.7340 | 0.7440 | 4e-3 |" in lines
+    assert "| topk | 2, 2 | 0.7400 | 0.7300 | 8e-3 |" in lines
+    assert "| bad | 2, 2 | 0.7340 | 0.7440 | 4e-3 |" in lines
     cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[8:]}
     assert [cells[name][8] for name in ("same", "bad", "wide")] == [
         "equivalent", "worse", "not decided",

@@ -13,6 +13,7 @@ reference, on the reporting images:
 
 import json
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 from pandas import DataFrame, Series
@@ -51,15 +52,14 @@ def read_frame(rows: list[dict]) -> DataFrame:
 
 def rates_table(choosing: DataFrame) -> str:
     """Returns a Markdown table of the losses on choosing images, by name and rate."""
-    seeds = choosing.groupby(["name", "rate"])["seed"].nunique().unstack()
     losses = choosing.pivot_table("val_loss", "name", "rate", sort=False)
-    lines = [["arm", "seeds", *losses.columns, "chosen"]]
+    losses = losses[sorted(losses, key=float)]
+    seeds = choosing.pivot_table("val_loss", "name", "rate", aggfunc="count", fill_value=0)
+    lines = [["arm", "seeds", *losses, "chosen"]]
     for name, values in losses.iterrows():
-        cells = ("" if value != value else f"{value:.4f}" for value in values)
-        counts = seeds.loc[name].fillna(0)
-        count = str(int(counts.min()))
-        chosen = values.idxmin() if counts.min() > 0 else ""
-        lines.append([name, count, *cells, chosen])
+        counts = ", ".join(f"{seeds.loc[name, rate]:.0f}" for rate in losses)
+        cells = ("" if isnan(value) else f"{value:.4f}" for value in values)
+        lines.append([name, counts, *cells, "" if values.isna().any() else values.idxmin()])
     return markdown(lines)
 
 
