@@ -407,6 +407,7 @@ class DiTBlock(nn.Module):
                 mlp_type=config.expert_mlp,
                 router=config.router,
             )
+            self.moe.gate.layer = layer
         else:
             self.mlp = MLP_TYPES[config.dense_mlp](
                 config.hidden_size, width_of(config.hidden_size, config.dense_ratio)
@@ -424,8 +425,9 @@ class DiTBlock(nn.Module):
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
         context: what the block and its router read besides, by name: "time" (N, D), embedded;
             "no_class" (N,), true for an image without a class; each condition, embedded: (N, D), or
-            tokens (N, L, D); and what routers before it passed on. Its router also finds
-            "unmodulated", the normalised tokens (N, T, D) without shift and scale.
+            tokens (N, L, D); and what routers before it passed on. "classes" (N,) are the labels,
+            in [0, num_classes], or 0 without labels. Its router also finds "unmodulated", the
+            normalised tokens (N, T, D) without shift and scale.
         rotation: (T, d), see `rotary_positions`, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -560,10 +562,12 @@ class DiT(nn.Module):
             values = y[name] if name in y else condition.default(len(x), x.device)
             embedded[name] = condition(values)
             c = c + embedded[name] if embedded[name].dim() == 2 else c
-        no_class = torch.zeros(len(x), dtype=torch.bool, device=x.device)   # (N,)
+        classes = torch.zeros(len(x), dtype=torch.int64, device=x.device)   # (N,)
         if "label" in y:
-            no_class = y["label"] == self.config.num_classes
-        context = Context({"time": time, "no_class": no_class, **embedded})
+            classes = y["label"]
+        no_class = classes == self.config.num_classes                       # (N,)
+        context = {"time": time, "classes": classes, "no_class": no_class}
+        context = Context(context | embedded)
         rotation = None
         if self.config.rope:
             width = self.config.hidden_size // self.config.num_heads

@@ -269,6 +269,7 @@ def test_router_input_selects_the_input_of_the_router_and_not_of_the_experts(nam
         read, context, _ = got[block.moe.gate]
         assert torch.equal(read, torch.cat(expected, dim=-1))
         assert torch.equal(context["unmodulated"], normed)
+        assert torch.equal(context["classes"], y)
         assert torch.equal(context["no_class"], y == 10)
         assert torch.equal(context["label"], model.y_embedder(y))
         width = 64 if option == "normalised_time" else 32

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import re
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,21 +19,28 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY_MODEL, call_main, expect_error
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 from scipy import stats
 
-from checkpoints import step_folders
+from checkpoints import load_model, step_folders
 from checkpoints.costs import count_macs, count_parameters
+from evaluation.heldout import latent_batches
+from latents.cache import CachedLatents
+from latents.loading import evenly_spaced
 from models import DiT
 from routers import NOTHING, ROUTERS, Context, Routing, TopKRouter
 from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
+from tools.experiments.choice_tables import count_choices as count_by_class_and_position
 from tools.experiments.comparisons import (
+    equivalence_interval,
     errors_for_power,
+    fieller_interval,
     holm,
     paired_tests,
     pairs_table,
@@ -118,7 +127,7 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     run = config.output / "runs" / "topk-0"
     shutil.rmtree(run / "checkpoints")  # as after a failed save
     monkeypatch.setattr(routers.subprocess, "run", train_here)  # another process starts slowly
-    row = routers.run_arm(config, "topk", 0)
+    row = routers.row_of(config, "topk", 0, routers.run_arm(config, "topk", 0))
     monkeypatch.undo()
     assert step_folders(run) and row in routers.read_rows(config.output)
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
@@ -142,6 +151,30 @@ def test_a_run_that_went_on_with_other_settings_gets_no_row(config, tmp_path, mo
     with pytest.raises(UserError, match=r"topk-0: .*--lr: was 0.002, is 0.5"):
         routers.run_missing(config, ["topk"])
     assert routers.read_rows(tmp_path) == []
+
+
+def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_path):
+    """Their multiply-adds are counted, which two threads cannot do at once."""
+    config = replace(config, output=tmp_path, jobs=2)
+    for arm in ("topk", "race"):
+        call_main("train.py", *routers.command_of(config, arm, 0))
+    monkeypatch.setattr(routers.subprocess, "run", None)  # a call would fail
+    together, listed = threading.Barrier(2, timeout=60), routers.step_folders
+    counted, threads = routers.count_macs, []
+
+    def step_folders(run: Path) -> list[Path]:
+        together.wait()
+        return listed(run)
+
+    def count_in_thread(*arguments) -> int:
+        threads.append(threading.get_ident())
+        return counted(*arguments)
+
+    monkeypatch.setattr(routers, "step_folders", step_folders)
+    monkeypatch.setattr(routers, "count_macs", count_in_thread)
+    routers.run_missing(config, ["topk", "race"])
+    assert len(threads) == 2 and len(set(threads)) == 1
+    assert sorted(row["arm"] for row in routers.read_rows(tmp_path)) == ["race", "topk"]
 
 
 def train_here(command: list, **_) -> SimpleNamespace:
@@ -254,6 +287,73 @@ def make_pairs(p: float) -> list[float]:
     """Returns three differences with this two-sided p."""
     t = stats.t.isf(p / 2, 2)
     return [t / math.sqrt(3) + shift for shift in (-1, 0, 1)]
+
+
+def test_an_interval_within_the_margin_is_two_one_sided_tests():
+    pairs = Series(np.random.default_rng(0).normal(0.0003, 0.001, 16))
+    low, high = equivalence_interval(pairs)
+    for bound, side in ((low, "greater"), (high, "less")):
+        assert stats.ttest_1samp(pairs, bound, alternative=side).pvalue == pytest.approx(0.05)
+
+
+def test_fiellers_interval_ends_where_a_test_of_the_ratio_has_a_p_of_5_percent():
+    draw = np.random.default_rng(0).normal(size=(3, 16))
+    denominator = Series(0.0036 + 0.0015 * draw[0])
+    numerator = 0.5 * denominator + 0.001 * draw[1]
+    low, high = fieller_interval(numerator, denominator)
+    assert low < 0.5 < high
+    for ratio in (low, high):
+        p = stats.ttest_1samp(numerator - ratio * denominator, 0).pvalue
+        assert p == pytest.approx(0.05)
+    assert fieller_interval(numerator, Series(draw[2] - draw[2].mean())) is None
+
+
+def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds_chose(
+    tmp_path, capsys
+):
+    """Planted: `same` equals topk, `bad` has no advantage, `wide` deviates too much."""
+    noise = np.random.default_rng(0).normal(0, 0.0004, (5, 16))
+    noise -= noise.mean(axis=1, keepdims=True)
+    shifts = {"topk": 0, "dense": 0.004, "same": 0.0001, "bad": 0.004, "wide": 0.0008}
+    rows = []
+    for (name, shift), of_arm in zip(shifts.items(), noise, strict=True):
+        of_arm = of_arm * (8 if name == "wide" else 1)
+        best = "4e-3" if name == "bad" else "8e-3"
+        run = {"max_violation": math.nan if name == "dense" else 0.5}
+        for rate in ("4e-3", "8e-3"):
+            arm, worse = f"{name}-{rate}-400", 0.01 * (rate != best)
+            for seed in (16, 17):  # their reporting losses count for nothing
+                loss = 0.73 + worse + shift
+                rows.append(run | {"arm": arm, "seed": seed, "val_loss": loss, "report_loss": 9})
+        for seed, error in enumerate(of_arm):
+            loss = 0.73 + shift + error
+            arm = f"{name}-{best}-400"
+            rows.append(run | {"arm": arm, "seed": seed, "val_loss": 9, "report_loss": loss})
+    rows.append(rows[0] | {"arm": "same-4e-3-400", "seed": 0, "report_loss": 9})  # not chosen
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "tools.experiments.equivalence", "--rows", path, "--output", tmp_path
+    call_main(*words)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| arm | seeds | 4e-3 | 8e-3 | chosen |"
+    assert "| topk | 2, 2 | 0.7400 | 0.7300 | 8e-3 |" in lines
+    assert "| bad | 2, 2 | 0.7340 | 0.7440 | 4e-3 |" in lines
+    cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[8:]}
+    assert [cells[name][8] for name in ("same", "bad", "wide")] == [
+        "equivalent", "worse", "not decided",
+    ]  # fmt: skip
+    assert cells["topk"][3:10] == [""] * 7
+    assert cells["bad"][1] == "16" and cells["bad"][10] == "0.50 ± 0.00 |"
+    pairs = Series(0.0039 + noise[3] - noise[0] + 0.0001)
+    p = stats.ttest_1samp(pairs, 0).pvalue
+    assert cells["bad"][3] == with_error(pairs, "+") and cells["bad"][6] == f"{p:.2g} ({3 * p:.2g})"
+    gains = (DataFrame(noise).T[1] + 0.004 - noise[0], DataFrame(noise).T[1] + 0.0039 - noise[2])
+    share = gains[1].mean() / gains[0].mean()
+    low, high = fieller_interval(gains[1], gains[0])
+    assert cells["same"][9] == f"{share:.0%} ({low:.0%} to {high:.0%})"
+    assert "--reference: got race" in expect_error(capsys, *words, "--reference", "race")
+    path.write_text("{}\n")
+    assert "NAME-RATE-STEPS" in expect_error(capsys, *words)
 
 
 Line = tuple[str, str]  # the head of a Markdown table, and one of its lines
@@ -547,6 +647,88 @@ def test_the_weights_of_nucleus_sum_to_its_scale(plugins):
     total = torch.zeros(32).index_add(0, routing.token, routing.weight.detach())
     chosen = routing.token.bincount(minlength=32) > 0
     assert chosen.sum() > 0 and total[chosen].tolist() == pytest.approx([3.0] * int(chosen.sum()))
+
+
+SIZES = dict(hidden_size=8, num_experts=4, num_experts_per_tok=2)
+
+
+def test_a_frozen_gate_chooses_as_topk_until_its_step_and_then_keeps_its_choice(plugins):
+    """The weights of the experts follow the learned gate; so does the balance loss, before."""
+    generator = torch.Generator().manual_seed(0)
+    router, topk = plugins.FrozenRouter(**SIZES, after=2), TopKRouter(**SIZES)
+    for step in range(5):
+        x = torch.randn(2, 16, 8, generator=generator)
+        if step < 3:  # the choice learns in two steps
+            topk.load_state_dict({"weight": router.weight})
+        got, want = router(x, NOTHING), topk(x, NOTHING)
+        assert torch.equal(got.expert, want.expert)
+        scores = router.score(x.flatten(0, 1)).softmax(dim=-1)
+        assert torch.equal(got.weight, scores[got.token, got.expert])
+        assert got.loss == (want.loss if step < 2 else 0)
+        router.update(got.observed, skipped=True)  # changes nothing
+        with torch.no_grad():
+            router.weight += torch.randn(router.weight.shape, generator=generator)
+        router.update(got.observed, skipped=False)
+    assert router.steps == 5
+
+
+def test_random_tables_are_balanced_and_leave_the_first_gates_of_topk(config):
+    arms = ("topk-8e-3-400", "position-8e-3-400", "class-8e-3-400", "frozen-0-8e-3-400")
+    models = {}
+    for arm in arms:
+        torch.manual_seed(0)
+        models[arm] = DiT(**vars(routers.train_config(config, arm).model))
+    topk, *others = (model.state_dict() for model in models.values())
+    for other in others:
+        assert all(torch.equal(weight, other[name]) for name, weight in topk.items())
+    position, classes, frozen = (models[arm].blocks for arm in arms[1:])
+    for blocks, rows in ((position, 1), (classes, 11)):
+        tables = torch.cat([block.moe.gate.table for block in blocks])  # (6 * rows, 16, 2)
+        assert len(tables.unique(dim=0)) == 6 * rows
+        assert (tables[..., 0] != tables[..., 1]).all()
+        assert (F.one_hot(tables.flatten(1)).sum(dim=1) == 4).all()  # each expert, in each image
+    assert all(torch.equal(b.moe.gate.frozen, b.moe.gate.weight) for b in frozen)
+
+
+def test_a_table_gives_experts_by_class_and_position_and_no_class_its_own(config):
+    """And each image the same experts, whatever its batch, content and time."""
+    torch.manual_seed(0)
+    fields = routers.train_config(config, "class-8e-3-400").model
+    model, chosen = DiT(**vars(fields) | {"num_classes": 10}).eval(), []
+    gate = model.blocks[3].moe.gate
+    gate.register_forward_hook(lambda module, inputs, routing: chosen.append(routing))
+    labels = torch.tensor([7, 10, 0, 7])
+    for y in (labels, labels[1:]):
+        x = torch.randn(len(y), fields.in_channels, fields.input_size, fields.input_size)
+        model(x, torch.rand(len(y)), y)
+    for routing, y in zip(chosen, (labels, labels[1:]), strict=True):
+        assert torch.equal(routing.expert.view(-1, 16, 2), gate.table[y])
+        assert routing.loss == 0 and routing.per_token == 2
+    chosen[0].weight.sum().backward()
+    assert gate.weight.grad.abs().sum() > 0
+
+
+def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path):
+    output = config.output / "runs"
+    for seed in (0, 1):
+        call_main("train.py", *routers.command_of(config, "topk-8e-3-400", seed), "--max-steps", 2)
+    run, words = output / "topk-8e-3-400-1", ["--latents-path", config.latents_path]
+    call_main("tools.experiments.choice_tables", "--runs", run, *words, "--num-images", 8)
+    command = routers.command_of(config, "trained-8e-3-400", 0)
+    command = [word.replace("classes=10", "classes=4") for word in command]
+    call_main("train.py", *command, "--max-steps", 2)
+    model, partner = load_model(output / "trained-8e-3-400-0"), load_model(run)
+    latents = CachedLatents(config.latents_path)
+    chosen = evenly_spaced(len(latents), 8)
+    (batch,) = latent_batches(latents, chosen, None, latents.classes, batch_size=8)
+    counts = count_by_class_and_position(partner, batch["latents"], batch["label"])
+    times_and_experts = 10 * 2
+    assert (counts.sum(-1)[:, -1] == 8 * times_and_experts).all()
+    present = batch["label"].bincount(minlength=4) * times_and_experts
+    assert torch.equal(counts.sum(-1)[0, :-1], present[:, None].expand(4, 16))
+    for number, block in enumerate(model.blocks):
+        most = counts[number].gather(2, block.moe.gate.table)  # (5, 16, 2)
+        assert torch.equal(most.sum(-1), counts[number].topk(2).values.sum(-1))
 
 
 def test_silenced_experts_are_experts_with_outputs_of_zero(config):

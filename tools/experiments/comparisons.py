@@ -44,6 +44,26 @@ def errors_for_power(freedom: int, level: float, power: float = 0.8) -> float:
     return brentq(lambda d: stats.nct.sf(critical, freedom, d) - power, 0, 10 * critical)
 
 
+def equivalence_interval(pairs: Series) -> tuple[float, float]:
+    """Returns the 90% interval of the mean: two one-sided t-tests at 5% find it within a margin if
+    this interval is."""
+    return stats.t.interval(0.9, len(pairs) - 1, pairs.mean(), pairs.sem())
+
+
+def fieller_interval(numerator: Series, denominator: Series) -> tuple[float, float] | None:
+    """Returns the 95% interval of the ratio of the means of pairs (Fieller 1954), or None if it is
+    unbounded, because the mean of the denominator may be 0."""
+    critical = stats.t.isf(0.025, len(numerator) - 1) ** 2 / len(numerator)
+    products = numerator.mean(), denominator.mean()
+    (top, both), (_, bottom) = np.outer(products, products) - critical * np.cov(
+        numerator, denominator
+    )
+    if bottom <= 0:
+        return None
+    root = np.sqrt(both**2 - top * bottom)
+    return (both - root) / bottom, (both + root) / bottom
+
+
 def with_error(values: Series, sign: str = "", digits: int = 4) -> str:
     """Formats the mean and, for several values, its standard error."""
     error = f" ± {values.sem():.{digits}f}" if len(values) > 1 else ""

@@ -18,10 +18,14 @@ from options.parts import option
 from runtime.errors import run_main
 from runtime.flags import parse_config
 from tools.benchmarks.common import markdown
-from tools.experiments import report
+from tools.experiments import equivalence, report
 from tools.experiments.comparisons import computed_tests, holm
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {
+    "report": (report, report.ReportConfig),
+    "equivalence": (equivalence, equivalence.EquivalenceConfig),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +33,14 @@ class EveryTableConfig:
     output: Path = option(Path("results/tables"), help="folder for tables and figures")
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Yields the section and the flags of each command of docs/tables.md."""
+def commands() -> Iterator[tuple[str, str, list[str]]]:
+    """Yields the section, the script and the flags of each command of docs/tables.md."""
+    command = rf"^python -m tools\.experiments\.({'|'.join(SCRIPTS)}) (.*)$"
     text = (ROOT / "docs" / "tables.md").read_text().replace("\\\n", "")
     parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
     for title, section in zip(parts[1::2], parts[2::2], strict=True):
-        for flags in re.findall(r"^python -m tools\.experiments\.report (.*)$", section, re.M):
-            yield title, flags.replace("docs/", f"{ROOT}/docs/").split()
+        for script, flags in re.findall(command, section, re.M):
+            yield title, script, flags.replace("docs/", f"{ROOT}/docs/").split()
 
 
 def multiplicity_table(tests: list[DataFrame]) -> str:
@@ -61,10 +66,11 @@ def parse_args() -> EveryTableConfig:
 
 def main(config: EveryTableConfig) -> None:
     computed_tests.clear()
-    for title, flags in commands():
+    for title, script, flags in commands():
         print(f"\n# {title}\n")
         flags = [*flags, "--output", str(config.output)]
-        report.main(parse_config(report.ReportConfig, report.__doc__, flags))
+        module, config_class = SCRIPTS[script]
+        module.main(parse_config(config_class, module.__doc__, flags))
     print(f"\n# Multiplicity\n\n{multiplicity_table(computed_tests)}", end="")
 
 

@@ -54,7 +54,8 @@ class ExperimentConfig:
         help="numbers of the questions in tools/experiments/arms.yaml",
     )  # fmt: skip
     arms: tuple[str, ...] = option((), help="train only these arms (default: all)")
-    seeds: int = option(5, ge=1, help="runs per arm, with seeds 0, 1, ...")
+    seeds: int = option(5, ge=1, help="runs per arm, with consecutive seeds")
+    first_seed: int = option(0, ge=0, help="the first of these seeds")
     latents_path: str = option(group="data", help="training latents, from cache_latents.py")
     val_path: str = option(help="held-out latents")
     val_images: int = option(2000, ge=1, help="number of held-out latents to use")
@@ -98,6 +99,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     every = str(max(1, steps // 10))
     is_file = (".yaml", ".py")
     words = [str(ROOT / word) if word.endswith(is_file) else word for word in arm_flags(arm)]
+    words = [word.format(runs=config.output / "runs", partner=seed ^ 1) for word in words]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,
@@ -157,8 +159,8 @@ def report(output: Path) -> None:
     write_durably(output / "tables.md", text)
 
 
-def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
-    """Trains an arm, or resumes its training; returns the row of the run."""
+def run_arm(config: ExperimentConfig, arm: str, seed: int) -> Path:
+    """Trains an arm, or resumes its training; returns the run folder."""
     threads = max(1, available_cores() // config.jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     folder = config.output / "runs" / f"{arm}-{seed}"
@@ -175,7 +177,7 @@ def run_arm(config: ExperimentConfig, arm: str, seed: int) -> dict:
         if code := done.returncode:
             line = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{folder}: training failed with exit code {code}: {line}")
-    return row_of(config, arm, seed, folder)
+    return folder
 
 
 def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
@@ -218,17 +220,19 @@ def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
     """Trains the runs without a row: all arms with one seed, then all arms with the next seed."""
     rows = read_rows(config.output)
     done = {(row["arm"], row["seed"]) for row in rows}
-    missing = [(a, s) for s in range(config.seeds) for a in arms if (a, s) not in done]
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    missing = [(a, s) for s in seeds for a in arms if (a, s) not in done]
     print(f"{len(missing)} of {len(arms) * config.seeds} runs are missing", flush=True)
     with ThreadPoolExecutor(config.jobs) as pool:
-        jobs = [pool.submit(run_arm, config, arm, seed) for arm, seed in missing]
+        jobs = {pool.submit(run_arm, config, *run): run for run in missing}
         try:
             for job in as_completed(jobs):
-                row = job.result()
+                folder = job.result()
+                # In this thread: the fake tensors that count multiply-adds are not thread-safe.
+                row = row_of(config, *jobs[job], folder)
                 add_row(config.output / "rows.jsonl", row)
                 report(config.output)
-                run = config.output / "runs" / f"{row['arm']}-{row['seed']}"
-                for state in run.glob("checkpoints/*/state/*"):
+                for state in folder.glob("checkpoints/*/state/*"):
                     state.unlink()  # not needed any more, and three quarters of a run's size
                 print(f"{row['arm']:24} seed {row['seed']}  {row['val_loss']:.4f}", flush=True)
         finally:
