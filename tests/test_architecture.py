@@ -17,6 +17,7 @@ ALLOWED_IMPORTS = {
     "initialization": "routers",
     "models": "conditions initialization moe moe_kernels options presets routers",
     "wrappers": "models moe_kernels routers",
+    "quantization": "moe moe_kernels",
     "diffusion": "options",
     "runtime": "options",
 }
@@ -25,8 +26,8 @@ for module in ("latents", "checkpoints", "sampling", "evaluation", "training"):
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
 PURE = (
-    "models", "presets", "initialization", "wrappers", "conditions", "moe", "options",
-    "routers", "moe_kernels", "diffusion",
+    "models", "presets", "initialization", "wrappers", "quantization", "conditions", "moe",
+    "options", "routers", "moe_kernels", "diffusion",
 )  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")
 

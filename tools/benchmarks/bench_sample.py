@@ -15,8 +15,8 @@ from itertools import product
 import torch
 
 from models import DiT
-from moe import quantize_experts
 from options.parts import option
+from quantization import quantize_experts
 from runtime.devices import DTYPES
 from runtime.errors import run_main
 from runtime.files import prepare_output
