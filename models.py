@@ -31,8 +31,9 @@ from conditions import (
     split_condition,
 )
 from initialization import initialize
-from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
+from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
+from moe_kernels.forward_mode import has_tangent
 from moe_kernels.layouts import to_stacked_layout
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.experts import compute_experts, has_tangent
+from moe_kernels.experts import compute_experts
+from moe_kernels.forward_mode import has_tangent
 from moe_kernels.quantized import QuantizedWeight
 from options.parts import Part
 from routers import NOTHING, ROUTERS, Context, Routing

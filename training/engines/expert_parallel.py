@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe import ExpertWeights
-from moe_kernels.experts import kernels_for, sort_rows
+from moe_kernels.experts import sort_rows
+from moe_kernels.operators import kernels_for
 from routers import Routing
 
 
