@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models
 import routers
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.meta import build_meta, initial_weights
 from checkpoints.weights import read_pickle
 from models import (
@@ -30,7 +31,6 @@ from models import (
 )
 from moe_kernels import attention, operators
 from moe_kernels.attention import attention_by_products
-from moe_kernels.layouts import to_stacked_layout
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
