@@ -9,8 +9,9 @@ from conftest import needs_triton, relative_error
 from test_models import randomised
 from test_moe import any_rows
 
-from moe import Experts, ExpertWeights, GatedLinear, experts_grouped, experts_loop
+from moe import Experts, ExpertWeights, experts_grouped, experts_loop
 from moe_kernels import forward_mode, operators, torch_kernels
+from moe_kernels.gated_linear import GatedLinear
 from routers import ROUTERS
 from wrappers import wrap_blocks
 
