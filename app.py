@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from options.parts import option
 from runtime.errors import run_main
 from runtime.flags import flags_of, parse_flags
-from sampling.config import CKPT_HELP, SamplingConfig
+from sampling.sampling_config import CKPT_HELP, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

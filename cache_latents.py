@@ -36,8 +36,9 @@ from latents.cache import (
     settings_of,
     write_shard,
 )
-from latents.config import IMAGES_HELP, ImagesConfig
 from latents.features import FeatureNetwork, load_features
+from latents.image_grid import contact_sheet, write_png
+from latents.images_config import IMAGES_HELP, ImagesConfig
 from latents.loading import check_unreadable, read_batches
 from latents.sources import Batch, Source, open_images, size_notes
 from options.parts import Size, option, sides
@@ -46,7 +47,6 @@ from runtime.errors import UserError, pluralize, print_safely, printable
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import note_saved, progress
-from sampling.grid import contact_sheet, write_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,8 @@ def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
     dist, folder = setup_distributed(), config.output
+    if dist.is_main:
+        print_safely(f"reading the names of the images in {config.data_path}")
     images = open_images(config.data_path, config.image_size or 256)
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.features import load_extractor
-from evaluation.generation import generate_images, open_folder, sample_labels
+from evaluation.extractors import load_extractor
 from evaluation.heldout import held_out_loss, latent_batches, open_held_out
 from evaluation.images import ImageSet, image_files, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
@@ -35,15 +34,16 @@ from evaluation.metrics import (
     save_statistics,
     score,
 )
+from evaluation.sampled_images import generate_images, open_folder, sample_labels
 from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
 from options.parts import Size, option
 from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
 from runtime.flags import parse_config, refuse_idle
 from runtime.processes import Distributed, close_distributed, run_process, setup_distributed
-from sampling.config import CKPT_HELP, SamplingConfig
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_pipeline
+from sampling.sampling_config import CKPT_HELP, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.config import (
+from analysis.expert_config import (
     ABLATION_FILE,
     BATCH_SIZE,
     ExpertConfig,

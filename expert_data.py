@@ -15,8 +15,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.config import BATCH_SIZE, ExpertConfig, check_source, default_file, open_prompts
 from analysis.counts import COUNTS_FILE, RoutingCounts
+from analysis.expert_config import (
+    BATCH_SIZE,
+    ExpertConfig,
+    check_source,
+    default_file,
+    open_prompts,
+)
 from options.parts import option
 from runtime.errors import print_safely, run_main
 from runtime.files import prepare_output

@@ -11,8 +11,8 @@ with a CSV file of numbers for each layer.
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.config import ABLATION_FILE
 from analysis.counts import RoutingCounts
+from analysis.expert_config import ABLATION_FILE
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
 from options.parts import option
 from runtime.errors import UserError, run_main

@@ -21,12 +21,12 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from analysis.config import ABLATION_FILE, default_file
+from analysis.expert_config import ABLATION_FILE, default_file
 from options.parts import option
 from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import atomic_folder, check_new_folder, read_json
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
+from sampling.sampling_config import SamplingConfig
 
 KEPT = re.compile(r"^pos_embed$|\.moe\.gate\.|_scale$")  # stay fp32, which routers need
 
@@ -61,7 +61,7 @@ def draw_samples(config: ExportConfig, checkpoint, folder: Path) -> str:
     """Writes samples.png to a folder; returns a description of the sampler settings."""
     import torch
 
-    from sampling.grid import class_captions, image_grid, write_png
+    from latents.image_grid import class_captions, image_grid, write_png
     from sampling.pipeline import batches, make_pipeline
 
     pipeline = make_pipeline(config, checkpoint)
@@ -126,7 +126,7 @@ def main(config: ExportConfig) -> None:
     from latents.autoencoder import PIXELS, load_autoencoder
     from moe_kernels.quantized import KINDS
     from runtime.devices import DTYPES
-    from sampling import export, pipeline
+    from sampling import formats, pipeline
 
     checkpoint = pipeline.open_checkpoint(config)
     if config.drop_experts:
@@ -141,7 +141,7 @@ def main(config: ExportConfig) -> None:
         record = replace(record, objective=pipeline.choose_objective(config, checkpoint))
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
     checkpoint = replace(checkpoint, record=record)
-    public = export.public_checkpoint(checkpoint)
+    public = formats.public_checkpoint(checkpoint)
     if vae_path and Path(vae_path).is_absolute() and not Path(vae_path).exists():
         if config.format == "pipeline" or config.vae_path:
             raise UserError(f"--vae-path: {vae_path} does not exist")
@@ -165,11 +165,11 @@ def main(config: ExportConfig) -> None:
                 vae = load_autoencoder(vae_path, "cpu", torch.float32)
                 vae.model.register_to_config(_name_or_path="")  # may be a local path
                 vae.model.save_pretrained(folder / "vae")
-            export.FORMATS[config.format](public, folder)
+            formats.FORMATS[config.format](public, folder)
         samples = draw_samples(config, checkpoint, folder) if config.samples and vae_path else ""
         name = config.output.resolve().name
         readme = folder / "README.md"
-        readme.write_text(export.model_card(public, name, config.format, scores, samples))
+        readme.write_text(formats.model_card(public, name, config.format, scores, samples))
         for path in folder.rglob("*.safetensors"):  # diffusers makes them readable by owners only
             path.chmod(readme.stat().st_mode)
     print_safely(f"{config.output}: {checkpoint.path} in format {config.format}")

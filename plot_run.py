@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.counts import run_names
-from analysis.heatmap import save_figure
+from analysis.figures import save_figure
 from options.parts import option
 from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import prepare_output, read_yaml

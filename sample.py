@@ -18,7 +18,7 @@ from presets import PRESETS
 from runtime.errors import UserError, pluralize, print_safely, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from sampling.config import CKPT_HELP, SamplingConfig
+from sampling.sampling_config import CKPT_HELP, SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
 
@@ -64,9 +64,9 @@ def print_plan(config: SampleConfig) -> None:
 
     from checkpoints import config_of
     from runtime.devices import DTYPES
-    from sampling.config import MODEL_FLAGS
-    from sampling.memory import print_memory
+    from sampling.memory_table import print_memory
     from sampling.pipeline import choose_precision, open_checkpoint
+    from sampling.sampling_config import MODEL_FLAGS
 
     if config.ckpt:
         model = open_checkpoint(config).config
@@ -94,8 +94,8 @@ def main(config: SampleConfig) -> None:
     # Imported here, so that --help and errors appear at once.
     import torch
 
+    from latents.image_grid import class_captions, file_name, image_grid, write_png
     from runtime.progress import progress
-    from sampling.grid import class_captions, file_name, image_grid, write_png
     from sampling.pipeline import batches, open_pipeline
 
     pipeline = open_pipeline(config)

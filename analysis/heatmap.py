@@ -10,7 +10,6 @@ Shape legend:
     T patch positions, S steps, E experts, P layers shown, R rows and Q columns of a panel
 """
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,18 +30,17 @@ from analysis.counts import (
     shares,
     to_csv,
 )
+from analysis.figures import STYLE, save_figure
+from latents.fonts import font_families
 from options.parts import option
 from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
-from sampling.fonts import font_families
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches, text area of a page
 LINE = 0.12  # inches, height of a line of tick labels
 MAP = 0.6  # inches, largest side of a map of the image
 MOST_STEPS = 10  # largest number of maps in a row
 COLOURS = "RdBu_r"  # blue, white, red: distinguishable with any colour vision
-STYLE = {"font.size": 7, "axes.titlesize": 7, "figure.titlesize": 7.5, "axes.linewidth": 0.5,
-         "text.parse_math": False, "pdf.fonttype": 42}  # fmt: skip  # 42 keeps text selectable
 TIME = "t, noise → image"
 
 
@@ -166,14 +164,6 @@ def write_heatmap(
     print(f"{statistics}{output}, {output.with_suffix('.csv')}")
 
 
-@matplotlib.rc_context(STYLE)
-def save_figure(figure: Figure, path: Path, dpi: int = 300) -> None:
-    """Writes a figure in the format of the suffix, .png or .pdf."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format=path.suffix[1:])
-    write_durably(path, content.getvalue())
-
-
 def some_layers(num_layers: int) -> list[int]:
     """Returns the first, a middle and the last layer."""
     return sorted({0, num_layers // 2, num_layers - 1})
@@ -190,7 +180,7 @@ def class_map(
 
     top, order: selection and order of the classes, see `choose_rows`; top None shows all
     """
-    from sampling.grid import class_caption  # imports torch
+    from latents.image_grid import class_caption  # imports torch
 
     rows = choose_rows(counts.by_class[:, layers], top, order)
     names = [class_caption(counts.class_names[row], counts.labels[row]) for row in rows]

@@ -17,12 +17,12 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 from analysis.heatmap import some_layers
 from analysis.recorder import listen
+from latents.fonts import FONT
+from latents.image_grid import PADDING, captioned_grid, captioned_rows, enlarge, write_picture
 from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.fonts import FONT
-from sampling.grid import PADDING, captioned_grid, captioned_rows, enlarge, write_picture
 from sampling.pipeline import SamplingPipeline
 
 IMAGES, COLUMNS = 16, 10  # limits of a `Trajectory`: images, and steps in a PNG

@@ -198,7 +198,7 @@ def describe(
     return {
         "model": type(pipeline).__name__.removesuffix("Pipeline"),
         "sampler": type(pipeline.scheduler).__name__,
-        "num_steps": int((~recorder.times.isnan()).sum()),
+        "num_steps": int((~recorder.tables["times"].isnan()).sum()),
         "cfg_scale": pipeline.guidance_scale,
         "seed": settings.seed,
         "images_per_class": settings.images_per_prompt,

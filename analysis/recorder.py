@@ -65,7 +65,7 @@ class RoutingRecorder:
     """Context manager that counts the assignments of each layer, for the conditional images only.
 
     Only the first call of a step is counted: guidance in two passes and Heun's method have several.
-    The tables are those of `RoutingCounts`, made by the first pass; here `by_class` has all
+    `tables` are those of `RoutingCounts` by name, made by the first pass; here `by_class` has all
     classes, and an extra expert of the router is the last expert.
     """
 
@@ -77,6 +77,7 @@ class RoutingRecorder:
         self.model, self.layers = model, sparse_layers(model)
         self.num_steps, self.device = num_steps, None
         self.num_classes, self.places = num_classes, places
+        self.tables: dict[str, Tensor] = {}
         self.counted: set[int] = set()  # layers that were counted in this step
         self.gallery = Gallery(len(self.layers), self.layers[0].num_experts)
         self.num_images = 0  # in the gallery
@@ -95,8 +96,8 @@ class RoutingRecorder:
         for name, axes in TABLES.items():
             dtype = torch.float64 if name in FLOATS else torch.int64
             shape = [sizes[axis] for axis in axes]
-            setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
-        self.times.fill_(torch.nan)
+            self.tables[name] = torch.zeros(shape, dtype=dtype, device=device)
+        self.tables["times"].fill_(torch.nan)
 
     def __enter__(self) -> "RoutingRecorder":
         self.hooks = listen(self.model, self.count)
@@ -114,7 +115,7 @@ class RoutingRecorder:
 
     def end_step(self, state: dict) -> None:
         """Sampler callback: records the time of the finished step."""
-        self.times[self.step] = state["t"][0]
+        self.tables["times"][self.step] = state["t"][0]
         self.step = state["step"] + 1
         self.counted.clear()
 
@@ -154,8 +155,8 @@ class RoutingRecorder:
             layer, routing, one, {"class": self.labels[image], "step": step, "position": place}
         )
         add = partial(torch.Tensor.index_put_, accumulate=True)
-        add(self.other_by_step[:, layer], (step, routing.expert), other)
-        add(self.by_step_and_position[:, :, layer], (step, place), one)
+        add(self.tables["other_by_step"][:, layer], (step, routing.expert), other)
+        add(self.tables["by_step_and_position"][:, :, layer], (step, place), one)
         self.compare(layer, routing, one, image * math.prod(self.places.grid) + place)
 
     def add(self, layer: int, routing: Routing, one: Tensor, rows: dict[str, Tensor]) -> None:
@@ -163,21 +164,21 @@ class RoutingRecorder:
         weight = routing.weight.double() * one
         for name, row in rows.items():
             for table, values in ((f"by_{name}", one), (f"weight_by_{name}", weight)):
-                counts = getattr(self, table)[:, layer]
+                counts = self.tables[table][:, layer]
                 counts.index_put_((row, routing.expert), values, accumulate=True)
 
     def compare(self, layer: int, routing: Routing, one: Tensor, patch: Tensor) -> None:
         """Counts what the patches of the batch share with the last step and the layer before."""
         images, index = len(self.labels), (patch, routing.expert)
-        shape = images * math.prod(self.places.grid), self.by_class.shape[-1]
+        shape = images * math.prod(self.places.grid), self.tables["by_class"].shape[-1]
         zeros = torch.zeros(shape, device=one.device)  # (N * P, E)
         chosen = zeros.index_put(index, one.float(), accumulate=True)
         if self.step > 0:
             kept = (self.chosen[layer] * chosen).sum(-1).unflatten(0, (images, -1)).sum(0)
-            self.kept[self.step - 1, :, layer] += kept.long()
+            self.tables["kept"][self.step - 1, :, layer] += kept.long()
         self.chosen[layer] = chosen
         if layer > 0:
-            self.together[layer - 1] += (self.chosen[layer - 1].T @ chosen).round().long()
+            self.tables["together"][layer - 1] += (self.chosen[layer - 1].T @ chosen).round().long()
         weights = self.weights.setdefault(layer, zeros)
         weights.index_put_(index, routing.weight.float() * one, accumulate=True)
 
@@ -187,9 +188,9 @@ class RoutingRecorder:
         rows: classes to return
         """
         shown = {"class": list(rows), "expert": slice(self.layers[0].num_experts)}
-        shown["step"] = slice(int((~self.times.isnan()).sum()))
+        shown["step"] = slice(int((~self.tables["times"].isnan()).sum()))
         tables = {
-            name: getattr(self, name)[tuple(shown.get(axis, slice(None)) for axis in axes)]
+            name: self.tables[name][tuple(shown.get(axis, slice(None)) for axis in axes)]
             for name, axes in TABLES.items()
         }
         tables["similarity"] = torch.stack([weight_similarity(layer) for layer in self.layers])

@@ -127,17 +127,15 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     layout of the official DiT. Refuses a model that no published code can compute.
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
-    meanings = {
-        name: MEANINGS.get(name, name) for name in options_of(DiTConfig) if name not in SAID
-    }
+    names = [name for name in options_of(DiTConfig) if name not in SAID]
     if not config.num_experts:
-        for name in ("router", "sparse_layers", "mlp_type", "dense_mlp_type"):
-            del meanings[name]
+        of_experts = ("router", "sparse_layers", "mlp_type", "dense_mlp_type")
+        names = [name for name in names if name not in of_experts]
+    pairs = {n: [getattr(c, MEANINGS.get(n, n)) for c in (config, plain)] for n in names}
     if differing := [
-        f"{name}: got {getattr(config, meaning)}, expected {getattr(plain, meaning)}"
-        for name, meaning in meanings.items()
-        if getattr(config, meaning) != getattr(plain, meaning)
-    ]:
+        f"{name}: got {got}, expected {expected}"
+        for name, (got, expected) in pairs.items() if got != expected
+    ]:  # fmt: skip
         raise ValueError(f"{'; '.join(differing)}, as in the published code")
     if not isinstance(config.input_size, int):
         raise ValueError(f"input_size: got {config.input_size}, expected a square")

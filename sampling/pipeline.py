@@ -21,10 +21,10 @@ from options.settings import spelling
 from presets import PRESETS
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError, check_same, pluralize, print_safely
-from sampling.conditions import read_conditions, rows_for
-from sampling.config import MODEL_FLAGS, SamplingConfig
+from sampling.condition_rows import read_conditions, rows_for
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
+from sampling.sampling_config import MODEL_FLAGS, SamplingConfig
 from wrappers import wrap_blocks
 
 Labels = Sequence[int | str] | Tensor

@@ -2,7 +2,6 @@
 
     python tests/fake_cuda.py '[["step_of", {"model": "DiT-S/2", "router": "race"}]]'
     python tests/fake_cuda.py '[["traffic_of", {"model": "DiT-XL/2", "ranks": 64}]]'
-    python tests/fake_cuda.py '[["kernels_of", {"model": "DiT-XL/2"}]]'
 
 A fake tensor has a shape, a type and a device, and no data: a read by the host raises an exception,
 and so does an operation on two devices. The command prints one JSON line per case.
@@ -256,13 +255,6 @@ def traffic_of(
         "root and two blocks": gathers[0] + 2 * max(gathers[1:]), "even": even, "plan": plan,
         "layout": layout,
     }  # fmt: skip
-
-
-def kernels_of(model: str, images: int = 8, **fields: Any) -> dict[str, Any]:
-    """Lowers a compiled block for an H100, forward and backward, and builds its Triton kernels."""
-    import fake_inductor
-
-    return fake_inductor.build(model_of(model, **fields), images)
 
 
 if __name__ == "__main__":

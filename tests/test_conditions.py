@@ -28,9 +28,9 @@ from diffusion import RectifiedFlow, classifier_free_guidance
 from latents.images import size_and_crop
 from models import DiT
 from runtime.errors import UserError
-from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import open_pipeline
+from sampling.sampling_config import SamplingConfig
 from training.step import losses
 
 ALL = ("label", "size", "vector:6", "span")

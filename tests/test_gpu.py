@@ -1,36 +1,14 @@
-"""Checks that need a GPU: no host sync in a step, the CPU's results, and resumed runs."""
+"""Checks that need a GPU: the CPU's results, and resumed runs."""
 
 import shutil
-from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
 import pytest
-import torch
 from conftest import call_main, needs_gpu, relative_error, rows, step_folder
 from test_sampling import randomised_preset
 
-from checkpoints import config_of
-from routers import ROUTERS
-from runtime.processes import ALONE
 from sampling.generate import SamplerSettings, generate
-from tools.benchmarks.common import make_engine, train_step
-from training.config import TrainConfig
-
-
-@needs_gpu
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_training_step_after_warm_up_has_no_gpu_sync(router):
-    model = config_of("DiT-Ti/2", router=router)
-    config = replace(TrainConfig.default(), model=model)
-    engine = make_engine(config, replace(ALONE, device=torch.device("cuda")))
-    for mode in ("default", "default", "error"):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            train_step(engine, engine.config.objective, images=8)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

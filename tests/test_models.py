@@ -34,7 +34,7 @@ from moe_kernels.attention import attention_by_products
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
-from training.metrics import MetricTracker, expert_metrics
+from training.step_metrics import MetricTracker, expert_metrics
 from wrappers import wrap_blocks
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -310,16 +310,16 @@ def test_tokens_that_are_no_patches_are_counted_apart():
         token, expert = routings[layer].token, routings[layer].expert
         is_patch = token % length >= length - 16
         for counts, keys, number in (
-            (recorder.by_class, y[token // length], 10),
-            (recorder.by_position, (token % length - (length - 16)), 16),
+            (recorder.tables["by_class"], y[token // length], 10),
+            (recorder.tables["by_position"], (token % length - (length - 16)), 16),
         ):
             pairs = keys[is_patch] * 4 + expert[is_patch]
             want = pairs.bincount(minlength=4 * number).view(number, 4)
             assert torch.equal(counts[:, layer], want)
         others = expert[~is_patch].bincount(minlength=4)
-        assert torch.equal(recorder.other_by_step[0, layer], others)
+        assert torch.equal(recorder.tables["other_by_step"][0, layer], others)
         assert model.experts_per_token[layer] == len(token) / (3 * length)
-    assert recorder.by_step_and_position[0].sum() == recorder.by_position.sum()
+    assert recorder.tables["by_step_and_position"][0].sum() == recorder.tables["by_position"].sum()
 
 
 def test_experts_loss_load_and_counts_all_use_the_choice_of_a_custom_router(monkeypatch):
@@ -337,9 +337,10 @@ def test_experts_loss_load_and_counts_all_use_the_choice_of_a_custom_router(monk
     assert aux_loss.item() == pytest.approx(alpha * layers * 4 * width)
     assert torch.equal(model.expert_load, torch.tensor([[0.0, 0, 0, 4]] * layers))
     tokens = 16
-    assert recorder.by_class[0].tolist() == [[0, 0, 0, tokens / 2]] * layers
-    assert recorder.by_class[1].tolist() == [[0, 0, 0, tokens]] * layers
-    assert recorder.by_position[::2, :, 3].eq(3).all() and not recorder.by_position[1::2].any()
+    assert recorder.tables["by_class"][0].tolist() == [[0, 0, 0, tokens / 2]] * layers
+    assert recorder.tables["by_class"][1].tolist() == [[0, 0, 0, tokens]] * layers
+    by_position = recorder.tables["by_position"]
+    assert by_position[::2, :, 3].eq(3).all() and not by_position[1::2].any()
     prediction.square().sum().backward()
     for block in model.blocks:
         grad = block.moe.experts.down_proj.grad

@@ -32,16 +32,16 @@ from checkpoints.checkpoint import fetch, find_weights
 from evaluation.images import ImageSet
 from evaluation.metrics import collect
 from latents.features import load_features
+from latents.image_grid import captioned_rows, enlarge, write_picture
 from latents.loading import evenly_spaced
 from latents.sources import open_images
 from options.parts import Size, convert, option
 from runtime.errors import UserError, print_safely, reported_as, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
 from sampling.generate import parse_labels
-from sampling.grid import captioned_rows, enlarge, write_picture
 from sampling.pipeline import SamplingPipeline, batches, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import markdown
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)

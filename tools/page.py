@@ -21,8 +21,8 @@ from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import averages_of
 from diffusion import OBJECTIVES
 from runtime.errors import UserError, did_you_mean, printable, reported_as
-from sampling.config import MODEL_FLAGS, SamplingConfig
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
+from sampling.sampling_config import MODEL_FLAGS, SamplingConfig
 
 # Arguments of gr.HTML. The `value` in the view is the result of `draw`; Handlebars escapes it.
 PAGE = {"html_template": "view.html", "css_template": "style.css", "js_on_load": "script.js"}

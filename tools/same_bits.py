@@ -63,8 +63,15 @@ def main(config: CompareConfig) -> int:
     make_images(output / "images", classes=4)
     make_images(output / "few", classes=2)
     folders = [train_all(runs, plan, commit, output) for commit in (config.base, config.commit)]
+    different = compare(list(runs), folders)
+    print(f"{len(runs) - different} of {len(runs)} runs are the same")
+    return int(different > 0)
+
+
+def compare(names: list[str], folders: list[Path]) -> int:
+    """Prints a line for each run of both commits; returns the number of runs that differ."""
     different = 0
-    for name in runs:
+    for name in names:
         base, other = (read_run(folder / name) for folder in folders)
         faults = [key for key in base.keys() & other.keys() if not is_same(base[key], other[key])]
         extra = sorted(base.keys() ^ other.keys())
@@ -74,8 +81,7 @@ def main(config: CompareConfig) -> int:
         note = f"  in one only: {len(extra)}, such as {extra[0]}" if extra else ""
         state = f"DIFFERENT {', '.join(sorted(faults)[:3])}" if faults else "same"
         print(f"{name:24} {len(base.keys() & other.keys()):5} values  {state}{note}")
-    print(f"{len(runs) - different} of {len(runs)} runs are the same")
-    return int(different > 0)
+    return different
 
 
 def make_images(folder: Path, classes: int) -> None:

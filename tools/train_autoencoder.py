@@ -45,6 +45,7 @@ from latents.autoencoder import (
     Autoencoder,
     open_autoencoder,
 )
+from latents.image_grid import captioned_rows, contact_sheet, enlarge, write_png
 from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import Source, images_name, open_images
@@ -64,7 +65,6 @@ from runtime.flags import parse_config
 from runtime.processes import ALONE, run_process
 from runtime.progress import progress
 from runtime.signals import Requests
-from sampling.grid import captioned_rows, contact_sheet, enlarge, write_png
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ from statistics import median_low
 from typing import Any
 
 from runtime.errors import pluralize
-from training.metrics import ProcessReport, name_ranks
+from training.step_metrics import ProcessReport, name_ranks
 
 LINES = 10  # consecutive log lines for which a cause must last
 LOAD = 3.0  # of the busiest expert, in units of the mean load

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion import OBJECTIVES
-from latents.config import ImagesConfig
+from latents.images_config import ImagesConfig
 from options.parts import Config, Part, option
 from presets import PRESETS
 from runtime.devices import DTYPES

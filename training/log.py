@@ -134,7 +134,7 @@ class RunLog(AbstractContextManager):
 
     def samples(self, step: int, grid: Tensor, path: Path) -> None:
         """Writes an image (3, H, W) uint8 to a PNG file, and shows it."""
-        from sampling.grid import write_png
+        from latents.image_grid import write_png
 
         with warns_if_lost(path):
             write_png(grid, path)

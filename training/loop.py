@@ -39,7 +39,13 @@ from training.alarms import Alarms
 from training.config import TrainConfig
 from training.engine import Engine, node_size
 from training.log import RunLog
-from training.metrics import (
+from training.plan import describe_memory, device_memory, disk_notes, lighter_settings, most_tokens
+from training.preview import draw_preview
+from training.profiling import profiling
+from training.saving import Saver
+from training.schedule import rate_factor
+from training.step import take_step
+from training.step_metrics import (
     ForwardClock,
     MetricTracker,
     ProcessReport,
@@ -49,12 +55,6 @@ from training.metrics import (
     round_number,
     speed_metrics,
 )
-from training.plan import describe_memory, device_memory, disk_notes, lighter_settings, most_tokens
-from training.preview import draw_preview
-from training.profiling import profiling
-from training.saving import Saver
-from training.schedule import rate_factor
-from training.step import take_step
 
 LOG_SECONDS = 10  # between log lines, unless --log-every is set
 SLOW_SECONDS = 60  # of the first step, after which a line says what takes long

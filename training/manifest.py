@@ -38,7 +38,7 @@ def fault_of(folder: Path) -> str | None:
     try:
         for name, size in expected.items():
             if (got := os.stat(folder / name).st_size) != size:
-                return f"{name} is damaged: got {got:,} bytes, expected {size:,}"
+                return f"{name} is damaged: got {got} bytes, expected {size!s:.20}"
     except (OSError, ValueError) as error:  # ValueError for a name with \0
         return f"a file is missing or cannot be read ({error})"
     return None

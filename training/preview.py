@@ -73,7 +73,10 @@ def draw_preview(run: "TrainingLoop") -> Tensor | None:
         if run.requests.is_signalled:
             return None
         images.append(run.vae.decode(part))
-    from sampling.grid import class_captions, image_grid  # imports matplotlib, which takes a second
+    from latents.image_grid import (  # imports matplotlib, which takes a second
+        class_captions,
+        image_grid,
+    )
 
     captions = class_captions(model, run.dataset.classes, labels)
     return image_grid(torch.cat(images), captions, len(labels) // shown)

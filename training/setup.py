@@ -15,7 +15,7 @@ from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_images, same_images
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize, reported_as
+from runtime.errors import UserError, pluralize, print_safely, reported_as
 from runtime.processes import ALONE, Distributed
 from runtime.progress import progress
 from training.config import TrainConfig
@@ -36,6 +36,8 @@ def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
     read = partial(open_images, data.data_path, data.image_size or 256)
     is_local = ":" not in data.data_path  # files, not a dataset on the hub
+    if is_local and dist.is_main:
+        print_safely(f"reading the names of the images in {data.data_path}")
     return dist.broadcast(dist.on_main(read)) if is_local else read()
 
 

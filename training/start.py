@@ -326,7 +326,7 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
 def write_sheet(images: Source, folder: Path) -> None:
     """Writes some of the images, as training reads them, to images.png, unless the file exists."""
     if not (path := folder / "images.png").exists():
-        from sampling.grid import contact_sheet, write_png  # imports matplotlib: a second
+        from latents.image_grid import contact_sheet, write_png  # imports matplotlib: a second
 
         with warns_if_lost(path):
             write_png(contact_sheet(images), path)

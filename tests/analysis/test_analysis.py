@@ -33,13 +33,13 @@ from checkpoints import Record, save_model
 from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
+from latents.fonts import FONT, font_with
+from latents.image_grid import class_caption, image_grid
 from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.fonts import FONT, font_with
 from sampling.generate import SamplerSettings, generate
-from sampling.grid import class_caption, image_grid
 
 STEPS, TOKENS, K = 3, 16, 2
 
@@ -68,12 +68,12 @@ TABLES = (
 
 
 def tables(recorder: RoutingRecorder) -> list[torch.Tensor]:
-    return [getattr(recorder, name) for name in TABLES]
+    return [recorder.tables[name] for name in TABLES]
 
 
 def brute_force_tables(routings: list[Routing], like: RoutingRecorder, labels: list[int]) -> list:
     """The tables of a list of routings, one of each layer and step, counted row by row."""
-    want = {name: torch.zeros_like(getattr(like, name)) for name in TABLES}
+    want = {name: torch.zeros_like(like.tables[name]) for name in TABLES}
     experts = {}  # by step and layer: the set of pairs of a patch (of an image) and an expert
     for call, routing in enumerate(routings):
         step, layer = divmod(call, len(like.layers))
@@ -117,16 +117,16 @@ def test_recorder_counts_equal_a_brute_force_count_of_the_routing(router, object
 def test_counts_leave_out_the_extra_expert_of_images_without_a_class():
     recorder = record(random_model(router="prototype"), [[3, 7]])
     counts, (weights, _) = recorder.counts([3, 7]), recorder.mean_weights()
-    assert recorder.by_class.shape == (10, 2, 5) and weights.shape == (2, TOKENS, 4)
+    assert recorder.tables["by_class"].shape == (10, 2, 5) and weights.shape == (2, TOKENS, 4)
     assert counts["by_class"].shape == (2, 2, 4) and counts["similarity"].shape == (2, 4, 4)
     assert (counts["by_class"].sum((1, 2)) == STEPS * 2 * TOKENS * K).all()
 
 
 def test_recorder_stores_the_time_of_each_step():
     flow = record(random_model(), [[0], [1]], num_steps=4)
-    assert flow.times.tolist() == [1, 0.75, 0.5, 0.25]
+    assert flow.tables["times"].tolist() == [1, 0.75, 0.5, 0.25]
     gaussian = record(random_model(), [[0]], objective="gaussian", num_steps=2)
-    assert gaussian.times.tolist() == [999, 0]
+    assert gaussian.tables["times"].tolist() == [999, 0]
 
 
 def test_recorder_removes_its_hooks_even_after_an_exception():
@@ -137,10 +137,10 @@ def test_recorder_removes_its_hooks_even_after_an_exception():
         recorder.start_batch([0])
         assert torch.equal(model(x, t, y)[0], want)
         raise KeyboardInterrupt
-    counted = recorder.by_class.clone()
+    counted = recorder.tables["by_class"].clone()
     assert counted.sum() == 2 * TOKENS * K
     model(x, t, y)
-    assert torch.equal(recorder.by_class, counted)
+    assert torch.equal(recorder.tables["by_class"], counted)
 
 
 def test_recorder_counts_the_routing_of_compiled_blocks():
@@ -168,8 +168,8 @@ def test_recorder_never_waits_for_the_gpu():
                 recorder.end_step({"step": step, "t": t})
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert want.by_class.is_cuda
-    assert (recorder.by_step.sum(-1) == 2 * TOKENS * K).all()
+    assert want.tables["by_class"].is_cuda
+    assert (recorder.tables["by_step"].sum(-1) == 2 * TOKENS * K).all()
 
 
 def test_routing_information_is_zero_for_uniform_choice_and_maximal_for_one_expert_per_class():
@@ -276,7 +276,7 @@ def test_heat_maps_and_tables_are_made_from_a_checkpoint(checkpoint, tmp_path, c
     names = dict(zip(counts.labels, counts.class_names, strict=True))
     assert names == {8: "class 8", 3: "class 3"} and counts.by_class.sum() == total
     drawn = record(random_model(), [[8, 8, 3, 3]], first_seed=5)
-    assert np.array_equal(counts.by_class, drawn.by_class[counts.labels])
+    assert np.array_equal(counts.by_class, drawn.tables["by_class"][counts.labels])
     call_main("heatmap_class.py", "--data", run, "--output", figure)
     assert imread(figure).std() > 0.1
     numbers = figure.with_suffix(".csv").read_text()

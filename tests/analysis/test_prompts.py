@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error
+from conftest import call_main, expect_error, relative_error, run_script
 from diffusers import DiffusionPipeline
 from test_report import data_of, table_of
 
@@ -307,3 +307,12 @@ def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, ca
         open_prompt_pipeline(str(tmp_path / "dense"), "fp32")
     with pytest.raises(UserError, match="expected a model with experts"):
         sparse_layers(torch.nn.Linear(1, 1))
+
+
+def test_a_failed_script_leaves_no_folder_for_its_output(tmp_path):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "new" / "deep" / "counts.npz"
+    prompts.write_text(PROMPTS)
+    flags = ("--pipeline", tmp_path / "none", "--prompts", prompts, "--output", output)
+    failed = run_script("expert_data.py", *flags, check=False)
+    assert failed.returncode == 2 and "expected a folder or hub id" in failed.stderr
+    assert [*tmp_path.iterdir()] == [prompts]

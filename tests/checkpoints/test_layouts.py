@@ -124,7 +124,7 @@ def test_converting_published_weights_to_ours_and_back_changes_nothing(name, tmp
     "field, value, named",
     [("norm", "rms", ""), ("rope", True, ""), ("time_scale", 1000.0, ""), ("class_tokens", 2, ""),
      ("router", "race", ""), ("conditions", ("label", "size"), ""),
-     ("mlp_type", "gelu", "expert_mlp"), ("sparse_layers", (1,), "sparse_blocks"),
+     ("mlp_type", "gelu", "mlp_type"), ("sparse_layers", (1,), "sparse_layers"),
      ("patch_bottleneck", 8, "")],
 )  # fmt: skip
 def test_a_model_that_published_code_cannot_compute_is_refused_by_the_name_of_the_field(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from evaluation.features import InceptionFeatures, load_extractor
+from evaluation.extractors import InceptionFeatures, load_extractor
 from evaluation.images import ImageSet, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     Statistics,

@@ -18,9 +18,9 @@ from moe_kernels.quantized import quantize
 from quantization import quantize_experts
 from routers import ROUTERS
 from runtime.errors import UserError
-from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import open_pipeline
+from sampling.sampling_config import SamplingConfig
 
 KINDS = ("int8", "int4")
 kinds = pytest.mark.parametrize("kind", KINDS)

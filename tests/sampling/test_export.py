@@ -37,7 +37,7 @@ from latents.autoencoder import weights_digest
 from options.settings import stored
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
-from sampling.export import model_card
+from sampling.formats import model_card
 
 NAMES = ("ape", "bee", "cat", "dog")
 DRAW = ("--class-labels", "cat", 0, "bee", "--seed", 5, "--cfg-scale", 2, "--num-sampling-steps", 3)

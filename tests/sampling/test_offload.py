@@ -11,11 +11,11 @@ from analysis.recorder import count_routing
 from checkpoints import config_of
 from quantization import quantize_experts
 from runtime.devices import DTYPES
-from sampling.config import SamplingConfig
 from sampling.generate import SamplerSettings, generate
-from sampling.memory import weights_in_memory
+from sampling.memory_table import weights_in_memory
 from sampling.offload import offload_blocks
 from sampling.pipeline import open_pipeline
+from sampling.sampling_config import SamplingConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS = dict(class_dropout_prob=0.1, num_classes=4, depth=3)  # an odd number of blocks

@@ -16,14 +16,14 @@ from analysis.pictures import Trajectory
 from checkpoints import config_of, load_model
 from checkpoints.published import to_published
 from diffusion import PerImageNoise, create_diffusion
+from latents.fonts import FONT
+from latents.image_grid import class_captions, image_grid
 from models import DiT
 from runtime.errors import UserError, run_main
 from runtime.progress import progress
-from sampling.config import SamplingConfig
-from sampling.fonts import FONT
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings
-from sampling.grid import class_captions, image_grid
 from sampling.pipeline import choose_precision, open_pipeline
+from sampling.sampling_config import SamplingConfig
 
 NAMES = ("ape", "Bee", "cat", "dog")
 OBJECTIVES = ("gaussian", "rectified_flow")

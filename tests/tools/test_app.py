@@ -163,41 +163,17 @@ def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, conf
     assert not visitor.all(".map canvas")
 
 
-def test_the_page_generates_an_image_on_opening_and_when_a_slider_moves(visit, config):
-    visitor = visit()
-    visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
-    visitor.set("number input for Guidance", 3)
-    visitor.wait(".note", "guidance 3,")
-    assert_draws(visitor.pictures()[0], config.ckpt, label=0, seed=0, cfg_scale=3.0)
-
-
-def test_a_grid_on_the_page_has_one_row_per_class_and_one_column_per_seed(visit, config):
-    visitor = visit()
-    visitor.wait("button", "Several images").click()
-    visitor.set("number input for Images per class", 2)
-    visitor.choose(NAMES[2], "Also draw")
-    visitor.wait("figcaption", f"{NAMES[2]}, seed 1")
-    links = visitor.all("a[download]")
-    sides = len(links) // 2
-    assert sides == 4 and len(visitor.all(".maps")) == 0
-    assert visitor.wait(".note", "draw one class with one image")
+def test_a_grid_has_one_row_per_class_and_one_column_per_seed(config):
+    configs = [replace(config, ckpt=ckpt) for ckpt in (config.ckpt, config.compare)]
+    controls = dict(label=0, seed=0, images=2, more=[2], sampler="euler", steps=STEPS, live=True)
+    shown = page.draw(configs, controls | dict(scale=3.0, low=0.0, high=1.0), lambda _: None)
     cells = [(0, 0), (0, 1), (2, 0), (2, 1)]
-    for ckpt, part in ((config.ckpt, links[:sides]), (config.compare, links[sides:])):
-        for link, (label, seed) in zip(part, cells, strict=True):
-            assert_draws(link.get_attribute("href"), ckpt, label, seed)
-
-
-def test_two_simultaneous_visitors_each_get_the_class_they_chose(visit, config):
-    visitors = {label: visit() for label in (1, 2)}
-    for label, visitor in visitors.items():
-        visitor.choose(NAMES[label])
-    for visitor in visitors.values():
-        visitor.wait("button", "Draw").click()
-    for label, visitor in visitors.items():
-        visitor.wait("figcaption", f"{NAMES[label]}, seed 0")
-        links = visitor.all("a[download]")
-        for link, ckpt in zip(links, (config.ckpt, config.compare), strict=True):
-            assert_draws(link.get_attribute("href"), ckpt, label, seed=0)
+    assert shown["grid"] and not shown["frames"]
+    for side, ckpt in zip(shown["sides"], (config.ckpt, config.compare), strict=True):
+        assert side["columns"] == 2
+        for cell, (label, seed) in zip(side["cells"], cells, strict=True):
+            assert cell["caption"] == f"{NAMES[label]}, seed {seed}"
+            assert_draws(cell["png"], ckpt, label, seed, cfg_scale=3.0)
 
 
 @pytest.fixture

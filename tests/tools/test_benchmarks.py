@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call_main, in_processes
+from conftest import ROOT, call_main, expect_error, in_processes
 
 from runtime.processes import Distributed
 from tools.benchmarks import bench_cluster, bench_save, bench_train
@@ -32,6 +32,20 @@ def test_bench_sample_measures_each_expert_back_end(tmp_path, capsys):
     measured = [(row["experts"], row["quantize"]) for row in rows]
     assert measured == [(name, kind) for name in ("loop", "grouped") for kind in kinds[1:]]
     assert "fp32" in capsys.readouterr().out
+
+
+def test_the_seconds_of_sampling_are_measured_with_and_without_reuse(tmp_path, capsys):
+    output = tmp_path / "rows.json"
+    words = ["--run", ROOT / "assets" / "demo", "--batch-size", 2, "--seconds", 0.01]
+    words += ["--rounds", 2, "--precisions", "fp32", "--output", output, "--settings"]
+    call_main("tools.benchmarks.bench_sample", *words, "euler:2", "heun:2:2")
+    first, second = json.loads(output.read_text())["rows"]
+    assert (first["sampler"], first["steps"], first["reuse"]) == ("euler", 2, 0)
+    assert (second["sampler"], second["steps"], second["reuse"]) == ("heun", 2, 2)
+    both = zip(second["ms_per_image"], first["ms_per_image"], strict=True)
+    assert first["ratios"] == [1, 1] and second["ratios"] == [mine / ref for mine, ref in both]
+    error = expect_error(capsys, "tools.benchmarks.bench_sample", *words, "euler")
+    assert "--settings: got euler, expected SAMPLER:STEPS or SAMPLER:STEPS:REUSE" in error
 
 
 def test_bench_moe_measures_the_layer_next_to_a_dense_layer_and_its_products(tmp_path):

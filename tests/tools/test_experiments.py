@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 import re
@@ -497,20 +496,6 @@ def test_experts_are_reused_within_a_batch_and_never_across_batches(config):
         fresh = [torch.equal(output, experts(*inputs)) for inputs, output in outputs[:6]]
     assert fresh == [True, False, True, True, False, True]
     assert torch.equal(outputs[1][1], outputs[0][1])
-
-
-def test_the_seconds_of_sampling_are_measured_with_and_without_reuse(tmp_path, capsys):
-    output = tmp_path / "rows.json"
-    words = ["--run", ROOT / "assets" / "demo", "--batch-size", 2, "--seconds", 0.01]
-    words += ["--rounds", 2, "--output", output, "--settings"]
-    call_main("tools.experiments.seconds", *words, "euler:2", "heun:2:2")
-    first, second = json.loads(output.read_text())["rows"]
-    assert (first["sampler"], first["steps"], first["reuse"]) == ("euler", 2, 0)
-    assert (second["sampler"], second["steps"], second["reuse"]) == ("heun", 2, 2)
-    both = zip(second["ms_per_image"], first["ms_per_image"], strict=True)
-    assert first["ratios"] == [1, 1] and second["ratios"] == [mine / ref for mine, ref in both]
-    error = expect_error(capsys, "tools.experiments.seconds", *words, "euler")
-    assert "--settings: got euler, expected SAMPLER:STEPS or SAMPLER:STEPS:REUSE" in error
 
 
 def test_shares_of_kept_experts():

@@ -50,10 +50,6 @@ SLOW_RANKS = {
     f"{name} {ranks}": {"model": f"DiT-{name}/2", "ranks": ranks, "flags": {"shard_size": ranks}}
     for name in ("XL", "G") for ranks in (8, 64)
 }  # fmt: skip
-BLOCKS = {
-    **{name: {"model": f"DiT-{name}/2"} for name in ("XL", "G")},
-    **{router: {"model": "DiT-S/2", "router": router} for router in ROUTERS},
-}
 needs_fake = pytest.mark.needs_fake
 
 
@@ -113,11 +109,3 @@ def test_full_size_models_read_nothing_on_the_host(name):
 @pytest.mark.parametrize("name", SLOW_RANKS)
 def test_full_size_models_are_sharded_evenly(name):
     assert_even(run_fake(traffic_of={name: SLOW_RANKS[name]}))
-
-
-@needs_fake
-@pytest.mark.parametrize("name", BLOCKS)
-def test_compiled_blocks_have_no_graph_break_and_their_kernels_build_for_hopper(name):
-    (row,) = run_fake(kernels_of={name: BLOCKS[name]}).values()
-    assert row["breaks"] == row["failed"] == []
-    assert row["graphs"] == 2 and row["kernels"] > 10  # forward and backward

@@ -16,9 +16,9 @@ from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
 from training.engines.fsdp import FSDPEngine
-from training.metrics import ProcessReport
 from training.saving import Saver
 from training.spikes import SpikeDetector
+from training.step_metrics import ProcessReport
 
 
 def test_only_a_norm_far_above_the_mean_of_the_earlier_ones_is_a_spike(monkeypatch):

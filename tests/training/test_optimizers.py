@@ -9,7 +9,7 @@ from torch import nn
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
-from tools.rebuilding import snapshots_of
+from tools.rebuild_ema import snapshots_of
 from training.ema import ExponentialEMA, PowerEMA
 from training.optimizers import AdamW, Muon, hidden_matrices, planned_state
 from training.schedule import SCHEDULES, rate_factor

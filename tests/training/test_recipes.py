@@ -75,77 +75,88 @@ def preset_of(name: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_a_published_recipe_has_exactly_the_published_trainable_parameters(name):
-    config, preset = recipe(name).model, preset_of(name)
-    with torch.device("meta"):
-        model = DiT(**vars(config))
-    trainable = sum(parameter.numel() for parameter in model.parameters())
-    assert trainable == preset["trainable_parameters"]
-    assert list(config.sparse_blocks) == preset["sparse_blocks"]
-    assert (config.num_heads, config.input_size) == tuple(
-        preset["kwargs"][key] for key in ("num_heads", "input_size")
-    )
+FAMILIES = sorted({group for group, _ in SOURCES.values()})
 
 
-PUBLISHED = [name for name in SOURCES if "training" in preset_of(name) and name not in JIT]
+def of_family(family: str) -> list[str]:
+    return [name for name, (group, _) in SOURCES.items() if group == family]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_recipe_has_the_published_training_settings(name):
-    config, training = recipe(name), preset_of(name)["training"]
-    optimizer, step = config.optimizer, config.step
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_recipes_have_exactly_the_published_trainable_parameters(family):
+    for name in of_family(family):
+        config, preset = recipe(name).model, preset_of(name)
+        with torch.device("meta"):
+            model = DiT(**vars(config))
+        trainable = sum(parameter.numel() for parameter in model.parameters())
+        assert trainable == preset["trainable_parameters"], name
+        assert list(config.sparse_blocks) == preset["sparse_blocks"], name
+        sizes = tuple(preset["kwargs"][key] for key in ("num_heads", "input_size"))
+        assert (config.num_heads, config.input_size) == sizes, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_recipes_have_the_published_training_settings(family):
+    names = [name for name in of_family(family) if "training" in preset_of(name)]
+    assert names
+    for name in names:
+        config, training = recipe(name), preset_of(name)["training"]
+        check = check_settings_of_jit if name in JIT else check_settings
+        assert list(config.optimizer.betas) == training["betas"], name
+        assert config.engine.global_batch_size == training["batch_size"], name
+        assert config.model.dropout == training["label_dropout"], name
+        check(config, training)
+
+
+def check_settings(config: TrainConfig, training: dict) -> None:
+    step = config.step
     assert step.lr == training["lr"] and not step.warmup_steps
-    assert list(optimizer.betas) == training["betas"]
-    assert optimizer.weight_decay == training["weight_decay"]
+    assert config.optimizer.weight_decay == training["weight_decay"]
     assert step.grad_clip == (training["clip_grad_norm"] or 0)
     assert [ema.decay for ema in config.ema] == [training["ema_decay"]]
-    assert config.engine.global_batch_size == training["batch_size"]
-    assert config.model.dropout == training["label_dropout"]
     assert config.objective.times == training["time"].split()[0].replace(",", "")
     assert (config.model.time_scale == 1000) == ("1000 t" in training["objective"])
 
 
-@pytest.mark.parametrize("name", JIT)
-def test_a_recipe_of_jit_has_the_published_training_settings(name):
-    config, training = recipe(name), preset_of(name)["training"]
+def check_settings_of_jit(config: TrainConfig, training: dict) -> None:
     assert config.step.lr == 2e-4 and "2e-4 at 1024" in training["lr"]
     assert config.step.warmup_steps == 5 * 1_281_167 // 1024 and "5 epochs" in training["schedule"]
-    assert list(config.optimizer.betas) == training["betas"]
     assert [ema.decay for ema in config.ema] == training["ema_decay"]
-    assert config.engine.global_batch_size == training["batch_size"]
     assert config.run.epochs == training["epochs_in_script"]
-    assert config.model.dropout == training["label_dropout"]
     assert training["time"] == "logit-normal mean -0.8 std 0.8, t = 1 data"
     objective = config.objective
     assert (objective.mean, objective.std, objective.clamp) == (0.8, 0.8, 0.05)
     assert objective.noise_scale == training["noise_scale"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_dit_and_dit_moe_have_the_published_parameters():
+    counts = {name: count_parameters(recipe(name).model) for name in (*DENSE, *MILLIONS)}
+    assert {name: counts[name] for name in DENSE} == {name: (n, n) for name, n in DENSE.items()}
+    for name, millions in MILLIONS.items():
+        assert [n / 1e6 for n in counts[name]] == pytest.approx(list(millions), rel=0.027), name
+
+
+EXAMPLES = ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16")  # one a family
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, "published", "stable", "fast", "pixels"])
 def test_the_config_file_of_a_run_with_a_recipe_is_a_recipe_for_the_same_config(name, tmp_path):
     write_config(tmp_path, recipe(name), {})
     assert config_of("--config", tmp_path / CONFIG_FILE) == recipe(name)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *MILLIONS])
-def test_dit_and_dit_moe_have_the_published_parameters(name):
-    total, active = count_parameters(recipe(name).model)
-    if name in DENSE:
-        assert total == active == DENSE[name]
-    else:
-        assert (total / 1e6, active / 1e6) == pytest.approx(MILLIONS[name], rel=0.027)
+def test_every_recipe_names_its_command():
+    for name in (*SOURCES, *DENSE, *MILLIONS):
+        text = (FOLDER / f"{name}.yaml").read_text()
+        assert f"--config config/recipes/{name}.yaml" in text, name
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *DENSE, *MILLIONS])
-def test_every_recipe_names_its_command_and_one_of_each_project_passes_a_dry_run(name, capsys):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_recipe_of_each_family_passes_a_dry_run(name, capsys):
     """With two blocks, which are planned in less time."""
-    path = FOLDER / f"{name}.yaml"
-    assert f"--config config/recipes/{path.name}" in path.read_text()
-    if name in ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16"):
-        few = ("--depth", 2, "--class-tokens-start", 1) if name in JIT else ("--depth", 2)
-        call_main("train.py", "--config", path, "--dry-run", "--gpus", 8, *few)
-        assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
+    few = ("--depth", 2, "--class-tokens-start", 1) if name in JIT else ("--depth", 2)
+    call_main("train.py", "--config", FOLDER / f"{name}.yaml", "--dry-run", "--gpus", 8, *few)
+    assert re.search(r"^parameters +[\d,]+ total", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["published", "stable", "fast", "pixels"])

@@ -648,6 +648,13 @@ def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
     assert path.read_bytes() == b"".join(good[:3])
 
 
+def test_a_default_said_aloud_is_no_change(copied, flags, capsys):
+    said = {"mlp-type": "swiglu", "sparse-layers": "0,1", "class-dropout-prob": 0.1}
+    call_main("train.py", *flags(copied, **said, **{"max-steps": 4}), "--dry-run")
+    notes = capsys.readouterr().out
+    assert "--max-steps: was 3, is 4" in notes and not any(name in notes for name in said)
+
+
 def test_a_change_that_no_checkpoint_has_leaves_the_log(copied, flags, monkeypatch):
     """The run is killed after the change and before a save."""
     resume = ["--resume", copied / "run", "--max-steps", 4]

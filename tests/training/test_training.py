@@ -466,6 +466,10 @@ def test_a_run_writes_logs_samples_and_checkpoints(finished):
     assert Image.open(run / "samples-0000004.png").size[0] > 32
     assert any((run / "tensorboard").iterdir())
     assert [row["step"] for row in rows(finished)] == [1, 2, 4]
+    shown = {word for line in (run / "log.txt").read_text().splitlines() if "  loss " in line
+             for word in line.split()}  # fmt: skip
+    assert {"loss", "lr", "left,"} <= shown  # the row has the rest
+    assert {"expert_load", "memory_gb"} <= rows(finished)[0].keys() - shown
     row = rows(finished)[-1]
     for name in ("loss", "aux_loss", "grad_norm", "lr", "images_per_sec", "memory_gb"):
         assert row[name] > 0, name
@@ -631,9 +635,12 @@ def test_wrong_train_py_flags_are_errors_that_create_no_run(flags, tmp_path, cha
     assert not (tmp_path / "r").exists()
 
 
-def test_a_run_on_images_shows_some_as_it_reads_them(flags, latent_cache, tmp_path):
+def test_a_run_on_images_shows_some_as_it_reads_them(
+    flags, image_tree, latent_cache, tmp_path, capsys
+):
     one_step = {"max-steps": 1, "vae-path": "pixels"}
     call_main("train.py", *flags(tmp_path / "pixels", **one_step))
+    assert capsys.readouterr().out.startswith(f"reading the names of the images in {image_tree}\n")
     sheet = Image.open(only_run(tmp_path / "pixels") / "images.png")
     assert min(sheet.size) > 4 * 112  # four rows and columns of enlarged images
     of_cache = {"data-path": None, "latents-path": latent_cache, "image-size": None}
@@ -659,6 +666,7 @@ def test_a_first_step_of_more_than_a_minute_says_what_takes_long(flags, tmp_path
     monkeypatch.setattr(TrainingLoop, "explain_slow_step", explain_and_tell)
     call_main("train.py", *flags(tmp_path / "slow", **changes))
     fast, slow = ((only_run(tmp_path / n) / "log.txt").read_text() for n in ("fast", "slow"))
+    assert re.search(r"M active\), 16 tokens an image, .*\n.* memory: \S+ GiB needed", fast)
     (line,) = re.findall(r"the first step has taken .*", slow)
     assert "6 images of 16 tokens, " in line and "recipes/pixels.yaml" in line
     assert line.endswith("a smaller --global-batch-size") and "has taken" not in fast

@@ -3,14 +3,21 @@ r"""Measures images per second of sampling, without the autoencoder, by precisio
     python -m tools.benchmarks.bench_sample
     python -m tools.benchmarks.bench_sample --model DiT-XL/2 --batch-size 32 --precisions fp16 bf16
     python -m tools.benchmarks.bench_sample --backends grouped --quantize none int8 int4
+    python -m tools.benchmarks.bench_sample --run results/few/flow-900-0 --batch-size 100 \
+        --settings euler:16 euler:16:2 heun:4 unipc:8 --output results/seconds.json
 
 Each row samples one batch from a model with random weights. With guidance, the model processes
 twice the number of images in one pass. The time per step does not depend on the number of steps, so
 few steps suffice for a comparison.
+
+With --run, each row samples a batch from this run with one of --settings, without guidance, which
+compares rows of `tools.experiments.samples` at equal time. "ratios" compares its time with that of
+the first setting, for each of the --rounds.
 """
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -18,11 +25,14 @@ from models import DiT
 from options.parts import option
 from quantization import quantize_experts
 from runtime.devices import DTYPES
-from runtime.errors import run_main
+from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 from sampling.generate import SamplerSettings, generate
+from sampling.pipeline import SamplingPipeline, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
+from tools.experiments.interventions import Reuse
 from wrappers import wrap_blocks
 
 
@@ -33,6 +43,14 @@ class SampleBenchmarkConfig(ModelBenchmarkConfig):
     quantize: tuple[str, ...] = option(
         ("none",), choices=("none", "int8", "int4"), help="type of the experts' weights"
     )
+    run: str | None = option(
+        None, group="settings of a run", help="run folder; the flags of models have no effect"
+    )
+    settings: tuple[str, ...] = option(
+        (), metavar="SAMPLER:STEPS[:REUSE]",
+        help="samplers with steps, such as heun:4; with a third number as --reuse of samples.py",
+    )  # fmt: skip
+    rounds: int = option(5, ge=1, help="number of rounds")
 
 
 def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device) -> list[dict]:
@@ -57,14 +75,57 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
     ]  # fmt: skip
 
 
+def measure_settings(
+    config: SampleBenchmarkConfig, precision: str, device: torch.device
+) -> list[dict]:
+    """Returns a row of each of --settings of --run."""
+    opened = {text: open_setting(config.run, text, precision) for text in config.settings}
+    seeds = range(config.batch_size)
+    functions = {
+        text: lambda pipeline=pipeline: pipeline.latents(
+            [i % pipeline.model.config.num_classes for i in seeds], seeds
+        )
+        for text, (_, pipeline) in opened.items()
+    }
+    rounds = [
+        best_times(functions, seconds=config.seconds, device=device) for _ in range(config.rounds)
+    ]
+    first = config.settings[0]
+    return [
+        row | {
+            "ms_per_image": [times[text] / len(seeds) * 1e3 for times in rounds],
+            "ratios": [times[text] / times[first] for times in rounds],
+        }
+        for text, (row, _) in opened.items()
+    ]  # fmt: skip
+
+
+def open_setting(run: str, text: str, precision: str) -> tuple[dict, SamplingPipeline]:
+    """Returns a row without times, and its pipeline, which has a model of its own.
+
+    text: sampler, steps and perhaps reuse, such as "heun:4" or "euler:16:2"
+    """
+    sampler, *numbers = text.split(":")
+    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--settings: got {text}, expected SAMPLER:STEPS or SAMPLER:STEPS:REUSE")
+    steps, reuse = map(int, [*numbers, "0"][:2])
+    opened = open_pipeline(SamplingConfig(ckpt=run, sampler=sampler, precision=precision))
+    if reuse > 1:
+        Reuse(opened.model, reuse)
+    row = {"run": Path(run).name, "precision": precision, "sampler": sampler, "steps": steps}
+    return row | {"reuse": reuse}, opened.with_settings(steps=steps, cfg_scale=1.0)
+
+
 def parse_args() -> SampleBenchmarkConfig:
     return parse_config(SampleBenchmarkConfig, __doc__)
 
 
 def main(config: SampleBenchmarkConfig) -> None:
     prepare_output("--output", config.output)
-    device = open_processes().device
-    rows = [row for precision in config.precisions for row in measure(config, precision, device)]
+    if bool(config.run) != bool(config.settings):
+        raise UserError("--run, --settings: got one of them, expected both or none")
+    device, measured = open_processes().device, measure_settings if config.run else measure
+    rows = [row for precision in config.precisions for row in measured(config, precision, device)]
     report(config, rows, device)
 
 

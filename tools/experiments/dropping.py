@@ -36,10 +36,10 @@ from routers import Routing
 from runtime.errors import UserError, run_main
 from runtime.files import atomic_folder, prepare_output
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
-from sampling.export import FORMATS, public_checkpoint
+from sampling.formats import FORMATS, public_checkpoint
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.experiments.report import add_row, read_lines
 
 

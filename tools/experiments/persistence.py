@@ -29,8 +29,8 @@ from routers import Routing
 from runtime.errors import run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
 from sampling.pipeline import SamplingPipeline, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.experiments.report import add_row, read_lines
 from tools.experiments.specialisation import randomise_gates
 

@@ -51,7 +51,7 @@ COLUMNS = (
 class ReportConfig:
     rows: tuple[Path, ...] = option(help=".jsonl of runs or of samples, or .csv of specialisation")
     times: Path | None = option(
-        None, help="a .json with milliseconds per step, by question and arm, or of seconds.py"
+        None, help="a .json with milliseconds per step, by question and arm, or of bench_sample.py"
     )
     arms: tuple[str, ...] = option(
         (), help="arms in the tables of specialisation (default: all with rows)"
@@ -289,7 +289,7 @@ def report_samples(config: ReportConfig, rows: list[dict]) -> str:
         raise UserError(f"--reference: got {config.reference}, expected some of {expected}")
     text = sample_tables(rows)
     if frame["reuse"].any():
-        message = f"--times: got {config.times}, expected a .json of seconds.py"
+        message = f"--times: got {config.times}, expected a .json of bench_sample.py"
         with reported_as(message, OSError, ValueError, LookupError):
             times = read_json(config.times)["rows"] if config.times else []
             text += "\n" + reuse_table(rows, times)

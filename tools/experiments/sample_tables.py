@@ -148,7 +148,7 @@ def reuse_table(rows: list[dict], times: list[dict]) -> str:
     """Returns a Markdown table that compares sampling with reused outputs of experts with sampling
     without, by the same sampler in as many passes or fewer.
 
-    times: rows of `seconds.py`, or none
+    times: rows of `bench_sample.py`, or none
     """
     frame = read_samples(rows)
     ratios = {(t["sampler"], t["steps"], t["reuse"]): Series(t["ratios"]) for t in times}

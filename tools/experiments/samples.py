@@ -24,19 +24,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from evaluation.features import load_extractor
-from evaluation.generation import sample_labels
+from evaluation.extractors import load_extractor
 from evaluation.images import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
+from evaluation.sampled_images import sample_labels
 from latents.features import FeatureNetwork
+from latents.image_grid import captioned_rows, enlarge, write_png
 from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from sampling.config import SamplingConfig
-from sampling.grid import captioned_rows, enlarge, write_png
 from sampling.pipeline import SamplingPipeline, open_pipeline
+from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import open_processes
 from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.report import add_row, read_lines

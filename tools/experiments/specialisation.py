@@ -27,7 +27,8 @@ from pandas import DataFrame
 from torch import Tensor
 
 from analysis.counts import mutual_information, run_names
-from analysis.heatmap import Heatmap, experts_per_token_cells, save_figure
+from analysis.figures import save_figure
+from analysis.heatmap import Heatmap, experts_per_token_cells
 from analysis.recorder import RoutingRecorder, listen
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
@@ -60,10 +61,10 @@ class FactorRecorder(RoutingRecorder):
 
     def allocate(self, device: torch.device) -> None:
         super().allocate(device)
-        positions, *others = self.by_position.shape
+        positions, *others = self.tables["by_position"].shape
         self.joint = [
             torch.zeros(len(table), positions, *others, dtype=torch.int64, device=device)
-            for table in (self.by_class, self.by_step)
+            for table in (self.tables["by_class"], self.tables["by_step"])
         ]
 
     def add(self, layer: int, routing: Routing, one: Tensor, rows: dict[str, Tensor]) -> None:
@@ -133,8 +134,8 @@ def bits(recorder: FactorRecorder, spans: bool = False) -> dict[str, float]:
     I(class; expert | position) = I(class and position; expert) - I(position; expert)
     """
     step = "span" if spans else "time"
-    tables = {"class": recorder.by_class, step: recorder.by_step, "position": recorder.by_position}
-    found = {name: mean_information(table) for name, table in tables.items()}
+    tables = {"class": "by_class", step: "by_step", "position": "by_position"}
+    found = {name: mean_information(recorder.tables[of]) for name, of in tables.items()}
     for name, table in zip(("class", step), recorder.joint, strict=True):
         found[f"{name} given position"] = mean_information(table.flatten(0, 1)) - found["position"]
     return found
@@ -215,7 +216,7 @@ def main(config: SpecialisationConfig) -> None:
             lines.append({"run": name, "router": kind, **bits(recorder, config.spans)})
             print(*(f"{v:.4f}" if isinstance(v, float) else f"{v:16}" for v in lines[-1].values()))
         if found:
-            counts = found["trained"].by_step_and_position.cpu().numpy()  # (bins, T, L)
+            counts = found["trained"].tables["by_step_and_position"].cpu().numpy()  # (bins, T, L)
             per_token[name] = counts.mean(-1) / len(found["trained"].labels)
             DataFrame(lines).to_csv(config.output, index=False)
     if not lines:

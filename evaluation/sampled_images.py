@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from latents.image_grid import write_png
 from runtime.errors import check_same
 from runtime.files import prepare_output, read_json, write_durably
 from runtime.processes import Distributed
 from runtime.progress import progress
-from sampling.grid import write_png
 from sampling.pipeline import SamplingPipeline
 
 

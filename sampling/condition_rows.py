@@ -37,7 +37,7 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
             ".npz file", Exception,
         ):  # fmt: skip
             rows = read_rows(name, text)
-        rows = rows[None] if rows.shape == shape else rows                  # (M, ...)
+        rows = rows[None] if rows.shape == shape else rows  # (M, ...)
         if rows.shape[1:] != shape or not len(rows):
             expected = " x ".join(map(str, shape))
             raise UserError(

@@ -13,11 +13,11 @@ from torchvision.io import encode_png
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+from latents.fonts import drawable, font_file
 from latents.loading import evenly_spaced
 from latents.sources import Source
 from models import DiT
 from runtime.files import write_durably
-from sampling.fonts import drawable, font_file
 
 PADDING = 2
 LONGEST = 24  # characters; longer captions are truncated

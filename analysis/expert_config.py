@@ -7,7 +7,7 @@ from typing import Any
 from options.parts import option, options_of, sides
 from runtime.errors import UserError
 from runtime.flags import refuse_idle
-from sampling.config import CKPT_HELP, SamplingConfig
+from sampling.sampling_config import CKPT_HELP, SamplingConfig
 
 ABLATION_FILE = "expert_ablation.jsonl"  # default file name
 BATCH_SIZE = 32  # default with --ckpt
