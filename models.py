@@ -3,6 +3,9 @@
     model = DiT_models["DiT-S/2"](input_size=32, num_experts=8, num_experts_per_tok=2)
     prediction, aux_loss = model(x, t, y)
 
+What is done to a model stands elsewhere: its first weights (initialization.py), checkpointing and
+torch.compile (wrappers.py), quantised experts (quantization.py), sizes by name (presets.py).
+
 Shape legend:
     N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),
     h x w latent size, p patch size, P = (h/p)*(w/p) patches per image, T tokens per image in a
