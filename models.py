@@ -3,6 +3,9 @@
     model = DiT_models["DiT-S/2"](input_size=32, num_experts=8, num_experts_per_tok=2)
     prediction, aux_loss = model(x, t, y)
 
+What is done to a model stands elsewhere: its first weights (initialization.py), checkpointing and
+torch.compile (wrappers.py), quantised experts (quantization.py), sizes by name (presets.py).
+
 Shape legend:
     N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),
     h x w latent size, p patch size, P = (h/p)*(w/p) patches per image, T tokens per image in a
@@ -31,9 +34,9 @@ from conditions import (
     split_condition,
 )
 from initialization import initialize
-from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, has_tangent, width_of
+from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
-from moe_kernels.layouts import to_stacked_layout
+from moe_kernels.forward_mode import has_tangent
 from options.parts import Config, Part, Size, option, sides
 from options.settings import check_names
 from presets import PRESETS
@@ -632,7 +635,10 @@ class DiT(nn.Module):
     def load_state_dict(
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ):
-        """Loads a state dict in our layout or a published one (see layouts.py)."""
+        """Loads a state dict in our layout or a published one."""
+        # Not at the top, because checkpoints/, apart from this file, imports the model.
+        from checkpoints.layouts import to_stacked_layout
+
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 

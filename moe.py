@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.experts import compute_experts, has_tangent
-from moe_kernels.quantized import QuantizedWeight, quantize
+from moe_kernels.experts import compute_experts
+from moe_kernels.forward_mode import has_tangent
+from moe_kernels.gated_linear import GatedLinear
+from moe_kernels.quantized import QuantizedWeight
 from options.parts import Part
 from routers import NOTHING, ROUTERS, Context, Routing
 
@@ -41,41 +43,6 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
         return self.down_proj(self.gate_proj(x), self.up_proj(x))
-
-
-class GatedLinear(nn.Linear):
-    """Linear layer on silu(gate) * up. For backward it saves gate and up, but not the product."""
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:                  # (..., H) to (..., D)
-        # Plain operations under torch.func.jvp: torch.compile rejects autograd Functions with a jvp
-        # method, so `GatedLinearFunction` has none.
-        if has_tangent(gate, up, self.weight):
-            y = F.linear(F.silu(gate) * up, self.weight.to(gate.dtype))
-        else:
-            y = GatedLinearFunction.apply(gate, up, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class GatedLinearFunction(torch.autograd.Function):
-    """linear(silu(gate) * up, weight), computed in the dtype of gate."""
-
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up, weight = ctx.saved_tensors
-        silu = F.silu(gate)
-        grad_a = grad @ weight.to(grad.dtype)                               # (..., H)
-        grad_gate = torch.ops.aten.silu_backward(grad_a * up, gate)
-        a, grad = (silu * up).flatten(0, -2), grad.flatten(0, -2)
-        grad_weight = (grad.t() @ a).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return grad_gate, grad_a * silu, grad_weight
 
 
 class GeluMLP(nn.Module):
@@ -190,40 +157,6 @@ class Experts(nn.Module):
         return getattr(self, name, None)
 
 
-class QuantizedExperts(Experts):
-    """Experts whose matrices are stored as integers with scales, for inference only.
-
-    The parameter NAME of a matrix is replaced by the buffers NAME (integers) and NAME_scale.
-    """
-
-    def __init__(self, experts: Experts, kind: str):
-        nn.Module.__init__(self)
-        self.backend, matrices = experts.backend, matrices_to_quantize(experts)
-        for name, parameter in experts.named_parameters():
-            if name in matrices:
-                weight = quantize(parameter, kind)
-                self.register_buffer(name, weight.values)
-                self.register_buffer(f"{name}_scale", weight.scale)
-            else:
-                self.register_parameter(name, parameter)
-
-    def weight(self, name: str) -> Tensor | QuantizedWeight | None:
-        if name.endswith("_bias"):
-            return super().weight(name)
-        return QuantizedWeight(getattr(self, name), getattr(self, f"{name}_scale"))
-
-
-def matrices_to_quantize(experts: Experts) -> list[str]:
-    """Returns the names of the matrices that quantisation replaces."""
-    if type(experts) is not Experts or experts.shared:
-        raise ValueError(
-            f"got {type(experts).__name__} with the parameters "
-            f"{', '.join(name for name, _ in experts.named_parameters())}; expected those of "
-            "moe.Experts, because only their products are computed with integers"
-        )
-    return [name for name, _ in experts.named_parameters() if experts.per_expert[name]]
-
-
 def check_declared(experts: nn.Module, num_experts: int) -> None:
     """Raises ValueError for a parameter of experts whose owners are unknown; see `Experts`."""
     per_expert, shared = (getattr(experts, name, {}) for name in ("per_expert", "shared"))
@@ -235,13 +168,6 @@ def check_declared(experts: nn.Module, num_experts: int) -> None:
         if name in per_expert and (not weight.dim() or len(weight) != num_experts):
             raise ValueError(f"{kind}.per_expert: got {name} {tuple(weight.shape)}, expected "
                              f"({num_experts}, ...), a slice for each expert")
-
-
-def quantize_experts(model: nn.Module, kind: str) -> None:
-    """Replaces the experts of every sparse layer by quantised ones; kind: int8 or int4."""
-    for module in list(model.modules()):
-        if isinstance(module, SparseMoEBlock):
-            module.experts = QuantizedExperts(module.experts, kind)
 
 
 def cast_as_autocast(x: Tensor) -> Tensor:

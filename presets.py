@@ -1,6 +1,8 @@
-"""The published models: `DiTConfig` fields by name.
+"""The published models: fields of `DiTConfig` by name.
 
-config = DiTConfig(**PRESETS["DiT-S/2"])
+    config = DiTConfig(**PRESETS["DiT-S/2"])
+
+`models.DiT_models` makes the models.
 """
 
 from typing import Any

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 
 from models import DiT, DiTBlock
-from moe_kernels.experts import has_tangent
+from moe_kernels.forward_mode import has_tangent
 from routers import Routing
 
 # The experts of a layer, and their exchange of rows with other processes.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
 from checkpoints.quantized import quantization_of, quantize_state_dict
@@ -36,10 +37,9 @@ from checkpoints.weights import (
 )
 from latents.autoencoder import PIXELS
 from models import DiT, DiTConfig
-from moe import quantize_experts
-from moe_kernels.layouts import to_stacked_layout
 from options.settings import check_names, flags_of, over, read
 from presets import PRESETS
+from quantization import quantize_experts
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import find_moved, hub_folder, parse_json
 from runtime.tensor_file import write_tensors

@@ -98,6 +98,6 @@ def macs_and_experts(config: DiTConfig) -> tuple[int, list[float]]:
 def flops_of_experts(
     x: Sequence[int], weight: Sequence[int], parameters: Sequence[Sequence[int]], *_, **__
 ) -> int:
-    """Returns the FLOPs of `moe_kernels.experts.experts_forward`, from the shapes of its inputs."""
+    """Returns the FLOPs of `moe_kernels.operators.experts_forward`, from its inputs' shapes."""
     (rows,), (_, u, d), (_, _, h) = weight, *parameters[:2]
     return 2 * rows * d * (u + h)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from checkpoints.meta import meta_model
 from models import DiT, DiTConfig
-from moe import SparseMoEBlock, matrices_to_quantize
+from moe import SparseMoEBlock
 from moe_kernels.quantized import KINDS, quantize
+from quantization import matrices_to_quantize
 from runtime.errors import UserError, reported_as
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.experts import has_tangent
+from moe_kernels.forward_mode import has_tangent
 
 few_tokens = 256  # largest number of tokens per image for `attention_by_products`
 

@@ -1,4 +1,4 @@
-"""CPU-only optimisations: keeping freed memory, and padded expert products.
+"""Expert products on a CPU: in blocks that fit the cache, and padded.
 
 oneDNN compiles every new shape of a half-precision matrix product, which takes about as long as the
 product itself, and routing produces new shapes in every step. The rows of each expert are therefore
@@ -7,35 +7,11 @@ padded to a multiple of about 1/32 of the mean number of rows per expert: few sh
 Shape legend: E experts, R rows, H, I and O widths
 """
 
-import ctypes
-import platform
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """Makes glibc keep freed memory for the next tensor, if the device is a CPU.
-
-    By default glibc returns large tensors to the system, and faulting in new pages takes longer
-    than writing to them. Does nothing with another C library.
-    """
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether a CPU has no instructions for half-precision products, so fp32 is faster."""
-    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
-        return False
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def cached_blocks(rows: Tensor) -> Iterator[slice]:

@@ -1,4 +1,4 @@
-"""The steps of `moe_kernels.experts` in plain PyTorch, for any device.
+"""The steps of `moe_kernels.operators` in plain PyTorch, for any device.
 
 The tests compare the Triton kernels, which have the same names, with these functions.
 

@@ -1,4 +1,4 @@
-"""The steps of `moe_kernels.experts` as Triton kernels, without host sync or loop over experts.
+"""The steps of `moe_kernels.operators` as Triton kernels, without host sync or loop over experts.
 
 Each function has the name and the result of its counterpart in `torch_kernels`. The kernels run on
 every CUDA GPU that Triton supports. With `TRITON_INTERPRET=1`, set before this module is imported,

@@ -1,6 +1,8 @@
 """Precisions, memory use and determinism of a process."""
 
+import ctypes
 import os
+import platform
 import re
 import resource
 import sys
@@ -8,6 +10,7 @@ import sys
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 # Peak TFLOP/s of dense bf16 and fp16 matrix products (vendors' data sheets, without sparsity), by a
@@ -50,3 +53,23 @@ def memory_in_use(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Makes glibc keep freed memory for the next tensor, if the device is a CPU.
+
+    By default glibc returns large tensors to the system, and faulting in new pages takes longer
+    than writing to them. Does nothing with another C library.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether a CPU has no instructions for half-precision products, so fp32 is faster."""
+    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
+        return False
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from initialization import initialize
 from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
 from models import DiT
-from moe import quantize_experts
+from quantization import quantize_experts
 from runtime.files import read_json
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 

@@ -4,7 +4,8 @@ import torch
 
 from checkpoints.quantized import weight_bytes
 from models import DiT, DiTConfig
-from moe import quantize_experts, width_of
+from moe import width_of
+from quantization import quantize_experts
 from runtime.devices import pinned_bytes
 from sampling.offload import block_bytes, type_of
 

@@ -16,11 +16,10 @@ from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT
-from moe_kernels.cpu import keep_freed_memory
 from options.parts import sides
 from options.settings import spelling
 from presets import PRESETS
-from runtime.devices import DTYPES
+from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError, check_same, pluralize, print_safely
 from sampling.condition_rows import read_conditions, rows_for
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of

@@ -39,9 +39,9 @@ fi
 # bf16 is faster than fp32 only where the processor has instructions for bf16.
 precision=$(python -c "
 import torch
-from moe_kernels import cpu
+from runtime.devices import lacks_instructions
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-print('fp32' if cpu.lacks_instructions(device, torch.bfloat16) else 'bf16')")
+print('fp32' if lacks_instructions(device, torch.bfloat16) else 'bf16')")
 
 # The images are not mirrored: all shoes of Fashion-MNIST face the same side, and flags have letters.
 python cache_latents.py $images --flip False --output "$latents"

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latents.loading import BatchStream, loader_workers, read_batches
 from latents.sources import open_images
-from moe_kernels.experts import kernels_for, triton_runs
+from moe_kernels.operators import kernels_for, triton_runs
 from tools.benchmarks import bench_moe, bench_sample, bench_train
 from tools.benchmarks.bench_train import TrainBenchmarkConfig, build_engine
 from tools.benchmarks.common import (

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models
 import routers
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.meta import build_meta, initial_weights
 from checkpoints.weights import read_pickle
 from models import (
@@ -28,9 +29,8 @@ from models import (
     position_embedding,
     rotary_positions,
 )
-from moe_kernels import attention, experts
+from moe_kernels import attention, operators
 from moe_kernels.attention import attention_by_products
-from moe_kernels.layouts import to_stacked_layout
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.processes import ALONE
@@ -244,8 +244,8 @@ def noisy(monkeypatch):
 def test_gradient_checkpointing_changes_no_gradient(fields, monkeypatch, noisy):
     """Selective checkpointing computes attention and experts only once. A router that draws random
     numbers draws the same ones again."""
-    calls, gradients, compute = [], [], experts.forward_rows
-    monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
+    calls, gradients, compute = [], [], operators.forward_rows
+    monkeypatch.setattr(operators, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     for recomputed, repeated in (("nothing", 1), ("all", 2), ("selective", 1)):
         model = randomised(**fields)
         wrap_blocks(model, recomputed=recomputed)
@@ -356,8 +356,8 @@ def test_a_compiled_block_has_no_graph_break_and_the_same_gradients(compiled, fi
 def test_compiled_blocks_can_keep_attention_and_experts(quick_compile, monkeypatch):
     """The graph keeps them, because it may overwrite what an operator in it returns."""
     torch._dynamo.reset()
-    calls, compute = [], experts.forward_rows
-    monkeypatch.setattr(experts, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
+    calls, compute = [], operators.forward_rows
+    monkeypatch.setattr(operators, "forward_rows", lambda *rows: calls.append(1) or compute(*rows))
     want, model = gradients_of(randomised()), randomised()
     wrap_blocks(model, recomputed="selective", compiled=True)
     calls.clear()

@@ -135,7 +135,7 @@ def test_every_expert_back_end_agrees_with_the_loop_in_fp64(
     compute = experts_loop if kernels == "loop" else experts_grouped
     if kernels != "loop":
         chosen = import_module(f"moe_kernels.{kernels}_kernels")
-        monkeypatch.setattr("moe_kernels.experts.kernels_for", lambda x: chosen)
+        monkeypatch.setattr("moe_kernels.operators.kernels_for", lambda x: chosen)
 
     fill_free_memory_with_nan()
     got, other = (results(compute, x, routing, ExpertWeights(*w)) for w in (weights, moved))

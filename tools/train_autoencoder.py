@@ -49,8 +49,8 @@ from latents.image_grid import captioned_rows, contact_sheet, enlarge, write_png
 from latents.images import to_model_range
 from latents.loading import split
 from latents.sources import Source, images_name, open_images
-from moe_kernels.cpu import keep_freed_memory
 from options.parts import option
+from runtime.devices import keep_freed_memory
 from runtime.errors import (
     STOPPED,
     UserError,

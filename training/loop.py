@@ -25,8 +25,7 @@ from latents.autoencoder import Autoencoder
 from latents.loading import BatchStream, check_unreadable, read_batches
 from latents.sources import Batch, Source
 from moe_kernels.attention import flash_attention_fault
-from moe_kernels.cpu import keep_freed_memory, lacks_instructions
-from runtime.devices import DTYPES, memory_in_use
+from runtime.devices import DTYPES, keep_freed_memory, lacks_instructions, memory_in_use
 from runtime.errors import (
     STOPPED,
     UserError,

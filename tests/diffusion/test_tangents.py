@@ -9,8 +9,9 @@ from conftest import needs_triton, relative_error
 from test_models import randomised
 from test_moe import any_rows
 
-from moe import Experts, ExpertWeights, GatedLinear, experts_grouped, experts_loop
-from moe_kernels import experts as kernels
+from moe import Experts, ExpertWeights, experts_grouped, experts_loop
+from moe_kernels import forward_mode, operators, torch_kernels
+from moe_kernels.gated_linear import GatedLinear
 from routers import ROUTERS
 from wrappers import wrap_blocks
 
@@ -65,8 +66,9 @@ def test_triton_experts_have_the_same_tangents_as_pytorch(kind, monkeypatch):
         routing = any_rows(TOKENS, EXPERTS, 50)
         x, direction = torch.randn(2, TOKENS, WIDTH)
     found = []
-    for module in (triton_kernels, kernels.torch_kernels):
-        monkeypatch.setattr(kernels, "kernels_for", lambda x, module=module: module)
+    for module in (triton_kernels, torch_kernels):
+        for user in (operators, forward_mode):
+            monkeypatch.setattr(user, "kernels_for", lambda x, module=module: module)
         found.append(torch.func.jvp(lambda x: experts(x, routing), (x,), (direction,)))
     for got, want in zip(*found, strict=True):
         assert relative_error(got, want) < 1e-5

@@ -15,7 +15,8 @@ import torch
 from conftest import needs_gpu, needs_triton, relative_error
 
 from moe_kernels import torch_kernels
-from moe_kernels.experts import kernels_for, sort_rows, triton_runs
+from moe_kernels.experts import sort_rows
+from moe_kernels.operators import kernels_for, triton_runs
 from moe_kernels.quantized import GROUP, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton")

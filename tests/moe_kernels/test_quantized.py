@@ -14,8 +14,8 @@ from analysis.recorder import count_routing
 from checkpoints import config_of, load_model, read_checkpoint, save_model
 from checkpoints.quantized import weight_bytes
 from models import DiT
-from moe import quantize_experts
 from moe_kernels.quantized import quantize
+from quantization import quantize_experts
 from routers import ROUTERS
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate

@@ -29,7 +29,7 @@ from test_layouts import DENSE
 from test_models import randomised, resolved
 from test_sampling import randomised_preset
 
-import moe_kernels.experts
+import moe_kernels.operators
 from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
 from checkpoints.adapting import drop_experts, upcycled_config
@@ -304,8 +304,8 @@ def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(
     pipeline = DiffusionPipeline.from_pretrained(snapshot, trust_remote_code=True)
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (16, 16)
     packages = (one.__module__.rpartition(".")[0] for one in (hub, type(pipeline)))
-    copies = [sys.modules[f"{package}.dit_moe_moe_kernels_experts"] for package in packages]
-    names = {str(module.experts_forward) for module in (moe_kernels.experts, *copies)}
+    copies = [sys.modules[f"{package}.dit_moe_moe_kernels_operators"] for package in packages]
+    names = {str(module.experts_forward) for module in (moe_kernels.operators, *copies)}
     assert len(names) == 3  # one operator of each copy
 
 

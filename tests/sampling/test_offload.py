@@ -9,7 +9,7 @@ from test_models import randomised
 
 from analysis.recorder import count_routing
 from checkpoints import config_of
-from moe import quantize_experts
+from quantization import quantize_experts
 from runtime.devices import DTYPES
 from sampling.generate import SamplerSettings, generate
 from sampling.memory_table import weights_in_memory

@@ -44,11 +44,10 @@ from checkpoints.costs import count_macs
 from conditions import drop_conditions
 from diffusion import OBJECTIVES, RectifiedFlow
 from models import DiTConfig
-from moe_kernels.cpu import lacks_instructions
 from options.parts import option
 from routers import ROUTERS
 from runtime import signals
-from runtime.devices import peak_of
+from runtime.devices import lacks_instructions, peak_of
 from runtime.errors import UserError
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests

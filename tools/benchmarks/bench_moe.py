@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import SparseMoEBlock, SwiGLU
-from moe_kernels.experts import kernels_for
+from moe_kernels.operators import kernels_for
 from options.parts import option
 from runtime.devices import DTYPES
 from runtime.errors import run_main

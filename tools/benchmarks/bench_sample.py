@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from models import DiT
-from moe import quantize_experts
 from options.parts import option
+from quantization import quantize_experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output

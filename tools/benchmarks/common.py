@@ -19,10 +19,9 @@ from checkpoints import config_of
 from diffusion import Objective
 from latents.sources import Batch
 from models import DiTConfig
-from moe_kernels.cpu import keep_freed_memory
 from options.parts import option
 from presets import PRESETS
-from runtime.devices import DTYPES
+from runtime.devices import DTYPES, keep_freed_memory
 from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
 from training.engine import new_weights

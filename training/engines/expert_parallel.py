@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe import ExpertWeights
-from moe_kernels.experts import combine_rows, gather_rows, sort_rows
+from moe_kernels.experts import sort_rows
+from moe_kernels.operators import kernels_for
 from routers import Routing
 
 
@@ -183,3 +184,44 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
         return AllToAll.apply(tangent, ctx.sent, ctx.got, ctx.group)
+
+
+class GatherRows(torch.autograd.Function):
+    """Gathers tokens (S, D) to rows (R, D) or, with `combine`, sums the rows of each token.
+
+    Each direction is the derivative of the other. Only uncompiled code uses this Function.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, combine: bool, *rows: Tensor) -> Tensor:
+        source, place, start, _ = rows
+        x, k = x.contiguous(), kernels_for(x)
+        return k.combine(x, place, start, None) if combine else k.gather(x, source)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.combine, *rows = inputs
+        ctx.save_for_backward(*rows)
+        ctx.save_for_forward(*rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        rows = ctx.saved_tensors
+        return GatherRows.apply(grad, not ctx.combine, *rows), None, *(None for _ in rows)
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return GatherRows.apply(tangent, ctx.combine, *ctx.saved_tensors)
+
+
+def gather_rows(x: Tensor, rows: list[Tensor]) -> Tensor:
+    """Gathers tokens x (S, D) to rows (R, D) in the order of the experts.
+
+    rows: the result of `sort_rows`
+    """
+    return GatherRows.apply(x, False, *rows)
+
+
+def combine_rows(y: Tensor, rows: list[Tensor]) -> Tensor:
+    """Sums the rows y (R, D), in the order of the experts, for each token; returns (S, D)."""
+    return GatherRows.apply(y, True, *rows)
