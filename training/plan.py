@@ -1,6 +1,6 @@
 """--dry-run: prints what a command would train, the memory and the disk that it needs.
 
-print_plan(command, config, trained, notes, world_size)
+print_plan(command, config, trained, notes, before, world_size)
 """
 
 import os
@@ -16,6 +16,7 @@ from checkpoints.costs import count_macs, count_parameters
 from latents.autoencoder import PIXELS, AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream
 from latents.sources import GivenImages, Source, expand_range
+from models import DiTConfig
 from models import DiTConfig
 from moe import width_of
 from options.parts import Size
@@ -168,16 +169,16 @@ class AssumedImages:
 
     can_flip, shapes, vae_path = True, {}, None
 
-    def __init__(self, data: DataConfig, num_classes: int, like: TrainConfig | None, notes: list):
-        self.image_size, self.like, self.notes = data.image_size or 256, like, notes
-        self.classes = [""] * (like.model.num_classes if like else num_classes)
+    def __init__(self, image_size: Size, num_classes: int, like: DiTConfig | None, notes: list):
+        self.image_size, self.like, self.notes = image_size, like, notes
+        self.classes = [""] * num_classes
 
     def __len__(self) -> int:
         return IMAGENET[0]
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         if self.like:
-            return self.like.model.input_size, self.like.model.in_channels
+            return self.like.input_size, self.like.in_channels
         try:
             vae = open_autoencoder(vae_path, local_files_only=True)
         except UserError:
@@ -204,7 +205,11 @@ def open_planned(
         return open_dataset(data)
     missing = f"{path} is not on this machine" if path else "no --data-path"
     notes.append(f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images")
-    return AssumedImages(data, said.get("num_classes", IMAGENET[1]), like, notes)
+    classes = like.model.num_classes if like else said.get("num_classes", IMAGENET[1])
+    is_same_size = like and said.get("image_size") in (None, like.data.image_size)
+    return AssumedImages(
+        data.image_size or 256, classes, like.model if is_same_size else None, notes
+    )
 
 
 def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]:
