@@ -17,7 +17,6 @@ from latents.autoencoder import PIXELS, AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream
 from latents.sources import GivenImages, Source, expand_range
 from models import DiTConfig
-from models import DiTConfig
 from moe import width_of
 from options.parts import Size
 from options.settings import Settings
