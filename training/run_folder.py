@@ -70,9 +70,11 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
 def branch_of(command: CommandFlags) -> Path | None:
     """Returns the checkpoint with which a new run begins, if --resume names one."""
     path = Path(command.resume or "")
+    if not command.resume or step_folders(path):
+        return None
     place = Path(os.path.abspath(path))
     is_named_so = place.name.isdecimal() and place.parent.name == "checkpoints"  # may be deleted
-    return path if command.resume and (is_named_so or is_step_folder(path)) else None
+    return path if is_named_so or is_step_folder(path) else None
 
 
 def is_step_folder(path: Path) -> bool:
