@@ -39,8 +39,8 @@ class Requests:
         self.dist, self.save_seconds = dist, save_seconds
         self.last_save = time.monotonic()
         self.is_signalled = False
-        self.has_step = False  # whether a step is complete, so that there is something to save
-        self.early_exit: int | None = None  # exit code before that; None: that of the signal
+        self.has_step = True  # if there is none to save, a signal ends the process at once
+        self.early_exit: int | None = None  # with this exit code; None: that of the signal
         self.reduction: tuple[torch.Tensor, torch.distributed.Work] | None = None
         self.every, self.steps = 1, 0  # steps between two polls, and since the last one
         self.last_poll = time.monotonic()

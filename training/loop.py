@@ -83,6 +83,7 @@ class TrainingLoop:
     def __post_init__(self):
         self.dist, self.objective = self.engine.dist, self.config.objective
         self.requests = Requests(self.dist, 60 * self.config.run.save_minutes)
+        self.requests.has_step = False  # before the first step
         if self.stream.start_step:  # a checkpoint from which a launcher can start again
             self.requests.early_exit = STOPPED
         self.saver = Saver(self.folder, self.engine)
