@@ -179,7 +179,7 @@ def test_the_class_can_determine_the_expert_only_together_with_the_position():
     joint = torch.stack([torch.eye(4, dtype=torch.int64).roll(c, 1) for c in range(4)])[:, :, None]
     by_class, by_position = joint.sum(1), joint.sum(0)
     tables = dict(by_class=by_class, by_position=by_position, by_step=by_class)
-    found = bits(SimpleNamespace(**tables, joint=[joint, joint.sum(0, keepdim=True)]))
+    found = bits(SimpleNamespace(tables=tables, joint=[joint, joint.sum(0, keepdim=True)]))
     assert found["class"] == found["position"] == pytest.approx(0)
     assert found["class given position"] == pytest.approx(2)
     assert found["time given position"] == pytest.approx(0)
