@@ -16,6 +16,8 @@ combination of snapshots whose profile is closest to the requested profile in le
 Shape legend: S snapshots
 """
 
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 

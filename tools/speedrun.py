@@ -13,6 +13,8 @@ the start of train.py. OUTPUT receives the runs, rows.jsonl (one row per run) an
 table, the matrix peaks and the machine).
 """
 
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
+
 import json
 import os
 import resource

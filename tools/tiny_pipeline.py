@@ -8,6 +8,8 @@ HiDream-I1 or Nucleus-Image with a few narrow blocks, and with their text encode
 words of prompts.txt. The images are noise.
 """
 
+import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
