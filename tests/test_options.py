@@ -118,7 +118,10 @@ def test_every_component_is_equal_after_it_was_written_as_a_word(flag):
     """With its defaults, and with another value for each option."""
     table = TABLES[flag]
     assert training_flags()[flag].table is table
+    ours = ("routers", "diffusion", "training")  # other tests may have added their own
     for name, kind in table.items():
+        if kind.__module__.partition(".")[0] not in ours:
+            continue
         changed = {one.name: another_value(one) for one in options_of(kind).values()}
         for part in (Part(name), Part(name, changed)):
             part = part.complete(table)
