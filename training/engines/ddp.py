@@ -284,6 +284,10 @@ class DDPEngine:
         reads = self.dist.rank < self.copy_size
         self.dist.run_on_all(lambda: self.read_state(folder) if reads else None)
         self.dist.run_on_all(lambda: self.read_averages(folder) if reads else None)
+        # All processes write the same header, which has these numbers.
+        shares = self.dist.broadcast([ema.start_share for ema in self.emas])
+        for ema, share in zip(self.emas, shares, strict=True):
+            ema.start_share = share
         if self.dist.world_size > self.copy_size:
             self.share_state(reads)
 
