@@ -416,3 +416,14 @@ def test_the_plan_prints_the_load_that_fits_under_expert_parallelism():
     config = replace(TrainConfig.default(), model=config_of("DiT-G/2", num_experts=16))
     text = load_that_fits(config, micro_batch=16, free=15.47 * 2**30)
     assert text.startswith("7.73 GiB more on a process") and text.endswith("3.0 times the mean fit")
+
+
+def test_a_run_that_goes_on_with_two_processes_saves(train_flags, tmp_path):
+    """All processes write the header, which has the share of the EMA's first weights."""
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run",
+        "ema": "exponential:decay=0.9",
+    }  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path, **flags))
+    in_processes(train_on, train_flags(tmp_path, **flags | {"max-steps": 2}))
+    assert read_record(step_folder(tmp_path, 2)).ema_start_share == pytest.approx(0.81)

@@ -284,10 +284,6 @@ class DDPEngine:
         reads = self.dist.rank < self.copy_size
         self.dist.run_on_all(lambda: self.read_state(folder) if reads else None)
         self.dist.run_on_all(lambda: self.read_averages(folder) if reads else None)
-        # All processes write the same header, which has these numbers.
-        shares = self.dist.broadcast([ema.start_share for ema in self.emas])
-        for ema, share in zip(self.emas, shares, strict=True):
-            ema.start_share = share
         if self.dist.world_size > self.copy_size:
             self.share_state(reads)
 
@@ -299,10 +295,13 @@ class DDPEngine:
         box: list[Any] = [
             {name: {k: without_data(v) for k, v in state.items()} for name, state in kept.items()},
             self.scaler.state_dict(), self.find_spikes.state_dict(),
+            [ema.start_share for ema in self.emas],  # in the header that all processes write
         ]  # fmt: skip
         torch.distributed.broadcast_object_list(box, group=self.peers, group_src=0)
         if not reads:
-            states, scaler, spikes = box
+            states, scaler, spikes, shares = box
+            for ema, share in zip(self.emas, shares, strict=True):
+                ema.start_share = share
             for name, state in states.items():
                 empty = {k: allocated(v, self.dist.device) for k, v in state.items()}
                 kept[name] |= {k: distributed_as(self.trained[name], v) for k, v in empty.items()}
