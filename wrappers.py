@@ -4,8 +4,8 @@
 
 Under gradient checkpointing, the backward pass computes a block again, completely or except for
 operators whose outputs were kept (torch's selective activation checkpointing). What the block draws
-at random is drawn again: torch keeps the state of the generators, which the host holds also for a
-GPU.
+at random is drawn again: torch keeps the state of its default generators, which the host holds also
+for a GPU. A `torch.Generator` of the block's own would draw other numbers.
 
 The recomputed call includes the hooks of a block, such as those that gather sharded weights, so it
 replaces `DiT.call`. A compiled graph does not include them, so it replaces the block's `forward`.

@@ -427,3 +427,29 @@ def test_a_run_that_goes_on_with_two_processes_saves(train_flags, tmp_path):
     call_main("train.py", *train_flags(tmp_path, **flags))
     in_processes(train_on, train_flags(tmp_path, **flags | {"max-steps": 2}))
     assert read_record(step_folder(tmp_path, 2)).ema_start_share == pytest.approx(0.81)
+
+
+def test_a_parameter_without_a_gradient_is_named_before_the_first_step(train_flags, tmp_path):
+    """DDP would take the step with gradients of one process, and fail in the next step."""
+    router = tmp_path / "chain.py"
+    router.write_text(
+        "import torch\nfrom routers import ROUTERS, TopKRouter\n"
+        "class Chain(TopKRouter):\n"
+        "    def __init__(self, *args, **options):\n"
+        "        super().__init__(*args, **options)\n"
+        "        self.before = torch.nn.Linear(self.num_experts, self.num_experts)\n"
+        "    def forward(self, x, context):\n"
+        "        logits = self.score(x.flatten(0, 1))\n"
+        "        if (logits_before := context.get('logits')) is not None:\n"
+        "            logits = logits + self.before(logits_before.detach())\n"
+        "        return self.choose(logits)._replace(passed_on={'logits': logits})\n"
+        "ROUTERS['chain'] = Chain\n"
+    )
+    flags = {
+        "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run",
+        "plugin": router, "router": "chain", "depth": 2,
+    }  # fmt: skip
+    for accum in 1, 2:
+        changes = flags | {"accum-iter": accum, "global-batch-size": 8}
+        with pytest.raises(UserError, match=r"^blocks\.0\.moe\.gate\.before\.bias, blocks\.0"):
+            in_processes(train_on, train_flags(tmp_path, **changes))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from checkpoints.checkpoint import averages_of, read_record
 from checkpoints.weights import (
@@ -75,6 +76,8 @@ class DDPEngine:
         for name, whole in chain(first.items(), weights):
             tensors[name].copy_(whole[self.places.get(name, ...)])
         self.prepare()
+        # Parameters without a gradient since the start, with the hooks that wait for one.
+        self.unused: dict[str, RemovableHandle] = {}
         self.replica = self.replicated()
 
     def distribute(self) -> None:
@@ -89,6 +92,10 @@ class DDPEngine:
             # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
+        for name, weight in self.trained.items():
+            self.unused[name] = weight.register_post_accumulate_grad_hook(
+                lambda _, name=name: self.unused.pop(name).remove()
+            )
         device = self.dist.device
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
@@ -173,6 +180,12 @@ class DDPEngine:
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
+        if self.unused:  # DDP has not summed their buckets, and says so one step too late
+            raise UserError(
+                f"{', '.join(sorted(self.unused))}: got no gradient in the first step, expected "
+                "one, because DDP sums gradients in buckets; make the loss depend on every "
+                "parameter, or --freeze what is not used, or train with --shard"
+            )
         self.scaler.unscale_(self.optimizer)
         weights = self.local_weights()
         grad_norm = self.total_norm([weight.grad for weight in weights])
