@@ -210,6 +210,16 @@ def test_sharding_in_bf16_differs_from_ddp_by_rounding(two):
         compare(two / name, two / "bf16-ddp", losses=0.02, weights=0.02)
 
 
+def test_a_process_whose_shards_of_experts_are_empty_trains_as_under_ddp(flags, tmp_path):
+    """Three processes have two experts, two, and none."""
+    same = {"num_experts": 4, "log_every": STEPS}
+    commands = [flags(tmp_path / name, *how, **same)
+                for name, how in (("ddp", []), ("shard", ["--shard"]))]  # fmt: skip
+    in_processes(train_on, *commands, processes=3)
+    compare(tmp_path / "shard", tmp_path / "ddp")
+    assert "27% more on the fullest" in (tmp_path / "shard" / "run" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("name", ["copies", "began-ddp", "shrunk", "grown"])
 def test_sharding_layout_and_the_number_of_processes_do_not_change_the_results(two, name):
     compare(two / name, two / ("race" if name in ("shrunk", "grown") else "topk"))

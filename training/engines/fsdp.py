@@ -51,7 +51,7 @@ from training.memory import (
 )
 
 MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
-MOST_PADDING = 0.1  # of the weights
+MOST_PADDING = 1  # elements of padding per weight
 
 
 class FSDPEngine(DDPEngine):
