@@ -61,7 +61,7 @@ OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model th
 OF_EXPERTS = (
     "router", "aux_loss_alpha", "num_experts_per_tok", "sparse_layers", "n_shared_experts"
 )  # fmt: skip
-SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel", "copies_precision")
+SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel")
 ALTERNATIVES = (  # pairs of flags of which a command gives one
     ("epochs", "max_steps"), ("latents_path", "data_path"), ("val_share", "val_path"),
 )  # fmt: skip

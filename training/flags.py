@@ -162,11 +162,6 @@ class EngineConfig(Config):
         "computes about the same number of experts, and receives the tokens of these experts from "
         "the other processes",
     )  # fmt: skip
-    copies_precision: str = option(
-        "fp32", choices=("fp32", "bf16"), script=TRAIN,
-        help="with --shard: precision of the sum of gradients between copies of the model; the sum "
-        "within a copy is fp32",
-    )  # fmt: skip
     deepspeed_config: str | None = option(
         None, group="DeepSpeed", script=DEEPSPEED,
         help="JSON file with ZeRO stage, offload and so on (default: config/zero2.json)",

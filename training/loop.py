@@ -136,7 +136,10 @@ class TrainingLoop:
         )
         if dist.is_main:
             memory = device_memory(dist.device, node_size(config, dist.world_size))
-            fits = describe_memory(config, stream, *memory)["fits"].partition(": ")
+            plan = describe_memory(config, stream, *memory)
+            if dist.world_size > 1:
+                self.log.text(f"layout: {plan['layout']}")
+            fits = plan["fits"].partition(": ")
             note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
             self.log.text(f"{note}: {fits[2]}")
         if flash_attention_fault:

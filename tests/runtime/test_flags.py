@@ -119,8 +119,7 @@ def test_usage_names_required_flags_and_help_names_values_by_type(parser_of):
 def test_a_flag_of_the_other_training_script_is_refused_and_not_in_the_help(help_of, capsys):
     own = {
         "train.py": {"--global-batch-size": 3, "--shard": True, "--shard-size": 3,
-                     "--reshard-after-forward": False, "--expert-parallel": 3,
-                     "--copies-precision": "bf16"},
+                     "--reshard-after-forward": False, "--expert-parallel": 3},
         "train_deepspeed.py": {"--train-batch-size": 3, "--deepspeed-config": "x.json"},
     }  # fmt: skip
     shown = {script: flags_in(help_of(script, "--help", "all")) for script in own}

@@ -394,14 +394,22 @@ def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, ex
 
 @pytest.mark.parametrize("size, expected", [
     (1024, "pads .*experts.* by 19..% of .*; expected 128 or fewer"),
-    (12, "pads .*experts.* by 46% of .*; expected 4 or fewer"),  # 16 experts become 24
-    (7, "pads .*experts.* by 29% of .*; expected another number of processes"),
+    (40, "pads .*experts.* by 137% of .*; expected 20 or fewer"),  # 16 experts become 40
+    (41, "pads .*experts.* by 143% of .*; expected another number of processes"),
 ])  # fmt: skip
 def test_the_plan_refuses_shards_that_are_mostly_padding(size, expected):
     flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"
     batch = f"--gpus={size}", f"--global-batch-size={size}"
     with pytest.raises(UserError, match=f"^--shard-size: got {size}, which {expected}"):
         call_main("train.py", "--dry-run", *flags, *batch)
+
+
+@pytest.mark.parametrize("size, extra", [(3, 11), (5, 23), (6, 11), (7, 29), (12, 46)])
+def test_the_plan_says_how_much_more_the_fullest_process_holds(size, extra, capsys):
+    flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"
+    call_main("train.py", "--dry-run", *flags, f"--gpus={size}", f"--global-batch-size={size}")
+    expected = f"each with 1/{size} of the model, {extra}% more on the fullest"
+    assert expected in capsys.readouterr().out
 
 
 def test_the_plan_refuses_what_training_would_refuse(monkeypatch):

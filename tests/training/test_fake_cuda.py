@@ -39,6 +39,8 @@ RANKS = {
     "G 64 in copies": {"model": "DiT-G/2", "ranks": 64, "depth": 2},
     "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
 }
+PADDED = {"model": "DiT-G/2", "ranks": 12, "depth": 2,
+          "flags": {"shard_size": 12, "global_batch_size": 24}}  # fmt: skip
 SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"expert_parallel": 8},
           "router": "expert_choice"}  # fmt: skip
 SLOW_STEPS = {
@@ -71,7 +73,7 @@ def run_fake(**functions: dict[str, dict]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    return run_fake(step_of=STEPS, traffic_of={**RANKS, "spread": SPREAD})
+    return run_fake(step_of=STEPS, traffic_of={**RANKS, "padded": PADDED, "spread": SPREAD})
 
 
 def assert_no_host_read(steps: dict[str, dict]) -> None:
@@ -97,6 +99,16 @@ def test_sharded_fake_ranks_hold_and_send_an_even_share(found):
     assert spread["weights"] == spread["plan"]["weights"]
     assert spread["gathered"] < copies["gathered"] / 8  # experts are not gathered from 8 processes
     assert 0 < spread["exchanged"] < copies["gathered"] / 50
+
+
+def test_the_plan_counts_the_padding_that_fake_ranks_hold_and_gather(found):
+    """16 experts become 24 on 12 processes."""
+    row = found["padded"]
+    assert row["layout"].endswith("46% more on the fullest")
+    assert row["weights"] == row["plan"]["weights"]
+    assert row["root and two blocks"] == row["plan"]["gathered weights"]
+    for kind in ("gathered", "scattered"):
+        assert row[kind] == pytest.approx(1.46 * row["even"][kind], rel=0.01), kind
 
 
 @needs_fake

@@ -1,9 +1,7 @@
 """Engine of train_deepspeed.py: every process holds a shard (DeepSpeed's ZeRO)."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +10,22 @@ from torch import Tensor
 
 from checkpoints import MODEL_FILE
 from checkpoints.checkpoint import averages_of, read_record
-from checkpoints.weights import (
-    as_user_error,
-    check_shapes,
-    open_safetensors,
-    read_tensors,
-    shapes_of,
-)
+from checkpoints.weights import as_user_error, check_shapes, open_safetensors
 from conditions import Conditions
-from runtime.errors import UserError
 from runtime.processes import Distributed
 from runtime.tensor_file import Box
 from training.config import TrainConfig
 from training.engines import zero
-from training.engines.state import FACTS_KEY
+from training.engines.state import (
+    STATE_FILES,
+    read_box,
+    stored_boxes,
+    stored_shards,
+    whole_shape,
+)
 from training.engines.zero_config import complete_config, zero_memory
 from wrappers import wrap_blocks
 
-STATE_FILES = "deepspeed/rank_{:05d}_optim_states.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's fp16
 
@@ -55,7 +51,7 @@ class DeepSpeedEngine:
         # before it stops it.
         if "raise_error_at_min_scale" in scaler:
             scaler["raise_error_at_min_scale"] = False
-        self.shards = zero.Shards(self.engine, config.model, dist.device)
+        self.shards = zero.Shards(self.engine, config.model)
         for name, value in weights:
             self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)
@@ -65,11 +61,6 @@ class DeepSpeedEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
-        if config.objective.uses_jvp:
-            raise UserError(
-                f"--objective: got {config.step.objective.name}, which needs torch.func.jvp; "
-                "DeepSpeed does not support it, use train.py, with --shard for a large model"
-            )
         ds_config = complete_config(config, world_size)
         return {"global_batch_size": ds_config["train_batch_size"]}
 
@@ -131,37 +122,33 @@ class DeepSpeedEngine:
         zero.publish_masters(self.engine.optimizer)
 
     def average(self, number: int) -> dict[str, Box]:
-        """Gathers the EMA on the first process, which writes it: a process's shard, a range of a
-        flattened tensor, is no `Box`."""
-        whole = dict(self.shards.buffers) if self.dist.is_main else {}
-        for name in self.shards.shapes:
-            values = self.shards.gather(name, self.ema.averages)
-            if self.dist.is_main:
-                whole[name] = values
-        return {name: Box.of_all(values) for name, values in whole.items()}
+        boxes = self.shards.boxes("{}", self.ema.averages)
+        buffers = self.shards.buffers if self.dist.is_main else {}
+        return boxes | {name: Box.of_all(buffer) for name, buffer in buffers.items()}
 
     def state(self) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-        """Returns this process's tensors with their positions, which allow any number of processes
-        to resume the run."""
-        masters, optimizer = self.shards.masters, self.engine.optimizer
-        adam = [optimizer.optimizer.state[master] for master in masters]
-        tensors = {f"masters/{n}": master.detach() for n, master in enumerate(masters)}
-        for kind in MOMENTS:  # missing if all steps were skipped
-            for n, (master, kept) in enumerate(zip(masters, adam, strict=True)):
-                tensors[f"{kind}/{n}"] = kept[kind] if kind in kept else torch.zeros_like(master)
-        step = adam[0].get("step", torch.zeros(()))  # a number in DeepSpeed's Adam for the CPU
-        if torch.is_tensor(step):
-            tensors["step"], step = step, None
+        """Returns the state as `training.engines.state` has it, in boxes of flattened parameters,
+        so that any number of processes can resume the run."""
+        optimizer, boxes = self.engine.optimizer, {}
+        kept = [(optimizer.optimizer.state[master], master) for master in self.shards.masters]
+        moments = {  # missing if all steps were skipped
+            kind: [one[kind] if kind in one else torch.zeros_like(master) for one, master in kept]
+            for kind in MOMENTS
+        }
+        for title, partitions in self.partitions(moments).items():
+            boxes |= self.shards.boxes(title, partitions)
         scaler = vars(optimizer.loss_scaler)
         facts = {
-            "world_size": self.dist.world_size, "fragments": self.places(), "step": step,
+            "processes": self.dist.world_size, "numbers": {},
+            "step": int(kept[0][0].get("step", 0)),
             "scaler": {key: scaler[key] for key in SCALER if key in scaler},
         }  # fmt: skip
-        return STATE_FILES.format(self.dist.rank), tensors, {FACTS_KEY: json.dumps(facts)}
+        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
 
-    def places(self) -> dict[str, list[dict]]:
-        """Returns the positions of this process's fragments, as plain values."""
-        return {n: list(map(asdict, fragments)) for n, fragments in self.shards.fragments.items()}
+    def partitions(self, moments: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Returns the master weights and AdamW's moments by title in a state, without the name."""
+        titles = {f"optimizer/{{}}/{kind}": values for kind, values in moments.items()}
+        return {"model/{}": self.shards.masters, **titles}
 
     def load_state(self, folder: Path) -> None:
         """Loads the state of a step folder, which any number of processes may have saved; a damaged
@@ -170,58 +157,34 @@ class DeepSpeedEngine:
         self.dist.run_on_all(lambda: self.load_ema(folder))
         zero.publish_masters(self.engine.optimizer)
 
+    @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        files = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
-        if not files:
-            raise UserError(
-                f"{folder}: got no {STATE_FILES.format(0)}, expected one per process "
-                "(--finetune reads only the weights)"
-            )
-        path = files[self.dist.rank % len(files)]
-        stored = read_part(path)
-        with as_user_error(path, "damaged, or of a different model"):
-            if len(files) != stored["world_size"]:
-                raise ValueError(f"got {len(files)} files, expected {stored['world_size']}")
-            partitions = stored["partitions"]
-            if len(files) != self.dist.world_size or stored["fragments"] != self.places():
-                partitions = self.repartition([read_part(path) for path in files])
-            self.set_state(partitions, stored["step"])
-        scaler = vars(self.engine.optimizer.loss_scaler)
-        if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
-            scaler |= {k: v for k, v in stored.get("scaler", {}).items() if k in SCALER}
-
-    def set_state(self, partitions: dict[str, list[Tensor]], step: Tensor | int) -> None:
-        """Sets master weights and AdamW's state."""
-        optimizer = self.engine.optimizer.optimizer
-        # A run may add or drop CPU offload. The step is a tensor in torch's AdamW, and a number in
-        # DeepSpeed's Adam for the CPU.
-        has_tensors = isinstance(optimizer, torch.optim.AdamW)
-        for number, master in enumerate(self.shards.masters):
-            values = {kind: tensors[number] for kind, tensors in partitions.items()}
-            check_shapes(shapes_of(values), dict.fromkeys(("masters", *MOMENTS), master.shape))
-            with torch.no_grad():
-                master.copy_(values.pop("masters"))
-            state = {kind: torch.empty_like(master).copy_(part) for kind, part in values.items()}
-            count = torch.tensor(float(step), device=master.device)
-            state["step"] = count if has_tensors else int(step)
-            optimizer.state[master] = state
-
-    def repartition(self, states: list[dict]) -> dict[str, list[Tensor]]:
-        """Repartitions the state of other processes, one complete tensor at a time."""
-        masters, shards = self.shards.masters, self.shards
-        result = {kind: list(map(torch.zeros_like, masters)) for kind in ("masters", *MOMENTS)}
-        for name in shards.shapes:
-            stored = [[zero.Fragment(**f) for f in state["fragments"][name]] for state in states]
-            got = sum(part.stop - part.start for fragments in stored for part in fragments)
-            if got != (expected := shards.shapes[name].numel()):
-                raise ValueError(f"{name}: got {got} numbers, expected {expected}")
-            for kind, partitions in result.items():
-                whole = torch.zeros(shards.shapes[name])
-                for fragments, state in zip(stored, states, strict=True):
-                    for fragment in fragments:
-                        fragment.copy_to(whole, state["partitions"][kind])
-                shards.scatter(name, whole, partitions)
-        return result
+        stored, _, facts = stored_shards(folder)
+        masters, optimizer = self.shards.masters, self.engine.optimizer
+        moments = {kind: [torch.zeros_like(master) for master in masters] for kind in MOMENTS}
+        with as_user_error(folder, "damaged, or of a different model"):
+            partitions = self.partitions(moments)
+            sizes = {
+                title.format(name): (shape.numel(),)
+                for title in partitions for name, shape in self.shards.shapes.items()
+            }  # fmt: skip
+            check_shapes({title: whole_shape(shards) for title, shards in stored.items()}, sizes)
+            for title, values in partitions.items():
+                for name, fragment in self.shards.fragments.items():
+                    whole = title.format(name)
+                    box = read_box(whole, stored[whole], (slice(fragment.start, fragment.stop),))
+                    fragment.local(values).copy_(box)
+            # A run may add or drop CPU offload. The step is a tensor in torch's AdamW, and a number
+            # in DeepSpeed's Adam for the CPU.
+            has_tensors = isinstance(optimizer.optimizer, torch.optim.AdamW)
+            for number, master in enumerate(masters):
+                step = torch.tensor(float(facts["step"]), device=master.device)
+                state = {kind: values[number] for kind, values in moments.items()}
+                state["step"] = step if has_tensors else facts["step"]
+                optimizer.optimizer.state[master] = state
+            scaler = vars(optimizer.loss_scaler)
+            if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
+                scaler |= {k: v for k, v in facts["scaler"].items() if k in SCALER}
 
     def load_ema(self, folder: Path) -> None:
         """Reads the buffers and the EMA, one tensor at a time."""
@@ -239,15 +202,3 @@ class DeepSpeedEngine:
             self.ema.start_share = read_record(path).ema_start_share
             for name in shards.shapes:
                 shards.scatter(name, file.get_tensor(name), self.ema.averages)
-
-
-def read_part(path: Path) -> dict[str, Any]:
-    """Reads the file of one process: "partitions", "fragments", "world_size" and "step"."""
-    tensors, metadata = read_tensors(path)
-    with as_user_error(path, "damaged, or of a different model"):
-        stored = json.loads(metadata[FACTS_KEY])
-        count = sum(name.startswith("masters/") for name in tensors)
-        kinds = ("masters", *MOMENTS)
-        stored["partitions"] = {k: [tensors[f"{k}/{n}"] for n in range(count)] for k in kinds}
-        stored["step"] = tensors.get("step", stored["step"])
-    return stored

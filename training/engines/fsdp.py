@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -26,7 +25,7 @@ from torch.distributed.tensor import Shard
 from checkpoints.meta import meta_model
 from diffusion import Objective
 from models import DiT
-from moe import Experts, SparseMoEBlock
+from moe import SparseMoEBlock
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
@@ -52,7 +51,7 @@ from training.memory import (
 )
 
 MOST_RUNS = 10_000  # runs of contiguous bytes that a process writes to model.safetensors
-MOST_PADDING = 0.1  # of the weights
+MOST_PADDING = 1  # elements of padding per weight
 
 
 class FSDPEngine(DDPEngine):
@@ -61,10 +60,6 @@ class FSDPEngine(DDPEngine):
     def distribute(self) -> None:
         meshes = make_meshes(self.dist, self.config)
         shard(self.model, meshes, self.config)
-        for module in groups_of(self.model):
-            mesh = meshes.experts if isinstance(module, Experts) else meshes.model
-            if sums_rounded(self.config, mesh):
-                module.set_all_reduce_hook(SumOfCopies(self, mesh["replicate"].get_group()))
         super().distribute()
         if meshes.model.ndim == 2:
             self.peers = meshes.model["replicate"].get_group()
@@ -151,7 +146,6 @@ class FSDPEngine(DDPEngine):
         # Each micro-batch reduces gradients within a copy of the model. The last micro-batch then
         # reduces the accumulated gradients between the copies.
         self.model.set_requires_all_reduce(is_last)
-        self.is_last = is_last
         return nullcontext()
 
     def abandon_forward(self) -> None:
@@ -319,35 +313,6 @@ def groups_of(model: DiT) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def sums_rounded(config: TrainConfig, mesh: DeviceMesh) -> bool:
-    return config.engine.copies_precision == "bf16" and mesh.ndim == 2
-
-
-class SumOfCopies:
-    """Hook that sums gradients, rounded to bf16, between copies of the model.
-
-    FSDP2 calls it after the sum in fp32 within a copy. All micro-batches but the last only
-    accumulate.
-    """
-
-    def __init__(self, engine: "FSDPEngine", group: ProcessGroup):
-        self.engine, self.group, self.kept = engine, group, None
-
-    def __call__(self, gradient: Tensor) -> None:
-        # The memory belongs to the stream of the reduce-scatter. FSDP2 frees it after this call.
-        if gradient.is_cuda:
-            gradient.record_stream(torch.cuda.current_stream())
-        if self.kept is not None:
-            gradient += self.kept
-        if not self.engine.is_last:
-            self.kept = gradient.clone()
-            gradient.zero_()  # FSDP2 adds what remains here to the sharded gradient
-            return
-        self.kept, rounded = None, gradient.bfloat16()
-        torch.distributed.all_reduce(rounded, group=self.group)
-        torch.div(rounded, self.group.size(), out=gradient)
-
-
 def block_parameters(block: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters in the groups of a block: all except the router's."""
     routers = set() if block.moe is None else set(block.moe.gate.parameters())
@@ -365,8 +330,6 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
 
     def wrap(module: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
         num_shards = mesh["shard"].size()
-        if sums_rounded(config, mesh):  # by hooks, see `SumOfCopies`
-            mesh = mesh["shard"]
         options |= {"shard_placement_fn": lambda weight: Shard(shard_dim(weight.shape, num_shards))}
         fully_shard(module, mesh=mesh, **options)
 

@@ -1,4 +1,4 @@
-"""The training state in a step folder of train.py; each process writes one file of boxes.
+"""The training state in a step folder; each process writes one file of boxes.
 
 A box is a rectangular part of a tensor (`runtime.tensor_file.Box`).
 
@@ -6,9 +6,10 @@ A box is a rectangular part of a tensor (`runtime.tensor_file.Box`).
     state, stored = read_state(folder, shapes, places, device)  # boxes of any position, all files
 
 A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
-each box, scalars of the optimizer, and the loss scaler. `DDPEngine` and `FSDPEngine` read each
-other's states, from any number of processes. Processes with the same parameters share the writing,
-and each byte is written once.
+each box, scalars of the optimizer, and the loss scaler. Any number of processes reads a state.
+`DDPEngine` and `FSDPEngine` read each other's; the boxes of `DeepSpeedEngine` are ranges of
+flattened parameters. Processes with the same parameters share the writing, and each byte is written
+once.
 """
 
 import json
@@ -115,7 +116,7 @@ def stored_shards(
     shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
-        expected = f"{STATE_FILES.format(0)}, as in a checkpoint of train.py"
+        expected = STATE_FILES.format(0)
         hint = "--finetune reads only the weights"
         raise UserError(f"{folder}: got no training state, expected {expected}; {hint}")
     facts: list[dict] = []

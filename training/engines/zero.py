@@ -1,8 +1,7 @@
-"""Builds a DiT under DeepSpeed without an unsharded copy, and gathers and scatters its shards.
+"""Builds a DiT under DeepSpeed without an unsharded copy, and finds its shards.
 
 ZeRO shards the fp32 master weights over the processes, in a layout that only this module knows.
-Other modules see unsharded fp32 tensors in the layout of `models.DiT`, one at a time, so that no
-process needs memory for all of them.
+Other modules see the parameters of `models.DiT`, flattened, and a range of each on every process.
 """
 
 import logging
@@ -24,6 +23,7 @@ from checkpoints.meta import meta_model
 from models import DiT, DiTConfig
 from runtime.devices import DTYPES
 from runtime.errors import print_safely, reported_as
+from runtime.tensor_file import Box
 from training.config import TrainConfig
 
 STARTED = time.time()
@@ -95,7 +95,6 @@ def allocate_modules(
 class Fragment:
     """A process's part of a flattened parameter: the elements from `start` to `stop`."""
 
-    name: str
     start: int
     stop: int
     group: int  # index of the flat partition that contains the elements
@@ -104,43 +103,42 @@ class Fragment:
     def local(self, partitions: list[Tensor]) -> Tensor:
         return partitions[self.group][self.offset : self.offset + self.stop - self.start]
 
-    def copy_to(self, whole: Tensor, partitions: list[Tensor]) -> None:
-        """Copies the elements of this fragment to an unsharded, contiguous parameter."""
-        whole.view(-1)[self.start : self.stop] = self.local(partitions)
-
 
 class Shards:
-    """Converts between partitions and unsharded parameters.
+    """Converts between partitions and parameters.
 
     `partitions` are lists of flat fp32 tensors: the master weights, the EMA or AdamW's moments.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig, device: torch.device):
-        self.device, model = device, engine.module
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: DiTConfig):
+        model = engine.module
         self.masters = master_partitions(engine.optimizer)
         standard = meta_model(config)
         self.shapes = {name: weight.shape for name, weight in standard.named_parameters()}
         self.buffers = {name: model.get_buffer(name) for name, _ in standard.named_buffers()}
-        self.fragments: dict[str, list[Fragment]] = {name: [] for name in self.shapes}
+        self.fragments: dict[str, Fragment] = {}  # of this process
         for name, weight in model.named_parameters():
-            if (place := find_master(engine.optimizer, weight)) is not None:
-                self.fragments[name].append(Fragment(name, *place))
+            if (fragment := find_master(engine.optimizer, weight)) is not None:
+                self.fragments[name] = fragment
 
     @torch.no_grad()
     def scatter(self, name: str, whole: Tensor, partitions: list[Tensor]) -> None:
         """Writes this process's part of an unsharded parameter, which every process passes."""
-        for fragment in self.fragments[name]:
+        if fragment := self.fragments.get(name):
             values = whole.flatten()[fragment.start : fragment.stop]
             fragment.local(partitions).copy_(values)
 
-    @torch.no_grad()
-    def gather(self, name: str, partitions: list[Tensor]) -> Tensor | None:
-        """Gathers an unsharded parameter on the CPU of rank 0; all processes call it."""
-        whole = torch.zeros(self.shapes[name], device=self.device)
-        for fragment in self.fragments[name]:
-            fragment.copy_to(whole, partitions)
-        torch.distributed.reduce(whole, dst=0)  # one process has each number; the others add 0
-        return whole.cpu() if torch.distributed.get_rank() == 0 else None
+    def boxes(self, title: str, partitions: list[Tensor]) -> dict[str, Box]:
+        """Returns this process's part of each parameter, as a box of the flattened parameter.
+
+        title: of a box, with {} for the name of the parameter
+        """
+        return {
+            title.format(name): Box(
+                (self.shapes[name].numel(),), (fragment.start,), fragment.local(partitions).detach()
+            )
+            for name, fragment in self.fragments.items()
+        }
 
 
 # The functions below use attributes that DeepSpeed does not document (version 0.19, see
@@ -165,11 +163,8 @@ def master_partitions(optimizer) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | None:
-    """Returns the place of this process's master weights of a parameter of the model.
-
-    The place is (start, stop, group, offset), see `Fragment`; None: this process has none of them.
-    """
+def find_master(optimizer, weight: nn.Parameter) -> Fragment | None:
+    """Returns this process's part of a parameter of the model; None: it has none."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(weight)]
         start = weight.ds_zero_partition_rank * size
@@ -180,7 +175,7 @@ def find_master(optimizer, weight: nn.Parameter) -> tuple[int, int, int, int] | 
         stop = start + size
     else:
         return None
-    return (start, stop, group, offset) if stop > start else None
+    return Fragment(start, stop, group, offset) if stop > start else None
 
 
 @torch.no_grad()

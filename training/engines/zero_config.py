@@ -6,8 +6,8 @@ rejected, and missing values and "auto" are filled in. DeepSpeed checks the rest
 """
 
 import json
+from typing import Any
 
-from options.settings import spelling
 from runtime.devices import DTYPES, pinned_bytes
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
@@ -40,35 +40,38 @@ def asks_for_fp16(path: str) -> bool:
         return False
 
 
+def only_of_train(config: TrainConfig) -> dict[str, tuple[Any, str]]:
+    """Returns, by flag, what is given of the settings that only train.py supports, or a value that
+    is false; and what DeepSpeed supports."""
+    step, optimizer, emas = config.step, config.optimizer, len(config.ema)
+    has_adamw = isinstance(optimizer, AdamW)
+    projectors = {one.name: one.projector(config.model, config.shapes) for one in config.auxiliary}
+    trained = [name for name, projector in projectors.items() if projector is not None]
+    return {
+        "--objective": (
+            config.objective.uses_jvp and step.objective.name, "one without torch.func.jvp"
+        ),
+        "--optimizer": (not has_adamw and step.optimizer.name, "adamw"),
+        "--optimizer adamw:decay_vectors": (
+            has_adamw and not optimizer.decay_vectors and "False", "True"
+        ),
+        "--ema": (emas > 1 and f"{emas} averages", "one"),
+        "--auxiliary": (", ".join(trained), "a loss without weights of its own"),
+        "--freeze": (" ".join(step.freeze), "none"),
+        "--train-router-only": (step.train_router_only, "False"),
+        "--selective-checkpointing": (step.selective_checkpointing, "--gradient-checkpointing"),
+        "--grad-skip": (step.grad_skip, "0"),
+    }  # fmt: skip
+
+
 def complete_config(config: TrainConfig, world_size: int) -> dict:
     """Completes --deepspeed_config by the flags, which must not contradict it."""
-    if not isinstance(config.optimizer, AdamW):
-        raise UserError(
-            f"--optimizer: got {config.step.optimizer.name}, expected adamw, which DeepSpeed "
-            "runs here (train.py has the others)"
-        )
-    if not config.optimizer.decay_vectors:
-        raise UserError(
-            "--optimizer adamw:decay_vectors: got False under DeepSpeed, expected True "
-            "(train.py has it)"
-        )
-    for name in ("grad_skip", "selective_checkpointing"):
-        if getattr(config.step, name):
-            raise UserError(f"{spelling(name)}: given under DeepSpeed, expected train.py")
-    if len(config.ema) > 1:
-        raise UserError(
-            f"--ema: got {len(config.ema)} averages, expected one under DeepSpeed (train.py keeps "
-            "several)"
-        )
-    for one in config.auxiliary:
-        if one.projector(config.model, config.shapes) is not None:
+    for flag, (got, expected) in only_of_train(config).items():
+        if got:
             raise UserError(
-                f"--auxiliary: got {one.name} under DeepSpeed, which does not train its weights "
-                "(train.py does, with --shard for a large model)"
+                f"{flag}: got {got} under DeepSpeed, expected {expected}; train.py supports it, "
+                "with --shard for a large model"
             )
-    if config.step.freeze or config.step.train_router_only:
-        flags = "--freeze or --train-router-only"
-        raise UserError(f"{flags}: given under DeepSpeed, expected train.py, with --shard if large")
     path = find_file(config.engine.deepspeed_config)
     if path.name in ("zero2_ep.json", "zero3_ep.json") and not path.exists():
         raise UserError(f"--deepspeed_config: got {path}, {INSTEAD}")
@@ -157,16 +160,13 @@ def zero_memory(config: TrainConfig, world_size: int) -> tuple[Bytes, Bytes, str
     gpu: Bytes = {
         "activations": activation_bytes(config, config.engine.train_batch_size),
         "buckets": 2 * item * min(int(zero.get("reduce_bucket_size", 5e8)), total),
-        "gathered at a save": 2 * 4 * max(sizes),
     }
     if stage == 3:  # at least the layer in use and the next one
         live = int(zero.get("stage3_max_live_parameters", 1e9))
         live = max(live, 2 * total // config.model.depth)
         gpu["gathered weights"] = item * min(live, total)
-    host: Bytes = {  # the first process also gathers the EMA
-        "copy at a save": 3 * pinned_bytes(share),
-        "EMA at a save on the first process": 2 * 4 * total,
-    }  # fmt: skip
+    copied = sum(pinned_bytes(4 * size // world_size) for size in sizes)
+    host: Bytes = {"copy at a save": 4 * copied}  # EMA, master weights and AdamW's moments
     for name, parts in (("offload_param", weights), ("offload_optimizer", optimizer)):
         is_offloaded = zero.get(name, {}).get("device") == "cpu"
         (host if is_offloaded else gpu).update(parts)
