@@ -271,7 +271,7 @@ def read_file(
             facts |= more_facts
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record.of_weights(config, facts)
+        return state_dict, Record(config=config, **facts)
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:

@@ -57,8 +57,9 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
         for name, line in differences(source.config, config.model)
         if name not in (*adapted, "expert_backend", "aux_loss_alpha")
     ]
-    if source.record.objective not in (None, config.step.objective.name):
-        found.append(difference("objective", source.record.objective, config.step.objective.name))
+    was, now = source.record.objective, config.step.objective
+    if was and was.name != now.name:
+        found.append(difference("objective", was.name, now.name))
     if not found:
         return []
     message = f"--finetune: {source.path} is a different model"
@@ -93,7 +94,7 @@ def weights_notes(
     notes, path, before = [], source.path, source.record
     if found := latent_changes(before, facts, dataset):
         notes.append(f"{path} was trained on other latents: {'; '.join(found)}")
-    share, wanted = before.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    share, wanted = before.settings.get("val_share", 0.0), config.data.val_share
     if share < wanted and same_images(before.images, facts["images"]):
         notes.append(
             f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "

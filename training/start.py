@@ -20,7 +20,7 @@ from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
 from models import MEANINGS, DiTConfig
 from options.parts import options_of
-from options.settings import Settings, difference, differences, flattened, spelling, stored
+from options.settings import Settings, difference, differences, spelling, stored
 from presets import PRESETS
 from runtime import __version__
 from runtime.devices import be_deterministic
@@ -122,7 +122,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         torch.set_float32_matmul_precision("high")
     of_data, vae = inputs_of(config, dataset, dist)
     facts = {"version": __version__, "began_with": began_with(command, before, folder)}
-    facts |= {"expert_backend": config.model.expert_backend, **of_engine, **of_data}
+    facts |= {**of_engine, **of_data}
     if before:
         changes += data_changes(before, facts, dataset)
     elif weights:
@@ -306,8 +306,7 @@ def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[s
             for name, value in stored(part).items()
             if name not in follow and value != other.get(name)
         ]
-    flags = training_flags()
-    unknown = flattened(before.sections(), flags).keys() - flags.keys() - {*OF_DATA}
+    unknown = before.settings.keys() - training_flags().keys()
     notes = [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
     if unknown:
         notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")

@@ -85,8 +85,8 @@ def test_a_jitmoe_checkpoint_has_two_averages_and_its_settings(tmp_path):
     first = read_checkpoint(tmp_path / "checkpoint-last.pth")
     second = read_checkpoint(tmp_path / "checkpoint-last.pth", ema="model_ema2")
     options = {"mean": 0.4, "std": 0.8, "clamp": 0.05, "noise_scale": 2.0}
-    assert first.record.objective == "flow_x"
-    assert options.items() <= first.record.objective_options.items()
+    assert first.record.objective.name == "flow_x"
+    assert options.items() <= first.record.objective.options.items()
     assert (first.record.vae_path, first.record.image_size) == ("pixels", 12)
     weight = "final_layer.linear.bias"
     assert first.state_dict[weight].equal(2 * second.state_dict[weight])
