@@ -38,7 +38,7 @@ from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
 from moe_kernels.forward_mode import has_tangent
 from options.parts import Config, Part, Size, option, sides
-from options.settings import check_names
+from options.settings import changed, check_names
 from presets import PRESETS
 from routers import NOTHING, ROUTERS, Context, Routing
 
@@ -663,4 +663,9 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
-DiT_models = {name: partial(DiT, **fields) for name, fields in PRESETS.items()}
+def build_preset(preset: str, **overrides) -> DiT:
+    """Builds a published model with other fields; the word of its router keeps other options."""
+    return DiT(changed(DiTConfig(**PRESETS[preset]), overrides))
+
+
+DiT_models = {preset: partial(build_preset, preset) for preset in PRESETS}

@@ -37,7 +37,7 @@ from checkpoints.weights import (
 )
 from latents.autoencoder import PIXELS
 from models import DiT, DiTConfig
-from options.settings import check_names, flags_of, over, read
+from options.settings import changed
 from presets import PRESETS
 from quantization import quantize_experts
 from runtime.errors import UserError, print_safely, reported_as
@@ -335,9 +335,7 @@ def step_folders(run: Path) -> list[Path]:
 
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides."""
-    flags = flags_of(DiTConfig)
     try:
-        check_names(overrides, DiTConfig)
-        return DiTConfig(**over(read(overrides, flags), read(PRESETS[model], flags)))
+        return changed(DiTConfig(**PRESETS[model]), overrides)
     except ValueError as error:
         raise UserError(str(error)) from None

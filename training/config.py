@@ -25,7 +25,7 @@ from latents.autoencoder import DEFAULT_VAE
 from latents.sources import Source
 from models import DiTConfig
 from options.parts import Part, options_of, sides
-from options.settings import Flags, Settings, flags_of, over, read, spelling, stored
+from options.settings import Flags, Settings, changed, flags_of, over, read, spelling, stored
 from presets import PRESETS
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.files import read_yaml
@@ -151,7 +151,7 @@ class TrainConfig:
         values, parts = self.with_sizes(values), {}
         for name, part in self.by_section.items():
             own = {key: values[key] for key in options_of(type(part)) if key in values}
-            parts[name] = replace(part, **over(own, {key: getattr(part, key) for key in own}))
+            parts[name] = changed(part, own)
         return replace(self, preset=values.get("model", self.preset), **parts, **facts)
 
     def with_sizes(self, values: Mapping[str, Any]) -> Settings:
