@@ -10,7 +10,7 @@ absurd size, raises ValueError.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from diffusion import OBJECTIVES
@@ -95,6 +95,8 @@ class Record:
         values = as_words(without_sections(values), "objective")
         fields = as_words(values.pop("config"), "router")
         config = DiTConfig(**{name: value for name, value in fields.items() if value is not None})
+        if 0 < len(config.sparse_blocks) < config.depth:  # the weights keep their width, whatever
+            config = replace(config, dense_mlp_ratio=config.dense_ratio)  # overrides say
         return cls(config=config, **values)
 
     def to_metadata(self) -> dict[str, str]:

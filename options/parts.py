@@ -47,6 +47,10 @@ class UnknownComponent(ValueError):
     """A word names a component that no imported file defines."""
 
 
+class UnknownOption(ValueError):
+    """A word has an option that its component does not have."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A chosen component: its name, and its options."""
@@ -82,7 +86,7 @@ class Part:
         for key, value in said.items():
             if (key := key.replace("-", "_")) not in has:
                 known = ", ".join(has) or "no options"
-                raise ValueError(f"got {name}:{key}, but {name} has {known}")
+                raise UnknownOption(f"got {name}:{key}, but {name} has {known}")
             is_tuple = typing.get_origin(has[key].hint) is tuple
             if isinstance(word, str) and not is_tuple and len(value) == 1:
                 value = value[0]

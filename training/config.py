@@ -300,8 +300,7 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     found = {
         "num_classes": len(dataset.classes), "input_size": input_size, "in_channels": channels,
         "image_size": dataset.image_size, "vae_path": vae_path,
-        "flip": said.get("flip", base.data.flip) and dataset.can_flip,
-    }  # fmt: skip
+    } | ({} if dataset.can_flip else {"flip": False})  # fmt: skip
     if said.get("in_channels", channels) != channels:
         raise ValueError(
             f"model: got {said.get('model')}, made for {said['in_channels']} channels, but "

@@ -16,6 +16,7 @@ import torch
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
+from checkpoints.weights import as_user_error
 from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
 from models import MEANINGS, DiTConfig
@@ -28,7 +29,7 @@ from runtime.errors import UserError, printable, reported_as
 from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import Distributed
-from training.config import OF_DATA, OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
+from training.config import OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
 from training.engine import new_weights
 from training.finetune import (
     check_weights,
@@ -83,7 +84,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         newest = newest_record(steps)
         step_folder = newest_intact(steps, notes, dist)
         before = read_record(step_folder)
-        with naming_flags(flags):
+        with naming_flags(flags), as_user_error(step_folder, "cannot go on"):
             base = TrainConfig.of_record(newest or before)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
@@ -97,7 +98,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     else:
         dataset = open_dataset(data, dist)
     with naming_flags(flags):
-        config = base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
+        fit = fitted(base, said, dataset)
+        config = base.changed(fit, shapes=dataset.shapes)
         refuse_idle_flags(command, said, config)
     check_model(config)
     changes: list[str] = []
@@ -105,7 +107,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         check_origin(command, before, folder)
         changes = check_changes(before, base, config, script, dataset)
         changes += changed_state(base, config, step_folder)
-        notes += kept_settings(before, config, said)
+        notes += kept_settings(before, config, fit)
     elif weights:
         notes += check_weights(config, weights)
     world_size = planned_processes(command) if command.dry_run else dist.world_size
@@ -156,7 +158,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             "all nodes share"
         )
     if not dataset.vae_path:  # images
-        dist.on_main(partial(write_sheet, dataset, folder))
+        dist.on_main(partial(write_sheet, dataset, folder, keep=goes_on))
     values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
     with reported_as(f"{folder}: cannot write the log", OSError):
         log = dist.run_on_all(
@@ -293,18 +295,17 @@ def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list
     return lines
 
 
-def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
-    """Returns a line on the settings that are kept from the run without being said, and one on
-    those that this version does not know."""
+def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[str]:
+    """Returns a line on the settings that are kept from the run, because neither the command nor
+    the data say them, and one on those that this version does not know."""
     preset = PRESETS.get(config.preset, {})
     default, kept = TrainConfig.default(config.engine.script).changed(preset), []
-    follow = {*OF_DATA, "image_size", "vae_path", "conditions", *said}  # from the data
     for section, part in config.by_section.items():
         other = stored(default.by_section[section])
         kept += [
             f"{spelling(name)} {' '.join(value) if isinstance(value, list) else value}"
             for name, value in stored(part).items()
-            if name not in follow and value != other.get(name)
+            if name not in fit and value != other.get(name)
         ]
     unknown = before.settings.keys() - training_flags().keys()
     notes = [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
@@ -329,9 +330,10 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
     return lines
 
 
-def write_sheet(images: Source, folder: Path) -> None:
-    """Writes some of the images, as training reads them, to images.png, unless the file exists."""
-    if not (path := folder / "images.png").exists():
+def write_sheet(images: Source, folder: Path, *, keep: bool) -> None:
+    """Writes some of the images, as training reads them, to images.png, unless a run that goes on
+    has it."""
+    if not (path := folder / "images.png").exists() or not keep:
         from latents.image_grid import contact_sheet, write_png  # imports matplotlib: a second
 
         with warns_if_lost(path):

@@ -136,6 +136,14 @@ def test_a_stored_config_may_contain_null_for_optional_fields():
     assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
 
 
+def test_the_dense_blocks_of_weights_keep_their_width_with_other_experts_per_token(tmp_path):
+    """Their width follows from the experts per token only in a new model."""
+    model = DiT(**TINY_MODEL, sparse_layers="every-second")
+    path = save_checkpoint(model, tmp_path / "model.safetensors")
+    fewer = load_model(path, num_experts_per_tok=1).config
+    assert (fewer.num_experts_per_tok, fewer.dense_ratio) == (1, model.config.dense_ratio)
+
+
 @pytest.mark.parametrize(
     "router, objective",
     [
