@@ -263,6 +263,8 @@ class DiTConfig(Config):
         return self.num_experts + ROUTERS[self.router.name].extra_experts if self.num_experts else 0
 
 
+# Fields that affect neither the weights nor a prediction.
+WITHOUT_EFFECT = ("expert_backend", "aux_loss_alpha")
 # Properties that say what a field means if its default follows from other fields.
 MEANINGS = {
     "sparse_layers": "sparse_blocks", "mlp_type": "expert_mlp", "dense_mlp_type": "dense_mlp",

@@ -140,9 +140,8 @@ class TrainConfig:
 
     def record(self, **facts: Any) -> Record:
         """Returns a record of these settings and facts, for `of_record`."""
-        settings = {"expert_backend": self.model.expert_backend}
-        for name in SECTIONS.keys() - {"model"}:
-            settings |= stored(self.by_section[name])
+        of_model = options_of(DiTConfig).keys() - {"expert_backend"}
+        settings = {name: v for name, v in self.stored().items() if name not in of_model}
         typed = {name: settings.pop(name, None) for name in TYPED}
         return Record(config=self.model, model=self.preset, settings=settings, **{**typed, **facts})
 
@@ -169,6 +168,10 @@ class TrainConfig:
     def by_section(self) -> dict[str, Any]:
         """The config of each section of a file."""
         return {name: getattr(self, name) for name in SECTIONS}
+
+    def stored(self) -> Settings:
+        """Returns all settings by name, as a file has them."""
+        return {name: v for part in self.by_section.values() for name, v in stored(part).items()}
 
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them."""

@@ -12,6 +12,7 @@ from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
+from models import WITHOUT_EFFECT
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, sizes_of
@@ -46,7 +47,7 @@ def open_weights(path: str, said: Settings) -> Checkpoint:
     return source
 
 
-def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
+def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     """Checks that a run can start from these weights; returns a note on what the flags change.
 
     The flags may not change the shape of a weight that `adapt` does not replace.
@@ -55,7 +56,7 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     found = [
         line
         for name, line in differences(source.config, config.model)
-        if name not in (*adapted, "expert_backend", "aux_loss_alpha")
+        if name not in (*adapted, *WITHOUT_EFFECT)
     ]
     was, now = source.record.objective, config.step.objective
     if was and was.name != now.name:
