@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
-from checkpoints.quantized import describe, quantize_state_dict
+from checkpoints.quantized_weights import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder

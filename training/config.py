@@ -147,11 +147,11 @@ class TrainConfig:
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
         """Returns the config with these values by name; another preset sets its sizes."""
-        values, parts = self.with_sizes(values), {}
-        for name, part in self.by_section.items():
-            own = {key: values[key] for key in options_of(type(part)) if key in values}
-            parts[name] = changed(part, own)
-        return replace(self, preset=values.get("model", self.preset), **parts, **facts)
+        values, sections = self.with_sizes(values), {}
+        for name, section in self.by_section.items():
+            own = {key: values[key] for key in options_of(type(section)) if key in values}
+            sections[name] = changed(section, own)
+        return replace(self, preset=values.get("model", self.preset), **sections, **facts)
 
     def with_sizes(self, values: Mapping[str, Any]) -> Settings:
         """Adds the sizes of the preset that the values name, if it is another one."""
@@ -171,7 +171,8 @@ class TrainConfig:
 
     def stored(self) -> Settings:
         """Returns all settings by name, as a file has them."""
-        return {name: v for part in self.by_section.values() for name, v in stored(part).items()}
+        sections = self.by_section.values()
+        return {name: value for one in sections for name, value in stored(one).items()}
 
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them."""

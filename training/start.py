@@ -261,8 +261,8 @@ def check_changes(
     """Returns what the command changes, as "--lr: was 0.0001, is 5e-05"; refuses what shapes the
     state."""
     changes, refused = [], []
-    for section, part in now.by_section.items():
-        for name, line in differences(was.by_section[section], part):
+    for section, config in now.by_section.items():
+        for name, line in differences(was.by_section[section], config):
             if name == "vae_path":  # it may have moved; `latent_changes` compares the weights
                 continue
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
