@@ -101,11 +101,13 @@ class EvaluateConfig(SamplingConfig):
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """Returns the settings that determine the metrics of a checkpoint."""
     model, guide, given = pipeline.model, pipeline.guide, pipeline.conditions.items()
+    record = pipeline.checkpoint.record
     return {
         **({"guide_sha256": weights_digest(guide)} if guide else {}),
         **({"batch_size": config.batch_size} if model.depends_on_batch else {}),
         "checkpoint_sha256": weights_digest(model),
-        "model": pipeline.checkpoint.record.sections(),
+        "model": record.to_dict()["config"],
+        "training": record.settings,
         "vae_sha256": pipeline.vae.weights_sha256,
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,

@@ -34,11 +34,12 @@ from conditions import (
     split_condition,
 )
 from initialization import initialize
+from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
 from moe_kernels.forward_mode import has_tangent
 from options.parts import Config, Part, Size, option, sides
-from options.settings import check_names
+from options.settings import changed, check_names
 from presets import PRESETS
 from routers import NOTHING, ROUTERS, Context, Routing
 
@@ -263,6 +264,8 @@ class DiTConfig(Config):
         return self.num_experts + ROUTERS[self.router.name].extra_experts if self.num_experts else 0
 
 
+# Fields that affect neither the weights nor a prediction.
+WITHOUT_EFFECT = ("expert_backend", "aux_loss_alpha")
 # Properties that say what a field means if its default follows from other fields.
 MEANINGS = {
     "sparse_layers": "sparse_blocks", "mlp_type": "expert_mlp", "dense_mlp_type": "dense_mlp",
@@ -636,9 +639,6 @@ class DiT(nn.Module):
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ):
         """Loads a state dict in our layout or a published one."""
-        # Not at the top, because checkpoints/, apart from this file, imports the model.
-        from checkpoints.layouts import to_stacked_layout
-
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 
@@ -663,4 +663,9 @@ def position_embedding(config: DiTConfig) -> Tensor:
     return torch.from_numpy(np.concatenate([x, y], axis=1)[None]).float()
 
 
-DiT_models = {name: partial(DiT, **fields) for name, fields in PRESETS.items()}
+def build_preset(preset: str, **overrides) -> DiT:
+    """Builds a published model with other fields; the word of its router keeps other options."""
+    return DiT(changed(DiTConfig(**PRESETS[preset]), overrides))
+
+
+DiT_models = {preset: partial(build_preset, preset) for preset in PRESETS}

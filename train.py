@@ -24,13 +24,7 @@ from torch.utils.data import Dataset
 from latents.sources import GivenImages
 from options.settings import Settings
 from runtime.errors import UserError
-from runtime.processes import (
-    ALONE,
-    close_distributed,
-    read_environment,
-    run_process,
-    setup_distributed,
-)
+from runtime.processes import close_distributed, run_process
 from runtime.signals import SIGNALS
 from training.config import parse_training
 from training.flags import TRAIN, CommandFlags
@@ -75,14 +69,9 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
 
 def main(parsed: tuple[CommandFlags, Settings]) -> int:
     """Returns the exit code, see `training.loop.TrainingLoop.run`."""
-    command, said = parsed
-    from training.start import train  # imported here: takes seconds
+    from training.start import run_command  # imported here: takes seconds
 
-    if command.dry_run:
-        return train(command, said, TRAIN, ALONE) if read_environment().is_main else 0
-    code = train(command, said, TRAIN, setup_distributed())
-    close_distributed()
-    return code
+    return run_command(*parsed, TRAIN)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,7 @@ The same command with --run-name goes on with the run of this name, if it has sa
 import os
 
 from options.settings import Settings
-from runtime.processes import (
-    ALONE,
-    close_distributed,
-    read_environment,
-    run_process,
-    setup_distributed,
-)
+from runtime.processes import run_process
 from training.config import parse_training
 from training.flags import DEEPSPEED, ZERO2, CommandFlags
 
@@ -32,7 +26,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
     command, said = parsed
     import torch  # imported here: takes seconds
 
-    from training.start import train
+    from training.start import run_command
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # without it, DeepSpeed warns that it chooses the CPU
@@ -40,11 +34,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
 
     if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", ZERO2)):
         said = {**said, "precision": "fp16"}
-    if command.dry_run:
-        return train(command, said, DEEPSPEED, ALONE) if read_environment().is_main else 0
-    code = train(command, said, DEEPSPEED, setup_distributed(always_group=True))
-    close_distributed()
-    return code
+    return run_command(command, said, DEEPSPEED)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def difference(before: Checkpoint, after: Checkpoint) -> float:
     config, generator = before.config, torch.Generator().manual_seed(0)
     shape = (2, *config.latent_shape)  # (N, C, h, w)
     x = torch.randn(shape, generator=generator)
-    t = torch.tensor([0.3, 0.8]) * OBJECTIVES[before.record.objective or "gaussian"].noise_time
+    objective = before.record.objective
+    kind = OBJECTIVES[objective.name if objective else "gaussian"]
+    t = torch.tensor([0.3, 0.8]) * kind.noise_time
     y = torch.tensor([0, config.num_classes - 1])
     want, got = (build_model(checkpoint)(x, t, y)[0] for checkpoint in (before, after))
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
-from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
-from checkpoints.quantized import quantization_of, quantize_state_dict
+from checkpoints.quantized_weights import quantization_of, quantize_state_dict
 from checkpoints.record import METADATA_KEY, Record, with_overrides
 from checkpoints.weights import (
     MissingPlugin,
@@ -36,8 +35,9 @@ from checkpoints.weights import (
     read_tensors,
 )
 from latents.autoencoder import PIXELS
+from layouts import to_stacked_layout
 from models import DiT, DiTConfig
-from options.settings import check_names, flags_of, over, read
+from options.settings import changed
 from presets import PRESETS
 from quantization import quantize_experts
 from runtime.errors import UserError, print_safely, reported_as
@@ -271,7 +271,7 @@ def read_file(
             facts |= more_facts
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record.of_weights(config, facts)
+        return state_dict, Record(config=config, **facts)
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
@@ -335,9 +335,7 @@ def step_folders(run: Path) -> list[Path]:
 
 def config_of(model: str, **overrides) -> DiTConfig:
     """Returns the DiTConfig of a preset with overrides."""
-    flags = flags_of(DiTConfig)
     try:
-        check_names(overrides, DiTConfig)
-        return DiTConfig(**over(read(overrides, flags), read(PRESETS[model], flags)))
+        return changed(DiTConfig(**PRESETS[model]), overrides)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -1,12 +1,13 @@
 """Reads models in diffusers format: a dense DiTTransformer2DModel, or a pipeline that export.py
 wrote."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoints.record import Record, as_words, with_overrides
+from checkpoints.record import Record, with_overrides
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
 from models import DiTConfig, position_embedding
 from runtime.errors import reported_as
@@ -58,15 +59,14 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         check_weights(weights)
         if config["_class_name"] == OWN_CLASS:
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
-            fields, facts = config["dit"], config.get("info") or {}
-        elif config["_class_name"] in DIFFUSERS_CLASSES:
-            (weights, fields), facts = from_diffusers(weights, config), {"objective": "gaussian"}
-        else:
-            kinds = " or ".join(DIFFUSERS_CLASSES)
-            raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
-        config = with_overrides(as_words(fields, "router"), overrides)
-        record = Record.of_weights(config, facts)
-    return weights, record
+            values = {"config": config["dit"], **(config.get("info") or {})}
+            record = Record.from_dict(values)
+            return weights, replace(record, config=with_overrides(vars(record.config), overrides))
+        if config["_class_name"] in DIFFUSERS_CLASSES:
+            weights, fields = from_diffusers(weights, config)
+            return weights, Record(config=with_overrides(fields, overrides), objective="gaussian")
+        kinds = " or ".join(DIFFUSERS_CLASSES)
+        raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
 
 
 def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from checkpoints.published import HEADS
 from conditions import sinusoids
 from latents.autoencoder import PIXELS
+from options.parts import Part
 from presets import JIT_SIZES
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
@@ -79,11 +80,11 @@ def from_moe_dit(
         state_dict["pos_embed"] = torch.zeros(1, 1, width)
     if fields.get("router", "").startswith("prototype") or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
-        facts = {"objective": "rectified_flow", "objective_options": {"times": "logit-normal"}}
+        facts = {"objective": "rectified_flow:times=logit-normal"}
     elif known.get("objective") == "gaussian" or "DDPM" in str(known.get("config")):
         facts = {"objective": "gaussian"}
     else:
-        facts = {"objective": "rectified_flow", "objective_options": {"times": "uniform"}}
+        facts = {"objective": "rectified_flow:times=uniform"}
         state_dict = negate_output(reverse_time(state_dict))
     return renamed(state_dict), fields, facts
 
@@ -222,7 +223,7 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
         "clamp": known.get("t_eps", 0.05), "noise_scale": known.get("noise_scale", 1.0),
     }  # fmt: skip
     facts = {
-        "objective": "flow_x", "objective_options": options, "vae_path": PIXELS,
+        "objective": Part("flow_x", options), "vae_path": PIXELS,
         "image_size": side * layers["x_embedder.proj.weight"].shape[2],
     }  # fmt: skip
     layers = reorder_heads(layers, settings["num_heads"], JIT_PAIRS)

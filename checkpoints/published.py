@@ -1,6 +1,6 @@
 """Layouts of published files: DiT-MoE releases and the official dense DiT.
 
-`checkpoints.layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
+`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
 them back. `infer_config` infers the config from the shapes of the weights.
 """
 
@@ -8,9 +8,9 @@ import math
 
 from torch import Tensor
 
-from checkpoints.layouts import FLASH_ATTENTION_NAMES
 from checkpoints.record import with_overrides
-from models import MEANINGS, DiTConfig
+from layouts import FLASH_ATTENTION_NAMES
+from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
 from options.parts import options_of
 from presets import JIT_SIZES, PRESETS, SIZES
 
@@ -20,12 +20,12 @@ NEEDED = (
     "blocks.0.attn.qkv.weight", "final_layer.linear.bias",
 )  # fmt: skip
 
-# Fields that a published file, its arguments or the presets say, or that only training or speed
-# depends on. In any other field, only the default can be published.
+# Fields that a published file, its arguments or the presets say, or that a prediction does not
+# depend on. In any other field, only the default can be published.
 SAID = (
     "input_size", "in_channels", "num_classes", "patch_size", "hidden_size", "depth", "num_heads",
     "num_experts", "num_experts_per_tok", "n_shared_experts", "mlp_ratio", "dense_mlp_ratio",
-    "qk_norm", "class_dropout_prob", "learn_sigma", "expert_backend", "aux_loss_alpha",
+    "qk_norm", "class_dropout_prob", "learn_sigma", *WITHOUT_EFFECT,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from options.parts import UnknownComponent
+from options.parts import UnknownComponent, UnknownOption
 from runtime.errors import UserError, reported_as
 from runtime.files import flush_to_disk
 
@@ -27,7 +27,7 @@ MALFORMED = (
 
 
 class MissingPlugin(UserError):
-    """A file needs a component that no imported file defines."""
+    """A file needs a component, or an option of it, that no imported file defines."""
 
 
 @contextmanager
@@ -38,6 +38,9 @@ def as_user_error(path: Path, what: str) -> Iterator[None]:
             yield
         except UnknownComponent as error:
             raise MissingPlugin(f"{path}: {error}") from None
+        except UnknownOption as error:
+            advice = "which was saved with this option; declare it again, even if nothing reads it"
+            raise MissingPlugin(f"{path}, {advice}: {error}") from None
 
 
 def open_safetensors(path: Path):

@@ -105,7 +105,7 @@ def open_held_out(
     out.
     """
     record = pipeline.checkpoint.record
-    data = record.settings.get("data", {})
+    data = record.settings
     share = data.get("val_share", 0.0)
     if share and not (data_path or latents_path):
         data_path, latents_path = data.get("data_path"), data.get("latents_path")

@@ -47,6 +47,10 @@ class UnknownComponent(ValueError):
     """A word names a component that no imported file defines."""
 
 
+class UnknownOption(ValueError):
+    """A word has an option that its component does not have."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A chosen component: its name, and its options."""
@@ -82,7 +86,7 @@ class Part:
         for key, value in said.items():
             if (key := key.replace("-", "_")) not in has:
                 known = ", ".join(has) or "no options"
-                raise ValueError(f"got {name}:{key}, but {name} has {known}")
+                raise UnknownOption(f"got {name}:{key}, but {name} has {known}")
             is_tuple = typing.get_origin(has[key].hint) is tuple
             if isinstance(word, str) and not is_tuple and len(value) == 1:
                 value = value[0]
@@ -286,10 +290,10 @@ def options_of(kind: type) -> dict[str, Option]:
 
 def words_for(hint: Any) -> str:
     """Describes the values of a type, such as "2 integers" for `tuple[int, int]`."""
-    parts = [part for part in typing.get_args(hint) if part not in (types.NoneType, ...)]
+    inner = [one for one in typing.get_args(hint) if one not in (types.NoneType, ...)]
     if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
-        return f"{len(parts)} {words_for(parts[0]).split()[-1]}s"
-    return " or ".join(dict.fromkeys(map(words_for, parts))) or WORDS.get(hint, "a path")
+        return f"{len(inner)} {words_for(inner[0]).split()[-1]}s"
+    return " or ".join(dict.fromkeys(map(words_for, inner))) or WORDS.get(hint, "a path")
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -297,24 +301,24 @@ def convert(value: Any, hint: Any) -> Any:
 
     Numbers must be finite.
     """
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     is_list = isinstance(value, list | tuple)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()  # a number of NumPy or PyTorch
     if origin is tuple:
         items = value if is_list else [value]
-        kinds = parts[:1] * len(items) if parts[-1] is ... else parts
+        kinds = inner[:1] * len(items) if inner[-1] is ... else inner
         return tuple(convert(item, kind) for item, kind in zip(items, kinds, strict=True))
-    if parts and origin is not dict:  # a union: the first type that fits
-        if value in (None, "None") and types.NoneType in parts:
+    if inner and origin is not dict:  # a union: the first type that fits
+        if value in (None, "None") and types.NoneType in inner:
             return None
         is_size = hint in (Size, Size | None)
         if is_size and is_list and len(value) in (1, 2) and value[0] == value[-1]:
             value = value[0]  # equal sides
-        *others, last = (part for part in parts if part is not types.NoneType)
-        for part in others:
+        *others, last = (one for one in inner if one is not types.NoneType)
+        for one in others:
             with suppress(ValueError):
-                return convert(value, part)
+                return convert(value, one)
         return convert(value, last)
     kind = origin or hint
     if isinstance(value, str) and kind is bool:

@@ -2,16 +2,18 @@
 
     flags = flags_of(DiTConfig, StepConfig)                        # {name: Option}
     said = read({"router": "sigmoid:scale=2.5", "lr": "1e-3"}, flags)
-    config = replace(config, **said)
+    config = changed(config, said)
 
 Errors are ValueErrors, "NAME: ...".
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from options.parts import Option, Part, options_of
 
+T = TypeVar("T")
 Flags = Mapping[str, Option]
 Settings = dict[str, Any]  # values by field name
 
@@ -77,6 +79,14 @@ def over(top: Mapping[str, Any], beneath: Mapping[str, Any]) -> Settings:
                 one.over(beneath[name]) if isinstance(one, Part) else one for one in value
             )
     return found
+
+
+def changed(config: T, values: Mapping[str, Any]) -> T:
+    """Returns a config with other values. A component keeps its options, if it is the same one."""
+    check_names(values, type(config))
+    flags = options_of(type(config))
+    top = {n: value if value is None else flags[n].read(value) for n, value in values.items()}
+    return replace(config, **over(top, {name: getattr(config, name) for name in top}))
 
 
 def stored(config: Any) -> Settings:

@@ -100,17 +100,17 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         rules: dict[str, Any] = {"metavar": value_name(flag_name, one)}
         rules["help"] = one.help.replace("%", "%%")
-        parts, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
+        kinds, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
         if is_tuple:
-            rules["nargs"] = "+" if parts[-1] is ... else len(parts)
+            rules["nargs"] = "+" if kinds[-1] is ... else len(kinds)
             may_be_absent = one.positional and one.default is not MISSING
             if one.each_once or may_be_absent:
                 rules["nargs"] = "*"
             if flag_name in ("config", "plugin"):  # files add up; of other flags, the last counts
                 rules["action"] = "extend"
-        elif str not in parts and tuple in map(typing.get_origin, parts):  # a number or a pair
+        elif str not in kinds and tuple in map(typing.get_origin, kinds):  # a number or a pair
             rules["nargs"] = 2 if isinstance(one.metavar, tuple) else "+"
-        elif bool in (one.hint, *parts) or one.const is not None:
+        elif bool in (one.hint, *kinds) or one.const is not None:
             rules |= {"nargs": "?", "const": True if one.const is None else one.const}
         if not one.positional:
             rules |= {"dest": flag_name, "required": one.default is MISSING}
@@ -137,13 +137,13 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
 
 def about(word: str, flags: Flags) -> Flags:
     """Returns the flags whose name, group or components contain a word."""
-    found, group, part = {}, "", word.lower().strip("-").replace("-", "_")
+    found, group, text = {}, "", word.lower().strip("-").replace("-", "_")
     for name, flag in flags.items():
         group = flag.group or group
-        if any(part in text for text in (name, group.lower(), *(flag.table or ()))):
+        if any(text in one for one in (name, group.lower(), *(flag.table or ()))):
             found[name] = flag
     if not found:
-        raise UserError(f"--help: got {word}, expected all, a part of a flag, or a group of flags")
+        raise UserError(f"--help: got {word}, expected all, a word of a flag, or a group of flags")
     return found
 
 

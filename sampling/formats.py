@@ -34,10 +34,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     record = replace(
         record,
         vae_path=None if is_local else record.vae_path,
-        settings={
-            name: {k: v for k, v in section.items() if not PRIVATE.search(k)}
-            for name, section in record.settings.items()
-        },
+        settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
         facts={},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         micro_batch=None,
@@ -54,26 +51,25 @@ def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:
 def write_published(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes model.pt in the layout of the published DiT-MoE code or the official DiT code."""
     config, record = checkpoint.in_full_precision().config, checkpoint.record
-    if record.objective not in (None, "gaussian", "rectified_flow"):
-        raise ValueError(f"objective: got {record.objective}, expected gaussian or rectified_flow")
-    for name, option in options_of(OBJECTIVES[record.objective or "gaussian"]).items():
-        got = record.objective_options.get(name, option.default)
-        if name not in OF_TRAINING and got != option.default:
-            raise ValueError(f"objective_{name}: got {got}, expected {option.default}")
-    args = {
-        **typed_facts(checkpoint),
-        **{n: getattr(config, n) for n in ("num_heads", "num_classes", "num_experts_per_tok")},
-    }
-    if record.objective is not None:
-        args["rf"] = record.objective == "rectified_flow"
+    args = typed_facts(checkpoint)
+    args |= {n: getattr(config, n) for n in ("num_heads", "num_classes", "num_experts_per_tok")}
+    if objective := record.objective:
+        if objective.name not in ("gaussian", "rectified_flow"):
+            expected = "gaussian or rectified_flow"
+            raise ValueError(f"objective: got {objective.name}, expected {expected}")
+        for name, option in options_of(OBJECTIVES[objective.name]).items():
+            got = objective.options[name]
+            if name not in OF_TRAINING and got != option.default:
+                raise ValueError(f"objective: got {name}={got}, expected {option.default}")
+        args["rf"] = objective.name == "rectified_flow"
     state_dict = to_published(checkpoint.state_dict, checkpoint.config)
     write_pickle(folder / "model.pt", {"ema": state_dict, "args": args})
 
 
 def typed_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the facts of a record without config and settings, omitting empty values."""
-    facts = {k: v for k, v in vars(checkpoint.record).items() if k not in ("config", "settings")}
-    return {k: v for k, v in facts.items() if v not in (None, (), {})}
+    facts = checkpoint.record.to_dict()
+    return {k: v for k, v in facts.items() if k not in ("config", "settings")}
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
@@ -178,7 +174,7 @@ def model_card(checkpoint: Checkpoint, name: str, format: str, scores: dict, sam
         "classes": config.num_classes,
         "class names": ", ".join(names[:20]) + ", ..." * (len(names) > 20) or "not recorded",
         "steps trained": record.step or "not recorded",
-        **{name: v for one in record.settings.values() for name, v in one.items()},
+        **record.settings,
         **{f"started from {key}": value for key, value in (record.initialized_from or {}).items()},
     }
     library = "diffusers" if format == "pipeline" else "pytorch"

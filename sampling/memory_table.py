@@ -2,7 +2,7 @@
 
 import torch
 
-from checkpoints.quantized import weight_bytes
+from checkpoints.quantized_weights import weight_bytes
 from models import DiT, DiTConfig
 from moe import width_of
 from quantization import quantize_experts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
-from checkpoints.quantized import describe, quantize_state_dict
+from checkpoints.quantized_weights import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
@@ -185,6 +185,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     Empties the checkpoint's state dict, to free the fp32 weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = checkpoint.record.objective
     settings = SamplerSettings(
         choose_objective(config, checkpoint),
         config.sampler,
@@ -192,7 +193,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         config.cfg_scale,
         config.guided_channels,
         config.guidance_interval,
-        checkpoint.record.objective_options,
+        trained.options if trained else {},
         config.time_shift,
     )
     guide = None
@@ -240,13 +241,14 @@ def check_same_task(
     """Refuses, with "MESSAGE PATH: ...", models of other latents, classes or predictions."""
     both = other, checkpoint
     has_norms = all(c.record.norm for c in both)
+    chosen = choose_objective(config, checkpoint)
     facts = [
         {
             "latents": " x ".join(map(str, c.config.latent_shape)),
             "normalisation of latents": str(c.record.norm) if has_norms else None,
             "classes": c.config.num_classes if same_classes else None,
-            "objective": c.record.objective or choose_objective(config, checkpoint),
-            "schedule": c.record.objective_options.get("schedule", "linear"),
+            "objective": one.name if (one := c.record.objective) else chosen,
+            "schedule": one.options.get("schedule", "linear") if one else "linear",
         }
         for c in both
     ]
@@ -255,7 +257,8 @@ def check_same_task(
 
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
     """Returns the objective that the checkpoint records or, without one, the flag names."""
-    flag, trained = config.objective, checkpoint.record.objective
+    flag, recorded = config.objective, checkpoint.record.objective
+    trained = recorded and recorded.name
     if trained is None and flag is None:
         print("the checkpoint does not record its objective; using gaussian (see --objective)")
     if None not in (trained, flag) and trained != flag:

@@ -18,7 +18,7 @@ from checkpoints import Checkpoint, Record
 from checkpoints.adapting import drop_experts
 from checkpoints.costs import count_parameters
 from checkpoints.meta import build_meta
-from checkpoints.quantized import quantize_state_dict
+from checkpoints.quantized_weights import quantize_state_dict
 from models import DiT, DiTConfig
 from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter

@@ -179,8 +179,11 @@ def test_models_take_the_word_of_a_router():
     layer = SparseMoEBlock(32, 4, 2, router="sigmoid:scale=3")
     for gate in (model.blocks[1].moe.gate, layer.gate):
         assert gate.scale == 3 and gate.bias_step == 0.001
-    config = config_of("JiTMoE-B/16", router="sigmoid:scale=3")
-    assert config.router.options == {"input": "modulated", "scale": 3.0, "bias_step": 0.0}
+    word = {"router": "sigmoid:scale=3"}
+    sizes = dict(hidden_size=32, num_heads=2, depth=5, input_size=32)
+    small = DiT_models["JiTMoE-B/16"](**word, **sizes)
+    for config in (config_of("JiTMoE-B/16", **word), small.config):
+        assert config.router.options == {"input": "modulated", "scale": 3.0, "bias_step": 0.0}
 
 
 @pytest.mark.parametrize(

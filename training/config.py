@@ -25,7 +25,7 @@ from latents.autoencoder import DEFAULT_VAE
 from latents.sources import Source
 from models import DiTConfig
 from options.parts import Part, options_of, sides
-from options.settings import Flags, Settings, flags_of, flattened, over, read, spelling, stored
+from options.settings import Flags, Settings, changed, flags_of, over, read, spelling, stored
 from presets import PRESETS
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.files import read_yaml
@@ -58,6 +58,7 @@ FIRST_FLAGS = (  # what a newcomer needs
     "global_batch_size", "train_batch_size", "lr", "epochs", "max_steps", "run_name", "resume",
 )  # fmt: skip
 OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model that the data set
+TYPED = ("objective", "image_size", "vae_path")  # settings that are fields of a Record
 OF_EXPERTS = (
     "router", "aux_loss_alpha", "num_experts_per_tok", "sparse_layers", "n_shared_experts"
 )  # fmt: skip
@@ -122,32 +123,35 @@ class TrainConfig:
         return config.changed({**sizes_of(config.preset), **engine})
 
     @classmethod
-    def of_record(cls, record: Record) -> "TrainConfig":
-        """Returns the settings of a checkpoint; fields that this version lacks are left out."""
-        flags = flags_of(*SECTIONS.values())
-        values = flattened(record.sections(), flags)
-        config = cls.default().changed({k: v for k, v in values.items() if k in flags})
-        model = replace(record.config, expert_backend=record.facts.get("expert_backend", "grouped"))
-        return replace(config, preset=record.model_name, model=model)
+    def of_record(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
+        """Returns the settings of a checkpoint; those that this version lacks are left out."""
+        typed = {name: getattr(record, name) for name in TYPED}
+        known = record.settings | {name: v for name, v in typed.items() if v is not None}
+        base = replace(cls.default(script), preset=record.model_name, model=record.config)
+        return base.changed(known)
 
     @classmethod
     def of_weights(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
         """Returns the model, objective and autoencoder of weights, and otherwise the defaults."""
-        values: Settings = {"vae_path": record.vae_path}
-        if record.objective:
-            values["objective"] = Part(record.objective, record.objective_options)
         # A probability that follows from the classes of the weights follows from those of the data.
         model = replace(record.config, class_dropout_prob=None)
         model = model if model.dropout == record.config.dropout else record.config
-        return replace(cls.default(script).changed(values), preset=record.model_name, model=model)
+        return cls.of_record(replace(record, config=model, settings={}, image_size=None), script)
+
+    def record(self, **facts: Any) -> Record:
+        """Returns a record of these settings and facts, for `of_record`."""
+        of_model = options_of(DiTConfig).keys() - {"expert_backend"}
+        settings = {name: v for name, v in self.stored().items() if name not in of_model}
+        typed = {name: settings.pop(name, None) for name in TYPED}
+        return Record(config=self.model, model=self.preset, settings=settings, **{**typed, **facts})
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
         """Returns the config with these values by name; another preset sets its sizes."""
-        values, parts = self.with_sizes(values), {}
-        for name, part in self.by_section.items():
-            own = {key: values[key] for key in options_of(type(part)) if key in values}
-            parts[name] = replace(part, **over(own, {key: getattr(part, key) for key in own}))
-        return replace(self, preset=values.get("model", self.preset), **parts, **facts)
+        values, sections = self.with_sizes(values), {}
+        for name, section in self.by_section.items():
+            own = {key: values[key] for key in options_of(type(section)) if key in values}
+            sections[name] = changed(section, own)
+        return replace(self, preset=values.get("model", self.preset), **sections, **facts)
 
     def with_sizes(self, values: Mapping[str, Any]) -> Settings:
         """Adds the sizes of the preset that the values name, if it is another one."""
@@ -164,6 +168,11 @@ class TrainConfig:
     def by_section(self) -> dict[str, Any]:
         """The config of each section of a file."""
         return {name: getattr(self, name) for name in SECTIONS}
+
+    def stored(self) -> Settings:
+        """Returns all settings by name, as a file has them."""
+        sections = self.by_section.values()
+        return {name: value for one in sections for name, value in stored(one).items()}
 
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them."""
@@ -295,8 +304,7 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     found = {
         "num_classes": len(dataset.classes), "input_size": input_size, "in_channels": channels,
         "image_size": dataset.image_size, "vae_path": vae_path,
-        "flip": said.get("flip", base.data.flip) and dataset.can_flip,
-    }  # fmt: skip
+    } | ({} if dataset.can_flip else {"flip": False})  # fmt: skip
     if said.get("in_channels", channels) != channels:
         raise ValueError(
             f"model: got {said.get('model')}, made for {said['in_channels']} channels, but "

@@ -12,6 +12,7 @@ from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
+from models import WITHOUT_EFFECT
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, sizes_of
@@ -46,7 +47,7 @@ def open_weights(path: str, said: Settings) -> Checkpoint:
     return source
 
 
-def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
+def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     """Checks that a run can start from these weights; returns a note on what the flags change.
 
     The flags may not change the shape of a weight that `adapt` does not replace.
@@ -55,10 +56,11 @@ def check_weights(config: TrainConfig, source: Checkpoint) -> list[str]:
     found = [
         line
         for name, line in differences(source.config, config.model)
-        if name not in (*adapted, "expert_backend", "aux_loss_alpha")
+        if name not in (*adapted, *WITHOUT_EFFECT)
     ]
-    if source.record.objective not in (None, config.step.objective.name):
-        found.append(difference("objective", source.record.objective, config.step.objective.name))
+    was, now = source.record.objective, config.step.objective
+    if was and was.name != now.name:
+        found.append(difference("objective", was.name, now.name))
     if not found:
         return []
     message = f"--finetune: {source.path} is a different model"
@@ -93,7 +95,7 @@ def weights_notes(
     notes, path, before = [], source.path, source.record
     if found := latent_changes(before, facts, dataset):
         notes.append(f"{path} was trained on other latents: {'; '.join(found)}")
-    share, wanted = before.settings.get("data", {}).get("val_share", 0.0), config.data.val_share
+    share, wanted = before.settings.get("val_share", 0.0), config.data.val_share
     if share < wanted and same_images(before.images, facts["images"]):
         notes.append(
             f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "

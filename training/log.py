@@ -43,8 +43,8 @@ class RunLog(AbstractContextManager):
     On a full disk, log lines are lost with a warning, and training continues. TensorBoard's writer
     then stays closed until the next start.
 
-    A resumed run deletes the rows of log.jsonl after its checkpoint, so that the file has one row
-    per logged step.
+    A run deletes what an earlier attempt logged after its first step: rows of log.jsonl, so that
+    the file has one row per logged step, and sample grids.
 
     settings: settings of the run, for TensorBoard's table of runs
     wandb: Weights & Biases project that receives the same values as TensorBoard, or None
@@ -62,6 +62,10 @@ class RunLog(AbstractContextManager):
                 raise UserError(f"{path}: got a link, expected a folder inside the run folder")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, self.start_step)
+        for path in folder.glob("samples-*.png"):
+            step = path.stem.removeprefix("samples-")
+            if step.isdecimal() and int(step) > self.start_step:
+                path.unlink()
         self.total_steps = total_steps
         self.text_file = open_run_file(folder / "log.txt")
         self.rows_file = open_run_file(rows)

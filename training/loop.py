@@ -176,15 +176,13 @@ class TrainingLoop:
     def record(self, step: int) -> Record:
         """Returns the metadata of the checkpoint of a step: the config and the facts."""
         dataset, facts = self.dataset, dict(self.facts)
-        sections = self.config.sections()
-        # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
-        sections["data"]["vae_path"] = self.vae.path if self.vae else dataset.vae_path
-        typed = {name: facts.pop(name) for name in ("images", "vae_sha256")}
-        return Record.from_dict({
-            "config": sections, "facts": facts, **typed, "step": step,
-            "class_names": dataset.classes, "initialized_from": self.initialized_from,
-            "micro_batch": self.stream.micro_batch, "latents_norm": dataset.norm.to_dict(),
-        })  # fmt: skip
+        return self.config.record(
+            # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
+            vae_path=self.vae.path if self.vae else dataset.vae_path,
+            images=facts.pop("images"), vae_sha256=facts.pop("vae_sha256"), facts=facts, step=step,
+            class_names=dataset.classes, initialized_from=self.initialized_from,
+            micro_batch=self.stream.micro_batch, latents_norm=dataset.norm.to_dict(),
+        )  # fmt: skip
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
         """Takes the remaining steps and saves the last one. If a signal stops the run, saves the

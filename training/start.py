@@ -1,7 +1,7 @@
 """From a command to the training loop: one function, read from top to bottom.
 
 command, said = parse_training("train.py", __doc__)
-code = train(command, said, "train.py", dist)
+code = run_command(command, said, "train.py")      # train(..., dist), in the launcher's processes
 """
 
 import os
@@ -16,28 +16,35 @@ import torch
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.checkpoint import averages_of
+from checkpoints.weights import as_user_error
 from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
-from models import MEANINGS, DiTConfig
+from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
 from options.parts import options_of
-from options.settings import Settings, difference, differences, flattened, spelling, stored
+from options.settings import Settings, difference, differences, spelling
 from presets import PRESETS
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.files import wait_for_file
-from runtime.flags import naming_flags
-from runtime.processes import Distributed
-from training.config import OF_DATA, OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
+from runtime.flags import naming_flags, refuse_idle
+from runtime.processes import (
+    ALONE,
+    Distributed,
+    close_distributed,
+    read_environment,
+    setup_distributed,
+)
+from training.config import OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
 from training.engine import new_weights
 from training.finetune import (
-    check_weights,
+    check_source,
     latent_changes,
     open_weights,
     start_weights,
     weights_notes,
 )
-from training.flags import CommandFlags, DataConfig
+from training.flags import DEEPSPEED, CommandFlags, DataConfig
 from training.log import RunLog, warns_if_lost
 from training.loop import TrainingLoop
 from training.manifest import find_fault
@@ -60,10 +67,17 @@ from training.setup import (
     tensors_of,
 )
 
-# A run cannot change what shapes its state: the model, except for the first two, and the others, of
-# components only the name.
-FREE_IN_MODEL = ("expert_backend", "aux_loss_alpha")
+# A run cannot change what shapes its state: the model, and these, of components only the name.
 SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
+
+
+def run_command(command: CommandFlags, said: Settings, script: str) -> int:
+    """Calls `train` in all processes that the launcher started, or prints the plan in one."""
+    if command.dry_run:
+        return train(command, said, script, ALONE) if read_environment().is_main else 0
+    code = train(command, said, script, setup_distributed(always_group=script == DEEPSPEED))
+    close_distributed()
+    return code
 
 
 def train(command: CommandFlags, said: Settings, script: str, dist: Distributed) -> int:
@@ -83,7 +97,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         newest = newest_record(steps)
         step_folder = newest_intact(steps, notes, dist)
         before = read_record(step_folder)
-        with naming_flags(flags):
+        with naming_flags(flags), as_user_error(step_folder, "cannot go on"):
             base = TrainConfig.of_record(newest or before)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
@@ -97,7 +111,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     else:
         dataset = open_dataset(data, dist)
     with naming_flags(flags):
-        config = base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
+        fit = fitted(base, said, dataset)
+        config = base.changed(fit, shapes=dataset.shapes)
         refuse_idle_flags(command, said, config)
     check_model(config)
     changes: list[str] = []
@@ -105,9 +120,9 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         check_origin(command, before, folder)
         changes = check_changes(before, base, config, script, dataset)
         changes += changed_state(base, config, step_folder)
-        notes += kept_settings(before, config, said)
+        notes += kept_settings(before, config, fit)
     elif weights:
-        notes += check_weights(config, weights)
+        notes += check_source(config, weights)
     world_size = planned_processes(command) if command.dry_run else dist.world_size
     of_engine = config.engine.engine_class().check(config, world_size)
     trained, held_out = split(dataset, config.data.val_share)
@@ -122,7 +137,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         torch.set_float32_matmul_precision("high")
     of_data, vae = inputs_of(config, dataset, dist)
     facts = {"version": __version__, "began_with": began_with(command, before, folder)}
-    facts |= {"expert_backend": config.model.expert_backend, **of_engine, **of_data}
+    facts |= {**of_engine, **of_data}
     if before:
         changes += data_changes(before, facts, dataset)
     elif weights:
@@ -156,11 +171,10 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             "all nodes share"
         )
     if not dataset.vae_path:  # images
-        dist.on_main(partial(write_sheet, dataset, folder))
-    values = {name: v for part in config.by_section.values() for name, v in stored(part).items()}
+        dist.on_main(partial(write_sheet, dataset, folder, keep=goes_on))
     with reported_as(f"{folder}: cannot write the log", OSError):
         log = dist.run_on_all(
-            lambda: RunLog(folder, stream, values, config.run.wandb, is_main=dist.is_main)
+            lambda: RunLog(folder, stream, config.stored(), config.run.wandb, is_main=dist.is_main)
         )
 
     # The engine, with its state or with weights; then the steps.
@@ -247,8 +261,8 @@ def check_changes(
     """Returns what the command changes, as "--lr: was 0.0001, is 5e-05"; refuses what shapes the
     state."""
     changes, refused = [], []
-    for section, part in now.by_section.items():
-        for name, line in differences(was.by_section[section], part):
+    for section, config in now.by_section.items():
+        for name, line in differences(was.by_section[section], config):
             if name == "vae_path":  # it may have moved; `latent_changes` compares the weights
                 continue
             old, new = (getattr(c.by_section[section], name) for c in (was, now))
@@ -256,7 +270,7 @@ def check_changes(
             if section == "model" and is_same(was.model, now.model, name):
                 continue
             if section == "model":
-                shapes_state = name not in FREE_IN_MODEL
+                shapes_state = name not in WITHOUT_EFFECT
             else:
                 shapes_state = name in SHAPES_STATE and is_other
             (refused if shapes_state else changes).append(line)
@@ -293,21 +307,17 @@ def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list
     return lines
 
 
-def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
-    """Returns a line on the settings that are kept from the run without being said, and one on
-    those that this version does not know."""
+def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[str]:
+    """Returns a line on the settings that are kept from the run, because neither the command nor
+    the data say them, and one on those that this version does not know."""
     preset = PRESETS.get(config.preset, {})
-    default, kept = TrainConfig.default(config.engine.script).changed(preset), []
-    follow = {*OF_DATA, "image_size", "vae_path", "conditions", *said}  # from the data
-    for section, part in config.by_section.items():
-        other = stored(default.by_section[section])
-        kept += [
-            f"{spelling(name)} {' '.join(value) if isinstance(value, list) else value}"
-            for name, value in stored(part).items()
-            if name not in follow and value != other.get(name)
-        ]
-    flags = training_flags()
-    unknown = flattened(before.sections(), flags).keys() - flags.keys() - {*OF_DATA}
+    default = TrainConfig.default(config.engine.script).changed(preset).stored()
+    kept = [
+        f"{spelling(name)} {' '.join(value) if isinstance(value, list) else value}"
+        for name, value in config.stored().items()
+        if name not in fit and value != default.get(name)
+    ]
+    unknown = before.settings.keys() - training_flags().keys()
     notes = [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
     if unknown:
         notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
@@ -330,9 +340,10 @@ def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> l
     return lines
 
 
-def write_sheet(images: Source, folder: Path) -> None:
-    """Writes some of the images, as training reads them, to images.png, unless the file exists."""
-    if not (path := folder / "images.png").exists():
+def write_sheet(images: Source, folder: Path, *, keep: bool) -> None:
+    """Writes some of the images, as training reads them, to images.png, unless a run that goes on
+    has it."""
+    if not (path := folder / "images.png").exists() or not keep:
         from latents.image_grid import contact_sheet, write_png  # imports matplotlib: a second
 
         with warns_if_lost(path):
@@ -353,9 +364,8 @@ def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -
 
 def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig) -> None:
     """Refuses the flags without effect that users meet."""
-    for name in ("gpus", "gpu_memory"):
-        if getattr(command, name) and not command.dry_run:
-            raise ValueError(f"{name}: has no effect without --dry-run")
+    if not command.dry_run:
+        refuse_idle(command, ("gpus", "gpu_memory"), "without --dry-run")
     for name in SHARDING:
         default = getattr(type(config.engine), name)
         if not config.engine.shard and said.get(name, default) != default:

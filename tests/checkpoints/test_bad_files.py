@@ -39,8 +39,8 @@ class Gadget:
         return os.mkdir, (str(self.path),)
 
 
-def with_config(path: Path, config: object, objective: str = "gaussian", **facts) -> None:
-    text = json.dumps({"config": {"model": config, "step": {"objective": objective}}, **facts})
+def with_config(path: Path, config: object, **facts) -> None:
+    text = json.dumps({"config": config, **facts})
     save_file(WEIGHTS, path, metadata={"dit_moe": text})
 
 
@@ -52,7 +52,7 @@ def with_weights(path: Path, changes: dict) -> None:
 def many_blocks(path: Path) -> None:
     """Small file whose record specifies more blocks than the file contains."""
     blocks = {f"blocks.{i}.x": torch.zeros(1) for i in range(1000)}
-    metadata = {"dit_moe": json.dumps({"config": {"model": {**CONFIG, "depth": 1000}}})}
+    metadata = {"dit_moe": json.dumps({"config": {**CONFIG, "depth": 1000}})}
     save_file({**blocks, "pos_embed": POS_EMBED}, path, metadata=metadata)
 
 
@@ -99,7 +99,7 @@ BAD = {
     "nested.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "[" * 100_000}),
     "no-config.safetensors": lambda p: save_file(WEIGHTS, p, metadata={"dit_moe": "{}"}),
     "class-names.safetensors": lambda p: with_config(p, CONFIG, class_names=["cat"]),
-    "model-name.safetensors": lambda p: with_config(p, {**CONFIG, "model": "../../out"}),
+    "model-name.safetensors": lambda p: with_config(p, CONFIG, model="../../out"),
     "objective.safetensors": lambda p: with_config(p, CONFIG, objective="guessing"),
     "origin.safetensors": lambda p: with_config(p, CONFIG, initialized_from={"step": 1}),
     "step.safetensors": lambda p: with_config(p, CONFIG, step="many"),

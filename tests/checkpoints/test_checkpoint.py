@@ -28,8 +28,7 @@ from runtime.errors import UserError
 REFERENCE = ROOT / "tests" / "reference"
 FACTS = {
     "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16,
-    "objective_options": {"schedule": "linear"},
-    "class_names": tuple("abcdefghij"), "settings": {"step": {"lr": 1e-4, "freeze": []}},
+    "class_names": tuple("abcdefghij"), "settings": {"lr": 1e-4, "freeze": []},
     "facts": {"script": "train.py"}, "micro_batch": 4,
     "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
 }  # fmt: skip
@@ -116,7 +115,7 @@ def test_published_files_load_with_the_config_and_facts_they_imply(name):
     for field in ("input_size", "patch_size", "depth", "mlp_ratio", "num_classes", "num_experts"):
         assert getattr(model.config, field) == config[field], field
     record = read_checkpoint(REFERENCE / f"{name}.pt", num_heads=config["num_heads"]).record
-    facts = {"image_size": 64, "objective": "gaussian", "objective_options": {"schedule": "linear"}}
+    facts = {"image_size": 64, "objective": "gaussian"}
     if name == "dit_moe_flash":  # a bare state dict, without the arguments of its training
         facts = {}
     assert record == Record(config=model.config, **facts)
@@ -134,12 +133,21 @@ def test_a_bare_file_with_the_width_of_a_preset_gets_its_heads_and_name(tmp_path
 
 def test_a_stored_config_may_contain_null_for_optional_fields():
     config = {**TINY_MODEL, "sparse_layers": None, "mlp_type": None, "dense_mlp_ratio": None}
-    assert Record.of_weights(config, {}).config == DiT(**TINY_MODEL).config
+    assert Record.from_dict({"config": config}).config == DiT(**TINY_MODEL).config
+
+
+def test_the_dense_blocks_of_weights_keep_their_width_with_other_experts_per_token(tmp_path):
+    """Their width follows from the experts per token only in a new model."""
+    model = DiT(**TINY_MODEL, sparse_layers="every-second")
+    path = save_checkpoint(model, tmp_path / "model.safetensors")
+    fewer = load_model(path, num_experts_per_tok=1).config
+    assert (fewer.num_experts_per_tok, fewer.dense_ratio) == (1, model.config.dense_ratio)
 
 
 @pytest.mark.parametrize(
     "router, objective",
     [
+        # With the sections of config.yaml, as all of these
         ({"router": "sigmoid:scale=2.5", "aux_loss_alpha": 0.1},
          {"objective": "rectified_flow:mean=-0.4"}),
         # Until version 0.3
@@ -151,12 +159,13 @@ def test_a_stored_config_may_contain_null_for_optional_fields():
     ],
 )  # fmt: skip
 def test_the_metadata_of_every_version_give_the_same_model_and_objective(router, objective):
-    record = Record.from_dict({"config": {"model": {**TINY_MODEL, **router}, "step": objective}})
+    model = {"model": "DiT-Ti/2", **TINY_MODEL, **router}
+    record = Record.from_dict({"config": {"model": model, "step": {"lr": 1e-3, **objective}}})
     want = DiT(**TINY_MODEL, router="sigmoid:scale=2.5", aux_loss_alpha=0.1).config
     assert record.config == want
-    assert (record.objective, record.objective_options["mean"]) == ("rectified_flow", -0.4)
+    assert (record.objective.name, record.objective.options["mean"]) == ("rectified_flow", -0.4)
     assert Record.from_metadata(record.to_metadata()) == record
-    assert record.settings == {}
+    assert (record.model, record.settings) == ("DiT-Ti/2", {"lr": 1e-3})
 
 
 def test_loaded_weights_are_aligned_to_16_bytes_even_if_the_file_is_not(saved, tmp_path):

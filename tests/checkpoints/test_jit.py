@@ -14,9 +14,9 @@ from test_models import randomised, tiny_batch
 from test_published_moe import FOLDER
 
 from checkpoints import load_model, read_checkpoint
-from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit
 from diffusion import OBJECTIVES, classifier_free_guidance, guidance_within
+from layouts import to_stacked_layout
 from models import DiT
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
@@ -85,8 +85,8 @@ def test_a_jitmoe_checkpoint_has_two_averages_and_its_settings(tmp_path):
     first = read_checkpoint(tmp_path / "checkpoint-last.pth")
     second = read_checkpoint(tmp_path / "checkpoint-last.pth", ema="model_ema2")
     options = {"mean": 0.4, "std": 0.8, "clamp": 0.05, "noise_scale": 2.0}
-    assert first.record.objective == "flow_x"
-    assert options.items() <= first.record.objective_options.items()
+    assert first.record.objective.name == "flow_x"
+    assert options.items() <= first.record.objective.options.items()
     assert (first.record.vae_path, first.record.image_size) == ("pixels", 12)
     weight = "final_layer.linear.bias"
     assert first.state_dict[weight].equal(2 * second.state_dict[weight])

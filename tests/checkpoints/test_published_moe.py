@@ -27,12 +27,12 @@ from test_models import resolved
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
-from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
+from layouts import to_stacked_layout
 from models import DiT
 from runtime.errors import UserError
 from sampling.pipeline import open_checkpoint
@@ -247,11 +247,11 @@ def test_diffmoe_images_depend_on_their_batch_only_with_count_inference(name):
 
 def test_published_moe_files_load_with_their_objective():
     records = {name: read_checkpoint(weights_path(name), **hints(name)).record for name in SPARSE}
-    assert {record.objective for record in records.values()} == {"rectified_flow"}
-    assert records["promoe_tc"].objective_options["times"] == "logit-normal"
-    assert records["dsmoe"].objective_options["times"] == "uniform"
+    assert {record.objective.name for record in records.values()} == {"rectified_flow"}
+    assert records["promoe_tc"].objective.options["times"] == "logit-normal"
+    assert records["dsmoe"].objective.options["times"] == "uniform"
     ddpm = read_checkpoint(weights_path("diffmoe"), {"objective": "gaussian"}, num_heads=2)
-    assert ddpm.record.objective == "gaussian"
+    assert ddpm.record.objective.name == "gaussian"
 
 
 def test_the_word_of_a_router_changes_options_of_a_file_and_not_its_router(tmp_path):
@@ -362,7 +362,7 @@ def test_published_moe_files_can_be_fine_tuned(name, tmp_path, train_flags):
     after = read_checkpoint(only_run(tmp_path / "runs"))
     want = replace(before.config, num_classes=4, input_size=8)
     assert resolved(after.config) == resolved(want)
-    times = [one.record.objective_options["times"] for one in (before, after)]
+    times = [one.record.objective.options["times"] for one in (before, after)]
     assert times[0] == times[1]
     weight = "t_embedder.mlp.2.weight"
     assert 0 < relative_error(after.state_dict[weight], before.state_dict[weight]) < 1e-2

@@ -101,7 +101,10 @@ def test_who_may_read_the_index_of_a_latent_cache_may_read_the_shards(cache):
     assert len({path.stat().st_mode for path in cache.iterdir()}) == 1
 
 
-def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tree, vae, tmp_path):
+def test_a_latent_cache_without_flips_has_each_image_once(
+    cache_flags, run_flags, image_tree, vae, tmp_path, capsys
+):
+    """A run on it goes on without naming the flip, which nobody chose."""
     call_main("cache_latents.py", *cache_flags(tmp_path / "latents", flip=False))
     latents, images = CachedLatents(tmp_path / "latents"), open_images(str(image_tree), 16)
     assert not latents.can_flip and images.can_flip
@@ -110,6 +113,10 @@ def test_a_latent_cache_without_flips_has_each_image_once(cache_flags, image_tre
     assert_holds(latents, images, vae, 39, False)
     with pytest.raises(IndexError):
         latents[39, True]
+    for steps in (1, 2):
+        flags = {"latents-path": tmp_path / "latents", "max-steps": steps, "lr": 1e-3}
+        call_main("train.py", *run_flags(tmp_path / "runs", cached=True, **flags))
+    assert "--flip" not in capsys.readouterr().out
 
 
 def test_flip_mirrors_half_of_the_images_and_changes_no_order():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.recorder import count_routing
 from checkpoints import config_of, load_model, read_checkpoint, save_model
-from checkpoints.quantized import weight_bytes
+from checkpoints.quantized_weights import weight_bytes
 from models import DiT
 from moe_kernels.quantized import quantize
 from quantization import quantize_experts

@@ -50,7 +50,6 @@ from tools.experiments.copies import compare, mean_cosine
 from tools.experiments.dropping import losses_without, scores_of
 from tools.experiments.every_table import multiplicity_table
 from tools.experiments.expert_tables import dropping_table, persistence_table
-from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.noisy_copies import with_noise
 from tools.experiments.persistence import shares
 from tools.experiments.report import (
@@ -62,6 +61,7 @@ from tools.experiments.report import (
 from tools.experiments.sample_tables import guidance_table, sample_comparisons, sample_tables
 from tools.experiments.samples import border_contrast
 from tools.experiments.specialisation import bits, call, count_choices
+from tools.interventions import DropSmall, Reuse
 from training.config import TrainConfig, parse_training
 from training.optimizers import OPTIMIZERS
 

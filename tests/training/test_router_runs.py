@@ -180,6 +180,11 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     assert "--plugin: got" in wrong and "expected a Python file" in wrong
     upcycle = ("upcycle.py", "--ckpt", tmp_path / "run", "--output", tmp_path / "upcycled")
     assert "expected 0, a dense model" in expect_error(capsys, *upcycle, "--plugin", path)
+    forget()
+    path.write_text(path.read_text().replace("temperature", "warmth"))
+    for command in (sample, ["train.py", "--resume", tmp_path / "run"]):
+        line = expect_error(capsys, *command, "--plugin", path)
+        assert "cosine:temperature" in line and "declare it again" in line
 
 
 def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(

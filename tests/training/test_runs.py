@@ -41,6 +41,7 @@ from checkpoints.checkpoint import averages_of
 from checkpoints.meta import build_meta
 from latents.loading import BatchStream
 from models import DiT
+from options.parts import option
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
@@ -406,11 +407,16 @@ def test_a_branch_without_checkpoints_restarts_from_its_source(finished, flags, 
 
 
 def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flags):
-    """Nothing is lost: such a run has ended before its first save."""
-    shutil.rmtree(copied / "run" / "checkpoints")
+    """Nothing is lost: such a run has ended before its first save. Its pictures go."""
+    run = copied / "run"
+    shutil.rmtree(run / "checkpoints")
+    for name in ("samples-0000002.png", "samples-best.png", "images.png"):
+        (run / name).write_text("old")
     call_main("train.py", *flags(copied, lr=2e-3, **{"max-steps": 1}))
-    assert steps_of(copied) == [1] and not changes_of(copied / "run")
-    assert "lr: 0.002" in (copied / "run" / CONFIG_FILE).read_text()
+    assert steps_of(copied) == [1] and not changes_of(run)
+    assert "lr: 0.002" in (run / CONFIG_FILE).read_text()
+    assert not (run / "samples-0000002.png").exists() and (run / "samples-best.png").exists()
+    assert (run / "images.png").stat().st_size > 3
 
 
 @pytest.mark.parametrize("name", [STATE_FILE, MODEL_FILE])
@@ -420,7 +426,7 @@ def test_the_settings_of_a_damaged_checkpoint_hold(copied, name):
     call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
     truncate(newest / name)
     call_main(*resume)
-    assert read_record(newest).settings["step"]["lr"] == 5e-4 and fault_of(newest) is None
+    assert read_record(newest).settings["lr"] == 5e-4 and fault_of(newest) is None
 
 
 def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_path, capsys):
@@ -439,9 +445,8 @@ def test_all_settings_are_stored_in_the_run_folder_and_with_the_weights(finished
     assert sections["model"]["depth"] == 2 and sections["step"]["lr"] == 1e-3
     assert sections["data"]["data_path"] == str(image_tree) and sections["data"]["flip"]
     record = read_record(step_folder(finished, 3))
-    in_weights = json.loads(json.dumps(record.sections()))
+    in_weights = TrainConfig.of_record(record).sections()
     assert {name: in_weights["model"].pop(name) for name in OF_DATA}.items() <= facts.items()
-    del sections["model"]["expert_backend"]  # not stored with weights
     sections["data"]["vae_path"] = record.vae_path
     assert in_weights == sections
     assert str(record.norm) == "shift 0.1 and scale 0.5"
@@ -502,12 +507,22 @@ def test_a_router_without_initial_values_is_a_one_line_error(flags, tmp_path, mo
     assert steps_of(tmp_path) == [1]
 
 
-def test_a_run_with_a_component_of_a_plugin_needs_the_plugin(flags, tmp_path, monkeypatch, capsys):
+class Mine(AdamW):
+    more: float = option(1.0, help="an option that goes")
+
+
+def test_a_run_with_a_component_of_a_plugin_needs_the_plugin_and_its_options(
+    flags, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
-        patch.setitem(OPTIMIZERS, "mine", type("Mine", (AdamW,), {}))
-        call_main("train.py", *flags(tmp_path, optimizer="mine", **{"max-steps": 1}))
-    line = expect_error(capsys, "train.py", "--resume", tmp_path / "run", "--max-steps=2")
-    assert "--optimizer: got 'mine'" in line and "--plugin" in line
+        patch.setitem(OPTIMIZERS, "mine", Mine)
+        call_main("train.py", *flags(tmp_path, optimizer="mine:more=2", **{"max-steps": 1}))
+    resume = "train.py", "--resume", tmp_path / "run", "--max-steps=2"
+    line = expect_error(capsys, *resume)
+    assert "optimizer: got 'mine'" in line and "--plugin" in line
+    monkeypatch.setitem(OPTIMIZERS, "mine", AdamW)
+    line = expect_error(capsys, *resume)
+    assert "optimizer: got mine:more" in line and "declare it again" in line
 
 
 def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
@@ -535,12 +550,12 @@ def test_a_run_resumes_after_its_data_autoencoder_and_folder_moved(
 def test_a_run_started_before_an_option_existed_resumes_with_the_default(finished):
     """A run of a version without an option had the default of the option."""
     record = read_record(step_folder(finished, 3))
-    del record.settings["step"]["optimizer"], record.settings["step"]["lr_schedule"]
-    record.settings["step"]["ema"] = ["exponential"]
+    del record.settings["optimizer"], record.settings["lr_schedule"]
+    record.settings["ema"] = ["exponential"]
     config, default = TrainConfig.of_record(record), TrainConfig.default()
     assert config.step == replace(default.step, objective=config.step.objective, lr=1e-3,
                                   precision="fp32")  # fmt: skip
-    record.settings["run"]["gone"] = 1
+    record.settings["gone"] = 1
     assert TrainConfig.of_record(record) == config
     (note,) = [x for x in start.kept_settings(record, config, {}) if "unknown settings" in x]
     assert note.endswith("gone")

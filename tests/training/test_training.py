@@ -545,7 +545,7 @@ def test_wandb_without_the_package_is_a_one_line_error(flags, tmp_path, monkeypa
 def test_a_checkpoint_stores_its_config_objective_and_data(finished, image_tree, tiny_vae):
     record = read_record(step_folder(finished, 4))
     assert record.config == load_model(only_run(finished)).config
-    assert (record.step, record.model, record.objective) == (4, "DiT-Ti/2", "rectified_flow")
+    assert (record.step, record.model, record.objective.name) == (4, "DiT-Ti/2", "rectified_flow")
     assert record.image_size == 16 and Path(record.vae_path) == tiny_vae
     assert record.class_names == tuple(f"class-{label}" for label in range(4))
     assert record.micro_batch == 8 and record.images["count"] == 40

@@ -32,7 +32,7 @@ from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import ModelBenchmarkConfig, best_times, open_processes, report
-from tools.experiments.interventions import Reuse
+from tools.interventions import Reuse
 from wrappers import wrap_blocks
 
 

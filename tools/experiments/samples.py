@@ -38,8 +38,8 @@ from runtime.flags import parse_config
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import open_processes
-from tools.experiments.interventions import DropSmall, Reuse
 from tools.experiments.report import add_row, read_lines
+from tools.interventions import DropSmall, Reuse
 
 PICTURED = 10  # images per line of a picture
 # A row is measured once for each value of these settings.

@@ -168,7 +168,8 @@ def measure(
 ) -> dict[str, FactorRecorder]:
     """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
     checkpoint = read_checkpoint(path)
-    if (objective := checkpoint.record.objective) in ("gaussian", "gaussian_v"):
+    objective = checkpoint.record.objective
+    if objective and objective.name in ("gaussian", "gaussian_v"):
         raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if spans and "span" not in model.config.conditions:
