@@ -34,7 +34,6 @@ from conditions import (
     split_condition,
 )
 from initialization import initialize
-from layouts import to_stacked_layout
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
 from moe_kernels.forward_mode import has_tangent
@@ -639,6 +638,9 @@ class DiT(nn.Module):
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ):
         """Loads a state dict in our layout or a published one."""
+        # Not at the top, because checkpoints/, apart from this file, imports the model.
+        from checkpoints.layouts import to_stacked_layout
+
         return super().load_state_dict(to_stacked_layout(state_dict), strict=strict, assign=assign)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
 from checkpoints.published import facts_of, infer_config
 from checkpoints.quantized_weights import quantization_of, quantize_state_dict
@@ -35,7 +36,6 @@ from checkpoints.weights import (
     read_tensors,
 )
 from latents.autoencoder import PIXELS
-from layouts import to_stacked_layout
 from models import DiT, DiTConfig
 from options.settings import changed
 from presets import PRESETS

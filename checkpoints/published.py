@@ -1,6 +1,6 @@
 """Layouts of published files: DiT-MoE releases and the official dense DiT.
 
-`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
+`checkpoints.layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
 them back. `infer_config` infers the config from the shapes of the weights.
 """
 
@@ -8,8 +8,8 @@ import math
 
 from torch import Tensor
 
+from checkpoints.layouts import FLASH_ATTENTION_NAMES
 from checkpoints.record import with_overrides
-from layouts import FLASH_ATTENTION_NAMES
 from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
 from options.parts import options_of
 from presets import JIT_SIZES, PRESETS, SIZES

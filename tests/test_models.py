@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import models
 import routers
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.meta import build_meta, initial_weights
 from checkpoints.weights import read_pickle
-from layouts import to_stacked_layout
 from models import (
     Attention,
     DiT,

@@ -27,12 +27,12 @@ from test_models import resolved
 from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
+from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
-from layouts import to_stacked_layout
 from models import DiT
 from runtime.errors import UserError
 from sampling.pipeline import open_checkpoint

@@ -1,5 +1,7 @@
 """Conversion of the published DiT-MoE weight layouts to ours, which stacks a layer's experts.
 
+`DiT.load_state_dict` converts too, so this file imports nothing of this repository.
+
 Shape legend: E experts, H expert width, D width
 """
 
