@@ -1,17 +1,20 @@
 r"""Writes one HTML page about the experts of a model: what each takes, when, where and with whom.
 
     python expert_report.py --data results/RUN
+    python expert_report.py --data results/A results/B
     python expert_report.py --data results/RUN --only patch --output figures/patch.pdf
 
 The page shows the counts of expert_data.py and, if there is one, the file of expert_ablation.py
-beside them. It is one file that needs no network. --only draws one view as a figure for a paper,
+beside them. It is one file that needs no network. Several models with the same layers stand side by
+side, on the same colour scales. --only draws one view as a figure for a paper,
 with a CSV file of numbers for each layer.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.counts import RoutingCounts
+from analysis.counts import COUNTS_FILE, RoutingCounts, counts_file
 from analysis.expert_config import ABLATION_FILE
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
 from options.parts import option
@@ -24,11 +27,16 @@ PAGE, FIGURES = ".html", (".png", ".pdf")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertReportConfig(HeatmapConfig):
+    data: tuple[Path, ...] = option(
+        (Path("results", COUNTS_FILE),),
+        group="heat map",
+        help="files of expert_data.py, or their folders: one, or several to compare",
+    )
     output: Path | None = option(
         None,
         suffixes=(PAGE, *FIGURES),
         help="page, or .png or .pdf figure with --only (default: expert_report.html, or "
-        "heatmap_*.png, near --data)",
+        "heatmap_*.png, near --data; expert_reports.html in the folder that contains all files)",
     )
     only: str | None = option(
         None, choices=tuple(VIEWS),
@@ -54,33 +62,67 @@ def check_flags(config: ExpertReportConfig) -> None:
     if config.output and config.output.suffix.lower() not in expected:
         got = f"--output: got {config.output}"
         raise UserError(f"{got}, expected {' or '.join(expected)} {how}")
+    if len(config.data) > 1:
+        refuse_idle(config, ("ablation", "only"), "with several --data")
+
+
+def read_ablation(path: Path, data: Path, counts: RoutingCounts) -> list:
+    """Reads the rows of expert_ablation.py about the model of the counts in `data`."""
+    from analysis.ablation import load_ablation
+
+    settings, rows = load_ablation(path)
+    digests = [one.get("checkpoint_sha256") for one in (settings, counts.settings)]
+    if None not in digests and digests[0] != digests[1]:
+        raise UserError(
+            f"{path}: was measured with other weights than {data}; run expert_ablation.py again"
+        )
+    if max(row.layer for row in rows) >= counts.num_layers or max(
+        row.expert for row in rows
+    ) >= counts.num_experts:  # fmt: skip
+        raise UserError(f"{path}: has experts of another model than {data}")
+    return rows
+
+
+def check_layers(files: list[Path], all_counts: list[RoutingCounts]) -> None:
+    """Refuses to compare models whose experts are in different layers."""
+    for file, counts in zip(files, all_counts, strict=True):
+        if counts.layer_numbers != all_counts[0].layer_numbers:
+            got, expected = (
+                ", ".join(map(str, one.layer_numbers)) for one in (counts, all_counts[0])
+            )
+            raise UserError(
+                f"--data: got experts in layers {got} of {file}, expected {expected} "
+                f"as in {files[0]}"
+            )
 
 
 def main(config: ExpertReportConfig) -> None:
     check_flags(config)
     if config.only:
-        write_heatmap(config, config.only, VIEWS[config.only])
+        view = HeatmapConfig(data=config.data[0], output=config.output, layers=config.layers)
+        write_heatmap(view, config.only, VIEWS[config.only])
         return
-    data = config.counts_file
-    output = config.output or data.with_name("expert_report.html")
+    files = [counts_file(data) for data in config.data]
+    output = files[0].with_name("expert_report.html")
+    if len(files) > 1:
+        folder = os.path.commonpath([os.path.abspath(file.parent) for file in files])
+        output = Path(folder, "expert_reports.html")
+    output = config.output or output
     prepare_output("--output", output)
-    counts = RoutingCounts.load(data)
-    from analysis.ablation import load_ablation
-    from analysis.report import report
+    all_counts = [RoutingCounts.load(file) for file in files]
+    check_layers(files, all_counts)
+    from analysis.report import ReportedModel, report
 
-    path, rows = config.ablation or data.with_name(ABLATION_FILE), []
-    if config.ablation or path.exists():
-        settings, rows = load_ablation(path)
-        digests = [one.get("checkpoint_sha256") for one in (settings, counts.settings)]
-        if None not in digests and digests[0] != digests[1]:
-            raise UserError(
-                f"{path}: was measured with other weights than {data}; run expert_ablation.py again"
-            )
-        if max(row.layer for row in rows) >= counts.num_layers or max(
-            row.expert for row in rows
-        ) >= counts.num_experts:  # fmt: skip
-            raise UserError(f"{path}: has experts of another model than {data}")
-    page = report(counts, rows)
+    titles = [counts.settings.get("run", counts.settings["model"]) for counts in all_counts]
+    if len(set(titles)) < len(titles):
+        titles = [f"{title} ({file})" for title, file in zip(titles, files, strict=True)]
+    models = []
+    for title, file, counts in zip(titles, files, all_counts, strict=True):
+        path, rows = config.ablation or file.with_name(ABLATION_FILE), []
+        if config.ablation or path.exists():
+            rows = read_ablation(path, file, counts)
+        models.append(ReportedModel(title, counts, rows))
+    page = report(models)
     write_durably(output, page)
     print(f"{output}: {len(page) / 2**20:.1f} MB")
 

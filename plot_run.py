@@ -32,7 +32,7 @@ PANELS = {
     "dead_experts": "experts without tokens",
 }
 LAST = ("loss", "val_loss", "grad_norm", "images_per_sec", "dead_experts")  # printed
-FIRST_STEPS = 0.1  # fraction of the steps that do not set the range of the loss
+FIRST_STEPS = 0.25  # fraction of the steps that do not set the range of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,8 @@ def draw(runs: dict[Path, list[dict]]) -> Figure:
         axes[name].tick_params(labelbottom=True)
         axes[name].grid(alpha=0.3)
         axes[name].ticklabel_format(axis="y", useOffset=False)
+    if "dead_experts" in panels:
+        axes["dead_experts"].yaxis.set_major_locator(MaxNLocator(integer=True))
     if limits := loss_range(runs):
         axes["loss"].set_ylim(*limits)
     figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside upper left", ncols=4)

@@ -117,6 +117,11 @@ class RoutingCounts:
             return cls(**{**arrays, "settings": json.loads(str(arrays["settings"]))})
 
 
+def counts_file(data: Path) -> Path:
+    """Returns the file of counts that --data names, itself or by its folder."""
+    return data / COUNTS_FILE if data.is_dir() else data
+
+
 def run_names(names: Sequence[str]) -> list[str]:
     """Shortens names of runs for a figure: drops a "-SEED" suffix that several names share."""
     endings = {re.search(r"(-\d+)?$", name)[0] for name in names}

@@ -25,6 +25,7 @@ from analysis.counts import (
     COUNTS_FILE,
     RoutingCounts,
     choose_rows,
+    counts_file,
     experts_per_token_statistics,
     layer_statistics,
     shares,
@@ -58,10 +59,6 @@ class HeatmapConfig:
     layers: tuple[int, ...] = option(
         (), ge=0, help="numbers of blocks with experts, from 0 (default: first, middle and last)"
     )
-
-    @property
-    def counts_file(self) -> Path:
-        return self.data / COUNTS_FILE if self.data.is_dir() else self.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +138,7 @@ def write_heatmap(
     Also prints the statistics of the layers and writes them to a CSV file next to the figure. A map
     whose cells are all equal is not drawn.
     """
-    data = config.counts_file
+    data = counts_file(config.data)
     counts = RoutingCounts.load(data)
     numbers, layers = counts.layer_numbers, some_layers(counts.num_layers)
     if unknown := set(config.layers).difference(numbers):

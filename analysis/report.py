@@ -10,8 +10,10 @@ Shape legend:
 import io
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,10 +34,32 @@ MOST_BYTES = 18 * 2**20  # of all crops; 4/3 of that in base64
 SIDES = (48, 32, 24, 16)  # sides of crops, tried in turn if they do not fit
 
 
-def report(counts: RoutingCounts, ablation: list[Ablation]) -> str:
-    """Returns the page. ablation: rows of expert_ablation.py, or none of them."""
-    crops = fitting_crops(counts)
-    data = {
+class ReportedModel(NamedTuple):
+    title: str
+    counts: RoutingCounts
+    ablation: list[Ablation]  # rows of expert_ablation.py, or none of them
+
+
+def report(models: Sequence[ReportedModel]) -> str:
+    """Returns the page about a model, or about several with the same layers side by side."""
+    data = [data_of(model, MOST_BYTES // len(models)) for model in models]
+    page = (FOLDER / "report.html").read_text(encoding="utf-8")
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    for name, value in {
+        "TITLE": escape(f"Experts of {' and '.join(model.title for model in models)}"),
+        "STYLE": (FOLDER / "report.css").read_text(encoding="utf-8"),
+        "SCRIPT": (FOLDER / "report.js").read_text(encoding="utf-8"),
+        "DATA": text,
+    }.items():
+        page = page.replace(f"{{{{{name}}}}}", value)
+    return page
+
+
+def data_of(model: ReportedModel, most_bytes: int) -> dict:
+    """Returns what the page shows of a model. most_bytes: of its crops"""
+    counts, crops = model.counts, fitting_crops(model.counts, most_bytes)
+    return {
+        "title": model.title,
         "about": str(counts),
         "layers": counts.settings["layers"],
         "numbers": counts.layer_numbers,
@@ -44,23 +68,13 @@ def report(counts: RoutingCounts, ablation: list[Ablation]) -> str:
         "steps": len(counts.times),
         "patches": len(counts.by_position),
         "times": [float(f"{time:.4g}") for time in counts.times],
-        "tables": {name: pack(table) for name, table in tables_of(counts, ablation).items()},
+        "tables": {name: pack(table) for name, table in tables_of(counts, model.ablation).items()},
         "statistics": statistics_of(counts),
         **classes_of(counts),
         "gallery": gallery_of(counts),
         "cropEnds": np.cumsum([len(crop) for crop in crops]).tolist(),
         "crops": b64encode(b"".join(crops)).decode(),
     }
-    page = (FOLDER / "report.html").read_text(encoding="utf-8")
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    for name, value in {
-        "TITLE": escape(f"Experts of {counts.settings.get('run', counts.settings['model'])}"),
-        "STYLE": (FOLDER / "report.css").read_text(encoding="utf-8"),
-        "SCRIPT": (FOLDER / "report.js").read_text(encoding="utf-8"),
-        "DATA": text,
-    }.items():
-        page = page.replace(f"{{{{{name}}}}}", value)
-    return page
 
 
 def pack(table: np.ndarray) -> dict:
@@ -179,13 +193,13 @@ def frame_of(place: int, grid: tuple[int, int]) -> list[int]:
     return [top, right, bottom, left]
 
 
-def fitting_crops(counts: RoutingCounts) -> list[bytes]:
-    """Returns the WebP crops, made smaller if together they are too large for a page."""
+def fitting_crops(counts: RoutingCounts, most_bytes: int) -> list[bytes]:
+    """Returns the WebP crops, made smaller if together they have more bytes."""
     starts = [0, *counts.crop_ends.tolist()]
     whole = counts.crops.tobytes()
     crops = [whole[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
     for side in SIDES:
-        if sum(map(len, crops)) <= MOST_BYTES:
+        if sum(map(len, crops)) <= most_bytes:
             break
         crops = [shrink(crop, side) for crop in crops]
     return crops

@@ -28,10 +28,15 @@ from sampling.sampling_config import MODEL_FLAGS, SamplingConfig
 PAGE = {"html_template": "view.html", "css_template": "style.css", "js_on_load": "script.js"}
 # On a narrow screen, the first controls stand above the pictures, and the others below.
 LAYOUT = """
-#first { gap: 0.5rem } #waiting { min-height: 1.2rem; padding: 0 }
+#first { gap: 0.5rem }
+#waiting { height: 1rem; margin: -0.5rem 0 -1rem; padding: 0 }  /* in the gap below the buttons */
+#waiting .html-container, #waiting .error, #waiting .clear-status { display: none }
+#waiting .wrap { overflow: visible }
+#waiting .progress-text { margin: 0; padding: 0; font-size: 0.75rem; line-height: 1rem }
 @media (max-width: 700px) {
-  #page { flex-direction: column; gap: 0.75rem } #left { display: contents }
+  #page { flex-direction: column; gap: 1rem } #left { display: contents }
   #left > * { order: 2 } #left > #first { order: 0 } #right { order: 1 }
+  #right:has(.empty) { display: none }
 }
 """
 FOLDER = Path(__file__).parent.parent / "assets" / "page"
@@ -131,7 +136,8 @@ def draw_image(
 
     with hooks:
         latents = pipeline.latents([label], [seed], watch)
-    return shown(torch.cat([*(x for _, x in trajectory.frames[:-1]), latents]))
+    about, frames, names = shown(torch.cat([*(x for _, x in trajectory.frames[:-1]), latents]))
+    return about, frames, [*names[:-1], f"step {num_steps} of {num_steps}: the image"]
 
 
 def draw_grid(

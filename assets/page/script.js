@@ -28,8 +28,7 @@ function show(step) {
   element.querySelectorAll("section").forEach((side) => {
     side.style.setProperty("--image", `url(${side.querySelector("img").src})`);
   });
-  const slider = element.querySelector("input");  // missing while an image forms
-  if (slider) slider.value = step;
+  element.querySelector("input").value = step;
   element.querySelector("output").textContent = props.value.steps[step];
 }
 function play(step) {

@@ -1,34 +1,60 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const bytesOf = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-const tables = {};
-for (const [name, { shape, data: text }] of Object.entries(data.tables)) {
-  const values = new Float32Array(bytesOf(text).buffer);
-  tables[name] = { shape, values };
-}
-// Value of a table at an index, such as at("byClass", c, l, e).
-function at(name, ...index) {
-  const { shape, values } = tables[name];
-  return values[index.reduce((place, i, axis) => place * shape[axis] + i, 0)];
-}
-const L = data.layers.length, E = data.experts, C = data.classes.length, S = data.steps;
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const nameOf = (l) => data.numbers[l]; // number of a layer's block
-const state = { layer: 0, expert: 0 };
 
-// Sums over classes or steps: load of an expert, and all assignments of a row.
-const load = range(L).map((l) => range(E).map((e) => sum(range(S).map((s) => at("byStep", s, l, e)))));
-const whole = load.map(sum);
-const shareOf = (name, row, l, e) => {
-  const all = sum(range(E).map((i) => at(name, row, l, i)));
-  return all ? at(name, row, l, e) / all : NaN;
-};
-const rowShares = (name, row, l) => {
-  const counts = range(E).map((i) => at(name, row, l, i)), all = sum(counts);
-  return counts.map((n) => (all ? n / all : NaN));
-};
+// The models of the page, one or more. A model has its data, what follows from them (E experts, S
+// steps, C classes), the expert that is shown, and an element for each view.
+const models = JSON.parse($("data").textContent).map((data) => {
+  const model = { ...data, E: data.experts, S: data.steps, C: data.classes.length, places: data.grid[0] * data.grid[1], expert: 0, views: {}, urls: {} };
+  model.tables = {};
+  for (const [name, { shape, data: text }] of Object.entries(data.tables)) {
+    model.tables[name] = { shape, values: new Float32Array(bytesOf(text).buffer) };
+  }
+  model.crops = bytesOf(data.crops);
+  // Sums over the steps: load of an expert, and of all.
+  model.load = data.layers.map((_, l) => range(model.E).map((e) => sum(range(model.S).map((s) => at(model, "byStep", s, l, e)))));
+  model.whole = model.load.map(sum);
+  return model;
+});
+const L = models[0].layers.length; // the same in all models
+const nameOf = (l) => models[0].numbers[l]; // number of a layer's block
+const state = { layer: 0 };
+// Copies what one model shows for each model, under its title if there are several.
+for (const one of document.querySelectorAll(".model")) {
+  const all = document.createElement("div");
+  all.className = "models";
+  one.replaceWith(all);
+  for (const model of models) {
+    const copy = one.cloneNode(true);
+    copy.querySelectorAll("[data-view]").forEach((view) => { model.views[view.dataset.view] = view; });
+    if (models.length > 1) {
+      const title = document.createElement("div");
+      title.className = "title";
+      title.textContent = model.title;
+      copy.prepend(title);
+    }
+    all.append(copy);
+  }
+}
+
+// Value of a table at an index, such as at(model, "byClass", c, l, e).
+function at(model, name, ...index) {
+  const { shape, values } = model.tables[name];
+  return values[index.reduce((place, i, axis) => place * shape[axis] + i, 0)];
+}
+// The experts' shares of a row's assignments, relative to an equal share.
+function ratios(model, name, row, l) {
+  const counts = range(model.E).map((e) => at(model, name, row, l, e)), all = sum(counts);
+  return counts.map((n) => (all ? (n / all) * model.E : NaN));
+}
+// Calls draw(model, values of the model, scale) for each model, with one scale for all of them.
+function compare(valuesOf, scaleOf, draw) {
+  const values = models.map(valuesOf);
+  const scale = scaleOf(values.flat(Infinity).filter(Number.isFinite));
+  models.forEach((model, i) => draw(model, values[i], scale));
+}
 
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
@@ -62,6 +88,8 @@ function reach(values) {
   const logs = values.filter((v) => v > 0).map((v) => Math.abs(Math.log2(v))).sort((a, b) => a - b);
   return 2 ** Math.min(3, Math.max(0.5, logs[Math.floor(0.98 * (logs.length - 1))] || 1));
 }
+const ratioScale = (values) => SCALES.ratio(reach(values));
+const shareScale = (values) => SCALES.share(Math.max(...values), Math.min(...values));
 function scaleBar(element, scale, words) {
   const stops = scale.ends.length === 3 ? [-1, -0.5, 0, 0.5, 1] : [0, 0.5, 1];
   const bar = document.createElement("div");
@@ -93,7 +121,7 @@ function matrix(element, o) {
   const texts = o.rows.map((name) => fit(pen, String(name), width * 0.32));
   const left = 8 + (o.down ? 14 : 0) + Math.max(...texts.map((t) => pen.measureText(t).width));
   const columns = o.columns.length, rows = o.rows.length;
-  const w = Math.min(o.cell || 46, (width - left - 2) / columns);
+  const w = Math.min(46, (width - left - 2) / columns);
   const h = rows > 200 ? Math.max(1, 900 / rows) : rows > 45 ? Math.max(8, Math.min(14, 980 / rows)) : Math.max(14, Math.min(22, w));
   const top = 18 + (o.across ? 14 : 0), high = top + rows * h + 2, ratio = devicePixelRatio || 1;
   canvas.width = width * ratio; canvas.height = high * ratio;
@@ -141,282 +169,299 @@ function fit(pen, text, room) {
   while (n > 1 && pen.measureText(text.slice(0, n) + "…").width > room) n--;
   return text.slice(0, n) + "…";
 }
-// A small map of the image. value(t): value at a place
-function map(value, scale) {
-  const [rows, columns] = data.grid, canvas = document.createElement("canvas");
+// A small map of the image. values: of its places
+function map([rows, columns], values, scale) {
+  const canvas = document.createElement("canvas");
   canvas.width = columns; canvas.height = rows;
   const image = new ImageData(columns, rows);
-  range(rows * columns).forEach((t) => image.data.set([...colour(scale.x(value(t))), 255], 4 * t));
+  values.forEach((value, t) => image.data.set([...colour(scale.x(value)), 255], 4 * t));
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
-function maps(element, captions, value, scale, pick) {
+// o: captions, grid, values (of each map), scale, pick(i), chosen (the marked map)
+function maps(element, o) {
   element.textContent = "";
-  captions.forEach((caption, i) => {
+  o.captions.forEach((caption, i) => {
     const figure = document.createElement("figure"), words = document.createElement("figcaption");
     words.textContent = caption;
-    figure.append(map((t) => value(i, t), scale), words);
-    if (pick) { figure.onclick = () => pick(i); figure.style.cursor = "pointer"; }
-    if (pick && i === state.expert) figure.className = "chosen";
+    figure.append(map(o.grid, o.values[i], o.scale), words);
+    if (o.pick) { figure.onclick = () => o.pick(i); figure.style.cursor = "pointer"; }
+    if (i === o.chosen) figure.className = "chosen";
     element.append(figure);
   });
 }
-function showScale(id, scale, words) { $(id).textContent = ""; scaleBar($(id), scale, words); }
+function showScale(element, scale, words) { element.textContent = ""; scaleBar(element, scale, words); }
 
-const allCrops = bytesOf(data.crops), urls = {};
-function urlOf(crop) {
-  const from = crop ? data.cropEnds[crop - 1] : 0;
-  return (urls[crop] ||= URL.createObjectURL(new Blob([allCrops.subarray(from, data.cropEnds[crop])], { type: "image/webp" })));
+function urlOf(model, crop) {
+  const from = crop ? model.cropEnds[crop - 1] : 0;
+  return (model.urls[crop] ||= URL.createObjectURL(new Blob([model.crops.subarray(from, model.cropEnds[crop])], { type: "image/webp" })));
 }
-function bars(element, rows, words) {
-  element.textContent = "";
-  const most = Math.max(...rows.map(([, v]) => Math.abs(Math.log2(Math.max(v, 1e-3)))), 0.5);
+// Bars from 0 to `most`, with a line at 1. rows: [name, value], or [null] where rows are left out
+function bars(element, rows, most) {
+  element.textContent = rows.length ? "" : "none";
+  element.style.setProperty("--one", `${100 / most}%`);
   for (const [name, value] of rows) {
     const row = document.createElement("div");
-    if (name === null) { row.className = "gap"; row.textContent = "…"; element.append(row); continue; }
-    row.className = "bar";
-    const log = Math.log2(Math.max(value, 1e-3));
-    row.innerHTML = `<span></span><b class="${log < 0 ? "less" : ""}" style="width:${(100 * Math.abs(log)) / most}%"></b><span>× ${number(value)}</span>`;
-    row.firstChild.textContent = name; row.firstChild.title = name;
     element.append(row);
+    if (name === null) { row.className = "gap"; row.textContent = "…"; continue; }
+    row.className = "bar";
+    row.innerHTML = `<span></span><i><b class="${value < 1 ? "less" : ""}" style="width:${(100 * value) / most}%"></b></i><span>× ${number(value)}</span>`;
+    row.firstChild.textContent = name; row.firstChild.title = name;
   }
-  if (!rows.length) element.textContent = words;
 }
 
-function choose(layer, expert, scroll) {
-  state.layer = layer; state.expert = expert;
-  history.replaceState(null, "", `#layer-${nameOf(layer)}-expert-${expert}`);
+const address = (layer, experts) => `#layer-${nameOf(layer)}${experts.map((e) => `-expert-${e}`).join("")}`;
+function choose(layer, model, expert, scroll) {
+  state.layer = layer; model.expert = expert;
+  history.replaceState(null, "", address(layer, models.map((one) => one.expert)));
   drawAll();
   if (scroll) $("one").scrollIntoView({ behavior: "smooth" });
 }
-const jump = (l, e) => choose(l, e, true);
+const jump = (l, model, e) => choose(l, model, e, true);
 
 function drawLoad() {
-  const values = (l, e) => (load[l][e] / whole[l]) * E;
-  const scale = SCALES.ratio(reach(range(L).flatMap((l) => range(E).map((e) => values(l, e)))));
-  matrix($("load"), {
-    rows: range(L).map(nameOf), columns: range(E), value: values, scale, down: "layer", across: "expert",
-    words: "share of the layer's assignments, relative to an equal share", pick: jump,
-    say: (l, e) => `layer ${nameOf(l)} (${data.layers[l]}), expert ${e}: ${number(100 * load[l][e] / whole[l])} % of the assignments, mean weight ${number(at("weight", l, e))}`,
-    marked: (l, e) => l === state.layer && e === state.expert,
+  compare((m) => range(L).map((l) => m.load[l].map((n) => (n / m.whole[l]) * m.E)), ratioScale, (m, values, scale) => {
+    matrix(m.views.load, {
+      rows: range(L).map(nameOf), columns: range(m.E), value: (l, e) => values[l][e], scale, down: "layer", across: "expert",
+      words: "share of the layer's assignments, relative to an equal share", pick: (l, e) => jump(l, m, e),
+      say: (l, e) => `layer ${nameOf(l)} (${m.layers[l]}), expert ${e}: ${number(100 * m.load[l][e] / m.whole[l])} % of the assignments, mean weight ${number(at(m, "weight", l, e))}`,
+      marked: (l, e) => l === state.layer && e === m.expert,
+    });
+    const dead = range(L).flatMap((l) => range(m.E).filter((e) => values[l][e] < 0.01).map((e) => `${nameOf(l)}·${e}`));
+    m.views.dead.textContent = dead.length ? `Dead (layer·expert): ${dead.slice(0, 40).join(", ")}${dead.length > 40 ? ` and ${dead.length - 40} more` : ""}.` : "No expert is dead.";
   });
-  const dead = range(L).flatMap((l) => range(E).filter((e) => values(l, e) < 0.01).map((e) => `${nameOf(l)}·${e}`));
-  $("dead").textContent = dead.length ? `Dead (layer·expert): ${dead.slice(0, 40).join(", ")}${dead.length > 40 ? ` and ${dead.length - 40} more` : ""}.` : "No expert is dead.";
 }
-function drawNumbers() {
-  const names = Object.keys(data.statistics);
-  const cells = (l) => names.map((n) => `<td>${data.statistics[n][l] ?? "–"}</td>`).join("");
-  $("numbers").innerHTML = `<table><tr><th>layer</th>${names.map((n) => `<th>${n}</th>`).join("")}</tr>${range(L).map((l) => `<tr><td>${nameOf(l)}</td>${cells(l)}</tr>`).join("")}</table>`;
+function drawNumbers(m) {
+  const names = Object.keys(m.statistics);
+  const cells = (l) => names.map((n) => `<td>${m.statistics[n][l]?.toFixed(3) ?? "–"}</td>`).join("");
+  m.views.numbers.innerHTML = `<table><tr><th>layer</th>${names.map((n) => `<th>${n}</th>`).join("")}</tr>${range(L).map((l) => `<tr><td>${nameOf(l)}</td>${cells(l)}</tr>`).join("")}</table>`;
 }
-function drawExpert() {
-  const { layer: l, expert: e } = state, share = load[l][e] / whole[l];
-  document.querySelector("#one .name").textContent = `${e} of layer ${nameOf(l)}`;
-  const facts = [`${data.layers[l]}: ${number(100 * share)} % of the assignments (an equal share is ${number(100 / E)} %), mean weight ${number(at("weight", l, e))}.`];
-  if (tables.damage && !Number.isNaN(at("damage", 0, l, e))) {
-    const all = range(L).flatMap((i) => range(E).map((j) => at("damage", 0, i, j))).filter((v) => !Number.isNaN(v));
-    const rank = 1 + all.filter((v) => v > at("damage", 0, l, e)).length;
-    facts.push(`Without it, pixels change by ${number(100 * at("damage", 0, l, e))} % of their range (rank ${rank} of ${all.length}).`);
-    const loss = at("damage", 1, l, e);
-    if (!Number.isNaN(loss)) facts.push(`The held-out loss changes by ${number(loss)} ± ${number(at("damage", 2, l, e))}.`);
+function drawFacts(m) {
+  const l = state.layer, e = m.expert, share = m.load[l][e] / m.whole[l];
+  m.views.name.textContent = `${e} of layer ${nameOf(l)}`;
+  const facts = [`${m.layers[l]}: ${number(100 * share)} % of the assignments (an equal share is ${number(100 / m.E)} %), mean weight ${number(at(m, "weight", l, e))}.`];
+  if (m.tables.damage && !Number.isNaN(at(m, "damage", 0, l, e))) {
+    const all = range(L).flatMap((i) => range(m.E).map((j) => at(m, "damage", 0, i, j))).filter((v) => !Number.isNaN(v));
+    const rank = 1 + all.filter((v) => v > at(m, "damage", 0, l, e)).length;
+    facts.push(`Without it, pixels change by ${number(100 * at(m, "damage", 0, l, e))} % of their range (rank ${rank} of ${all.length}).`);
+    const loss = at(m, "damage", 1, l, e);
+    if (!Number.isNaN(loss)) facts.push(`The held-out loss changes by ${number(loss)} ± ${number(at(m, "damage", 2, l, e))}.`);
   }
-  $("facts").textContent = facts.join(" ");
-  const gallery = $("gallery");
-  gallery.textContent = "";
-  for (const [crop, weight, image, label, frame] of data.gallery[l][e]) {
+  m.views.facts.textContent = facts.join(" ");
+}
+function drawGallery(m) {
+  const gallery = m.views.gallery, entries = m.gallery[state.layer][m.expert];
+  gallery.textContent = entries.length ? "" : "No patch chose this expert.";
+  for (const [crop, weight, image, label, frame] of entries) {
     const figure = document.createElement("figure");
     figure.innerHTML = `<div class="crop"><img alt="" loading="lazy"></div><figcaption></figcaption>`;
     const img = figure.querySelector("img");
     img.onload = () => { img.parentNode.classList.toggle("pixels", img.naturalWidth < 48); img.style.setProperty("--aspect", img.naturalWidth / img.naturalHeight); };
     img.parentNode.style.setProperty("--inset", frame.map((x) => `${x}%`).join(" "));
-    img.src = urlOf(crop);
-    const words = `${data.classes[label]}, image ${image}, weight ${number(weight)}`;
-    img.alt = figure.title = words;
-    figure.querySelector("figcaption").textContent = data.classes[label];
+    img.src = urlOf(m, crop);
+    img.alt = figure.title = `${m.classes[label]}, image ${image}, weight ${number(weight)}`;
+    figure.querySelector("figcaption").textContent = m.classes[label];
     gallery.append(figure);
   }
-  if (!data.gallery[l][e].length) gallery.textContent = "No patch chose this expert.";
-  const ratios = range(C).map((c) => [data.classes[c], share ? shareOf("byClass", c, l, e) / share : NaN]).filter(([, v]) => v > 0);
-  ratios.sort((a, b) => b[1] - a[1]);
-  bars($("classes"), ratios.length > 13 ? [...ratios.slice(0, 9), [null, 1], ...ratios.slice(-3)] : ratios, "none");
-  drawTime(l, e);
-  const all = (t) => sum(range(E).map((i) => at("byPlace", t, l, i)));
-  const ratio = (t) => (all(t) ? (at("byPlace", t, l, e) / all(t)) * E : NaN);
-  const scale = SCALES.ratio(reach(range(data.grid[0] * data.grid[1]).map(ratio)));
-  $("place").textContent = "";
-  $("place").append(map(ratio, scale));
-  scaleBar($("place"), scale, "an equal share is 1");
-  drawFriends(l, e);
 }
-function drawTime(l, e) {
-  const ratio = range(S).map((s) => shareOf("byStep", s, l, e) * E), most = Math.max(1.5, ...ratio.filter(Number.isFinite));
-  const [w, h, left] = [260, 96, 30], x = (s) => left + ((s + 0.5) * (w - left)) / S, y = (v) => h - 6 - (v / most) * (h - 16);
-  const points = ratio.map((v, s) => (Number.isFinite(v) ? `${x(s)},${y(v)}` : "")).join(" ");
-  const dots = S <= 40 ? ratio.map((v, s) => `<circle cx="${x(s)}" cy="${y(v || 0)}" r="2.5" fill="var(--high)"><title>t = ${data.times[s]}: × ${number(v)}</title></circle>`).join("") : "";
-  $("time").innerHTML = `<svg viewBox="0 0 ${w} ${h + 14}" width="100%" style="max-width:24rem" role="img" aria-label="share by step">
+function drawExpert() {
+  const l = state.layer;
+  models.forEach((m) => [drawFacts, drawGallery, drawFriends].forEach((draw) => draw(m)));
+  const most = (values) => Math.max(1, ...values);
+  compare((m) => {
+    const share = m.load[l][m.expert] / m.whole[l];
+    const known = range(m.C).map((c) => [m.classes[c], ratios(m, "byClass", c, l)[m.expert] / m.E / share]);
+    const rows = known.filter(([, v]) => Number.isFinite(v)).sort((a, b) => b[1] - a[1]);
+    return rows.length > 13 ? [...rows.slice(0, 9), [null], ...rows.slice(-3)] : rows;
+  }, most, (m, rows, most) => bars(m.views.classes, rows, most));
+  compare((m) => range(m.S).map((s) => ratios(m, "byStep", s, l)[m.expert]), (values) => Math.max(1.5, ...values), drawTime);
+  compare((m) => range(m.places).map((t) => ratios(m, "byPlace", t, l)[m.expert]), ratioScale, (m, values, scale) => {
+    m.views.place.textContent = "";
+    m.views.place.append(map(m.grid, values, scale));
+    scaleBar(m.views.place, scale, "an equal share is 1");
+  });
+}
+function drawTime(m, values, most) {
+  const [w, h, left] = [260, 96, 30], x = (s) => left + ((s + 0.5) * (w - left)) / m.S, y = (v) => h - 6 - (v / most) * (h - 16);
+  const points = values.map((v, s) => (Number.isFinite(v) ? `${x(s)},${y(v)}` : "")).join(" ");
+  const dots = m.S <= 40 ? values.map((v, s) => `<circle cx="${x(s)}" cy="${y(v || 0)}" r="2.5" fill="var(--high)"><title>t = ${m.times[s]}: × ${number(v)}</title></circle>`).join("") : "";
+  m.views.time.innerHTML = `<svg viewBox="0 0 ${w} ${h + 14}" width="100%" style="max-width:24rem" role="img" aria-label="share by step">
     <line x1="${left}" x2="${w}" y1="${y(1)}" y2="${y(1)}" stroke="var(--soft)" stroke-dasharray="3 3"/>
     <text x="${left - 4}" y="${y(1) + 4}" text-anchor="end">1</text><text x="${left - 4}" y="${y(most) + 8}" text-anchor="end">${number(most)}</text>
     <polyline points="${points}" fill="none" stroke="var(--high)" stroke-width="2"/>${dots}
-    <text x="${left}" y="${h + 11}">t = ${data.times[0]}</text><text x="${w}" y="${h + 11}" text-anchor="end">${data.times[S - 1]}</text></svg>`;
+    <text x="${left}" y="${h + 11}">t = ${m.times[0]}</text><text x="${w}" y="${h + 11}" text-anchor="end">${m.times[m.S - 1]}</text></svg>`;
 }
-function drawFriends(l, e) {
-  const rows = [], link = (layer, expert, words) => rows.push([layer, expert, words]);
-  const top = (values) => range(E).filter((i) => Number.isFinite(values[i])).sort((a, b) => values[b] - values[a]).slice(0, 3);
-  if (l + 1 < L) { const lift = lifts(l)[e]; for (const f of top(lift)) link(l + 1, f, `× ${number(lift[f])} in the next layer`); }
-  if (l > 0) { const lift = lifts(l - 1).map((row) => row[e]); for (const f of top(lift)) link(l - 1, f, `× ${number(lift[f])} in the layer before`); }
-  const similar = range(E).map((f) => (f === e ? NaN : at("similarity", l, e, f)));
-  for (const f of top(similar).slice(0, 1)) link(l, f, `most similar weights, cosine ${number(similar[f])}`);
-  $("friends").textContent = "";
+function drawFriends(m) {
+  const l = state.layer, e = m.expert, rows = [];
+  const top = (values) => range(m.E).filter((i) => Number.isFinite(values[i])).sort((a, b) => values[b] - values[a]).slice(0, 3);
+  if (l + 1 < L) { const lift = lifts(m, l)[e]; for (const f of top(lift)) rows.push([l + 1, f, `× ${number(lift[f])} in the next layer`]); }
+  if (l > 0) { const lift = lifts(m, l - 1).map((row) => row[e]); for (const f of top(lift)) rows.push([l - 1, f, `× ${number(lift[f])} in the layer before`]); }
+  const similar = range(m.E).map((f) => (f === e ? NaN : at(m, "similarity", l, e, f)));
+  for (const f of top(similar).slice(0, 1)) rows.push([l, f, `most similar weights, cosine ${number(similar[f])}`]);
+  m.views.friends.textContent = "";
   for (const [layer, expert, words] of rows) {
     const line = document.createElement("div"), a = document.createElement("a");
-    a.href = `#layer-${nameOf(layer)}-expert-${expert}`;
+    a.href = address(layer, models.map((one) => (one === m ? expert : one.expert)));
     a.textContent = `layer ${nameOf(layer)}, expert ${expert}`;
-    a.onclick = (event) => { event.preventDefault(); jump(layer, expert); };
+    a.onclick = (event) => { event.preventDefault(); jump(layer, m, expert); };
     line.append(a, `: ${words}`);
-    $("friends").append(line);
+    m.views.friends.append(line);
   }
 }
-const lifts = ((known) => (l) => (known[l] ||= (() => {
-  const pairs = range(E).map((e) => range(E).map((f) => at("together", l, e, f)));
-  const rows = pairs.map(sum), columns = range(E).map((f) => sum(pairs.map((row) => row[f]))), all = sum(rows);
+// How often experts of layers l and l + 1 share a patch, relative to chance.
+function lifts(m, l) {
+  const pairs = range(m.E).map((e) => range(m.E).map((f) => at(m, "together", l, e, f)));
+  const rows = pairs.map(sum), columns = range(m.E).map((f) => sum(pairs.map((row) => row[f]))), all = sum(rows);
   return pairs.map((row, e) => row.map((n, f) => (rows[e] * columns[f] ? (n * all) / (rows[e] * columns[f]) : NaN)));
-})()))({});
+}
 
+// Numbers of a class in each model, for classes that all models have. Names may occur twice.
+const sameClasses = models.every((m) => String(m.classes) === String(models[0].classes));
+const sharedClasses = models[0].order.map((c) => models.map((m) => (sameClasses ? c : m.classes.indexOf(models[0].classes[c])))).filter((numbers) => !numbers.includes(-1));
 function drawClasses() {
-  const l = state.layer, shares = data.order.map((c) => rowShares("byClass", c, l).map((v) => v * E));
-  const scale = SCALES.ratio(reach(shares.flat()));
-  matrix($("byClass"), {
-    rows: data.order.map((c) => data.classes[c]), columns: range(E), value: (r, c) => shares[r][c], scale,
-    across: "expert", words: "relative to an equal share", pick: (r, e) => jump(l, e),
-    say: (r, e) => `${data.classes[data.order[r]]}, expert ${e}: × ${number(shares[r][e])}`,
-    marked: E <= 24 ? (r, e) => r === 0 && e === state.expert && C === 1 : null,
+  $("classSection").hidden = !sharedClasses.length;
+  if (!sharedClasses.length) return;
+  const numbersIn = (m) => sharedClasses.map((numbers) => numbers[models.indexOf(m)]);
+  compare((m) => numbersIn(m).map((c) => ratios(m, "byClass", c, state.layer)), ratioScale, (m, shares, scale) => {
+    const names = numbersIn(m).map((c) => m.classes[c]);
+    matrix(m.views.byClass, {
+      rows: names, columns: range(m.E), value: (r, e) => shares[r][e], scale, across: "expert",
+      words: "relative to an equal share", pick: (r, e) => jump(state.layer, m, e),
+      say: (r, e) => `${names[r]}, expert ${e}: × ${number(shares[r][e])}`,
+      marked: m.E <= 24 && m.C === 1 ? (r, e) => e === m.expert : null,
+    });
   });
 }
 function drawSteps() {
-  const l = state.layer, shares = range(S).map((s) => rowShares("byStep", s, l).map((v) => v * E));
-  matrix($("byStep"), {
-    rows: range(E), columns: data.times, value: (e, s) => shares[s][e], scale: SCALES.ratio(reach(shares.flat())),
-    down: "expert", across: "t", words: "relative to an equal share", pick: (e) => jump(l, e),
-    say: (e, s) => `expert ${e}, t = ${data.times[s]}: × ${number(shares[s][e])}`,
-    marked: (e, s) => false,
-  });
+  compare((m) => range(m.S).map((s) => ratios(m, "byStep", s, state.layer)), ratioScale, (m, shares, scale) => matrix(m.views.byStep, {
+    rows: range(m.E), columns: m.times, value: (e, s) => shares[s][e], scale, down: "expert", across: "t",
+    words: "relative to an equal share", pick: (e) => jump(state.layer, m, e),
+    say: (e, s) => `expert ${e}, t = ${m.times[s]}: × ${number(shares[s][e])}`,
+  }));
 }
 function drawPlaces() {
-  const l = state.layer, T = data.grid[0] * data.grid[1];
-  const shares = range(T).map((t) => rowShares("byPlace", t, l).map((v) => v * E));
-  const scale = SCALES.ratio(reach(shares.flat()));
-  maps($("byPlace"), range(E).map((e) => (E > 16 ? String(e) : `expert ${e}`)), (e, t) => shares[t][e], scale, (e) => jump(l, e));
-  showScale("placeScale", scale, "relative to an equal share");
+  compare((m) => {
+    const shares = range(m.places).map((t) => ratios(m, "byPlace", t, state.layer));
+    return range(m.E).map((e) => shares.map((row) => row[e]));
+  }, ratioScale, (m, values, scale) => {
+    const captions = range(m.E).map((e) => (m.E > 16 ? String(e) : `expert ${e}`));
+    maps(m.views.byPlace, { captions, grid: m.grid, values, scale, chosen: m.expert, pick: (e) => jump(state.layer, m, e) });
+    showScale(m.views.placeScale, scale, "relative to an equal share");
+  });
 }
 function drawSpent() {
-  $("spentSection").hidden = !tables.spent.shape[1];
+  $("spentSection").hidden = !models.every((m) => m.tables.spent.shape[1]);
   if ($("spentSection").hidden) return;
-  const l = state.layer, T = data.grid[0] * data.grid[1];
-  const steps = [...new Set(range(10).map((i) => Math.round((i * (S - 1)) / 9)))];
-  const values = steps.flatMap((s) => range(T).map((t) => at("spent", t, s, l)));
-  const scale = SCALES.share(Math.max(...values), Math.min(...values));
-  maps($("spent"), steps.map((s) => `t = ${data.times[s]}`), (i, t) => at("spent", t, steps[i], l), scale);
-  showScale("spentScale", scale, "experts per patch");
+  const stepsOf = (m) => [...new Set(range(10).map((i) => Math.round((i * (m.S - 1)) / 9)))];
+  compare((m) => stepsOf(m).map((s) => range(m.places).map((t) => at(m, "spent", t, s, state.layer))), shareScale, (m, values, scale) => {
+    maps(m.views.spent, { captions: stepsOf(m).map((s) => `t = ${m.times[s]}`), grid: m.grid, values, scale });
+    showScale(m.views.spentScale, scale, "experts per patch");
+  });
 }
 function drawOther() {
-  const l = state.layer, text = range(E).map((e) => sum(range(S).map((s) => at("other", s, l, e))));
-  const all = sum(text);
-  $("otherSection").hidden = !all;
-  if (!all) return;
-  const shares = [load[l].map((n) => (n / whole[l]) * E), text.map((n) => (n / all) * E)];
-  matrix($("other"), {
-    rows: ["image", "text"], columns: range(E), value: (r, e) => shares[r][e], scale: SCALES.ratio(reach(shares.flat())),
-    across: "expert", words: "relative to an equal share", pick: (r, e) => jump(l, e),
+  const l = state.layer, textOf = (m) => range(m.E).map((e) => sum(range(m.S).map((s) => at(m, "other", s, l, e))));
+  $("otherSection").hidden = !models.every((m) => sum(textOf(m)));
+  if ($("otherSection").hidden) return;
+  compare((m) => [m.load[l], textOf(m)].map((counts) => counts.map((n) => (n / sum(counts)) * m.E)), ratioScale, (m, shares, scale) => matrix(m.views.other, {
+    rows: ["image", "text"], columns: range(m.E), value: (r, e) => shares[r][e], scale,
+    across: "expert", words: "relative to an equal share", pick: (r, e) => jump(l, m, e),
     say: (r, e) => `${r ? "text" : "image"}, expert ${e}: × ${number(shares[r][e])}`,
-  });
+  }));
 }
 function drawFlow() {
   const l = state.layer;
   $("flowSection").hidden = l + 1 >= L;
   if (l + 1 >= L) return;
-  const lift = lifts(l);
-  matrix($("flow"), {
-    rows: range(E), columns: range(E), value: (e, f) => lift[e][f], scale: SCALES.ratio(reach(lift.flat())),
+  compare((m) => lifts(m, l), ratioScale, (m, lift, scale) => matrix(m.views.flow, {
+    rows: range(m.E), columns: range(m.E), value: (e, f) => lift[e][f], scale,
     down: `expert of layer ${nameOf(l)}`, across: `expert of layer ${nameOf(l + 1)}`, words: "relative to chance",
-    say: (e, f) => `expert ${e}, then expert ${f}: × ${number(lift[e][f])}`, pick: (e, f) => jump(l + 1, f),
-    marked: (e, f) => false,
-  });
+    say: (e, f) => `expert ${e}, then expert ${f}: × ${number(lift[e][f])}`, pick: (e, f) => jump(l + 1, m, f),
+  }));
 }
 function drawKept() {
-  const values = range(S - 1).flatMap((s) => range(L).map((l) => at("kept", s, l))).filter(Number.isFinite);
-  const perPatch = sum(range(L).map((l) => at("perImage", l))) / L / S;
-  const T = tables.byPlace.shape[0];
-  $("chance").textContent = number(perPatch / data.patches / E);
-  if (!values.length) { $("kept").textContent = "A single step has no next one."; $("keptWhere").textContent = $("keptScale").textContent = ""; return; }
-  const scale = SCALES.share(Math.max(...values), Math.min(...values));
-  matrix($("kept"), {
-    rows: range(L).map(nameOf), columns: data.times.slice(0, -1), value: (l, s) => at("kept", s, l), scale,
-    down: "layer", across: "t of the step", words: "share of experts kept", pick: (l) => choose(l, state.expert),
-    say: (l, s) => `layer ${nameOf(l)}, t = ${data.times[s]} to ${data.times[s + 1]}: ${number(100 * at("kept", s, l))} % kept`,
-    marked: (l, s) => false,
+  const l = state.layer;
+  compare((m) => range(L).map((i) => range(m.S - 1).map((s) => at(m, "kept", s, i))), shareScale, (m, values, scale) => {
+    if (m.S === 1) { m.views.kept.textContent = "A single step has no next one."; return; }
+    const chance = sum(range(L).map((i) => at(m, "perImage", i))) / L / m.S / m.patches / m.E;
+    matrix(m.views.kept, {
+      rows: range(L).map(nameOf), columns: m.times.slice(0, -1), value: (i, s) => values[i][s], scale,
+      down: "layer", across: "t of the step", words: `share of experts kept (by chance, if loads are even: ${number(chance)})`, pick: (i) => choose(i, m, m.expert),
+      say: (i, s) => `layer ${nameOf(i)}, t = ${m.times[s]} to ${m.times[s + 1]}: ${number(100 * values[i][s])} % kept`,
+    });
   });
-  const where = range(T).map((t) => at("keptWhere", t, state.layer)), seen = where.filter(Number.isFinite);
-  const places = SCALES.share(Math.max(...seen), Math.min(...seen));
-  maps($("keptWhere"), [`layer ${nameOf(state.layer)}`], (_, t) => where[t], places);
-  showScale("keptScale", places, "share of experts kept, mean over the steps");
+  compare((m) => range(m.places).map((t) => at(m, "keptWhere", t, l)), shareScale, (m, where, scale) => {
+    if (m.S === 1) return;
+    maps(m.views.keptWhere, { captions: [`layer ${nameOf(l)}`], grid: m.grid, values: [where], scale });
+    showScale(m.views.keptScale, scale, "share of experts kept, mean over the steps");
+  });
 }
 function drawSimilarity() {
-  const l = state.layer, off = range(E).flatMap((e) => range(E).filter((f) => f !== e).map((f) => Math.abs(at("similarity", l, e, f))));
-  const scale = SCALES.signed(Math.max(0.01, ...off));
-  matrix($("similarity"), {
-    rows: range(E), columns: range(E), value: (e, f) => (e === f ? NaN : at("similarity", l, e, f)), scale,
-    down: "expert", across: "expert", words: "cosine", pick: (e, f) => jump(l, f),
-    say: (e, f) => `experts ${e} and ${f}: ${number(at("similarity", l, e, f))}`, marked: (e, f) => false,
-  });
+  const l = state.layer, largest = (values) => SCALES.signed(Math.max(0.01, ...values.map(Math.abs)));
+  compare((m) => range(m.E).map((e) => range(m.E).map((f) => (e === f ? NaN : at(m, "similarity", l, e, f)))), largest, (m, cosine, scale) => matrix(m.views.similarity, {
+    rows: range(m.E), columns: range(m.E), value: (e, f) => cosine[e][f], scale,
+    down: "expert", across: "expert", words: "cosine", pick: (e, f) => jump(l, m, f),
+    say: (e, f) => `experts ${e} and ${f}: ${number(at(m, "similarity", l, e, f))}`,
+  }));
 }
+const isMeasured = models.every((m) => m.tables.damage);
 function drawDamage() {
-  $("damageSection").hidden = !tables.damage;
-  if (!tables.damage) return;
-  const one = (id, k, scaleOf, words, text) => {
-    const values = range(L).flatMap((l) => range(E).map((e) => at("damage", k, l, e))).filter(Number.isFinite);
-    if (!values.length) return false;
-    matrix($(id), {
-      rows: range(L).map(nameOf), columns: range(E), value: (l, e) => at("damage", k, l, e), scale: scaleOf(values),
-      down: "layer", across: "expert", words, pick: jump, say: text,
-      marked: (l, e) => l === state.layer && e === state.expert,
-    });
-    return true;
-  };
-  $("damageOf").textContent = "change of the pictures' pixels, root mean square in parts of their range";
-  one("damage", 0, (v) => SCALES.share(Math.max(...v)), "change of pixels",
-    (l, e) => `layer ${nameOf(l)}, expert ${e}: ${number(100 * at("damage", 0, l, e))} %`);
-  const shown = one("loss", 1, (v) => SCALES.signed(Math.max(...v.map(Math.abs))), "change of the held-out loss; below 0 the model is better without the expert",
-    (l, e) => `layer ${nameOf(l)}, expert ${e}: ${number(at("damage", 1, l, e))} ± ${number(at("damage", 2, l, e))}`);
-  $("lossTitle").hidden = $("loss").hidden = !shown;
+  $("damageSection").hidden = !isMeasured;
+  if (!isMeasured) return;
+  const valuesOf = (k) => (m) => range(L).map((l) => range(m.E).map((e) => at(m, "damage", k, l, e)));
+  const draw = (view, words, say) => (m, values, scale) => matrix(m.views[view], {
+    rows: range(L).map(nameOf), columns: range(m.E), value: (l, e) => values[l][e], scale,
+    down: "layer", across: "expert", words, pick: (l, e) => jump(l, m, e), say: (l, e) => `layer ${nameOf(l)}, expert ${e}: ${say(m, l, e)}`,
+    marked: (l, e) => l === state.layer && e === m.expert,
+  });
+  compare(valuesOf(0), (values) => SCALES.share(Math.max(...values)), draw("damage", "change of pixels", (m, l, e) => `${number(100 * at(m, "damage", 0, l, e))} %`));
+  const hasLoss = models.every((m) => valuesOf(1)(m).flat().some(Number.isFinite));
+  models.forEach((m) => { m.views.lossPart.hidden = !hasLoss; });
+  if (hasLoss) compare(valuesOf(1), (values) => SCALES.signed(Math.max(...values.map(Math.abs))), draw("loss", "change of the held-out loss; below 0 the model is better without the expert", (m, l, e) => `${number(at(m, "damage", 1, l, e))} ± ${number(at(m, "damage", 2, l, e))}`));
 }
 function drawAll() {
   readColours();
-  $("layer").value = state.layer; $("expert").value = state.expert;
-  $("chosen").textContent = data.layers[state.layer];
+  $("layer").value = state.layer;
+  $("chosen").textContent = models[0].layers[state.layer];
   document.querySelectorAll(".layer").forEach((element) => { element.textContent = nameOf(state.layer); });
-  for (const draw of [drawLoad, drawNumbers, drawExpert, drawClasses, drawSteps, drawPlaces, drawSpent, drawOther, drawFlow, drawKept, drawSimilarity, drawDamage]) draw();
+  models.forEach((m) => { m.views.expert.value = m.expert; drawNumbers(m); });
+  for (const draw of [drawLoad, drawExpert, drawClasses, drawSteps, drawPlaces, drawSpent, drawOther, drawFlow, drawKept, drawSimilarity, drawDamage]) draw();
 }
 
-$("about").textContent = data.about;
-$("enough").textContent = data.perClass < 20 ? `Only ${number(data.perClass)} images a class: small differences are chance.` : `${number(data.perClass)} images a class; draw others with another seed before you trust a small difference.`;
+// Chooses another expert; a page of one model goes through all layers.
+function move(model, by) {
+  const i = state.layer * model.E + model.expert + by;
+  const layer = models.length > 1 ? state.layer : Math.floor(((i + L * model.E) % (L * model.E)) / model.E);
+  choose(layer, model, (i + L * model.E) % model.E);
+}
 $("layer").append(...range(L).map((l) => new Option(nameOf(l), l)));
-$("expert").append(...range(E).map((e) => new Option(e, e)));
-$("layer").onchange = () => choose(+$("layer").value, state.expert);
-$("expert").onchange = () => choose(state.layer, +$("expert").value);
-const move = (by) => { const i = (state.layer * E + state.expert + by + L * E) % (L * E); choose(Math.floor(i / E), i % E); };
-$("before").onclick = () => move(-1);
-$("after").onclick = () => move(1);
+$("layer").onchange = () => choose(+$("layer").value, models[0], models[0].expert);
+for (const model of models) {
+  const { views, perClass } = model;
+  views.about.textContent = model.about;
+  views.enough.textContent = perClass < 20 ? `Only ${number(perClass)} images a class: small differences are chance.` : `${number(perClass)} images a class; draw others with another seed before you trust a small difference.`;
+  views.expert.append(...range(model.E).map((e) => new Option(e, e)));
+  views.expert.onchange = () => choose(state.layer, model, +views.expert.value);
+  views.before.onclick = () => move(model, -1);
+  views.after.onclick = () => move(model, 1);
+}
 addEventListener("keydown", (event) => {
   if (event.target.tagName === "SELECT") return;
-  if (event.key === "ArrowLeft") move(-1);
-  if (event.key === "ArrowRight") move(1);
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (by) models.forEach((model) => move(model, by));
 });
 function fromAddress() {
-  const found = /^#layer-(\d+)-expert-(\d+)$/.exec(location.hash);
-  const layer = found ? data.numbers.indexOf(+found[1]) : -1;
-  if (layer >= 0 && +found[2] < E) [state.layer, state.expert] = [layer, +found[2]];
+  const found = /^#layer-(\d+)((?:-expert-\d+)*)$/.exec(location.hash);
+  const layer = found ? models[0].numbers.indexOf(+found[1]) : -1;
+  if (layer < 0) return;
+  state.layer = layer;
+  const experts = found[2].match(/\d+/g) ?? [];
+  models.forEach((model, i) => { if (+experts[i] < model.E) model.expert = +experts[i]; });
 }
 fromAddress();
-document.body.className = E <= 16 ? "few" : "many"; // few experts leave room for two columns
+// Few experts of one model leave room for two columns of sections.
+document.body.className = models.length > 1 ? "several" : models[0].E <= 16 ? "few" : "many";
+document.body.style.setProperty("--models", models.length);
+$("all").classList.toggle("whole", !isMeasured); // nothing stands beside it
 let width = 0;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

@@ -101,6 +101,13 @@ class Visitor:
         number.send_keys("\ue009" + "a")  # Control-A
         number.send_keys("\ue017" if value == "" else f"{value}\n")  # Delete
 
+    def top_of_image(self) -> float:
+        """Distance in pixels between the upper edges of the row of steps and of the image."""
+        return self.browser.execute_script(
+            "const [a, b] = ['.steps', '.image'].map((one) => document.querySelector(one));"
+            "return b.getBoundingClientRect().top - a.getBoundingClientRect().top"
+        )
+
     def pictures(self) -> list[str]:
         return [image.get_attribute("src") for image in self.all(".sides img")]
 
@@ -133,7 +140,7 @@ def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, conf
     visitor.wait("figcaption", f"{NAMES[3]}, seed 0")  # appears without a click on Draw
     visitor.wait("button", "Next seed").click()
     visitor.wait("figcaption", f"{NAMES[3]}, seed 1")
-    visitor.wait("output", f"step {STEPS} of {STEPS}")
+    visitor.wait("output", f"step {STEPS} of {STEPS}: the image")
     last = visitor.pictures()
     assert len(last) == 2 * (1 + 2)  # the image and two layers, on both sides
     saved = visitor.all("a[download]")
@@ -151,7 +158,8 @@ def test_a_visitor_generates_an_image_of_a_class_and_views_its_steps(visit, conf
     slider.send_keys("\ue010")  # End
     visitor.wait("output", f"step {STEPS} of")
     assert visitor.pictures() == last
-    chip = visitor.all(".legend button")[0]
+    chip, *others = visitor.all("section:first-child .legend button")
+    assert {other.rect["y"] for other in others} == {chip.rect["y"]}
     colour = [int(chip.get_attribute("data-colour")[i : i + 2], 16) for i in (1, 3, 5)]
     chip.click()  # marks the expert in the layers of its side
     maps = [visitor.browser.execute_script(DARK, canvas) for canvas in visitor.all(".map canvas")]
@@ -200,11 +208,12 @@ def test_the_stop_button_and_closing_the_tab_end_the_sampling(visit, browser, ca
         visitor = visit()
         visitor.wait("figcaption", f"{NAMES[0]}, seed 0")
         wait_for_an_end(calls)
-        before = len(calls)
+        before, top = len(calls), visitor.top_of_image()
         visitor.wait("label", "Draw while controls move").click()
         visitor.set("number input for Steps", 250)
         visitor.wait("button", "Draw").click()
         visitor.wait("output", " of 250, t = 0.9")  # the image is shown while it forms
+        assert visitor.top_of_image() == top  # where it was, below the slider
         if leave:
             browser.close()
             browser.switch_to.window(browser.window_handles[0])
