@@ -93,7 +93,9 @@ class Heatmap:
         if is_map:  # keep the shape of the image
             size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down) / max(tall, wide)
             width, height = size * wide * across, size * tall * down
-        title = [line for part in self.title.splitlines() for line in textwrap.wrap(part, TITLE)]
+        # Lines end after a comma: textwrap does not break non-breaking spaces.
+        whole = self.title.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+        title = [line for part in whole.splitlines() for line in textwrap.wrap(part, TITLE)]
         around = 0.76 + LINE * len(title)  # title, labels and colour scale
         figure = Figure((WIDTH, rows * (height + 0.2) + around), layout="compressed")
         for i, panel in enumerate(ratio):

@@ -397,10 +397,11 @@ def test_heat_maps_show_the_first_middle_and_last_layer_unless_layers_are_given(
 
 def test_the_title_of_a_heat_map_is_not_cut_off():
     counts = random_counts()
-    counts.settings["router"] = "topk:input=modulated,gating=softmax,renormalize=False"
+    router = "topk:input=modulated,gating=softmax,renormalize=False"
+    counts.settings.update(model="DiT-Ti/2-8E2A", router=router, step=640_000, num_steps=250)
     figure = step_map(counts, [0]).draw()
     (title,) = figure.texts
-    assert counts.settings["router"] in title.get_text()
+    assert router in title.get_text()
     box = title.get_window_extent()
     assert box.x0 > 0 and box.x1 < figure.bbox.width
 
