@@ -11,6 +11,7 @@ Shape legend:
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
 
 WIDTH, HEIGHT = 7.0, 9.0  # inches, text area of a page
+TITLE = 100  # characters in a line of the title
 LINE = 0.12  # inches, height of a line of tick labels
 MAP = 0.6  # inches, largest side of a map of the image
 MOST_STEPS = 10  # largest number of maps in a row
@@ -91,7 +93,11 @@ class Heatmap:
         if is_map:  # keep the shape of the image
             size = min(MAP, (WIDTH - 1) / across, (HEIGHT - 1.2) / down) / max(tall, wide)
             width, height = size * wide * across, size * tall * down
-        figure = Figure((WIDTH, rows * (height + 0.2) + 1), layout="compressed")
+        # Lines end after a comma: textwrap does not break non-breaking spaces.
+        whole = self.title.replace(" ", "\u00a0").replace(",\u00a0", ", ")
+        title = [line for part in whole.splitlines() for line in textwrap.wrap(part, TITLE)]
+        around = 0.76 + LINE * len(title)  # title, labels and colour scale
+        figure = Figure((WIDTH, rows * (height + 0.2) + around), layout="compressed")
         for i, panel in enumerate(ratio):
             ax = figure.add_subplot(rows, columns, i + 1)
             seaborn.heatmap(
@@ -104,7 +110,7 @@ class Heatmap:
                 name_cells(ax.yaxis, *self.down, tall, height)
             if i + columns >= len(ratio):
                 name_cells(ax.xaxis, *self.across, wide, width)
-        figure.suptitle(self.title)
+        figure.suptitle("\n".join(title))
         figure.colorbar(
             ax.collections[0], ax=figure.axes, label=self.unit, location="bottom", extend="both",
             ticks=np.linspace(-most, most, 5 if columns * width > 2 else 3), aspect=35,

@@ -438,7 +438,7 @@ $("layer").onchange = () => choose(+$("layer").value, models[0], models[0].exper
 for (const model of models) {
   const { views, perClass } = model;
   views.about.textContent = model.about;
-  views.enough.textContent = perClass < 20 ? `Only ${number(perClass)} images a class: small differences are chance.` : `${number(perClass)} images a class; draw others with another seed before you trust a small difference.`;
+  views.enough.textContent = perClass < 20 ? `Only ${number(perClass)} image${perClass === 1 ? "" : "s"} a class: small differences are chance.` : `${number(perClass)} images a class; draw others with another seed before you trust a small difference.`;
   views.expert.append(...range(model.E).map((e) => new Option(e, e)));
   views.expert.onchange = () => choose(state.layer, model, +views.expert.value);
   views.before.onclick = () => move(model, -1);

@@ -395,6 +395,17 @@ def test_heat_maps_show_the_first_middle_and_last_layer_unless_layers_are_given(
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".png", ".pdf", ".csv"}
 
 
+def test_the_title_of_a_heat_map_is_not_cut_off():
+    counts = random_counts()
+    router = "topk:input=modulated,gating=softmax,renormalize=False"
+    counts.settings.update(model="DiT-Ti/2-8E2A", router=router, step=640_000, num_steps=250)
+    figure = step_map(counts, [0]).draw()
+    (title,) = figure.texts
+    assert router in title.get_text()
+    box = title.get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.width
+
+
 def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
     data, file, old = (tmp_path / name for name in ("counts.npz", "file", "old.npz"))
     random_counts().save(data)
