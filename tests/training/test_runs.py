@@ -502,7 +502,7 @@ def test_a_router_without_initial_values_is_a_one_line_error(flags, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setitem(ROUTERS, "topk", Forgetful)
         line = expect_error(capsys, "train.py", *flags(tmp_path))
-    assert "blocks.0.moe.gate.noise: has no initial value, expected Forgetful.reset_par" in line
+    assert "blocks.0.moe.gate.noise: has no initial value" in line
     call_main("train.py", *flags(tmp_path, **{"max-steps": 1}))
     assert steps_of(tmp_path) == [1]
 
