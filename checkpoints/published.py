@@ -1,7 +1,7 @@
 """Layouts of published files: DiT-MoE releases and the official dense DiT.
 
-`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
-them back. `infer_config` infers the config from the shapes of the weights.
+`layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts them back.
+`infer_config` infers the config from the shapes of the weights.
 """
 
 import math
