@@ -666,7 +666,7 @@ def position_embedding(config: DiTConfig) -> Tensor:
 
 
 def build_preset(preset: str, **overrides) -> DiT:
-    """Builds a published model with other fields; the word of its router keeps other options."""
+    """Builds a published model with other fields; its router keeps what a word does not say."""
     return DiT(changed(DiTConfig(**PRESETS[preset]), overrides))
 
 

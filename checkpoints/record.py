@@ -95,8 +95,9 @@ class Record:
         values = as_words(without_sections(values), "objective")
         fields = as_words(values.pop("config"), "router")
         config = DiTConfig(**{name: value for name, value in fields.items() if value is not None})
-        if 0 < len(config.sparse_blocks) < config.depth:  # the weights keep their width, whatever
-            config = replace(config, dense_mlp_ratio=config.dense_ratio)  # overrides say
+        if 0 < len(config.sparse_blocks) < config.depth:
+            # Overrides, such as num_experts_per_tok, do not change the width of the dense blocks.
+            config = replace(config, dense_mlp_ratio=config.dense_ratio)
         return cls(config=config, **values)
 
     def to_metadata(self) -> dict[str, str]:

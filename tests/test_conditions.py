@@ -319,7 +319,7 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     line = expect_error(
         capsys, "train.py", *cached(**{"val-path": image_tree}), "--conditions", "label", "vector"
     )
-    assert "held-out images: got no vector, expected the conditions of the model" in line
+    assert "held-out images: got no vector" in line
     call_main("train.py", *cached(**{"val-share": 0.5}), "--run-name", "all", *others, "vector")
     run = tmp_path / "results" / "all"
     checkpoint = read_checkpoint(run)
@@ -331,7 +331,7 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     )  # fmt: skip
     assert "held-out images: got no vector" in line
     line = expect_error(capsys, "train.py", *cached(), "--conditions", "vector:5")
-    assert "--conditions: got vector:5, expected vector:1280 as in the data" in line
+    assert "--conditions: got vector:5, expected vector:1280" in line
 
     # Sampling: numbers for all images, or rows by seed, which do not depend on the batch.
     rows = 3 * torch.randn(2, 1280)
@@ -355,8 +355,8 @@ def test_conditions_of_images_and_caches_reach_the_model(cached, image_tree, tmp
     for word, message in (
         ("span=1", "each of the model's conditions: size, vector"),
         ("label=1", "each of the model's conditions: size, vector"),
-        ("size=1,1,0", "got size with shape (3,), expected 4 numbers, or 4 numbers per image"),
-        ("size=1,1,0,x", "expected numbers and commas, or an array in a .npy or .npz file"),
+        ("size=1,1,0", "got size with shape (3,)"),
+        ("size=1,1,0,x", "expected numbers and commas"),
         ("size=1,1,0,nan", "got size with inf or nan"),
         ("vector=missing.npy", "expected numbers and commas, or an array"),
         (f"size={tmp_path / 'rows.npz'}", "expected numbers and commas, or an array"),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
@@ -142,17 +143,21 @@ def test_the_commands_in_docs_recipes_and_docstrings_are_valid(pattern, count, m
             check(*command)
 
 
-def python_commands(script: Path, folder: Path, *arguments: str, **environment: str):
-    """Runs a shell script with a `python` that only records its arguments, but runs `python -c`.
+def python_commands(
+    script: Path, folder: Path, *arguments: str, answer: str | None = None, **environment: str
+):
+    """Runs a shell script with a `python` that only records its arguments.
 
+    answer: what `python -c` prints; None runs it
     Returns the recorded arguments and the finished process.
     """
     record, python = folder / "commands.jsonl", folder / "bin" / "python"
     python.parent.mkdir(exist_ok=True)
     record.write_text("")
+    command = f'{sys.executable} "$@"'
     write = "import json, sys; print(json.dumps(sys.argv[1:]))"
     python.write_text(
-        f'#!/bin/bash\n[ "$1" = -c ] && exec {sys.executable} "$@"\n'
+        f'#!/bin/bash\n[ "$1" = -c ] && exec {f"echo {answer}" if answer else command}\n'
         f"exec {sys.executable} -S -c '{write}' \"$@\" >> {record}\n"
     )
     python.chmod(0o755)
@@ -187,8 +192,9 @@ def test_the_commands_of_the_demo_are_valid(name, demo_script, tmp_path, monkeyp
 def test_a_short_demo_samples_little_and_makes_only_what_is_older_than_its_checkpoint(
     demo_script, tmp_path
 ):
-    whole, _ = python_commands(demo_script, tmp_path)
-    short, _ = python_commands(demo_script, tmp_path, DEMO_STEPS="20")
+    run = partial(python_commands, demo_script, tmp_path, answer="fp32")
+    whole, _ = run()
+    short, _ = run(DEMO_STEPS="20")
     for words, fewer in zip(whole, short, strict=True):
         for flag in {"--max-steps", "--num-sampling-steps", "--images-per-class"} & {*words}:
             assert int(fewer[fewer.index(flag) + 1]) < int(words[words.index(flag) + 1])
@@ -204,10 +210,10 @@ def test_a_short_demo_samples_little_and_makes_only_what_is_older_than_its_check
         (out / name).is_dir() or (out / name).touch()
         os.utime(out / name, (time, time))
     os.utime(out / "expert_data.npz", (2, 2))
-    again, ended = python_commands(demo_script, tmp_path)
+    again, ended = run()
     assert [words[0] for words in again] == ["-m", "cache_latents.py", "train.py"], ended.stderr
     os.utime(checkpoint, (4, 4))  # trained further
-    again, _ = python_commands(demo_script, tmp_path)
+    again, _ = run()
     assert [words[0] for words in again[3:]] == ["sample.py", "sample.py", "expert_data.py"]
 
 

@@ -350,7 +350,7 @@ def test_a_crop_shows_five_by_five_patches_inside_the_image():
     assert np.array_equal(np.array(crop(image, 3, (2, 2))), pixels)  # of fewer patches
 
 
-@pytest.mark.parametrize("size", [(1, 2, 1, 1), (5, 8, 3, 3), (40, 64, 6, 5), (13, 5, 150, 30)])
+@pytest.mark.parametrize("size", [(1, 2, 1, 1), (40, 64, 6, 5), (13, 5, 150, 30)])
 def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     counts = random_counts(*size)
     for map_of in (class_map, step_map, *VIEWS.values()):

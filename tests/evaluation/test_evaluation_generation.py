@@ -198,4 +198,4 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     assert found[1]["groups"] == pytest.approx(kids, abs=1e-5)  # images of seed 24 on
     assert seeds_of_groups("flow-1", 2, 24) == [range(48, 72), range(72, 96)]
     line = expect_error(capsys, "tools.experiments.samples", *flags, "--num-images", 23)
-    assert "--num-images: got 23, expected at least --kid-subset-size (24)" in line
+    assert "--num-images: got 23" in line

@@ -45,7 +45,7 @@ def test_the_seconds_of_sampling_are_measured_with_and_without_reuse(tmp_path, c
     both = zip(second["ms_per_image"], first["ms_per_image"], strict=True)
     assert first["ratios"] == [1, 1] and second["ratios"] == [mine / ref for mine, ref in both]
     error = expect_error(capsys, "tools.benchmarks.bench_sample", *words, "euler")
-    assert "--settings: got euler, expected SAMPLER:STEPS or SAMPLER:STEPS:REUSE" in error
+    assert "--settings: got euler" in error
 
 
 def test_bench_moe_measures_the_layer_next_to_a_dense_layer_and_its_products(tmp_path):

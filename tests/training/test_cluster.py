@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,6 @@ import torch.distributed
 from conftest import (
     ROOT,
     call_main,
-    free_port,
     in_processes,
     running,
     step_folder,
@@ -86,18 +84,19 @@ def test_a_slurm_job_that_fails_or_is_stopped_requeues_itself_if_its_run_saved_a
 
 
 def test_a_cluster_starts_without_an_activated_environment(tmp_path):
-    """Neither python nor torchrun is on the PATH, only .venv beside scripts/ has both."""
+    """Neither python nor torchrun is on the PATH, only .venv beside scripts/ has both; here, its
+    python prints what it is to run."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.write_text('#!/bin/bash\necho "$@"\n')
     python.chmod(0o755)
-    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PORT": str(free_port())}
     ended = subprocess.run(
         ["/bin/bash", tmp_path / "scripts" / "check_cluster.sh", "--help"],
-        env={"GPUS": "1", "HOME": str(tmp_path), **path}, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert ended.returncode == 0 and "--megabytes" in ended.stdout, ended.stderr
+    assert ended.stdout.startswith("-m torch.distributed.run --nnodes=1 --nproc_per_node=8")
+    assert ended.stdout.endswith("-m tools.benchmarks.bench_cluster --help\n")
 
 
 def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, monkeypatch):
@@ -395,7 +394,7 @@ def test_shards_that_scatter_over_the_rows_of_a_checkpoint_are_refused(model, ex
 @pytest.mark.parametrize("size, expected", [
     (1024, "pads .*experts.* by 19..% of .*; expected 128 or fewer"),
     (40, "pads .*experts.* by 137% of .*; expected 20 or fewer"),  # 16 experts become 40
-    (41, "pads .*experts.* by 143% of .*; expected another number of processes"),
+    (41, "pads .*experts.* by 143%"),
 ])  # fmt: skip
 def test_the_plan_refuses_shards_that_are_mostly_padding(size, expected):
     flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"

@@ -579,7 +579,7 @@ def test_unsupported_sharding_flags_are_one_line_errors(capsys, flags, tmp_path)
     assert "without --shard" in expect_error(capsys, *train, "--shard-size=2")
     assert "without --shard" in expect_error(capsys, *train, "--expert-parallel=2")
     message = expect_error(capsys, *train, "--shard", "--expert-parallel=2")
-    assert "--expert-parallel: got 2, expected a divisor of the 1 processes" in message
+    assert "--expert-parallel: got 2" in message
     message = expect_error(capsys, *train, "--shard", "--shard-size=2")
     assert "--shard-size: got 2, expected a divisor of 1" in message
 

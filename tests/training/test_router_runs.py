@@ -204,10 +204,10 @@ def test_a_router_that_cannot_be_trained_is_rejected_before_the_run_begins(
     flags = train_flags(tmp_path / "results", router="masked")
     plugins = (path, path.with_name("cosine_of_mask.py"))
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
-    assert "blocks.0.moe.gate.mask: got a buffer with persistent=False" in line
+    assert "blocks.0.moe.gate.mask" in line
     flags = train_flags(tmp_path / "results", router="tied")
     line = expect_error(capsys, "train.py", *flags, "--plugin", *plugins)
-    assert "blocks.0.moe.gate.second.weight: got state that is tied to another" in line
+    assert "blocks.0.moe.gate.second.weight" in line
     for name in ("masked", "tied"):
         del ROUTERS[name]
     for plugin_file in plugins:

@@ -502,7 +502,7 @@ def test_a_router_without_initial_values_is_a_one_line_error(flags, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setitem(ROUTERS, "topk", Forgetful)
         line = expect_error(capsys, "train.py", *flags(tmp_path))
-    assert "blocks.0.moe.gate.noise: has no initial value, expected Forgetful.reset_par" in line
+    assert "blocks.0.moe.gate.noise: has no initial value" in line
     call_main("train.py", *flags(tmp_path, **{"max-steps": 1}))
     assert steps_of(tmp_path) == [1]
 
@@ -581,10 +581,11 @@ def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, f
     assert steps_of(copied) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["run.lock", "log.txt", "log.jsonl"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize(
+    "name, kind", [("run.lock", "link"), ("log.txt", "pipe"), ("log.jsonl", "link")]
+)
 def test_a_log_or_lock_that_is_a_link_or_pipe_is_rejected(
-    copied, flags, kind, name, tmp_path, capsys
+    copied, flags, name, kind, tmp_path, capsys
 ):
     """Writing to a pipe without a reader would block."""
     precious, path = tmp_path / "precious", copied / "run" / name
@@ -704,6 +705,13 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_a_checkpoint_is_found(copied, kind):
+    name, damage = DAMAGE[kind]
+    damage(step_folder(copied, 3) / name)
+    assert name in fault_of(step_folder(copied, 3)) and fault_of(step_folder(copied, 2)) is None
+
+
+@pytest.mark.parametrize("kind", ["truncated weights", "missing manifest"])
 def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags, kind, capsys):
     name, damage = DAMAGE[kind]
     newest = step_folder(copied, 3)
@@ -746,8 +754,8 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
 
 
 @pytest.mark.parametrize("forged", [
-    {"spikes": {"mean": "x"}}, {"spikes": {"factor": 1}}, {"spikes": [1]},
-    {"scaler": {"scale": "x"}}, {"numbers": [1]}, {"numbers": {"pos_embed": 1}}, {"processes": {}},
+    {"spikes": {"mean": "x"}}, {"scaler": {"scale": "x"}}, {"numbers": {"pos_embed": 1}},
+    {"processes": {}},
 ])  # fmt: skip
 def test_a_forged_state_is_a_one_line_error(copied, flags, forged, capsys):
     path = step_folder(copied, 3) / STATE_FILE
