@@ -17,7 +17,7 @@ Shape legend:
 
 import math
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,10 @@ class Experts(nn.Module):
                 nn.init.zeros_(weight)
             else:
                 nn.init.uniform_(weight, -bound, bound)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Any, ...]:
+        """Returns the inputs of `forward`. Expert parallelism begins to send rows here."""
+        return x, routing
 
     def forward(
         self, x: Tensor, routing: Routing, weights: ExpertWeights | None = None
@@ -271,7 +275,8 @@ class SparseMoEBlock(nn.Module):
         """
         routing = self.gate(self.gate.select_input(x, context), context)
         x = cast_as_autocast(x)  # cast once for routed and shared experts
-        y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, routing
+        inputs = self.experts.dispatch(x.flatten(0, 1), routing)
+        # Rows may travel to other processes while the shared expert computes.
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        y = self.experts(*inputs).view_as(x)                                # (N, T, D)
+        return y if shared is None else y + shared, routing

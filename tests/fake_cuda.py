@@ -235,9 +235,12 @@ def traffic_of(
     finally:
         fsdp.make_meshes = make_meshes
         torch.distributed.destroy_process_group()
-    sent = Counter()
+    sent, number, before_exchanges = Counter(), Counter(), []
     for kind, size in traffic.calls:
         sent[kind] += size
+        number[kind] += 1
+        if kind == "exchanged":
+            before_exchanges.append(number["gathered"])
     gathers = [size for kind, size in traffic.calls if kind == "gathered"]
     total = sum(shape.numel() for shape in engine.shapes.values())
     blocks = sum(s.numel() for n, s in engine.shapes.items() if n.startswith("blocks.")
@@ -253,7 +256,7 @@ def traffic_of(
     return {
         **dict.fromkeys(even, 0), **sent, "weights": sum(map(size_of, engine.local.values())),
         "root and two blocks": gathers[0] + 2 * max(gathers[1:]), "even": even, "plan": plan,
-        "layout": layout,
+        "layout": layout, "gathers before each exchange": before_exchanges,
     }  # fmt: skip
 
 

@@ -43,6 +43,9 @@ PADDED = {"model": "DiT-G/2", "ranks": 12, "depth": 2,
           "flags": {"shard_size": 12, "global_batch_size": 24}}  # fmt: skip
 SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"expert_parallel": 8},
           "router": "expert_choice"}  # fmt: skip
+# Two processes have the same experts, and gather them.
+PAIRS = {"model": "DiT-S/2", "ranks": 8, "router": "expert_choice",
+         "flags": {"expert_parallel": 4}, **SMALL}  # fmt: skip
 SLOW_STEPS = {
     "XL": {"XL": {"model": "DiT-XL/2", "images": 32}},
     "G": {"G": {"model": "DiT-G/2", "images": 16, "flags": {"gradient_checkpointing": True}}},
@@ -73,7 +76,8 @@ def run_fake(**functions: dict[str, dict]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    return run_fake(step_of=STEPS, traffic_of={**RANKS, "padded": PADDED, "spread": SPREAD})
+    others = {"padded": PADDED, "spread": SPREAD, "pairs": PAIRS}
+    return run_fake(step_of=STEPS, traffic_of={**RANKS, **others})
 
 
 def assert_no_host_read(steps: dict[str, dict]) -> None:
@@ -99,6 +103,14 @@ def test_sharded_fake_ranks_hold_and_send_an_even_share(found):
     assert spread["weights"] == spread["plan"]["weights"]
     assert spread["gathered"] < copies["gathered"] / 8  # experts are not gathered from 8 processes
     assert 0 < spread["exchanged"] < copies["gathered"] / 50
+
+
+def test_the_next_weights_are_gathered_before_a_layer_exchanges_rows(found):
+    """The root, the first block, its experts and the second block; then the second one's experts.
+    The backward pass gathers both groups of the second block and the first block, then the first
+    one's experts. Each layer exchanges rows and results."""
+    order = found["pairs"]["gathers before each exchange"]
+    assert order == [4, 4, 5, 5, 8, 8, 9, 9]
 
 
 def test_the_plan_counts_the_padding_that_fake_ranks_hold_and_gather(found):

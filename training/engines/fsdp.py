@@ -353,3 +353,8 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
     model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
     wrap(model, meshes.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del model.gates
+    # The host waits for numbers of rows in a layer, and issues the next gathers before that.
+    for number, block in enumerate(model.blocks if meshes.spread is not None else ()):
+        _, *experts = groups_of(block)
+        following = model.blocks[number + 1 : number + 2]
+        block.set_modules_to_forward_prefetch([*experts, *following])
