@@ -171,7 +171,7 @@ def test_a_run_never_trains_on_its_held_out_images(
     read, getitem = [], ImageTree.__getitem__
     noted = lambda images, key: read.append(key[0]) or getitem(images, key)  # noqa: E731
     monkeypatch.setattr(ImageTree, "__getitem__", noted)
-    monkeypatch.setattr(start, "write_sheet", lambda *_: None)  # it reads images as well
+    monkeypatch.setattr(start, "write_sheet", lambda *_, **__: None)  # it reads images as well
     flags = {
         "num_experts": 2, "global-batch-size": 5, "log-every": 1, "val-every": 1,
         "val-share": 0.5, "objective": "rectified_flow:times=uniform,shift=2", "run-name": "run",
