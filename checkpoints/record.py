@@ -93,11 +93,10 @@ class Record:
         if not isinstance(values.get("config"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
         values = as_words(without_sections(values), "objective")
-        fields = as_words(values.pop("config"), "router")
-        config = DiTConfig(**{name: value for name, value in fields.items() if value is not None})
-        if 0 < len(config.sparse_blocks) < config.depth:
-            # Overrides, such as num_experts_per_tok, do not change the width of the dense blocks.
-            config = replace(config, dense_mlp_ratio=config.dense_ratio)
+        model = as_words(values.pop("config"), "router")
+        config = DiTConfig(**{name: value for name, value in model.items() if value is not None})
+        if unknown := values.keys() - {one.name for one in fields(cls)}:
+            raise ValueError(f"{min(unknown):.80}: unknown, expected a field of a Record")
         return cls(config=config, **values)
 
     def to_metadata(self) -> dict[str, str]:
@@ -128,7 +127,7 @@ def as_words(values: dict[str, Any], name: str) -> dict[str, Any]:
     "sigmoid", "router_scale": 2}."""
     said = {k: v for k, v in values.items() if not k.startswith(f"{name}_")}
     options = {k.removeprefix(f"{name}_"): v for k, v in values.items() if k not in said}
-    options = options.get("options", options)
+    options = options.get("options", options) or {}
     if isinstance(said.get(name), dict):
         ((said[name], options),) = said[name].items()
     if "aux_loss_alpha" in options:
@@ -137,6 +136,12 @@ def as_words(values: dict[str, Any], name: str) -> dict[str, Any]:
     if options:
         said[name] = Part(said[name], dict(options))
     return said
+
+
+def with_dense_width(config: DiTConfig) -> DiTConfig:
+    """Fixes the width of dense blocks between sparse ones, which follows num_experts_per_tok."""
+    is_mixed = 0 < len(config.sparse_blocks) < config.depth
+    return replace(config, dense_mlp_ratio=config.dense_ratio) if is_mixed else config
 
 
 def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> DiTConfig:
@@ -148,6 +153,8 @@ def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> D
     check_names(overrides, DiTConfig)
     flags = flags_of(DiTConfig)
     beneath, top = read(fields, flags), read(overrides, flags)
+    if top:
+        top = {"dense_mlp_ratio": with_dense_width(DiTConfig(**beneath)).dense_mlp_ratio, **top}
     config = DiTConfig(**over(top, beneath))
     if "router" in beneath and config.router.name != beneath["router"].name:
         raise ValueError(f"router: got {top['router']}, expected {beneath['router'].name}")

@@ -4,7 +4,6 @@ A file that cannot be used raises UserError, one line with the file's name.
 """
 
 import argparse
-import hashlib
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -120,20 +119,3 @@ def check_shapes(got: dict[str, Sequence[int]], expected: dict[str, Sequence[int
         found, right = (tuple(side[name]) if name in side else "none" for side in (got, expected))
         if found != right:
             raise ValueError(f"{name:.80}: got {found}, expected {right}")
-
-
-def sampled_digest(path: Path) -> str:
-    """Returns a digest that identifies the weights of a file or folder, fast even for 66 GB.
-
-    The digest is a SHA-256 of each file's size and of 256 evenly spaced blocks of 4 KB.
-    """
-    sha = hashlib.sha256()
-    in_folder = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
-    for file in [path] if path.is_file() else in_folder:
-        size = file.stat().st_size
-        sha.update(b"%d\n" % size)
-        with file.open("rb") as content:
-            for block in range(256):
-                content.seek(block * max(0, size - 4096) // 255)
-                sha.update(content.read(4096))
-    return sha.hexdigest()

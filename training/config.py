@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from checkpoints import Record
+from checkpoints.record import with_dense_width
 from conditions import CONDITIONS, spell_condition, split_condition
 from diffusion import OBJECTIVES, Objective
 from diffusion.objectives import objective_named
@@ -128,14 +129,14 @@ class TrainConfig:
         typed = {name: getattr(record, name) for name in TYPED}
         known = record.settings | {name: v for name, v in typed.items() if v is not None}
         base = replace(cls.default(script), preset=record.model_name, model=record.config)
-        return base.changed(known)
+        return base.changed({name: known[name] for name in known.keys() & setting_names()})
 
     @classmethod
     def of_weights(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
         """Returns the model, objective and autoencoder of weights, and otherwise the defaults."""
         # A probability that follows from the classes of the weights follows from those of the data.
         model = replace(record.config, class_dropout_prob=None)
-        model = model if model.dropout == record.config.dropout else record.config
+        model = with_dense_width(model if model.dropout == record.config.dropout else record.config)
         return cls.of_record(replace(record, config=model, settings={}, image_size=None), script)
 
     def record(self, **facts: Any) -> Record:
@@ -146,7 +147,12 @@ class TrainConfig:
         return Record(config=self.model, model=self.preset, settings=settings, **{**typed, **facts})
 
     def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
-        """Returns the config with these values by name; another preset sets its sizes."""
+        """Returns the config with these values by name; another preset sets its sizes.
+
+        Raises ValueError for an unknown name or a wrong value.
+        """
+        if unknown := values.keys() - setting_names():
+            raise ValueError(f"{min(unknown):.80}: unknown, expected a setting of training")
         values, sections = self.with_sizes(values), {}
         for name, section in self.by_section.items():
             own = {key: values[key] for key in options_of(type(section)) if key in values}
@@ -184,6 +190,11 @@ class TrainConfig:
     def total_steps(self, num_images: int, global_batch: int) -> int:
         epochs = self.run.epochs or EPOCHS
         return self.run.max_steps or max(1, epochs * num_images // global_batch)
+
+
+def setting_names() -> set[str]:
+    """Returns the names of all settings."""
+    return {"model"}.union(*map(options_of, SECTIONS.values()))
 
 
 def training_flags() -> Flags:

@@ -313,7 +313,7 @@ def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[st
     preset = PRESETS.get(config.preset, {})
     default = TrainConfig.default(config.engine.script).changed(preset).stored()
     kept = [
-        f"{spelling(name)} {' '.join(value) if isinstance(value, list) else value}"
+        f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
         if name not in fit and value != default.get(name)
     ]

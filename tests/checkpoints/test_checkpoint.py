@@ -240,3 +240,13 @@ def test_a_run_is_read_while_a_new_checkpoint_replaces_the_one_that_is_read(
     monkeypatch.setattr(checkpoint, name, replaced_before)
     assert read_checkpoint(tmp_path, ema=ema).record.step == 2
     assert not capsys.readouterr().err
+
+
+def test_a_record_of_a_partly_sparse_model_says_what_it_was_given(tmp_path):
+    """Only another number of experts per token fixes the width of the dense blocks."""
+    model = DiT(**TINY_MODEL | {"sparse_layers": (1,), "dense_mlp_ratio": None})
+    path = save_checkpoint(model, tmp_path / "model.safetensors")
+    assert read_checkpoint(path).record.config == model.config
+    k = model.config.num_experts_per_tok
+    other = read_checkpoint(path, num_experts_per_tok=1).record.config
+    assert k != 1 and other.dense_ratio == model.config.dense_ratio

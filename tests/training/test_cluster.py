@@ -458,5 +458,5 @@ def test_a_parameter_without_a_gradient_is_named_before_the_first_step(train_fla
     }  # fmt: skip
     for accum in 1, 2:
         changes = flags | {"accum-iter": accum, "global-batch-size": 8}
-        with pytest.raises(UserError, match=r"^blocks\.0\.moe\.gate\.before\.bias, blocks\.0"):
+        with pytest.raises(UserError, match=r"^blocks\.0\.moe\.gate\.before\.weight, blocks\.0"):
             in_processes(train_on, train_flags(tmp_path, **changes))

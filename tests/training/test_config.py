@@ -215,3 +215,8 @@ def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
 def test_two_averages_of_one_name_are_refused():
     with pytest.raises(ValueError, match="ema: got power-0.1, power-0.1, expected different"):
         config_of_command("--ema", "power", "power:length=0.1")
+
+
+def test_an_unknown_setting_is_an_error():
+    with pytest.raises(ValueError, match="^learning_rate: unknown"):
+        TrainConfig.default().changed({"learning_rate": 1.0})

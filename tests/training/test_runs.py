@@ -881,3 +881,9 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
         assert_same_state(step_folder(results, step), step_folder(tmp_path / "without", step))
     log = (results / "run" / "log.txt").read_text()
     assert log.index("checkpoints/0000004") < log.index("WARNING: no sample grid of step 4 (Out")
+
+
+def test_the_line_on_kept_settings_lists_numbers():
+    config = TrainConfig.default().changed({"sparse_layers": [1, 3], "num_experts": 4})
+    (line,) = start.kept_settings(config.record(), config, {"num_experts": 4})
+    assert line.endswith(": --sparse-layers 1 3")

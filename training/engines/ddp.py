@@ -1,5 +1,6 @@
 """Engine of train.py: every process holds the complete model (distributed data parallelism)."""
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from checkpoints.checkpoint import averages_of, read_record
 from checkpoints.weights import (
@@ -76,8 +76,6 @@ class DDPEngine:
         for name, whole in chain(first.items(), weights):
             tensors[name].copy_(whole[self.places.get(name, ...)])
         self.prepare()
-        # Parameters without a gradient since the start, with the hooks that wait for one.
-        self.unused: dict[str, RemovableHandle] = {}
         self.replica = self.replicated()
 
     def distribute(self) -> None:
@@ -92,10 +90,6 @@ class DDPEngine:
             # With gradients in place, micro-batches add up in DDP's buckets, not in a second copy.
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
-        for name, weight in self.trained.items():
-            self.unused[name] = weight.register_post_accumulate_grad_hook(
-                lambda _, name=name: self.unused.pop(name).remove()
-            )
         device = self.dist.device
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
@@ -180,12 +174,8 @@ class DDPEngine:
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self, step: int, rate: float) -> dict[str, Tensor]:
-        if self.unused:  # DDP has not summed their buckets, and says so one step too late
-            raise UserError(
-                f"{', '.join(sorted(self.unused))}: got no gradient in the first step, expected "
-                "one, because DDP sums gradients in buckets; make the loss depend on every "
-                "parameter, or --freeze what is not used, or train with --shard"
-            )
+        if isinstance(self.replica, DistributedDataParallel):
+            self.check_gradients()
         self.scaler.unscale_(self.optimizer)
         weights = self.local_weights()
         grad_norm = self.total_norm([weight.grad for weight in weights])
@@ -209,6 +199,21 @@ class DDPEngine:
         for ema in self.emas:
             ema.update(self.averaged.values(), step, skipped)
         return {"grad_norm": grad_norm, "skipped": skipped}
+
+    def check_gradients(self) -> None:
+        """Raises UserError with the parameters that have no gradient: DDP did not sum the gradients
+        of their buckets, and would say so only in the next step."""
+        try:
+            self.replica._check_reducer_finalized()
+        except RuntimeError as error:
+            named = [n for n, weight in self.parameters.items() if weight.requires_grad]
+            numbers = re.findall(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            names = ", ".join(named[int(number)] for number in " ".join(numbers).split())
+            raise UserError(
+                f"{names}: got no gradient, expected one, because DDP sums gradients in buckets; "
+                "make the loss depend on every parameter, or --freeze what is not used, or train "
+                "with --shard"
+            ) from error
 
     def local_weights(self) -> list[nn.Parameter]:
         """Returns this process's shards of the weights that have a gradient, with the gradient."""
