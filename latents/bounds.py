@@ -106,8 +106,17 @@ def check_image(image: Image.Image) -> None:
     check_pixels(*image.size)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         width, height = (image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT))
-        if width * height > max(image.width * image.height, MAX_TILE):
+        size = image.width * image.height
+        if width * height > max(size, MAX_TILE):
             raise ValueError(f"got tiles of {width:,} x {height:,} pixels, more than the image has")
+        if not width or not height:
+            return  # strips, which libtiff ends with the image
+        # Tiles that are no larger than the image have less than 4 times its pixels.
+        count = -(-image.width // width) * -(-image.height // height)
+        if count * width * height > 4 * size + MAX_TILE:
+            raise ValueError(
+                f"got {count:,} tiles of {width:,} x {height:,} pixels, which take too long"
+            )
 
 
 def check_pixels(width: int, height: int) -> None:

@@ -49,6 +49,22 @@ def tiff(more: int, blob: bytes, kind: int = BYTES, is_big: bool = False, **chan
     return head + directory(listed, is_big) + blob + bytes(256)
 
 
+def tiled(size: tuple[int, int], tile: tuple[int, int]) -> bytes:
+    """A grey TIFF with tiles, which all hold the same deflated zeros."""
+    count = -(-size[0] // tile[0]) * -(-size[1] // tile[1])
+    content = zlib.compress(bytes(tile[0] * tile[1]))
+    place = 8 + len(directory([(0, 0, 0, 0)] * 10))  # of offsets, sizes and content
+    offsets, sizes = ([value] * count for value in (place + 8 * count, len(content)))
+    tags = [
+        (256, LONG, 1, size[0]), (257, LONG, 1, size[1]), (258, SHORT, 1, 8), (259, SHORT, 1, 8),
+        (262, SHORT, 1, 1), (277, SHORT, 1, 1), (322, LONG, 1, tile[0]), (323, LONG, 1, tile[1]),
+        (324, LONG, count, place if count > 1 else offsets[0]),
+        (325, LONG, count, place + 4 * count if count > 1 else sizes[0]),
+    ]  # fmt: skip
+    listed = struct.pack(f"<{2 * count}L", *offsets, *sizes)
+    return b"II*\0\x08\0\0\0" + directory(tags) + listed + content
+
+
 def exif(more: int, blob: bytes) -> bytes:
     """EXIF data with an orientation and `more` tags, which all point to one blob."""
     place = 8 + len(directory([(0, 0, 0, 0)] * (more + 1)))
@@ -91,6 +107,7 @@ def forged_images(folder: Path) -> None:
             t322=(LONG, 1, 26_000), t323=(LONG, 1, 26_000), t324=(LONG, 1, 150),
             t325=(LONG, 1, 100),
         ),
+        "tiles.tif": tiled((65_535, 1), (16, 65_536)),
         "tags.png": png(exif(300, blob)),
         "tags.jpg": jpeg(exif(300, blob)),
         "tags.webp": stored(SMALL, "WEBP", exif=exif(300, blob)),
@@ -133,6 +150,7 @@ def test_a_forged_header_costs_neither_memory_nor_time(tmp_path):
     (lambda: tiff(300, bytes(9000)), "got tags of 2,700,"),
     (lambda: tiff(300, bytes(9000), is_big=True), "got tags of 2,700,"),
     (lambda: tiff(0, bytes(2_000_000), t282=(RATIONAL, 240_000, 122)), "got tags of 240,0"),
+    (lambda: tiled((65_535, 1), (16, 65_536)), "got 4,096 tiles of 16 x 65,536 pixels"),
     (lambda: many_scans(60), "got more than 50 scans"),
     (lambda: many_scans(600), "got more than 50 scans"),
 ])  # fmt: skip
@@ -163,6 +181,13 @@ def photo_files(folder: Path) -> None:
     photo.quantize(100).save(folder / "comment.gif", comment=b"x" * 9000)
     photo.save(folder / "big.tif", big_tiff=True)
     photo.convert("CMYK").save(folder / "cmyk.tif", compression="tiff_lzw")
+    for size, tile in (
+        ((1100, 1100), (1024, 1024)),
+        ((16, 16), (512, 512)),
+        ((2000, 30), (256,) * 2),
+    ):
+        (folder / f"tiled-{size[0]}.tif").write_bytes(tiled(size, tile))
+    (folder / "strip.tif").write_bytes(tiff(0, b"", t278=(LONG, 1, 2**32 - 1)))
     rows = rng.integers(0, 2**16, (20, 30, 3)).astype(">u2")
     png = b"\x89PNG\r\n\x1a\n"
     for kind, data in (
