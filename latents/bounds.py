@@ -13,7 +13,7 @@ import struct
 from contextlib import suppress
 from typing import BinaryIO
 
-from PIL import Image, TiffImagePlugin
+from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
 # Larger images would take gigabytes in each worker.
 MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
@@ -35,6 +35,7 @@ NUMBER_BYTES = {
     1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
 }  # fmt: skip
 KEPT_AS_BYTES = (1, 2, 7)
+RUN_LENGTHS = (1, 2)  # compressions of a BMP that Pillow decodes in Python, a byte at a time
 TILE_WIDTH, TILE_HEIGHT, *OFFSETS = 322, 323, 273, 324  # tags; the offsets are of strips and tiles
 read_directory = TiffImagePlugin.ImageFileDirectory_v2.load
 
@@ -100,10 +101,15 @@ def check_gif(content: bytes) -> None:
 
 
 def check_image(image: Image.Image) -> None:
-    """Checks the size of an image and of its tiles. A large JPEG will be read at half its size."""
+    """Checks the size of an image and of its tiles, and the compression of a BMP.
+
+    A large JPEG will be read at half its size.
+    """
     if image.width * image.height > MAX_PIXELS:
         image.draft(None, (image.width // 2, image.height // 2))  # only JPEG follows this
     check_pixels(*image.size)
+    if isinstance(image, BmpImagePlugin.BmpImageFile) and image.info["compression"] in RUN_LENGTHS:
+        raise ValueError("got a BMP with run-length compression, expected one without")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         width, height = (image.tag_v2.get(tag, 0) for tag in (TILE_WIDTH, TILE_HEIGHT))
         size = image.width * image.height

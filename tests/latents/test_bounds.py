@@ -65,6 +65,15 @@ def tiled(size: tuple[int, int], tile: tuple[int, int]) -> bytes:
     return b"II*\0\x08\0\0\0" + directory(tags) + listed + content
 
 
+def run_lengths(width: int, height: int) -> bytes:
+    """A grey BMP with a run of one pixel in each line."""
+    palette = b"".join(bytes((value, value, value, 0)) for value in range(256))
+    content, place = b"\1\0\0\0" * height, 54 + len(palette)
+    head = struct.pack("<LHHL", place + len(content), 0, 0, place)
+    head += struct.pack("<LllHHLLllLL", 40, width, height, 1, 8, 1, len(content), 0, 0, 256, 0)
+    return b"BM" + head + palette + content
+
+
 def exif(more: int, blob: bytes) -> bytes:
     """EXIF data with an orientation and `more` tags, which all point to one blob."""
     place = 8 + len(directory([(0, 0, 0, 0)] * (more + 1)))
@@ -108,6 +117,7 @@ def forged_images(folder: Path) -> None:
             t325=(LONG, 1, 100),
         ),
         "tiles.tif": tiled((65_535, 1), (16, 65_536)),
+        "runs.bmp": run_lengths(65_535, 1373),
         "tags.png": png(exif(300, blob)),
         "tags.jpg": jpeg(exif(300, blob)),
         "tags.webp": stored(SMALL, "WEBP", exif=exif(300, blob)),
@@ -151,6 +161,7 @@ def test_a_forged_header_costs_neither_memory_nor_time(tmp_path):
     (lambda: tiff(300, bytes(9000), is_big=True), "got tags of 2,700,"),
     (lambda: tiff(0, bytes(2_000_000), t282=(RATIONAL, 240_000, 122)), "got tags of 240,0"),
     (lambda: tiled((65_535, 1), (16, 65_536)), "got 4,096 tiles of 16 x 65,536 pixels"),
+    (lambda: run_lengths(16, 16), "got a BMP with run-length compression"),
     (lambda: many_scans(60), "got more than 50 scans"),
     (lambda: many_scans(600), "got more than 50 scans"),
 ])  # fmt: skip
@@ -178,6 +189,8 @@ def photo_files(folder: Path) -> None:
         film = rng.integers(0, 256, 3_000_000, np.uint8).tobytes() + b"\xff\xda\0\x02" * 1000
         (folder / f"{name}-film.jpg").write_bytes((folder / f"{name}.jpg").read_bytes() + film)
     photo.quantize(100).save(folder / "palette.png")
+    photo.quantize(100).save(folder / "palette.bmp")
+    photo.save(folder / "rgb.bmp")
     photo.quantize(100).save(folder / "comment.gif", comment=b"x" * 9000)
     photo.save(folder / "big.tif", big_tiff=True)
     photo.convert("CMYK").save(folder / "cmyk.tif", compression="tiff_lzw")
