@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -754,11 +755,16 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     assert str(damaged) in line
 
 
-@pytest.mark.parametrize("forged", [
-    {"spikes": {"mean": "x"}}, {"scaler": {"scale": "x"}}, {"numbers": {"pos_embed": 1}},
-    {"processes": {}},
+SPIKES = "expected a mean and a count"
+
+
+@pytest.mark.parametrize(("forged", "reason"), [
+    ({"spikes": {"mean": "x", "count": 1}}, SPIKES), ({"spikes": {"mean": 1.0}}, SPIKES),
+    ({"spikes": {"factor": 1.0}}, SPIKES), ({"spikes": [1]}, SPIKES), ({"spikes": {"mean": math.inf, "count": 1}}, SPIKES),
+    ({"spikes": {"mean": 1.0, "count": -1}}, SPIKES), ({"scaler": {"scale": "x"}}, ""),
+    ({"numbers": {"pos_embed": 1}}, ""), ({"processes": {}}, ""),
 ])  # fmt: skip
-def test_a_forged_state_is_a_one_line_error(copied, flags, forged, capsys):
+def test_a_forged_state_is_a_one_line_error(copied, flags, forged, reason, capsys):
     path = step_folder(copied, 3) / STATE_FILE
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -766,7 +772,7 @@ def test_a_forged_state_is_a_one_line_error(copied, flags, forged, capsys):
     write_tensors(path, tensors, metadata)
     list_files(path.parents[1])
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
-    assert str(path.parents[1]) in line and "damaged" in line
+    assert str(path.parents[1]) in line and "damaged" in line and reason in line
 
 
 def test_a_forged_manifest_is_a_fault_and_no_traceback(copied):
