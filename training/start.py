@@ -5,7 +5,7 @@ code = run_command(command, said, "train.py")      # train(..., dist), in the la
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from latents.loading import split
 from latents.sources import Source, images_name, same_images, size_notes
 from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
 from options.parts import options_of
-from options.settings import Settings, difference, differences, spelling
+from options.settings import Settings, differences, spelling
 from presets import PRESETS
 from runtime import __version__
 from runtime.devices import be_deterministic
@@ -276,8 +276,7 @@ def check_changes(
             (refused if shapes_state else changes).append(line)
     names, classes = before.class_names, tuple(dataset.classes)
     if any(classes) and len(names) > 1 and names != classes:
-        pair = next(((a, b) for a, b in zip(names, classes, strict=False) if a != b), ("", ""))
-        refused.append(difference("classes", *pair))
+        refused.append(f"the class names ({names_difference(names, classes)})")
     if was.engine.script != script:
         refused.append(f"the script: was {was.engine.script}, is {script}")
     if refused:
@@ -286,6 +285,13 @@ def check_changes(
             "new run, which --finetune starts from the weights of this one"
         )
     return changes
+
+
+def names_difference(was: Sequence[str], now: Sequence[str]) -> str:
+    """Returns "missing: A, B; new: C", or that only the order differs."""
+    sides = {"missing": set(was) - set(now), "new": set(now) - set(was)}
+    parts = [f"{side}: {', '.join(sorted(names)):.300}" for side, names in sides.items() if names]
+    return "; ".join(parts) or "the same names in another order"
 
 
 def is_same(was: DiTConfig, now: DiTConfig, name: str) -> bool:
