@@ -127,7 +127,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     of_engine = config.engine.engine_class().check(config, world_size)
     trained, held_out = split(dataset, config.data.val_share)
     if command.dry_run:
-        print_plan(command, config, trained, notes + changes, before, world_size)
+        print_plan(command, config, trained, changes + notes, before, world_size)
         return 0
 
     # The data, their autoencoder, and the steps that are left.
@@ -179,9 +179,9 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
 
     # The engine, with its state or with weights; then the steps.
     with log:
+        log.changes(stream.start_step, changes)
         for note in notes:
             log.text(printable(f"note: {note}"))
-        log.changes(stream.start_step, changes)
         start = () if before else new_weights(config)
         if weights is not None:
             start = start_weights(weights, config, dataset, log).items()
@@ -324,7 +324,7 @@ def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[st
         if name not in fit and value != default.get(name)
     ]
     unknown = before.settings.keys() - training_flags().keys()
-    notes = [f"kept from the run, not said now: {', '.join(kept)}"] if kept else []
+    notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
     if unknown:
         notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
     return notes

@@ -184,6 +184,7 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
     assert all(f"changed: {line}\n" in output for line in found)
     kept = re.findall("kept from the run.*--hidden-size 32.*--ckpt-every 1", output)
     assert len(kept) == (how != "name")
+    assert not kept or output.rindex("changed: ") < output.index(kept[0])
     config = TrainConfig.of_record(read_record(run / "checkpoints" / "0000004"))
     assert (config.optimizer.weight_decay, config.step.lr) == (0.1, 5e-4)
     assert config.optimizer.betas == (0.9, 0.999) and config.model.aux_loss_alpha == 0.5
