@@ -136,7 +136,7 @@ class TrainingLoop:
         )
         if dist.is_main:
             memory = device_memory(dist.device, node_size(config, dist.world_size))
-            plan = describe_memory(config, stream, *memory)
+            plan = describe_memory(config, stream, {"": memory})
             if dist.world_size > 1:
                 self.log.text(f"layout: {plan['layout']}")
             fits = plan["fits"].partition(": ")

@@ -24,7 +24,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
 from runtime.processes import ALONE, read_environment
 from training.config import TrainConfig
-from training.engine import Bytes
+from training.engine import Bytes, node_size
 from training.flags import CommandFlags, DataConfig
 from training.memory import received_rows, state_bytes
 from training.setup import length_notes, open_dataset, remaining_steps
@@ -49,8 +49,8 @@ def print_plan(
     before: record of the checkpoint from which the run would go on, or None
     """
     stream = remaining_steps(config, trained, 0, replace(ALONE, world_size=world_size))
-    usable, of = planned_memory(command.gpu_memory)
-    lines = describe_model(config) | describe_memory(config, stream, usable, of)
+    memories = planned_memories(command.gpu_memory, node_size(config, world_size))
+    lines = describe_model(config) | describe_memory(config, stream, memories)
     lines |= describe_steps(config, stream)
     if before:
         is_finished = stream.end_step <= before.step
@@ -73,12 +73,12 @@ def describe_model(config: TrainConfig) -> dict[str, str]:
 
 
 def describe_memory(
-    config: TrainConfig, stream: BatchStream, usable: float, of: str
+    config: TrainConfig, stream: BatchStream, memories: dict[str, tuple[float, str]]
 ) -> dict[str, str]:
     """Describes the memory of a process, and whether it fits.
 
-    usable: GiB
-    of: description of the whole memory
+    memories: where the process may run, such as "on a GPU, ", or "" if there is one choice: (usable
+        GiB, description of the whole memory)
     """
     engine, micro_batch = config.engine.engine_class(), stream.micro_batch
     gpu, host, layout = engine.memory(config, stream.world_size)
@@ -89,16 +89,22 @@ def describe_memory(
         "more GPUs" if config.engine.shard else "--shard on several GPUs": True,
     }
     others = [tip for tip, helps in tips.items() if helps]
-    advice = f"; try {', '.join(lighter_settings(config) + others)}" if needed > usable else ""
+    verdicts = [
+        f"{where}{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
+        f"usable of {of}"
+        for where, (usable, of) in memories.items()
+    ]
+    room = [usable - needed for usable, _ in memories.values()]
+    if min(room) < 0:
+        verdicts.append(f"try {', '.join(lighter_settings(config) + others)}")
     lines = {
         "layout": f"{layout}, {config.step.precision}",
         "GPU": listed(gpu),
         "host": listed(host),
-        "fits": f"{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
-        f"usable of {of}{advice}",
+        "fits": "; ".join(verdicts),
     }
     if config.engine.expert_parallel > 1 and config.model.sparse_blocks:
-        lines["load"] = load_that_fits(config, micro_batch, GIB * (usable - needed))
+        lines["load"] = load_that_fits(config, micro_batch, GIB * room[0])
     return lines
 
 
@@ -136,17 +142,20 @@ def listed(parts: Bytes) -> str:
     return f"{in_gib(parts):.2f} GiB: {sizes}"
 
 
-def planned_memory(size: float | None) -> tuple[float, str]:
-    """Returns the usable GiB of the GPU to plan for, and its description."""
+def planned_memories(size: float | None, processes: int) -> dict[str, tuple[float, str]]:
+    """Returns the memories to plan for, see `describe_memory`: that of a GPU, and that of this
+    machine if it has no GPU and the command names no size.
+
+    processes: that would share the memory of this machine
+    """
     if size:
-        return USABLE * size, f"{size:g} (--gpu-memory)"
+        return {"": (USABLE * size, f"{size:g} (--gpu-memory)")}
     if torch.cuda.is_available():
-        return device_memory(torch.device("cuda"), 1)
-    here, _ = device_memory(torch.device("cpu"), 1)
-    return USABLE * ASSUMED, (
-        f"{ASSUMED:g} (assumed, see --gpu-memory: this machine has no GPU; a run on its processor "
-        f"may use {here:.1f})"
-    )
+        return {"": device_memory(torch.device("cuda"), 1)}
+    return {
+        "on a GPU, ": (USABLE * ASSUMED, f"{ASSUMED:g} (assumed, see --gpu-memory)"),
+        "on this processor, ": device_memory(torch.device("cpu"), processes),
+    }
 
 
 def device_memory(device: torch.device, processes: int) -> tuple[float, str]:

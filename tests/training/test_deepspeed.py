@@ -420,11 +420,11 @@ def test_deepspeed_dry_run_plans_the_largest_model_in_seconds(capsys):
     assert lines["parameters"].startswith("16,503,356,704 total, 3,181,198,624 active")
     assert lines["layout"] == "32 processes under ZeRO-3, bf16"
     assert "AdamW 3.84, EMA 1.92, gradients 1.92" in lines["GPU"]
-    assert lines["fits"].startswith("yes")
+    assert lines["fits"].startswith("on a GPU, yes")
     # Under ZeRO-2, with twice the weights in few modules, which are planned in less time.
     wide = "--model=DiT-XL/2", "--depth=2", "--num_experts=1024", "--train_batch_size=32"
     call_main("train_deepspeed.py", *giant, *wide)
-    assert printed_values(capsys)["fits"].startswith("NO")
+    assert printed_values(capsys)["fits"].startswith("on a GPU, NO")
 
 
 def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
@@ -469,7 +469,7 @@ def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatc
     call_main(*command)
     lines = printed_values(capsys)
     assert "1,751,595 of 1024 images (16 processes x" in lines["steps"]
-    assert lines["fits"].startswith("yes")
+    assert lines["fits"].startswith("on a GPU, yes")
 
 
 @pytest.mark.parametrize("variables, lines", [

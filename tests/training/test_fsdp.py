@@ -653,4 +653,4 @@ def test_the_memory_plan_of_a_large_model_suggests_shard(capsys):
     call_main("train.py", *large)
     assert "--shard" in capsys.readouterr().out.split("fits")[1].splitlines()[0]
     call_main("train.py", *large, "--shard")
-    assert "fits         yes" in capsys.readouterr().out
+    assert "fits         on a GPU, yes" in capsys.readouterr().out
