@@ -130,7 +130,7 @@ class Source(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
         index, flip = key
-        fault = ""
+        fault, num_faults = "", 0
         for other in chain(range(index, len(self)), range(index)):
             if self.is_held_out is not None and self.is_held_out[other] != self.is_held_out[index]:
                 continue
@@ -142,7 +142,7 @@ class Source(Dataset):
                 if is_storage_fault(error):
                     message = f"{self.flag}: the storage failed to read {name} ({error.strerror})"
                     raise UserError(message) from None
-                fault = fault or f"{name} ({reason})"
+                fault, num_faults = fault or f"{name} ({reason})", num_faults + 1
                 continue
             pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
             item = {
@@ -152,8 +152,8 @@ class Source(Dataset):
             }
             return item, [fault] if fault else []
         raise UserError(
-            f"{self.flag}: got {pluralize(len(self), 'image')}, expected at least one that can be "
-            f"read; the first one is {printable(fault)}"
+            f"{self.flag}: got {pluralize(num_faults, 'image')}, none of which can be read; the "
+            f"first one is {printable(fault)}"
         )
 
 

@@ -82,7 +82,8 @@ def describe_memory(
     """
     engine, micro_batch = config.engine.engine_class(), stream.micro_batch
     gpu, host, layout = engine.memory(config, stream.world_size)
-    needed = in_gib(gpu)
+    total = sum(gpu.values())
+    needed = total / GIB
     tips = {
         "--gradient-checkpointing": config.step.recomputed == "nothing",
         "smaller micro-batches (a larger --accum-iter)": micro_batch > 1,
@@ -90,7 +91,7 @@ def describe_memory(
     }
     others = [tip for tip, helps in tips.items() if helps]
     verdicts = [
-        f"{where}{'yes' if needed <= usable else 'NO'}: {needed:.2f} GiB needed, {usable:.2f} "
+        f"{where}{'yes' if needed <= usable else 'NO'}: {in_gib(total)} needed, {usable:.2f} GiB "
         f"usable of {of}"
         for where, (usable, of) in memories.items()
     ]
@@ -133,13 +134,16 @@ def describe_steps(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
     }
 
 
-def in_gib(parts: Bytes) -> float:
-    return sum(parts.values()) / GIB
+def in_gib(size: float) -> str:
+    """Returns a number of bytes in GiB, or in MiB if it is below 0.01 GiB."""
+    return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2g} MiB"
 
 
 def listed(parts: Bytes) -> str:
-    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"{in_gib(parts):.2f} GiB: {sizes}"
+    sizes = ", ".join(
+        f"{name} {in_gib(size).removesuffix(' GiB')}" for name, size in parts.items() if size
+    )
+    return f"{in_gib(sum(parts.values()))}: {sizes}"
 
 
 def planned_memories(size: float | None, processes: int) -> dict[str, tuple[float, str]]:
@@ -234,7 +238,7 @@ def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]
     at_once = kept + (config.run.save_minutes > 0) + (kept < written)
     parts = (("checkpoint", at_once, checkpoint), ("snapshot", snapshots, average))
     text = "; ".join(
-        f"{count * size / GIB:.2f} GiB for {pluralize(count, name)} of {size / GIB:.2f}"
+        f"{in_gib(count * size)} for {pluralize(count, name)} of {in_gib(size)}"
         for name, count, size in parts
         if count
     )
@@ -249,7 +253,7 @@ def disk_notes(config: TrainConfig, steps: int, state: float, folder: Path) -> l
     if needed <= (free := shutil.disk_usage(folder).free + present):
         return []
     return [
-        f"the disk of {folder} is too small: {text}, but {free / GIB:.2f} GiB are free; use "
+        f"the disk of {folder} is too small: {text}, but {in_gib(free)} are free; use "
         "--keep-last, a larger --ckpt-every or another --results-dir"
     ]
 
@@ -265,6 +269,6 @@ def load_that_fits(config: TrainConfig, micro_batch: int, free: float) -> str:
     )
     size = received_rows(config, micro_batch) * width * DTYPES[config.step.precision].itemsize
     return (
-        f"{size / GIB:.2f} GiB more on a process for each multiple of the mean number of rows that "
+        f"{in_gib(size)} more on a process for each multiple of the mean number of rows that "
         f"it receives; {1 + max(0, free) / size:.1f} times the mean fit"
     )

@@ -143,10 +143,10 @@ def test_messages_on_images_name_the_flag_or_the_argument_of_the_images(
     (tmp_path / "a" / "notes.txt").touch()
     images = open_images(str(tmp_path), 16, "--held-out")
     assert capsys.readouterr().out.startswith(f"--held-out {tmp_path}: ignored files")
-    with pytest.raises(UserError, match="^--held-out: got 1 image, expected"):
+    with pytest.raises(UserError, match="^--held-out: got 1 image, none of which"):
         images[0, False]
     monkeypatch.setitem(GivenImages.datasets, "python:x", [("no image", 0)])
-    with pytest.raises(UserError, match="^data: got 1 image, expected"):
+    with pytest.raises(UserError, match="^data: got 1 image, none of which"):
         open_images("python:x", 16)[0, False]
 
 
@@ -268,7 +268,7 @@ def test_a_folder_with_only_unreadable_images_is_a_one_line_error(tmp_path, trai
     bad_images(tmp_path / "data" / "class-0")
     flags = train_flags(tmp_path / "r", **{"data-path": tmp_path / "data", "num-workers": 1})
     line = expect_error(capsys, "train.py", *flags)
-    message = "--data-path: got 9 images, expected at least one that can be read; the first one is "
+    message = "--data-path: got 9 images, none of which can be read; the first one is "
     assert message in line and len(line) < 500
     images = open_images(str(tmp_path / "data"), 16)
     with pytest.raises(UserError, match=f"^{message}"):

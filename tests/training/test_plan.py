@@ -6,13 +6,14 @@ import re
 import shutil
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import ROOT, call_main, expect_error
 
 from checkpoints import config_of
 from training.config import TrainConfig
 from training.memory import copied_bytes, model_activations, planned_weights
-from training.plan import disk_notes, disk_use
+from training.plan import disk_notes, disk_use, in_gib
 
 
 def test_the_memory_plan_for_gpus_includes_no_attention_weights():
@@ -48,6 +49,19 @@ def test_the_plan_of_the_host_includes_the_rounding_of_pinned_memory():
     steps = 4 * len(exact)  # AdamW's counts
     assert alone - steps == sum(4 * 2 ** math.ceil(math.log2(size)) for size in exact)
     assert alone / 2 <= copied_bytes(config, copies=2)["copy at a save"] < alone
+
+
+@pytest.mark.parametrize(("size", "text"), [
+    (2**36, "64.00 GiB"), (0.01 * 2**30, "0.01 GiB"), (9.6e6, "9.2 MiB"), (2**16, "0.062 MiB"),
+])  # fmt: skip
+def test_small_sizes_are_in_mib(size, text):
+    assert in_gib(size) == text
+
+
+def test_the_plan_of_a_small_model_has_no_size_of_zero(capsys):
+    small = "--model=DiT-Ti/2", "--depth=1", "--hidden-size=32", "--num-heads=2", "--max-steps=9"
+    call_main("train.py", "--dry-run", *small, "--global-batch-size=1")
+    assert not re.search(r"\b0\.00\b", capsys.readouterr().out)
 
 
 def test_a_run_notes_that_its_disk_is_too_small(tmp_path, monkeypatch):
@@ -92,7 +106,9 @@ def test_without_a_gpu_the_plan_says_the_memory_of_this_machine_and_what_is_smal
     pixels = ("--vae-path", "pixels", "--image-size", 64)
     call_main("train.py", "--dry-run", *pixels, "--gpu-memory", 8)
     (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
-    assert fits.startswith("NO: ") and "usable of 8 (--gpu-memory); try --config config/" in fits
+    assert (
+        fits.startswith("NO: ") and "GiB usable of 8 (--gpu-memory); try --config config/" in fits
+    )
     recipe = ("--config", ROOT / "config" / "recipes" / "pixels.yaml")
     call_main("train.py", "--dry-run", *pixels, *recipe)
     (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
@@ -100,7 +116,7 @@ def test_without_a_gpu_the_plan_says_the_memory_of_this_machine_and_what_is_smal
     if torch.cuda.is_available():
         return
     assert fits.startswith("on a GPU, yes: ") and "; on this processor, yes: " in fits
-    assert f" {here:.2f} usable of this machine's " in fits
+    assert f" {here:.2f} GiB usable of this machine's " in fits
     call_main("train.py", "--dry-run", "--model", "DiT-XL/2", "--global-batch-size", 2**16)
     (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
     assert "on this processor, NO: " in fits and "; try " in fits

@@ -666,7 +666,7 @@ def test_a_first_step_of_more_than_a_minute_says_what_takes_long(flags, tmp_path
     monkeypatch.setattr(TrainingLoop, "explain_slow_step", explain_and_tell)
     call_main("train.py", *flags(tmp_path / "slow", **changes))
     fast, slow = ((only_run(tmp_path / n) / "log.txt").read_text() for n in ("fast", "slow"))
-    assert re.search(r"M active\), 16 tokens an image, .*\n.* memory: \S+ GiB needed", fast)
+    assert re.search(r"M active\), 16 tokens an image, .*\n.* memory: \S+ [GM]iB needed", fast)
     (line,) = re.findall(r"the first step has taken .*", slow)
     assert "6 images of 16 tokens, " in line and "recipes/pixels.yaml" in line
     assert line.endswith("a smaller --global-batch-size") and "has taken" not in fast
