@@ -263,7 +263,7 @@ def read_file(
         check_weights(state_dict)
         if METADATA_KEY in metadata:
             record = Record.from_metadata(metadata)
-            config = with_overrides(vars(record.config), overrides)
+            config = with_overrides(record.config, overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):

@@ -61,7 +61,7 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
             values = {"config": config["dit"], **(config.get("info") or {})}
             record = Record.from_dict(values)
-            return weights, replace(record, config=with_overrides(vars(record.config), overrides))
+            return weights, replace(record, config=with_overrides(record.config, overrides))
         if config["_class_name"] in DIFFUSERS_CLASSES:
             weights, fields = from_diffusers(weights, config)
             return weights, Record(config=with_overrides(fields, overrides), objective="gaussian")

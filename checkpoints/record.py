@@ -144,17 +144,19 @@ def with_dense_width(config: DiTConfig) -> DiTConfig:
     return replace(config, dense_mlp_ratio=config.dense_ratio) if is_mixed else config
 
 
-def with_overrides(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> DiTConfig:
+def with_overrides(
+    fields: DiTConfig | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> DiTConfig:
     """Builds a config of fields and overrides; of the router, a word overrides the options that it
-    says.
+    says. The dense blocks of a config keep their width.
 
     Raises ValueError for an unknown field or another router.
     """
     check_names(overrides, DiTConfig)
+    if isinstance(fields, DiTConfig):
+        fields = vars(with_dense_width(fields) if overrides else fields)
     flags = flags_of(DiTConfig)
     beneath, top = read(fields, flags), read(overrides, flags)
-    if top:
-        top = {"dense_mlp_ratio": with_dense_width(DiTConfig(**beneath)).dense_mlp_ratio, **top}
     config = DiTConfig(**over(top, beneath))
     if "router" in beneath and config.router.name != beneath["router"].name:
         raise ValueError(f"router: got {top['router']}, expected {beneath['router'].name}")
