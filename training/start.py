@@ -35,7 +35,7 @@ from runtime.processes import (
     read_environment,
     setup_distributed,
 )
-from training.config import OF_EXPERTS, SHARDING, TrainConfig, fitted, training_flags
+from training.config import OF_EXPERTS, SHARDING, TrainConfig, fitted, setting_names, training_flags
 from training.engine import new_weights
 from training.finetune import (
     check_source,
@@ -323,7 +323,7 @@ def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[st
         for name, value in config.stored().items()
         if name not in fit and value != default.get(name)
     ]
-    unknown = before.settings.keys() - training_flags().keys()
+    unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
     if unknown:
         notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")

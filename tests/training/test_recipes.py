@@ -139,7 +139,7 @@ def test_dit_and_dit_moe_have_the_published_parameters():
 EXAMPLES = ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16")  # one a family
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "published", "stable", "fast", "pixels"])
+@pytest.mark.parametrize("name", [*EXAMPLES, "published", "stable", "fast", "pixels", "race"])
 def test_the_config_file_of_a_run_with_a_recipe_is_a_recipe_for_the_same_config(name, tmp_path):
     write_config(tmp_path, recipe(name), {})
     assert config_of("--config", tmp_path / CONFIG_FILE) == recipe(name)
