@@ -44,8 +44,8 @@ from runtime.flags import parse_config
 from tools.benchmarks.common import matrix_peaks, report
 from tools.experiments.arms import arm_flags
 from tools.experiments.comparisons import with_error
-from tools.experiments.report import add_row, read_lines, read_log
 from tools.experiments.routers import ema_decay_of
+from tools.experiments.rows import add_row, read_lines, read_log
 from training.config import TrainConfig, fitted, parse_training
 from training.flags import TRAIN
 

@@ -49,18 +49,24 @@ from tools.experiments.comparisons import (
 from tools.experiments.copies import compare, mean_cosine
 from tools.experiments.dropping import losses_without, scores_of
 from tools.experiments.every_table import multiplicity_table
-from tools.experiments.expert_tables import dropping_table, persistence_table
+from tools.experiments.expert_tables import dropping_tables, persistence_tables
 from tools.experiments.noisy_copies import with_noise
 from tools.experiments.persistence import shares
-from tools.experiments.report import (
+from tools.experiments.rows import measure_missing
+from tools.experiments.sample_tables import (
+    comparisons_table,
+    guidance_table,
+    kid_table,
+    read_samples,
+)
+from tools.experiments.samples import border_contrast
+from tools.experiments.specialisation import bits, call, count_choices
+from tools.experiments.training_tables import (
     at_equal_time,
     differences,
     steps_to_quality,
     table,
 )
-from tools.experiments.sample_tables import guidance_table, sample_comparisons, sample_tables
-from tools.experiments.samples import border_contrast
-from tools.experiments.specialisation import bits, call, count_choices
 from tools.interventions import DropSmall, Reuse
 from training.config import TrainConfig, parse_training
 from training.optimizers import OPTIMIZERS
@@ -100,6 +106,26 @@ def test_all_arms_of_a_question_have_equal_compute(config, monkeypatch):
     assert {arm: n for arm, n in macs.items() if abs(n / macs["topk"] - 1) > 0.05} == {}
     dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
     assert sparse == pytest.approx(dense, rel=0.01)
+
+
+def test_a_row_is_measured_once_and_not_mixed_with_rows_of_other_facts(tmp_path):
+    """The first row is of a version without --silence, whose rows name no such setting."""
+    output, measured = tmp_path / "rows.jsonl", []
+    output.write_text('{"run": "a", "loss": 0, "images": 10}\n')
+
+    def rows_of(images: int) -> list[dict]:
+        settings = [{"run": run, "silenced": on} for run in ("a", "b") for on in (False, True)]
+        measure = lambda row: measured.append(row) or {"loss": 1}  # noqa: E731
+        return measure_missing(output, settings, measure, {"images": images})
+
+    first, again = rows_of(10), rows_of(10)
+    assert [(row["run"], row["silenced"], row["loss"]) for row in first] == [
+        ("a", False, 0), ("a", True, 1), ("b", False, 1), ("b", True, 1),
+    ]  # fmt: skip
+    assert first == again and len(measured) == 3
+    with pytest.raises(UserError, match="images: got 20, expected 10"):
+        rows_of(20)
+    assert len(measured) == 3
 
 
 def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
@@ -512,7 +538,7 @@ def test_a_guidance_scale_is_chosen_on_other_images_than_the_reported_ones():
          "groups": [reporting, reporting]}
         for (seed, steps, scale), (choosing, reporting) in kids.items()
     ]  # fmt: skip
-    lines = sample_tables(rows).splitlines()
+    lines = kid_table(read_samples(rows)).splitlines()
     assert lines[0] == "| arm | sampler | runs | 1 pass | 4 passes |"
     assert lines[2] == "| flow-600 | euler | 2 | 0.600 ± 0.100 | 0.400 ± 0.000 (1) |"
 
@@ -530,11 +556,13 @@ def test_the_strongest_sampler_is_chosen_at_equal_passes_and_its_noise_is_betwee
          "choosing": [chosen, 0.1], "reporting": [sum(groups) / 3, stdev(groups)], "groups": groups}
         for run, sampler, steps, scale, passes, chosen, groups in kids
     ]  # fmt: skip
-    head, _, euler, heun, mean, noise = sample_tables(rows).splitlines()
+    head, _, euler, heun, mean, noise = kid_table(read_samples(rows)).splitlines()
     assert head == "| arm | sampler | runs | 1 pass | 3 passes | 4 passes |"
     assert euler == "| flow | euler | 1 |  |  | 0.200 ± 0.058 |"
     assert noise == "| deviation between groups |  |  | 0.265 | 0.100 | 0.100 |"
-    lines = [line.split(" | ") for line in sample_comparisons(rows, "flow").splitlines()[2:]]
+    lines = [
+        line.split(" | ") for line in comparisons_table(read_samples(rows), "flow").splitlines()[2:]
+    ]
     assert [line[1] for line in lines] == ["3", "4"]  # one pass of the flow was not sampled
     assert lines[0][2:6] == ["1.100 ± 0.153", "0.700 ± 0.058", "mean 1", "heun 2"]
     assert lines[1][4:8] == ["mean 2 at 1.5", "heun 2", "3 groups", "-0.200 ± 0.115"]
@@ -548,7 +576,10 @@ def test_rows_of_several_guidance_intervals_have_a_line_each_and_one_is_chosen()
          "groups": [1, 2, 3], "border_contrast": 1.26}
         for scale, interval, chosen in kids
     ]  # fmt: skip
-    best, lines = sample_tables(rows).splitlines()[-1], guidance_table(rows).splitlines()[2:]
+    best, lines = (
+        kid_table(read_samples(rows)).splitlines()[-1],
+        guidance_table(read_samples(rows)).splitlines()[2:],
+    )
     assert best == "| pixels | 3 in 0.1 to 0.9 | 0.200 ± 0.100 | 2.000 ± 1.000 |"
     assert [line.split(" | ")[2] for line in lines] == ["1", "3 in 0 to 1", "3 in 0.1 to 0.9"]
     assert lines[1].endswith("| 75 | 0.40 | 2.00 ± 0.58 | 1.26 |")
@@ -771,12 +802,12 @@ def test_the_scores_of_experts_are_those_of_their_weighted_outputs():
 def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
     changes = {"damage": [(1, 2, 4)], "random": [(2, 4, 8), (4, 4, 12)]}  # by draw, for each run
     rows = [
-        {"run": f"topk-{seed}", "choice": choice, "draw": draw, "dropped": 2, "experts": 8,
-         "change": change, "error": 0.1}
+        {"run": f"topk-{seed}", "quantize": "none", "choice": choice, "draw": draw, "dropped": 2,
+         "of_layers": [[0, 1]], "experts": 8, "change": change, "error": 0.1}
         for choice, draws in changes.items() for draw, values in enumerate(draws)
         for seed, change in enumerate(values)
     ]  # fmt: skip
-    lines = dropping_table(rows).splitlines()
+    lines = dropping_tables(rows).splitlines()
     assert lines[2] == "| topk | 2 of 8 | +2.3333 ± 0.8819 | +5.6667 ± 2.1858 |"
     pairs = Series([1 - 3, 2 - 4, 4 - 10])
     p = stats.ttest_1samp(pairs, 0).pvalue
@@ -784,7 +815,7 @@ def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
     assert lines[-1].startswith(want)
     other = [row | {"run": row["run"].replace("topk", "race"), "change": 0.0} for row in rows]
     means = with_error(Series([pairs.mean(), 0]))
-    assert f"| 2 arms | damage minus random | 2 | {means} |" in dropping_table(rows + other)
+    assert f"| 2 arms | damage minus random | 2 | {means} |" in dropping_tables(rows + other)
 
 
 def test_trained_and_random_routers_are_compared_over_runs():
@@ -794,6 +825,6 @@ def test_trained_and_random_routers_are_compared_over_runs():
         {"run": f"topk-{seed}", "router": router, "ends": [value - 0.1, value + 0.1], **same}
         for router, values in ends.items() for seed, value in enumerate(values)
     ]  # fmt: skip
-    lines = persistence_table(rows).splitlines()
+    lines = persistence_tables(rows).splitlines()
     assert lines[2] == "| topk | trained | 3 | 30.0 ± 0.0 | 60.0 ± 5.8 | 30.0 ± 0.0 | 30.0 ± 0.0 |"
     assert "| topk | first to last step | 3 | +30.0 ± 5.8 | 0.035 (0.07) |" in lines[-1]

@@ -19,7 +19,7 @@ from runtime.errors import UserError
 from runtime.files import read_json
 from tools import speedrun
 from tools.experiments import routers
-from tools.experiments.report import read_lines
+from tools.experiments.rows import read_lines
 from training.config import TrainConfig
 
 SCRIPT, RUN = "tools.speedrun", subprocess.run

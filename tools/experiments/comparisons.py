@@ -1,4 +1,4 @@
-"""Paired comparisons: tests, and tables of differences and of mutual information."""
+"""Paired comparisons: tests, and tables of differences."""
 
 from typing import Any
 
@@ -78,14 +78,19 @@ def test_cells(tests: DataFrame, name: Any, digits: int) -> list[str]:
     return [f"{p:.2g} ({holm:.2g})", f"{detectable:.{digits}f}"]
 
 
+def tested_table(head: list[str], lines: list[tuple[list[str], Series]], digits: int) -> str:
+    """Returns a Markdown table of lines, each with its paired differences and their test."""
+    tests = paired_tests(DataFrame({place: pairs for place, (_, pairs) in enumerate(lines)}))
+    table = [[*head, "difference", "p (Holm)", "detectable"]]
+    for place, (cells, pairs) in enumerate(lines):
+        table.append([*cells, with_error(pairs, "+", digits), *test_cells(tests, place, digits)])
+    return markdown(table)
+
+
 def differences_table(head: list[str], found: dict[tuple, Series], digits: int) -> str:
-    """Returns a Markdown table of paired differences, by the names in `head`, and their tests."""
-    tests = paired_tests(DataFrame(found))
-    lines = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
-    for names, pairs in found.items():
-        cells = test_cells(tests, names, digits)
-        lines.append([*names, str(len(pairs)), with_error(pairs, "+", digits), *cells])
-    return "\n" + markdown(lines) if found else ""
+    """Returns a Markdown table of paired differences by the names in `head`, "" without any."""
+    lines = [([*names, str(len(pairs))], pairs) for names, pairs in found.items()]
+    return "\n" + tested_table([*head, "pairs"], lines, digits) if lines else ""
 
 
 def pairs_table(losses: DataFrame, pairs: tuple[str, ...]) -> str:
@@ -102,30 +107,3 @@ def pairs_table(losses: DataFrame, pairs: tuple[str, ...]) -> str:
             raise UserError(f"--pairs: got {pair}, expected {expected}")
         found[names] = (losses[names[0]] - losses[names[1]]).dropna()
     return differences_table(["arm", "minus"], found, digits=4)
-
-
-def information_table(frame: DataFrame, arms: tuple[str, ...], reference: str | None) -> str:
-    """Returns Markdown tables of mutual information (bits) from rows of specialisation.
-
-    The second table compares the trained router with the random one and, for other arms than the
-    reference, with the trained router of the reference, for arms with several runs.
-    """
-    names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
-    bits = (
-        frame.assign(**names).drop(columns="run").set_index(["arm", "router", "seed"]).sort_index()
-    )
-    lines, found = [["arm", "router", "runs", *bits.columns]], {}
-    for arm in arms or dict.fromkeys(names["arm"]):
-        routers = {router: bits.loc[arm, router] for router in ("trained", "random")}
-        for router, values in routers.items():
-            cells = (with_error(values[name], digits=3) for name in bits.columns)
-            lines.append([arm, router, str(len(values)), *cells])
-        others = {"random router": routers["random"]}
-        if reference not in (None, arm):
-            others[reference] = bits.loc[reference, "trained"]
-        for name in bits.columns:
-            for other, values in others.items():
-                pairs = routers["trained"][name] - values[name]
-                if len(pairs) > 1 and pairs.any():
-                    found[arm, name, other] = pairs
-    return markdown(lines) + differences_table(["arm", "bits about", "minus"], found, digits=3)

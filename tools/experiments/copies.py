@@ -13,8 +13,6 @@ table. The checkpoints hold moving averages of the weights; a decay of 0 makes t
 themselves. A dense run has only the held-out loss.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from options.parts import option
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
-from tools.experiments.report import add_row, read_lines, read_log
+from tools.experiments.rows import measure_missing, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ def mean_cosine(vectors: Tensor) -> float:
 
 
 def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]:
-    """Returns the numbers of a row, each a list over the sparse layers."""
+    """Returns the numbers of a row about the experts, each a list over the sparse layers."""
     found: dict[str, list[float]] = {
         "cosine": [], "change_cosine": [], "change": [], "unchanged": []
     }  # fmt: skip
@@ -72,21 +70,24 @@ def compare(checkpoint: Checkpoint, start: Checkpoint) -> dict[str, list[float]]
     return {name: [round(value, 6) for value in values] for name, values in found.items()}
 
 
-def rows_of(run: Path, steps: tuple[int, ...], done: set[tuple[str, int]]) -> Iterator[dict]:
-    """Yields a row for the start of a run (step 0) and for each saved step that is not done."""
+def measure_run(run: Path, config: CopiesConfig) -> None:
+    """Adds the missing rows of a run: of its start (step 0) and of each saved step."""
     folders = {int(path.name): path for path in reversed(step_folders(run))}
     if not folders:
         raise UserError(f"--runs: got {run}, expected a folder of a run with checkpoints")
     origin = read_checkpoint(next(iter(folders.values()))).record.initialized_from
     if origin is None:
         raise UserError(f"--runs: got {run}, expected a run of train.py --finetune")
-    lines = read_log(run)
-    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    losses = {line["step"]: line["val_loss"] for line in read_log(run) if "val_loss" in line}
     start = read_checkpoint(origin["path"])
-    for step, folder in {0: None, **folders}.items():
-        if step in (steps or [step]) and (run.name, step) not in done:
-            found = compare(read_checkpoint(folder) if folder else start, start)
-            yield {"run": run.name, "step": step, **found, "val_loss": losses.get(step)}
+
+    def measure(row: dict) -> dict:
+        step = row["step"]
+        checkpoint = read_checkpoint(folders[step]) if step else start
+        return {**compare(checkpoint, start), "val_loss": losses.get(step)}
+
+    steps = [step for step in (0, *folders) if step in (config.steps or [step])]
+    measure_missing(config.output, [{"run": run.name, "step": step} for step in steps], measure)
 
 
 def parse_args() -> CopiesConfig:
@@ -95,10 +96,8 @@ def parse_args() -> CopiesConfig:
 
 def main(config: CopiesConfig) -> None:
     prepare_output("--output", config.output)
-    done = {(row["run"], row["step"]) for row in read_lines(config.output)}
-    for row in (row for run in config.runs for row in rows_of(Path(run), config.steps, done)):
-        add_row(config.output, row)
-        print(json.dumps(row), flush=True)
+    for run in config.runs:
+        measure_run(Path(run), config)
 
 
 if __name__ == "__main__":

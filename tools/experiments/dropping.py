@@ -12,7 +12,6 @@ on the choosing images (`Scores`), or random ones. The smaller models are those 
 `report.py` makes the table.
 """
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from sampling.formats import FORMATS, public_checkpoint
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
 from sampling.sampling_config import SamplingConfig
-from tools.experiments.report import add_row, read_lines
+from tools.experiments.rows import measure_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,28 +145,32 @@ def main(config: DroppingConfig) -> None:
     )
     whole = np.array(held_out_losses(pipeline.model, objective, batches)[0])
     source = None if config.silence else open_checkpoint(config)
-    named = ("run", "quantize", "silenced", "choice", "draw", "dropped")
-    known = [{"silenced": False} | row for row in read_lines(config.output)]
-    done = {tuple(row.get(name) for name in named) for row in known}
-    run = Path(config.ckpt).name, config.quantize or "none", config.silence
-    for number in config.dropped:
-        for (choice, draw), dropped in choices_of(number, ablation, scores, config.draws).items():
-            if (*run, choice, draw, number) in done:
-                continue
-            change = losses_without(dropped, pipeline, source, batches) - whole
-            row = {
-                **dict(zip(named, (*run, choice, draw, number), strict=True)), "of_layers": dropped,
-                "experts": pipeline.model.config.num_experts, "loss": whole.mean(),
-                "change": change.mean(), "error": change.std(ddof=1) / len(change) ** 0.5,
-                "images": len(change), "chosen_on": settings.get("images"),
-                "reported_on": config.latents_path,
-            }  # fmt: skip
-            add_row(config.output, row)
-            print(json.dumps(row), flush=True)
-            if config.save and not draw:
-                smaller = public_checkpoint(drop_experts(source, dropped))
-                with atomic_folder(config.save / f"{run[0]}-{choice}-{number}") as folder:
-                    FORMATS["safetensors"](smaller, folder)
+    run, names = Path(config.ckpt).name, ("choice", "draw", "dropped")
+    choices = {
+        (*kind, number): dropped for number in config.dropped
+        for kind, dropped in choices_of(number, ablation, scores, config.draws).items()
+    }  # fmt: skip
+
+    def measure(row: dict) -> dict:
+        choice, draw, number = key = tuple(row[name] for name in names)
+        change = losses_without(choices[key], pipeline, source, batches) - whole
+        if config.save and not draw:
+            smaller = public_checkpoint(drop_experts(source, choices[key]))
+            with atomic_folder(config.save / f"{run}-{choice}-{number}") as folder:
+                FORMATS["safetensors"](smaller, folder)
+        return {
+            "of_layers": choices[key], "experts": pipeline.model.config.num_experts,
+            "loss": whole.mean(), "change": change.mean(),
+            "error": change.std(ddof=1) / len(change) ** 0.5,
+        }  # fmt: skip
+
+    shared = {"run": run, "quantize": config.quantize or "none", "silenced": config.silence}
+    rows = [shared | dict(zip(names, key, strict=True)) for key in choices]
+    facts = {
+        "images": len(whole), "chosen_on": settings.get("images"),
+        "reported_on": config.latents_path,
+    }  # fmt: skip
+    measure_missing(config.output, rows, measure, facts)
 
 
 if __name__ == "__main__":

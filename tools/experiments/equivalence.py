@@ -11,7 +11,6 @@ reference, on the reporting images:
                  reference the arm has, with its 95% interval
 """
 
-import json
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -30,6 +29,7 @@ from tools.experiments.comparisons import (
     test_cells,
     with_error,
 )
+from tools.experiments.rows import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,9 @@ def main(config: EquivalenceConfig) -> None:
     prepare_output("--output", config.output / "tables.md")
     names = " ".join(map(str, config.rows))
     message = f"--rows: got {names}, expected rows of runs named NAME-RATE-STEPS"
-    with reported_as(message, OSError, ValueError, LookupError):
-        lines = "".join(path.read_text() for path in config.rows).splitlines()
-        frame = read_frame([json.loads(line) for line in lines])
+    rows = read_rows(config.rows)
+    with reported_as(message, LookupError):
+        frame = read_frame(rows)
     is_choosing = frame["seed"].isin(config.choosing_seeds)
     for flag, name in (("--reference", config.reference), ("--baseline", config.baseline)):
         if name not in set(frame["name"]):

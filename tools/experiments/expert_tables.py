@@ -1,14 +1,42 @@
-"""Tables from the rows of the tools about experts: `copies`, `persistence` and `dropping`."""
+"""Tables of the rows that `specialisation`, `copies`, `persistence` and `dropping` write."""
 
 from pandas import DataFrame, Series
 
+from runtime.errors import UserError
 from tools.benchmarks.common import markdown
 from tools.experiments.comparisons import differences_table, pairs_table, with_error
+from tools.experiments.rows import DEFAULTS, frame_of
 
 
-def arms_of(frame: DataFrame) -> DataFrame:
-    """Splits the names of runs into the columns "arm" and "seed"."""
-    return frame.assign(**frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$"))
+def information_tables(
+    rows: list[dict], arms: tuple[str, ...] = (), reference: str | None = None
+) -> str:
+    """Returns Markdown tables of mutual information (bits).
+
+    The second table compares the trained router with the random one and, for other arms than the
+    reference, with the trained router of the reference, for arms with several runs.
+    """
+    bits = frame_of(rows).drop(columns="run").set_index(["arm", "router", "seed"])
+    known = dict.fromkeys(bits.index.get_level_values("arm"))
+    if unknown := {*arms, reference or next(iter(known))} - {*known}:
+        expected = f"some of {', '.join(known)}"
+        raise UserError(f"--arms, --reference: got {min(unknown)}, expected {expected}")
+    bits = bits.sort_index()
+    lines, found = [["arm", "router", "runs", *bits.columns]], {}
+    for arm in arms or known:
+        routers = {router: bits.loc[arm, router] for router in ("trained", "random")}
+        for router, values in routers.items():
+            cells = (with_error(values[name], digits=3) for name in bits.columns)
+            lines.append([arm, router, str(len(values)), *cells])
+        others = {"random router": routers["random"]}
+        if reference not in (None, arm):
+            others[reference] = bits.loc[reference, "trained"]
+        for name in bits.columns:
+            for other, values in others.items():
+                pairs = routers["trained"][name] - values[name]
+                if len(pairs) > 1 and pairs.any():
+                    found[arm, name, other] = pairs
+    return markdown(lines) + differences_table(["arm", "bits about", "minus"], found, digits=3)
 
 
 def mean_of(values: Series) -> Series:
@@ -16,13 +44,13 @@ def mean_of(values: Series) -> Series:
     return values.map(lambda layers: sum(layers) / len(layers) if layers else float("nan"))
 
 
-def copies_table(rows: list[dict], pairs: tuple[str, ...]) -> str:
-    """Returns a Markdown table of the likeness of copied experts, by arm and step.
+def copies_tables(rows: list[dict], pairs: tuple[str, ...]) -> str:
+    """Returns Markdown tables: the likeness of copied experts, by arm and step.
 
     A second table compares the held-out losses of pairs (ARM:REFERENCE) at the last step, or
     earlier, as in ARM@100.
     """
-    frame = arms_of(DataFrame(rows))
+    frame = frame_of(rows)
     lines = [["arm", "runs", "step", "cosine", "smallest of a layer", "cosine of changes",
               "size of changes", "unchanged in bf16", "held-out loss"]]  # fmt: skip
     for (arm, step), group in frame.groupby(["arm", "step"], sort=False):
@@ -49,19 +77,19 @@ def percent(shares: Series) -> str:
     return with_error(100 * mean_of(shares), digits=1)
 
 
-def persistence_table(rows: list[dict], *_) -> str:
+def persistence_tables(rows: list[dict]) -> str:
     """Returns a Markdown table of the shares of kept experts, by arm and router, in percent.
 
     A second table compares the trained with the random router, for arms with several runs.
     """
     kinds = {"next": "next step", "ends": "first to last step", "other": "other image",
              "chance": "by chance"}  # fmt: skip
-    frame, found = arms_of(DataFrame(rows)), {}
+    frame, found = frame_of(rows), {}
     lines = [["arm", "router", "runs", *kinds.values()]]
     for (arm, router), group in frame.groupby(["arm", "router"], sort=False):
         lines.append([arm, router, str(len(group)), *(percent(group[kind]) for kind in kinds)])
     for kind, name in kinds.items():
-        shares = frame.assign(share=100 * mean_of(frame[kind])).fillna({"seed": ""})
+        shares = frame.assign(share=100 * mean_of(frame[kind]))
         shares = shares.set_index(["arm", "seed", "router"])["share"].unstack()
         for arm, pairs in (shares["trained"] - shares["random"]).groupby("arm", sort=False):
             if kind in ("next", "ends") and len(pairs) > 1:
@@ -69,7 +97,7 @@ def persistence_table(rows: list[dict], *_) -> str:
     return markdown(lines) + differences_table(["arm", "share"], found, digits=1)
 
 
-def dropping_table(rows: list[dict], *_) -> str:
+def dropping_tables(rows: list[dict]) -> str:
     """Returns a Markdown table of the loss without some experts, by number and kind of choice.
 
     A number is the mean over runs and, at random, draws; with several runs of an arm, the errors
@@ -77,12 +105,10 @@ def dropping_table(rows: list[dict], *_) -> str:
     damage that also have the least damage in full precision. For arms of several runs, a second
     table follows, see `choices_table`.
     """
-    frame = arms_of(DataFrame([{"quantize": "none", "silenced": False} | row for row in rows]))
+    frame = frame_of([DEFAULTS | row for row in rows])
     kinds, tested = frame["choice"].unique(), {}
-    least = {  # the experts that are left out; older rows do not list them
-        (row["run"], row.get("quantize", "none"), row["dropped"]): row["of_layers"]
-        for row in rows if row["choice"] == "damage" and "of_layers" in row
-    }  # fmt: skip
+    by_damage = frame[frame["choice"] == "damage"]
+    least = by_damage.set_index(["run", "quantize", "dropped"])["of_layers"]
     is_quantized = frame["quantize"].nunique() > 1
     lines = [["run", "experts dropped per layer", *kinds, *["same as in fp32"] * is_quantized]]
     settings = ["arm", "quantize", "silenced", "dropped"]
@@ -95,10 +121,10 @@ def dropping_table(rows: list[dict], *_) -> str:
             error = several.sem() if len(several) > 1 else of_kind["error"].iloc[0]
             cells.append(f"{several.mean():+.4f} ± {error:.4f}")
         if is_quantized:
-            ours, theirs = (
-                least.get((group["run"].iloc[0], name, number)) for name in (quantize, "none")
-            )
-            cells.append(common(ours, theirs) if ours and theirs and quantize != "none" else "")
+            run = group["run"].iloc[0]
+            theirs = least.get((run, "none", number))
+            has_both = quantize != "none" and theirs is not None
+            cells.append(common(least[run, quantize, number], theirs) if has_both else "")
         name = arm + ("" if quantize == "none" else f" {quantize}") + ", silenced" * silenced
         experts = group["experts"].iloc[0]
         lines.append([name, f"{number} of {experts}", *cells])
@@ -130,9 +156,3 @@ def common(ours: list[list[int]], theirs: list[list[int]]) -> str:
     """Returns how many of our experts of all layers are theirs too, as in "10 of 12"."""
     found = sum(len({*one} & {*other}) for one, other in zip(ours, theirs, strict=True))
     return f"{found} of {sum(map(len, ours))}"
-
-
-# The key of a row that tells which table its file makes.
-EXPERT_TABLES = {
-    "dropped": dropping_table, "change_cosine": copies_table, "ends": persistence_table,
-}  # fmt: skip

@@ -12,9 +12,9 @@ model. Each row has a number for each layer, the share of a token's experts that
 `report.py` makes the table.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from runtime.files import prepare_output
 from runtime.flags import parse_config
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
-from tools.experiments.report import add_row, read_lines
+from tools.experiments.rows import measure_missing
 from tools.experiments.specialisation import randomise_gates
 
 
@@ -78,18 +78,15 @@ def shares(chosen: Tensor) -> Iterator[tuple[str, list[float]]]:
     yield "chance", (has.square().sum(1) / has.sum(1)).tolist()
 
 
-def rows_of(run: str, images: CachedLatents, config: PersistenceConfig) -> Iterator[dict]:
-    """Yields the rows of the trained and of the random router."""
+def measure(run: str, images: CachedLatents, config: PersistenceConfig, row: dict) -> dict:
     settings = {"sampler": "euler", "num_sampling_steps": config.steps, "cfg_scale": 1.0}
     pipeline = open_pipeline(SamplingConfig(ckpt=run, precision="fp32", **settings))
-    facts = {"run": Path(run).name, "steps": config.steps, "images": config.num_images}
-    yield facts | {"router": "trained", **dict(shares(choices(pipeline, config.num_images)))}
-    names = pipeline.class_names
-    chosen = evenly_spaced(len(images), 200)
-    (batch,) = latent_batches(images, chosen, None, names, batch_size=200)
-    with torch.no_grad():
-        randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
-    yield facts | {"router": "random", **dict(shares(choices(pipeline, config.num_images)))}
+    if row["router"] == "random":
+        chosen = evenly_spaced(len(images), 200)
+        (batch,) = latent_batches(images, chosen, None, pipeline.class_names, batch_size=200)
+        with torch.no_grad():
+            randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
+    return dict(shares(choices(pipeline, config.num_images)))
 
 
 def parse_args() -> PersistenceConfig:
@@ -99,12 +96,10 @@ def parse_args() -> PersistenceConfig:
 def main(config: PersistenceConfig) -> None:
     prepare_output("--output", config.output)
     images = CachedLatents(config.val_path, "--val-path")
-    done = {row["run"] for row in read_lines(config.output)}
+    facts = {"steps": config.steps, "images": config.num_images}
     for run in config.runs:
-        new = [] if Path(run).name in done else [*rows_of(run, images, config)]  # both or none
-        for row in new:
-            add_row(config.output, row)
-            print(json.dumps(row), flush=True)
+        rows = [{"run": Path(run).name, "router": router} for router in ("trained", "random")]
+        measure_missing(config.output, rows, partial(measure, run, images, config), facts)
 
 
 if __name__ == "__main__":

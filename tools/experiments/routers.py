@@ -41,7 +41,8 @@ from runtime.files import read_json, write_durably
 from runtime.flags import parse_config
 from tools.benchmarks.common import best_times, make_engine, open_processes, train_step
 from tools.experiments.arms import QUESTIONS, arm_flags
-from tools.experiments.report import add_row, read_lines, read_log, write_report
+from tools.experiments.rows import add_row, read_lines, read_log
+from tools.experiments.training_tables import training_tables
 from training.config import TrainConfig, fitted, parse_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,8 +155,10 @@ def read_rows(output: Path) -> list[dict]:
 
 def report(output: Path) -> None:
     """Writes the tables and figures of a folder, with the measured times if there are any."""
-    path = output / "times.json"
-    text = write_report(output, read_rows(output), read_json(path) if path.exists() else {})
+    times = output / "times.json"
+    text = training_tables(
+        read_rows(output), output=output, times=times if times.exists() else None
+    )
     write_durably(output / "tables.md", text)
 
 

@@ -7,9 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, Series
 
-from runtime.errors import pluralize
+from runtime.errors import UserError, pluralize, reported_as
+from runtime.files import read_json
 from tools.benchmarks.common import markdown
-from tools.experiments.comparisons import paired_tests, test_cells, with_error
+from tools.experiments.comparisons import tested_table, with_error
+from tools.experiments.rows import DEFAULTS, frame_of
 
 MODEL_SETTINGS = ("quantize", "experts_per_token", "min_weight", "reuse")  # of rows of samples
 
@@ -20,16 +22,41 @@ def read_samples(rows: list[dict]) -> DataFrame:
     The column "arm" is the name of the run without the seed, and the settings of the model that
     differ between rows: ARM,NAME=VALUE. "passes" is the number of forward passes per image.
     """
-    frame = DataFrame([{"interval": (0.0, 1.0), "reuse": 0} | row for row in rows])
+    frame = frame_of([DEFAULTS | row for row in rows])
     frame["interval"] = frame["interval"].map("{0[0]:g} to {0[1]:g}".format)
-    names = frame["run"].str.extract(r"^(?P<arm>.*?)(?:-(?P<seed>\d+))?$").fillna("")
-    frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0], **names)
+    frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0])
     frame["passes"] = frame["passes"].round().astype(int)
     for name in MODEL_SETTINGS:
         if name in frame and frame[name].nunique() > 1:
             values = frame[name].map(f",{name}={{}}".format)
             frame["arm"] += values.where(~frame[name].isin(["none", 0.0]), "")
     return frame
+
+
+def sample_tables(
+    rows: list[dict], *, output: Path, times: Path | None = None, reference: str | None = None
+) -> str:
+    """Returns the tables; of several numbers of steps, also draws samples.png in `output`."""
+    frame = read_samples(rows)
+    if reference not in (None, *frame["arm"]):
+        expected = ", ".join(sorted(set(frame["arm"])))
+        raise UserError(f"--reference: got {reference}, expected some of {expected}")
+    tables = [kid_table(frame)]
+    if frame["reuse"].any():
+        message = f"--times: got {times}, expected a .json of bench_sample.py"
+        with reported_as(message, OSError, ValueError, LookupError):
+            tables.append(reuse_table(frame, read_json(times)["rows"] if times else []))
+    elif times:
+        raise UserError("--times: has no effect with samples without reuse")
+    if frame["interval"].nunique() > 1:
+        tables.append(guidance_table(frame))
+    if reference:
+        tables.append(comparisons_table(frame, reference))
+        if frame["scale"].nunique() > 1:
+            tables.append(settings_table(frame, reference))
+    if frame["steps"].nunique() > 1:
+        draw(frame, output / "samples.png")
+    return "\n".join(tables)
 
 
 def strongest(frame: DataFrame, *by: str) -> DataFrame:
@@ -47,7 +74,7 @@ def with_noise(rows: DataFrame) -> str:
     return with_error(kids_of(rows), digits=3)
 
 
-def sample_tables(rows: list[dict]) -> str:
+def kid_table(frame: DataFrame) -> str:
     """Returns a Markdown table of KID, at the guidance scale that is best on the choosing images.
 
     With one sampler and number of steps, there is a line per run; else a line per arm and sampler,
@@ -55,7 +82,6 @@ def sample_tables(rows: list[dict]) -> str:
     brackets. The last line is the noise of sampling: the standard deviation between groups of
     samples of a run, pooled over the runs of a column.
     """
-    frame = read_samples(rows)
     is_varied = len(frame[["sampler", "steps"]].drop_duplicates()) > 1
     best = strongest(frame, *(("sampler", "passes") if is_varied else ()))
     if len(best) == best["run"].nunique():
@@ -84,9 +110,8 @@ def guidance_of(row: dict, frame: DataFrame) -> str:
     return f"{row['scale']:g}{interval if row['scale'] != 1 else ''}"
 
 
-def guidance_table(rows: list[dict]) -> str:
+def guidance_table(frame: DataFrame) -> str:
     """Returns a Markdown table with a line for each scale and interval of guidance of each run."""
-    frame = read_samples(rows)
     lines = [["run", "sampler", "guidance", "passes", "KID, choosing images",
               "KID, reporting images", "border contrast"]]  # fmt: skip
     for row in frame.to_dict("records"):
@@ -98,14 +123,13 @@ def guidance_table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
-def sample_comparisons(rows: list[dict], reference: str) -> str:
+def comparisons_table(frame: DataFrame, reference: str) -> str:
     """Returns a Markdown table that compares the KID of arms with the reference at equal passes.
 
     Each run gets the sampler, steps and scale that are best on the choosing images, among those of
     at most this number of passes. Arms whose samplers the reference has too are compared by
     sampler.
     """
-    frame = read_samples(rows)
     ours, found = frame[frame["arm"] == reference], []
     for _, theirs in frame[frame["arm"] != reference].groupby("arm", sort=False):
         if {*theirs["sampler"]} <= {*ours["sampler"]}:
@@ -114,43 +138,43 @@ def sample_comparisons(rows: list[dict], reference: str) -> str:
         else:
             found += rivals(theirs, ours)
     head = ["arm", "at most passes", "KID", f"KID of {reference}", "from", "from"]
-    lines = [
-        [rows[0]["arm"].iloc[0], str(limit), *map(with_noise, rows), *map(settings_of, rows)]
-        for limit, *rows in found
-    ]
-    return with_tests(head, lines, [paired(theirs, ours) for _, theirs, ours in found])
+    lines = []
+    for limit, *rows in found:
+        cells = [
+            rows[0]["arm"].iloc[0],
+            str(limit),
+            *map(with_noise, rows),
+            *map(settings_of, rows),
+        ]
+        lines.append((cells, paired(*rows)))
+    return with_tests(head, lines)
 
 
-def with_tests(head: list[str], lines: list[list[str]], pairs: list[Series]) -> str:
+def with_tests(head: list[str], lines: list[tuple[list[str], Series]]) -> str:
     """Returns a Markdown table of lines, each with its differences of KID and their test."""
-    tests = paired_tests(DataFrame(dict(enumerate(pairs))))
-    table = [[*head, "pairs", "difference", "p (Holm)", "detectable"]]
-    for place, (line, values) in enumerate(zip(lines, pairs, strict=True)):
-        cells = [f"{len(values)} {values.name}", with_error(values, "+", 3)]
-        table.append([*line, *cells, *test_cells(tests, place, digits=3)])
-    return markdown(table)
+    counted = [([*cells, f"{len(pairs)} {pairs.name}"], pairs) for cells, pairs in lines]
+    return tested_table([*head, "pairs"], counted, digits=3)
 
 
-def setting_comparisons(rows: list[dict], reference: str) -> str:
+def settings_table(frame: DataFrame, reference: str) -> str:
     """Returns a Markdown table that compares the KID of arms with the reference, sampled with the
     same sampler, steps and guidance scale."""
-    frame, by = read_samples(rows), ["sampler", "steps", "scale"]
-    ours, lines, pairs = frame[frame["arm"] == reference].groupby(by), [], []
+    by = ["sampler", "steps", "scale"]
+    ours, lines = frame[frame["arm"] == reference].groupby(by), []
     for (arm, *setting), theirs in frame[frame["arm"] != reference].groupby(["arm", *by]):
         if tuple(setting) in ours.groups:
             same = ours.get_group(tuple(setting))
-            pairs.append(paired(theirs, same))
-            lines.append([arm, settings_of(theirs), with_noise(theirs), with_noise(same)])
-    return with_tests(["arm", "sampled by", "KID", f"KID of {reference}"], lines, pairs)
+            cells = [arm, settings_of(theirs), with_noise(theirs), with_noise(same)]
+            lines.append((cells, paired(theirs, same)))
+    return with_tests(["arm", "sampled by", "KID", f"KID of {reference}"], lines)
 
 
-def reuse_table(rows: list[dict], times: list[dict]) -> str:
+def reuse_table(frame: DataFrame, times: list[dict]) -> str:
     """Returns a Markdown table that compares sampling with reused outputs of experts with sampling
     without, by the same sampler in as many passes or fewer.
 
     times: rows of `bench_sample.py`, or none
     """
-    frame = read_samples(rows)
     ratios = {(t["sampler"], t["steps"], t["reuse"]): Series(t["ratios"]) for t in times}
 
     def cells_of(runs: DataFrame) -> list[str]:
@@ -159,15 +183,14 @@ def reuse_table(rows: list[dict], times: list[dict]) -> str:
         time = "" if ratio is None else with_error(ratio, digits=2)
         return [f"{sampler} {steps}", str(passes), time, with_noise(runs)]
 
-    lines, pairs = [], []
+    lines = []
     reused = frame[frame["reuse"] > 0]
     for (sampler, limit), ours in reused.groupby(["sampler", "passes"], sort=False):
         without = (frame["reuse"] == 0) & (frame["sampler"] == sampler) & (frame["passes"] <= limit)
         for _, theirs in frame[without].groupby("passes"):
-            pairs.append(paired(ours, theirs))
-            lines.append([*cells_of(ours), *cells_of(theirs)])
+            lines.append(([*cells_of(ours), *cells_of(theirs)], paired(ours, theirs)))
     names = ["passes", "time", "KID"]
-    return with_tests(["with reuse", *names, "without", *names], lines, pairs)
+    return with_tests(["with reuse", *names, "without", *names], lines)
 
 
 def rivals(theirs: DataFrame, ours: DataFrame) -> Iterator[tuple[int, DataFrame, DataFrame]]:
@@ -203,9 +226,8 @@ def settings_of(rows: DataFrame) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def draw_samples(rows: list[dict], path: Path) -> None:
-    """Draws the KID of each arm and sampler by passes, as `sample_tables` computes it."""
-    frame = read_samples(rows)
+def draw(frame: DataFrame, path: Path) -> None:
+    """Draws the KID of each arm and sampler by passes, as `kid_table` computes it."""
     figure = Figure(figsize=(6, 3.6), layout="tight")
     axes = figure.subplots()
     best = strongest(frame, "sampler", "passes")

@@ -12,10 +12,10 @@ A finished setting adds a row to OUTPUT. Run the same command again to measure t
 picture for each run, next to OUTPUT, has a line of images for each number of steps.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,21 +32,16 @@ from latents.features import FeatureNetwork
 from latents.image_grid import captioned_rows, enlarge, write_png
 from options.parts import option
 from runtime.devices import DTYPES
-from runtime.errors import UserError, check_same, pluralize, reported_as, run_main
+from runtime.errors import UserError, pluralize, reported_as, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import open_processes
-from tools.experiments.report import add_row, read_lines
+from tools.experiments.rows import measure_missing
 from tools.interventions import DropSmall, Reuse
 
 PICTURED = 10  # images per line of a picture
-# A row is measured once for each value of these settings.
-SETTINGS = (
-    "run", "sampler", "quantize", "experts_per_token", "min_weight", "reuse", "steps", "scale",
-    "interval",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +114,20 @@ def open_settings(config: SamplesConfig) -> Iterator[tuple[dict, SamplingPipelin
                 gate.num_experts_per_tok = number
             handles = [gate.register_forward_hook(hook) for gate in gates if least]
             handles += [Reuse(opened.model, every)] if every > 1 else []
-            values = (Path(run).name, opened.settings.sampler, kind, number, least, every)
-            yield dict(zip(SETTINGS, values, strict=False)), opened, hook
+            shared = {
+                "run": Path(run).name, "sampler": opened.settings.sampler, "quantize": kind,
+                "experts_per_token": number, "min_weight": least, "reuse": every,
+            }  # fmt: skip
+            yield shared, opened, hook
             for handle in handles:
                 handle.remove()
+
+
+def as_in(pipeline: SamplingPipeline, row: dict) -> SamplingPipeline:
+    """Returns the pipeline with the steps and the guidance of a row."""
+    return pipeline.with_settings(
+        steps=row["steps"], cfg_scale=row["scale"], guidance_interval=tuple(row["interval"])
+    )
 
 
 class Passes:
@@ -180,17 +185,18 @@ def intervals_of(config: SamplesConfig, pipeline: SamplingPipeline) -> list[list
 
 
 def measure(
-    pipeline: SamplingPipeline, run: str, config: SamplesConfig, extractor: FeatureNetwork,
-    real: dict[str, Statistics],
+    config: SamplesConfig, extractor: FeatureNetwork, real: dict[str, Statistics],
+    opened: SamplingPipeline, hook: DropSmall, row: dict,
 ) -> dict:  # fmt: skip
-    """Returns the passes, the KIDs and the border contrast of a row.
+    """Returns the passes, the KIDs, the border contrast and the mean experts per token of a row.
 
     "reporting" is the mean and the standard deviation of "groups", the KIDs of the groups.
     "choosing", and "reporting" of a single group, have the deviation between subsets.
     """
-    counter, kids, contrasts = Passes(), [], []
+    counter, kids, contrasts, pipeline = Passes(), [], [], as_in(opened, row)
+    hook.rows_per_token.clear()
     handle = pipeline.model.blocks[0].register_forward_hook(counter)
-    groups = seeds_of_groups(run, config.groups + 1, config.num_images)
+    groups = seeds_of_groups(row["run"], config.groups + 1, config.num_images)
     for group, seeds in enumerate(groups):
         pixels = sample(pipeline, seeds, config.batch_size)
         images = ImageSet(len(pixels), tuple(pixels.shape[2:]), lambda i, j, x=pixels: x[i:j])
@@ -202,22 +208,32 @@ def measure(
     handle.remove()
     values = [kid for kid, _ in kids[1:]]
     spread = stdev(values) if len(values) > 1 else kids[1][1]
+    used = hook.rows_per_token or [row["experts_per_token"]]
     return {
         "passes": counter.images / (len(groups) * config.num_images),
         "choosing": list(kids[0]),
         "reporting": [mean(values), spread],
         "groups": values,
         "border_contrast": mean(contrasts),
+        "mean_experts_per_token": sum(used) / len(used),
     }
+
+
+def facts_of(config: SamplesConfig, pipeline: SamplingPipeline) -> dict:
+    return {
+        "images": config.num_images, "num_groups": config.groups,
+        "kid_subset_size": config.kid_subset_size,
+        "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
+        "choose_by": str(config.choosing), "report_by": str(config.reporting),
+        "checkpoint": pipeline.checkpoint.record.step,
+    }  # fmt: skip
 
 
 def draw(pipeline: SamplingPipeline, rows: list[dict], path: Path) -> None:
     """Draws a line of images for each number of steps, at the scale that the rows choose."""
     lines: dict[str, SamplingPipeline] = {}
     for row in sorted(rows, key=lambda row: (row["steps"], -row["choosing"][0])):
-        lines[pluralize(row["steps"], "step")] = pipeline.with_settings(
-            steps=row["steps"], cfg_scale=row["scale"], guidance_interval=tuple(row["interval"])
-        )
+        lines[pluralize(row["steps"], "step")] = as_in(pipeline, row)
     seeds = range(PICTURED)
     images = torch.cat([sample(settings, seeds, PICTURED) for settings in lines.values()])
     write_png(captioned_rows(enlarge(images), list(lines)), path)
@@ -255,35 +271,14 @@ def main(config: SamplesConfig) -> None:
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)
         for name in ("choosing", "reporting")
     }
-    defaults = {"min_weight": 0.0, "interval": [0.0, 1.0], "reuse": 0}
-    rows = [defaults | row for row in read_lines(config.output)]
     for shared, opened, hook in open_settings(config):
-        facts = {
-            "images": config.num_images, "num_groups": config.groups,
-            "kid_subset_size": config.kid_subset_size,
-            "precision": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
-            "choose_by": str(config.choosing), "report_by": str(config.reporting),
-            "checkpoint": opened.checkpoint.record.step,
-        }  # fmt: skip
-        for steps, interval, scale in product(
-            config.steps, intervals_of(config, opened), config.scales
-        ):
-            row = {**shared, "steps": steps, "scale": scale, "interval": interval}
-            if known := [one for one in rows if row.items() <= one.items()]:
-                was = {name: known[0].get(name, value) for name, value in facts.items()}
-                check_same(f"--output: {config.output} has rows of other samples", facts, was)
-                continue
-            pipeline = opened.with_settings(
-                steps=steps, cfg_scale=scale, guidance_interval=tuple(interval)
-            )
-            hook.rows_per_token.clear()
-            row |= measure(pipeline, shared["run"], config, extractor, real)
-            used = hook.rows_per_token or [shared["experts_per_token"]]
-            row["mean_experts_per_token"] = sum(used) / len(used)
-            row |= facts
-            add_row(config.output, row)
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+        grid = product(config.steps, intervals_of(config, opened), config.scales)
+        settings = [
+            shared | {"steps": steps, "scale": scale, "interval": interval}
+            for steps, interval, scale in grid
+        ]
+        measured = partial(measure, config, extractor, real, opened, hook)
+        rows = measure_missing(config.output, settings, measured, facts_of(config, opened))
         name = "-".join(map(str, filter(None, shared.values())))  # without a minimum weight of 0
         of_setting = [row for row in rows if shared.items() <= row.items()]
         draw(opened, of_setting, config.output.with_name(f"{name}.png"))
