@@ -96,7 +96,7 @@ class PowerEMA(EMA):
     """Power-function average, in which the weights after step s count as s^gamma.
 
     The averaging window is a fixed fraction of the run so far (Karras et al. 2024, arXiv
-    2312.02696, section 3.1). tools/rebuild_ema.py reconstructs any length from snapshots of two.
+    2312.02696, section 3.1).
     """
 
     length: float = option(

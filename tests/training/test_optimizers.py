@@ -3,13 +3,11 @@
 import pytest
 import torch
 from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
-from safetensors.torch import load_file
 from torch import nn
 
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
-from tools.rebuild_ema import snapshots_of
 from training.ema import ExponentialEMA, PowerEMA
 from training.optimizers import AdamW, Muon, hidden_matrices, planned_state
 from training.schedule import SCHEDULES, rate_factor
@@ -197,40 +195,17 @@ def test_the_profile_of_a_power_ema_has_the_requested_width(length):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, train_flags):
-    """Runs that differ only in their EMAs. The first run keeps ten snapshots of each EMA."""
-    folders = {}
-    for name, flags in {
-        "tracked": ["power:length=0.05", "power:length=0.1", "--keep-last=1", "--ckpt-every=4"],
-        "reference": ["power:length=0.07"],
-    }.items():
-        folders[name] = folder = tmp_path_factory.mktemp(name)
-        common = {"global-batch-size": 4, "max-steps": 40, "lr": 0.01}
-        first = ["--ema", "exponential:decay=0.999"]
-        call_main("train.py", *train_flags(folder, **common), *first, *flags)
-    return folders
+def tracked(tmp_path_factory, train_flags):
+    """The folder of a run with three EMAs."""
+    folder, common = tmp_path_factory.mktemp("tracked"), {"global-batch-size": 4, "max-steps": 40}
+    flags = train_flags(folder, **common, **{"lr": 0.01, "keep-last": 1, "ckpt-every": 20})
+    emas = ["exponential:decay=0.999", "power:length=0.05", "power:length=0.1"]
+    call_main("train.py", *flags, "--ema", *emas)
+    return folder
 
 
-def test_an_ema_of_any_length_is_rebuilt_from_the_snapshots_of_a_run(runs, tmp_path):
-    run, file = only_run(runs["tracked"]), tmp_path / "rebuilt.safetensors"
-    assert len(snapshots_of(run)) == 20
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["0000040", "snapshots"]
-    call_main("tools.rebuild_ema", run, "--length=0.07", f"--output={file}")
-    got = load_file(file)
-    want, one, other = (
-        load_file(step_folder(runs[run], 40) / f"model-ema-power-{length}.safetensors")
-        for run, length in (("reference", 0.07), ("tracked", 0.05), ("tracked", 0.1))
-    )
-    error, distance = (
-        sum((a[name] - b[name]).square().sum() for name in a).sqrt()
-        for a, b in ((got, want), (one, other))
-    )
-    assert error < 0.05 * distance
-    assert read_checkpoint(file).record.ema == "power-0.07"
-
-
-def test_each_ema_of_a_checkpoint_is_loaded_by_name(runs, capsys):
-    run = only_run(runs["tracked"])
+def test_each_ema_of_a_checkpoint_is_loaded_by_name(tracked, capsys):
+    run = only_run(tracked)
     models = {ema: load_model(run, ema=ema) for ema in (None, "0.999", "power-0.05", "power-0.1")}
     weights = {ema: model.blocks[0].attn.qkv.weight for ema, model in models.items()}
     assert torch.equal(weights[None], weights["0.999"])
@@ -240,8 +215,15 @@ def test_each_ema_of_a_checkpoint_is_loaded_by_name(runs, capsys):
     assert "--ema" in expect_error(capsys, "sample.py", f"--ckpt={run}", "--ema=0.5")
 
 
-def test_a_branch_continues_each_ema_by_name(runs, train_flags, tmp_path):
-    source = step_folder(runs["tracked"], 40)
+def test_a_deleted_checkpoint_leaves_its_power_emas(tracked):
+    folder = only_run(tracked) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["0000040", "snapshots"]
+    kept = sorted(path.name for path in (folder / "snapshots").iterdir())
+    assert kept == [f"0000020-power-{length}.safetensors" for length in (0.05, 0.1)]
+
+
+def test_a_branch_continues_each_ema_by_name(tracked, train_flags, tmp_path):
+    source = step_folder(tracked, 40)
     common = {"global-batch-size": 4, "max-steps": 41, "resume": source, "lr": 0}
     swapped = ["--ema", "power:length=0.05", "exponential:decay=0.999"]
     call_main("train.py", *train_flags(tmp_path / "swapped", **common), *swapped)
@@ -259,8 +241,8 @@ def test_a_branch_continues_each_ema_by_name(runs, train_flags, tmp_path):
     assert "changed: EMA 0.5 begins" in log and "changed: EMA power-0.05 ends" in log
 
 
-def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(runs, capsys):
-    run = only_run(runs["tracked"])
+def test_training_and_sampling_warn_that_an_ema_still_contains_the_initial_weights(tracked, capsys):
+    run = only_run(tracked)
     (line,) = [x for x in (run / "log.txt").read_text().splitlines() if "96% of EMA" in x]
     assert "after 40 steps 96% of EMA 0.999" in line
     flags = ["--num-sampling-steps=1", f"--output={run / 'sample.png'}", "--images-per-class=1"]
