@@ -36,7 +36,7 @@ from runtime.errors import UserError
 from runtime.plugins import import_plugins
 from tools.experiments import specialisation, train_arms
 from tools.experiments.arms import QUESTIONS
-from tools.experiments.choice_tables import count_choices as count_by_class_and_position
+from tools.experiments.choice_tables import count_by_class_and_position
 from tools.experiments.comparisons import (
     equivalence_interval,
     errors_for_power,
@@ -134,7 +134,7 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
         "train.py", *train_arms.command_of(config, "topk", 0)
     )  # so run_missing skips this run
     train_arms.run_missing(config, ["topk", "race"])
-    rows = train_arms.read_rows(config.output)
+    rows = train_arms.finished_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
     assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
     for row in rows:  # both losses use the same images, in different batches
@@ -150,14 +150,14 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     (config.output / "rows.jsonl").unlink()  # as after a kill before the rows are written
     monkeypatch.setattr(train_arms.subprocess, "run", None)
     train_arms.run_missing(config, ["topk", "race"])
-    assert sorted(row["arm"] for row in train_arms.read_rows(config.output)) == ["race", "topk"]
+    assert sorted(row["arm"] for row in train_arms.finished_rows(config.output)) == ["race", "topk"]
     monkeypatch.undo()
     run = config.output / "runs" / "topk-0"
     shutil.rmtree(run / "checkpoints")  # as after a failed save
     monkeypatch.setattr(train_arms.subprocess, "run", train_here)  # another process starts slowly
     row = train_arms.row_of(config, "topk", 0, train_arms.run_arm(config, "topk", 0))
     monkeypatch.undo()
-    assert step_folders(run) and row in train_arms.read_rows(config.output)
+    assert step_folders(run) and row in train_arms.finished_rows(config.output)
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
         train_arms.check_protocol(replace(config, steps=3))
 
@@ -178,7 +178,7 @@ def test_a_run_that_went_on_with_other_settings_gets_no_row(config, tmp_path, mo
     monkeypatch.setattr(train_arms.subprocess, "run", None)  # it is not trained again
     with pytest.raises(UserError, match=r"topk-0: .*--lr: was 0.002, is 0.5"):
         train_arms.run_missing(config, ["topk"])
-    assert train_arms.read_rows(tmp_path) == []
+    assert train_arms.finished_rows(tmp_path) == []
 
 
 def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_path):
@@ -202,7 +202,7 @@ def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_pa
     monkeypatch.setattr(train_arms, "count_macs", count_in_thread)
     train_arms.run_missing(config, ["topk", "race"])
     assert len(threads) == 2 and len(set(threads)) == 1
-    assert sorted(row["arm"] for row in train_arms.read_rows(tmp_path)) == ["race", "topk"]
+    assert sorted(row["arm"] for row in train_arms.finished_rows(tmp_path)) == ["race", "topk"]
 
 
 def train_here(command: list, **_) -> SimpleNamespace:

@@ -16,7 +16,11 @@ class Question:
     title: str
     reference: str
     arms: dict[str, str]  # flags by arm
-    has_own_lengths: bool = False  # whether the flags of each arm set the number of steps
+
+    @property
+    def has_own_lengths(self) -> bool:
+        """Whether the flags of each arm set the number of steps."""
+        return "--max-steps" in self.arms[self.reference]
 
 
 def read_questions() -> dict[int, Question]:

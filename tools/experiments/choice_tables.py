@@ -42,7 +42,7 @@ class ChoiceTablesConfig:
 
 
 @torch.no_grad()
-def count_choices(model: DiT, latents: Tensor, labels: Tensor) -> Tensor:
+def count_by_class_and_position(model: DiT, latents: Tensor, labels: Tensor) -> Tensor:
     """Counts the choices of a model on latents (N, C, h, w): (L, C + 1, T, E)."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     layers, tokens = len(config.sparse_blocks), config.num_patches
@@ -69,7 +69,9 @@ def main(config: ChoiceTablesConfig) -> None:
         checkpoint = read_checkpoint(run)
         model, names = build_model(checkpoint), list(checkpoint.record.class_names)
         batches = latent_batches(images, chosen, None, names, batch_size=250)
-        counts = sum(count_choices(model, one["latents"], one["label"]) for one in batches)
+        counts = sum(
+            count_by_class_and_position(model, one["latents"], one["label"]) for one in batches
+        )
         experts = counts.topk(model.config.num_experts_per_tok, dim=-1).indices  # (L, C + 1, T, K)
         write_tensors(run / "choices.safetensors", {"experts": experts}, {})
         loads = (expert_load(layer.flatten(), model.config.num_experts) for layer in experts)

@@ -139,7 +139,7 @@ def check_protocol(config: ExperimentConfig) -> None:
     write_durably(path, json.dumps(protocol, indent=1) + "\n")
 
 
-def read_rows(output: Path) -> list[dict]:
+def finished_rows(output: Path) -> list[dict]:
     """Returns the rows of finished runs; UserError if the flags of an arm have changed."""
     path = output / "rows.jsonl"
     rows = read_lines(path)
@@ -157,7 +157,7 @@ def report(output: Path) -> None:
     """Writes the tables and figures of a folder, with the measured times if there are any."""
     times = output / "times.json"
     text = training_tables(
-        read_rows(output), output=output, times=times if times.exists() else None
+        finished_rows(output), output=output, times=times if times.exists() else None
     )
     write_durably(output / "tables.md", text)
 
@@ -221,7 +221,7 @@ def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
 
 def run_missing(config: ExperimentConfig, arms: list[str]) -> None:
     """Trains the runs without a row: all arms with one seed, then all arms with the next seed."""
-    rows = read_rows(config.output)
+    rows = finished_rows(config.output)
     done = {(row["arm"], row["seed"]) for row in rows}
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     missing = [(a, s) for s in seeds for a in arms if (a, s) not in done]
@@ -269,7 +269,7 @@ def main(config: ExperimentConfig) -> None:
             measure_times(config, question)
     else:
         run_missing(config, arms_of(config, config.questions))
-    if read_rows(config.output):
+    if finished_rows(config.output):
         report(config.output)
         print(f"tables and figures: {config.output}")
 

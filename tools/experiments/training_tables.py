@@ -41,12 +41,11 @@ def training_tables(
             continue
         step_times = measured.get(str(number), {})
         lines = table(rows, question, step_times, tested=not pairs)
-        columns = [name for name in lines[0] if any(line[name] for line in lines)]
         text += [
             f"## {number}. {question.title}\n\n",
             f"Differences are relative to `{question.reference}`, paired by seed, ± one standard "
             "error.\n\n",
-            markdown([columns, *([line[name] for name in columns] for line in lines)]), "\n",
+            without_empty_columns(lines), "\n",
         ]  # fmt: skip
         if question.has_own_lengths:
             text.append(steps_to_quality(rows, question, step_times))
@@ -81,34 +80,44 @@ def steps_to_quality(rows: list[dict], question: Question, times: dict[str, floa
     The number of steps is interpolated between runs of different lengths. A loss is the mean over
     seeds.
     """
-    losses, choosing = losses_of(rows).mean(), DataFrame(rows).groupby("arm")["val_loss"].mean()
+    every, choosing = losses_of(rows), DataFrame(rows).groupby("arm")["val_loss"].mean()
+    losses, seeds = every.mean(), every.count()
     goal, last = losses[question.reference], int(question.reference.rpartition("-")[2])
-    lengths: dict[str, list[int]] = {}
-    for arm in question.arms:
-        if arm in losses:
-            name, _, steps = arm.rpartition("-")
-            lengths.setdefault(name, []).append(int(steps))
-    seeds = losses_of(rows).count()
-    head = [
-        "recipe and rate", "steps run", "seeds", "loss, choosing images", "loss, reporting images",
-        "steps to the goal", "of the reference", "seconds",
-    ]  # fmt: skip
-    lines = [head if times else head[:-1]]
-    for name, steps in lengths.items():
-        steps = sorted(steps)
-        arms = [f"{name}-{number}" for number in steps]
-        at_end, first = losses[arms], losses[arms[0]]
-        ends = (", ".join(f"{loss:.4f}" for loss in values) for values in (choosing[arms], at_end))
-        counts = ", ".join(map(str, seeds[arms]))
-        cells = [name, ", ".join(map(str, steps)), counts, *ends, "", "", ""]
-        if at_end.min() <= goal:
-            bound = "at most " if first <= goal else ""  # even the shortest run reaches the goal
+    lengths: dict[str, dict[int, str]] = {}  # arms by recipe and steps
+    for arm in filter(losses.__contains__, question.arms):
+        name, _, number = arm.rpartition("-")
+        lengths.setdefault(name, {})[int(number)] = arm
+    lines = []
+    for name, by_steps in lengths.items():
+        steps, arms = map(list, zip(*sorted(by_steps.items()), strict=True))
+        at_end, reached, bound = losses[arms], math.nan, ""
+        if at_end.min() <= goal:  # "at most", if even the shortest run reaches the goal
+            bound = "at most " if at_end.iloc[0] <= goal else ""
             reached = steps[0] if bound else float(np.interp(-goal, -at_end, steps))
-            cells[5:7] = [f"{bound}{reached:.0f}", f"{bound}{reached / last:.0%}"]
-            if arms[0] in times:
-                cells[7] = f"{reached * times[arms[0]] / 1000:.0f}"
-        lines.append(cells if times else cells[:-1])
-    return f"The goal is {goal:.4f}, the loss of `{question.reference}`.\n\n{markdown(lines)}\n"
+        seconds = reached * times.get(arms[0], math.nan) / 1000
+        lines.append({
+            "recipe and rate": name,
+            "steps run": ", ".join(map(str, steps)),
+            "seeds": ", ".join(map(str, seeds[arms])),
+            "loss, choosing images": ", ".join(map("{:.4f}".format, choosing[arms])),
+            "loss, reporting images": ", ".join(map("{:.4f}".format, at_end)),
+            "steps to the goal": bound + text_of(reached, ".0f"),
+            "of the reference": bound + text_of(reached / last, ".0%"),
+            "seconds": text_of(seconds, ".0f"),
+        })  # fmt: skip
+    text = without_empty_columns(lines)
+    return f"The goal is {goal:.4f}, the loss of `{question.reference}`.\n\n{text}\n"
+
+
+def text_of(value: float, form: str) -> str:
+    """Formats a number; "" for nan."""
+    return "" if math.isnan(value) else format(value, form)
+
+
+def without_empty_columns(lines: list[dict[str, str]]) -> str:
+    """Returns a Markdown table of lines, each with its cells by column."""
+    columns = [name for name in lines[0] if any(line[name] for line in lines)]
+    return markdown([columns, *([line[name] for name in columns] for line in lines)])
 
 
 def loss_at(curve: list[list[float]], step: float) -> float:
