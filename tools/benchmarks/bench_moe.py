@@ -39,8 +39,6 @@ from tools.benchmarks.common import (
 )
 from training.memory import saved_tensors
 
-RATIO = 4  # expert width relative to the model's width, as in every published model
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig(BenchmarkConfig):
@@ -48,13 +46,14 @@ class MoEConfig(BenchmarkConfig):
     tokens: tuple[int, ...] = option((2048,), ge=1, help="S, tokens per batch")
     experts: tuple[int, ...] = option((8,), ge=1, help="E, number of experts")
     top_k: tuple[int, ...] = option((2,), ge=1, help="K, experts per token")
+    mlp_ratio: int = option(4, ge=1, help="hidden units of an expert, relative to the width")
 
 
 def make_products(
-    rows: int, experts: int, d: int, dtype: torch.dtype, device: torch.device
+    rows: int, experts: int, d: int, h: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """Returns the six matrix products of the experts as functions, the forward pass first."""
-    k, h = kernels_for(torch.empty(0, dtype=dtype, device=device)), RATIO * d
+    k = kernels_for(torch.empty(0, dtype=dtype, device=device))
     end = (torch.arange(1, experts + 1, device=device) * rows // experts).int()  # (E,)
     randn = partial(torch.randn, dtype=dtype, device=device)
     x, gate_up, a = randn(rows, d), randn(rows, 2 * h), randn(rows, h)
@@ -101,22 +100,23 @@ def measure(
     config: MoEConfig, sizes: tuple[int, int, int], precision: str, peak: float,
     device: torch.device,
 ) -> Iterator[dict]:  # fmt: skip
-    (tokens, experts, top_k), dtype, d = sizes, DTYPES[precision], config.width
+    (tokens, experts, top_k), dtype = sizes, DTYPES[precision]
+    d, ratio = config.width, config.mlp_ratio
     torch.manual_seed(0)
-    layers: dict[str, nn.Module] = {"dense": SwiGLU(d, d * (top_k * RATIO + 2)).to(device)}
+    layers: dict[str, nn.Module] = {"dense": SwiGLU(d, d * (top_k * ratio + 2)).to(device)}
     for backend in config.backends:
-        layer = SparseMoEBlock(d, experts, top_k, mlp_ratio=RATIO, expert_backend=backend)
+        layer = SparseMoEBlock(d, experts, top_k, mlp_ratio=ratio, expert_backend=backend)
         layers[backend] = layer.to(device)
     x = torch.randn(1, tokens, d, device=device, requires_grad=True)  # (1, S, D)
     passes = {name: partial(forward, m, x, dtype) for name, m in layers.items()}
     steps = {name: partial(forward_and_backward, m, x, dtype) for name, m in layers.items()}
-    products = make_products(tokens * top_k, experts, d, dtype, device)
+    products = make_products(tokens * top_k, experts, d, ratio * d, dtype, device)
     passes["products"] = partial(call_all, [products["up"], products["down"]])
     steps["products"] = partial(call_all, products.values())
     forward_times = best_times(passes, seconds=config.seconds, device=device)
     times = best_times(steps, seconds=config.seconds, device=device)
     for name, time in times.items():
-        units = top_k * RATIO + (0 if name == "products" else 2)  # hidden units / width
+        units = top_k * ratio + (0 if name == "products" else 2)  # hidden units / width
         flops = 3 * 2 * tokens * 3 * units * d**2  # backward needs twice the FLOPs of forward
         yield {
             "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
@@ -127,7 +127,7 @@ def measure(
         }  # fmt: skip
     times = best_times(products, seconds=config.seconds / 4, device=device)
     for name, time in times.items():
-        flops = 2 * tokens * top_k * RATIO * d**2 * (2 if name.startswith("up") else 1)
+        flops = 2 * tokens * top_k * ratio * d**2 * (2 if name.startswith("up") else 1)
         yield {
             "precision": precision, "layer": name, "experts": experts, "top_k": top_k,
             "tokens": tokens, "ms": time * 1e3, "tflops": flops / time / 1e12,
