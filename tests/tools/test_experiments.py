@@ -489,6 +489,7 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
     "passes.jsonl --reference flow", "routers.jsonl --times nothing",
     "passes.jsonl --pairs flow-900:mean-flow-600", "dropping.jsonl --reference demo",
     "reuse.jsonl --times docs/experiments_times.json", "passes.jsonl --times nothing",
+    "specialisation.csv --arms no-arm", "dropping.jsonl --pairs load:damage",
 ])  # fmt: skip
 def test_a_report_without_tables_is_a_one_line_error(flags, tmp_path, capsys):
     rows, *flags = flags.split()
