@@ -27,9 +27,14 @@ def find_file(path: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetConfig(Config):
+class Shorthands(Config):
+    """Flags that stand for other settings."""
+
     model: str = option("DiT-S/2", choices=tuple(PRESETS), help="preset: size and patch size",
                       group="model")  # fmt: skip
+    rf: bool | None = option(
+        None, help="train a rectified flow: published spelling of --objective rectified_flow",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +233,6 @@ class CommandFlags(Config):
         gt=0,
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
-    rf: bool | None = option(
-        None, help="train a rectified flow: published spelling of --objective rectified_flow",
-    )  # fmt: skip
     pretraining_tp: int = option(1, help="has no effect; published commands pass it")
     deepspeed: bool = option(False, help="has no effect; published commands pass it")
     local_rank: int | None = option(None, help="has no effect; launchers pass it")

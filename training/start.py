@@ -7,7 +7,6 @@ code = run_command(command, said, "train.py")      # train(..., dist), in the la
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
 from runtime.files import wait_for_file
-from runtime.flags import naming_flags, refuse_idle
+from runtime.flags import naming_flags
 from runtime.processes import (
     ALONE,
     Distributed,
@@ -35,7 +34,7 @@ from runtime.processes import (
     read_environment,
     setup_distributed,
 )
-from training.config import OF_EXPERTS, SHARDING, TrainConfig, fitted, setting_names, training_flags
+from training.config import FITTED, TrainConfig, setting_names, training_flags
 from training.engine import new_weights
 from training.finetune import (
     check_source,
@@ -111,16 +110,14 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     else:
         dataset = open_dataset(data, dist)
     with naming_flags(flags):
-        fit = fitted(base, said, dataset)
-        config = base.changed(fit, shapes=dataset.shapes)
-        refuse_idle_flags(command, said, config)
+        config = base.fitted(said, dataset)
     check_model(config)
     changes: list[str] = []
     if before:
         check_origin(command, before, folder)
         changes = check_changes(before, base, config, script, dataset)
         changes += changed_state(base, config, step_folder)
-        notes += kept_settings(before, config, fit)
+        notes += kept_settings(before, config, said)
     elif weights:
         notes += check_source(config, weights)
     world_size = planned_processes(command) if command.dry_run else dist.world_size
@@ -313,7 +310,7 @@ def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list
     return lines
 
 
-def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[str]:
+def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
     """Returns a line on the settings that are kept from the run, because neither the command nor
     the data say them, and one on those that this version does not know."""
     preset = PRESETS.get(config.preset, {})
@@ -321,7 +318,7 @@ def kept_settings(before: Record, config: TrainConfig, fit: Settings) -> list[st
     kept = [
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
-        if name not in fit and value != default.get(name)
+        if name not in (*said, *FITTED) and value != default.get(name)
     ]
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
@@ -366,18 +363,3 @@ def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -
     if dist.is_main:
         print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")
     return 0
-
-
-def refuse_idle_flags(command: CommandFlags, said: Settings, config: TrainConfig) -> None:
-    """Refuses the flags without effect that users meet."""
-    if not command.dry_run:
-        refuse_idle(command, ("gpus", "gpu_memory"), "without --dry-run")
-    for name in SHARDING:
-        default = getattr(type(config.engine), name)
-        if not config.engine.shard and said.get(name, default) != default:
-            raise ValueError(f"{name}: has no effect without --shard")
-    if not config.model.num_experts:
-        for name in said.keys() & OF_EXPERTS:
-            default = {name: getattr(DiTConfig(), name)}
-            if replace(config.model, **default) != config.model:
-                raise ValueError(f"{name}: given with a dense model, expected a model with experts")

@@ -12,7 +12,7 @@ from conftest import ROOT, call_main
 
 from checkpoints.costs import count_parameters
 from models import DiT
-from training.config import TrainConfig, fitted, parse_training
+from training.config import TrainConfig, parse_training
 from training.plan import open_planned
 from training.run_folder import CONFIG_FILE, write_config
 
@@ -61,7 +61,7 @@ def config_of(*arguments: str | Path) -> TrainConfig:
     _, said = parse_training("train.py", None, [*map(str, arguments)])
     base = TrainConfig.default()
     images = open_planned(base.changed(said).data, said, None, [])
-    return base.changed(fitted(base, said, images))
+    return base.fitted(said, images)
 
 
 @functools.cache
