@@ -101,12 +101,17 @@ def in_file(value: Any) -> Any:
     return str(value) if isinstance(value, Part) else value
 
 
-def differences(was: Any, now: Any) -> Iterator[tuple[str, str]]:
-    """Yields (name, "NAME: was X, is Y") for the fields that differ between two configs."""
+def differences(
+    was: Any, now: Any, meanings: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yields (name, "NAME: was X, is Y") for the fields that differ between two configs.
+
+    meanings: attributes that say what a field means if its default follows from others, by name
+    """
     for name in options_of(type(now)):
-        before, after = getattr(was, name), getattr(now, name)
-        if before != after:
-            yield name, difference(name, before, after)
+        meaning = (meanings or {}).get(name, name)
+        if getattr(was, meaning) != getattr(now, meaning):
+            yield name, difference(name, getattr(was, name), getattr(now, name))
 
 
 def difference(name: str, was: Any, now: Any) -> str:

@@ -12,7 +12,7 @@ from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
-from models import WITHOUT_EFFECT
+from models import MEANINGS, WITHOUT_EFFECT
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, sizes_of
@@ -55,7 +55,7 @@ def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
     found = [
         line
-        for name, line in differences(source.config, config.model)
+        for name, line in differences(source.config, config.model, MEANINGS)
         if name not in (*adapted, *WITHOUT_EFFECT)
     ]
     was, now = source.record.objective, config.step.objective

@@ -1,4 +1,4 @@
-"""Run folders: their names, their lock and what --resume finds in them.
+"""Run folders: their names, their lock and config.yaml.
 
     results/007-DiT-S-2-8E2A-rectified_flow/
         config.yaml                            all settings
@@ -34,39 +34,6 @@ from training.manifest import MANIFEST_FILE
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
-def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
-    """Returns the run folder to go on in, or None for a new run; and the checkpoints to go on from,
-    the newest first.
-
-    A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
-    from a checkpoint of another run.
-    """
-    named = named_folder(command) if command.run_name else None
-    branch = branch_of(command)
-    if command.finetune and command.resume:
-        raise UserError("--resume: cannot be combined with --finetune")
-    if command.resume and not branch:  # an empty variable of a shell names nothing
-        run = Path(command.resume)
-        if not (steps := step_folders(run)):
-            raise not_resumable(run)
-        place = named or Path(command.results_dir or run.resolve().parent, run.resolve().name)
-        if place.resolve() != run.resolve():
-            new = f"--resume {steps[0]} --run-name NEW"
-            got = f"a run keeps its folder, got {place}"
-            raise UserError(f"--resume {run}: {got}; for a new run: {new}")
-        return run, steps
-    if named and (steps := step_folders(named)):  # a branch's first checkpoint may be deleted
-        return named, steps
-    if branch and not is_step_folder(branch):
-        raise not_resumable(branch)
-    if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UserError(
-            "--run-name: is required with --max-restarts: a restarted command goes on with the run "
-            "of its name"
-        )
-    return None, [branch] if branch else []
-
-
 def branch_of(command: CommandFlags) -> Path | None:
     """Returns the checkpoint with which a new run begins, if --resume names one."""
     path = Path(command.resume or "")
@@ -82,20 +49,6 @@ def is_step_folder(path: Path) -> bool:
     step folder, which has a number as its name."""
     has_weights = os.path.isfile(path / MODEL_FILE)
     return os.path.isfile(path / MANIFEST_FILE) or has_weights and path.name.isdecimal()
-
-
-def not_resumable(source: Path) -> UserError:
-    """Describes the error for a --resume that names neither a run nor a checkpoint."""
-    expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
-    if os.path.exists(source):
-        advice = f"to start from weights: --finetune {source}"
-        if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
-            advice = f"to begin it again: its command, or --config {source / CONFIG_FILE}"
-        return UserError(f"--resume: got {source}, {expected}; {advice}")
-    steps = [folder.name for folder in step_folders(source.parent.parent)]
-    if source.parent.name == "checkpoints" and steps:
-        expected = f"expected a checkpoint of the run: {', '.join(steps[:20])}"
-    return UserError(f"--resume: {source} does not exist, {expected}")
 
 
 def parent_folder(command: CommandFlags) -> Path:

@@ -4,24 +4,16 @@ command, said = parse_training("train.py", __doc__)
 code = run_command(command, said, "train.py")      # train(..., dist), in the launcher's processes
 """
 
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from checkpoints import Record, read_record, step_folders
-from checkpoints.checkpoint import averages_of
-from checkpoints.weights import as_user_error
+from checkpoints import step_folders
 from latents.loading import split
-from latents.sources import Source, images_name, same_images, size_notes
-from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
+from latents.sources import Source, size_notes
 from options.parts import options_of
-from options.settings import Settings, differences, spelling
-from presets import PRESETS
+from options.settings import Settings
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, printable, reported_as
@@ -34,25 +26,30 @@ from runtime.processes import (
     read_environment,
     setup_distributed,
 )
-from training.config import FITTED, TrainConfig, setting_names, training_flags
+from training.config import TrainConfig, training_flags
 from training.engine import new_weights
 from training.finetune import (
     check_source,
-    latent_changes,
     open_weights,
     start_weights,
     weights_notes,
 )
 from training.flags import DEEPSPEED, CommandFlags, DataConfig
+from training.going_on import (
+    began_with,
+    changed_settings,
+    data_changes,
+    find_start,
+    kept_settings,
+    nothing_to_do,
+    open_run,
+)
 from training.log import RunLog, warns_if_lost
 from training.loop import TrainingLoop
-from training.manifest import find_fault
 from training.plan import open_planned, planned_processes, print_plan
 from training.run_folder import (
     CONFIG_FILE,
-    branch_of,
     enter_run_folder,
-    find_start,
     new_folder,
     write_config,
 )
@@ -65,9 +62,6 @@ from training.setup import (
     remaining_steps,
     tensors_of,
 )
-
-# A run cannot change what shapes its state: the model, and these, of components only the name.
-SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
 
 
 def run_command(command: CommandFlags, said: Settings, script: str) -> int:
@@ -91,18 +85,14 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     # command; over these what follows from the data.
     folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
     before = step_folder = weights = None
-    flags = training_flags()
-    if steps:  # the settings of the newest checkpoint hold, even if it is damaged
-        newest = newest_record(steps)
-        step_folder = newest_intact(steps, notes, dist)
-        before = read_record(step_folder)
-        with naming_flags(flags), as_user_error(step_folder, "cannot go on"):
-            base = TrainConfig.of_record(newest or before)
+    if steps:
+        base, before, step_folder = open_run(steps, notes, dist)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
         base = TrainConfig.of_weights(weights.record, script)
     else:
         base = TrainConfig.default(script)
+    flags = training_flags()
     with naming_flags(flags):
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
     if command.dry_run:
@@ -112,11 +102,9 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     with naming_flags(flags):
         config = base.fitted(said, dataset)
     check_model(config)
-    changes: list[str] = []
+    origin, changes = began_with(command, before, folder), []
     if before:
-        check_origin(command, before, folder)
-        changes = check_changes(before, base, config, script, dataset)
-        changes += changed_state(base, config, step_folder)
+        changes = changed_settings(before, base, config, script, dataset)
         notes += kept_settings(before, config, said)
     elif weights:
         notes += check_source(config, weights)
@@ -133,7 +121,7 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
     of_data, vae = inputs_of(config, dataset, dist)
-    facts = {"version": __version__, "began_with": began_with(command, before, folder)}
+    facts = {"version": __version__, "began_with": origin}
     facts |= {**of_engine, **of_data}
     if before:
         changes += data_changes(before, facts, dataset)
@@ -196,153 +184,6 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     return code
 
 
-def newest_intact(steps: list[Path], notes: list[str], dist: Distributed) -> Path:
-    """Returns the first intact checkpoint to go on from; notes the damaged ones before it."""
-    faults = []
-    for folder in steps:
-        if (fault := find_fault(folder, dist)) is None:
-            notes += faults
-            return folder
-        faults.append(f"skipped the checkpoint {folder}: {fault}")
-    raise UserError(
-        f"got no intact checkpoint: {'; '.join(faults)}; expected one: restore the damaged files "
-        "from a copy, or start a new run with another --run-name"
-    )
-
-
-def newest_record(steps: list[Path]) -> Record | None:
-    """Returns the record of the first readable checkpoint; refuses that of an earlier version."""
-    for step in steps:
-        with suppress(UserError):
-            record = read_record(step)
-            break
-    else:
-        return None
-    if "version" not in record.facts:
-        raise UserError(
-            f"{step} was saved by a version before 0.3, whose runs do not go on; start a new run "
-            "from its weights (--finetune), or use that version"
-        )
-    return record
-
-
-def began_with(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
-    """Returns what the run began with: the path or hub id of --finetune or --resume, or None."""
-    if before and folder:
-        return before.facts.get("began_with")
-    word = command.finetune or command.resume
-    return os.path.abspath(word) if word and os.path.exists(word) else word
-
-
-def check_origin(command: CommandFlags, before: Record, folder: Path | None) -> None:
-    """Refuses --finetune or a branch beside the name of a run that began from something else."""
-    said, began = command.finetune or branch_of(command), before.facts.get("began_with")
-    if folder and said and not same_path(said, began):
-        raise UserError(
-            f"--run-name: {folder} began with {began or 'new weights'} and has a checkpoint, so it "
-            f"does not begin with {said}; expected another name for a new run"
-        )
-
-
-def same_path(one: str | Path, other: str | None) -> bool:
-    """Compares a word of the command with what `began_with` returned."""
-    return other is not None and (
-        other in (str(one), os.path.abspath(one))
-        or os.path.realpath(one) == os.path.realpath(other)
-    )
-
-
-def check_changes(
-    before: Record, was: TrainConfig, now: TrainConfig, script: str, dataset: Source
-) -> list[str]:
-    """Returns what the command changes, as "--lr: was 0.0001, is 5e-05"; refuses what shapes the
-    state."""
-    changes, refused = [], []
-    for section, config in now.by_section.items():
-        for name, line in differences(was.by_section[section], config):
-            if name == "vae_path":  # it may have moved; `latent_changes` compares the weights
-                continue
-            old, new = (getattr(c.by_section[section], name) for c in (was, now))
-            is_other = getattr(old, "name", old) != getattr(new, "name", new)
-            if section == "model" and is_same(was.model, now.model, name):
-                continue
-            if section == "model":
-                shapes_state = name not in WITHOUT_EFFECT
-            else:
-                shapes_state = name in SHAPES_STATE and is_other
-            (refused if shapes_state else changes).append(line)
-    names, classes = before.class_names, tuple(dataset.classes)
-    if any(classes) and len(names) > 1 and names != classes:
-        refused.append(f"the class names ({names_difference(names, classes)})")
-    if was.engine.script != script:
-        refused.append(f"the script: was {was.engine.script}, is {script}")
-    if refused:
-        raise UserError(
-            f"a run keeps what its state depends on: {'; '.join(refused)}; expected the same, or a "
-            "new run, which --finetune starts from the weights of this one"
-        )
-    return changes
-
-
-def names_difference(was: Sequence[str], now: Sequence[str]) -> str:
-    """Returns "missing: A, B; new: C", or that only the order differs."""
-    sides = {"missing": set(was) - set(now), "new": set(now) - set(was)}
-    parts = [f"{side}: {', '.join(sorted(names)):.300}" for side, names in sides.items() if names]
-    return "; ".join(parts) or "the same names in another order"
-
-
-def is_same(was: DiTConfig, now: DiTConfig, name: str) -> bool:
-    """Returns whether a field of two models means the same, as None and its default do."""
-    meaning = MEANINGS.get(name, name)
-    return getattr(was, meaning) == getattr(now, meaning)
-
-
-def changed_state(was: TrainConfig, now: TrainConfig, step_folder: Path) -> list[str]:
-    """Returns a line for each EMA and auxiliary loss that begins or ends."""
-    pairs = (
-        ("EMA", {*averages_of(step_folder)}, {ema.name for ema in now.ema}, "from these weights"),
-        ("auxiliary loss", *({one.name for one in c.auxiliary} for c in (was, now)), "anew"),
-    )
-    lines = []
-    for kind, before, after, how in pairs:
-        lines += [f"{kind} {name} begins {how}" for name in sorted(after - before)]
-        lines += [f"{kind} {name} ends" for name in sorted(before - after)]
-    return lines
-
-
-def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
-    """Returns a line on the settings that are kept from the run, because neither the command nor
-    the data say them, and one on those that this version does not know."""
-    preset = PRESETS.get(config.preset, {})
-    default = TrainConfig.default(config.engine.script).changed(preset).stored()
-    kept = [
-        f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in config.stored().items()
-        if name not in (*said, *FITTED) and value != default.get(name)
-    ]
-    unknown = before.settings.keys() - setting_names()
-    notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
-    if unknown:
-        notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
-    return notes
-
-
-def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> list[str]:
-    """Returns lines on the images, their latents and the images of a step, where they differ from
-    those of a checkpoint."""
-    lines = latent_changes(before, facts, dataset)
-    if before.images and not same_images(before.images, facts["images"]):
-        was, now = images_name(before.images), images_name(facts["images"])
-        lines.append(f"the images: was {was}, is {now}")
-    labels = {"features_sha256": "the network of the features",
-              "global_batch_size": "the images of a step"}  # fmt: skip
-    for name, label in labels.items():
-        was, now = before.facts.get(name), facts.get(name)
-        if None not in (was, now) and was != now:
-            lines.append(f"{label}: was {was!s:.12}, is {now!s:.12}")
-    return lines
-
-
 def write_sheet(images: Source, folder: Path, *, keep: bool) -> None:
     """Writes some of the images, as training reads them, to images.png, unless a run that goes on
     has it."""
@@ -351,15 +192,3 @@ def write_sheet(images: Source, folder: Path, *, keep: bool) -> None:
 
         with warns_if_lost(path):
             write_png(contact_sheet(images), path)
-
-
-def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -> int:
-    """Says that a run is finished; returns the exit code. A branch without steps is an error."""
-    if folder is None:
-        raise UserError(
-            f"--max-steps: the branch would end at step {end}, expected a later step than that of "
-            f"its checkpoint, {step}"
-        )
-    if dist.is_main:
-        print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")
-    return 0

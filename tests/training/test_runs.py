@@ -47,7 +47,7 @@ from options.parts import option
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
-from training import loop, preview, start
+from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
 from training.engines.state import FACTS_KEY, STATE_FILES
 from training.flags import CommandFlags
@@ -560,7 +560,7 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
                                   precision="fp32")  # fmt: skip
     record.settings["gone"] = 1
     assert TrainConfig.of_record(record) == config
-    (note,) = [x for x in start.kept_settings(record, config, {}) if "unknown settings" in x]
+    (note,) = [x for x in going_on.kept_settings(record, config, {}) if "unknown settings" in x]
     assert note.endswith("gone")
 
 
@@ -893,5 +893,5 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
 
 def test_the_line_on_kept_settings_lists_numbers():
     config = TrainConfig.default().changed({"sparse_layers": [1, 3], "num_experts": 4})
-    (line,) = start.kept_settings(config.record(), config, {"num_experts": 4})
+    (line,) = going_on.kept_settings(config.record(), config, {"num_experts": 4})
     assert line.endswith(": --sparse-layers 1 3")
