@@ -142,6 +142,8 @@ class TrainingLoop:
             fits = plan["fits"].partition(": ")
             note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
             self.log.text(f"{note}: {fits[2]}")
+            for note in disk_notes(config, stream.end_step, self.folder / "checkpoints"):
+                self.log.text(f"note: {note}")
         if flash_attention_fault:
             reason = printable(flash_attention_fault)[:300]
             self.log.text(
@@ -220,10 +222,6 @@ class TrainingLoop:
             evaluates = bool(self.held_out) and (done % config.val_every == 0 or is_last)
             if done % self.log_every == 0 or is_first or is_last or evaluates:
                 self.log_metrics(done, with_held_out=evaluates)
-            if is_first:
-                start = time.perf_counter()
-                self.check_disk()
-                self.tracker.paused += time.perf_counter() - start
         self.save_last(stream.end_step, least=stream.end_step)
         self.draw_samples(stream.end_step)
         return True
@@ -305,16 +303,6 @@ class TrainingLoop:
             self.log_every = self.dist.broadcast(round_number(LOG_SECONDS * steps_per_second))
         if in_a_row >= MAX_SKIPPED:
             self.stop_skipping(done, in_a_row)
-
-    def check_disk(self) -> None:
-        """Logs a note if the disk is too small for the checkpoints; the first step has created the
-        state of the optimizer."""
-        _, tensors, _ = self.engine.state()
-        size = sum(self.dist.gather(sum(tensor.nbytes for tensor in tensors.values())))
-        if self.dist.is_main:
-            folder, steps = self.folder / "checkpoints", self.stream.end_step
-            for note in disk_notes(self.config, steps, size, folder):
-                self.log.text(f"note: {note}")
 
     def stop_skipping(self, done: int, in_a_row: int) -> None:
         """Saves the state before the skipped steps that end with step `done`; raises UserError."""

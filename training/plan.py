@@ -124,10 +124,9 @@ def most_tokens(model: DiTConfig) -> int:
 
 
 def describe_steps(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
-    state, steps = state_bytes(config), stream.end_step
-    images, count = stream.num_images, stream.global_batch
+    steps, images, count = stream.end_step, stream.num_images, stream.global_batch
     return {
-        "disk": disk_use(config, steps, state["weights"] + state["optimizer"])[1],
+        "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
         f"{steps * count / images:.1f} epochs of {images:,} images",
@@ -224,14 +223,11 @@ def open_planned(
     )
 
 
-def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]:
+def disk_use(config: TrainConfig, steps: int) -> tuple[float, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
-    those that it replaces still exist, and of the snapshots that --keep-last leaves.
-
-    state: bytes of a checkpoint without the EMAs
-    """
-    average = 4 * count_parameters(config.model)[0]
-    checkpoint = state + len(config.ema) * average
+    those that it replaces still exist, and of the snapshots that --keep-last leaves."""
+    average, state = 4 * count_parameters(config.model)[0], state_bytes(config)
+    checkpoint = state["weights"] + state["optimizer"] + len(config.ema) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.ema)
@@ -245,10 +241,9 @@ def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]
     return sum(count * size for _, count, size in parts), text
 
 
-def disk_notes(config: TrainConfig, steps: int, state: float, folder: Path) -> list[str]:
-    """Returns a note if the checkpoints of a run do not fit on the disk of their folder; see
-    `disk_use`."""
-    needed, text = disk_use(config, steps, state)
+def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:
+    """Returns a note if the checkpoints of a run do not fit on the disk of their folder."""
+    needed, text = disk_use(config, steps)
     present = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     if needed <= (free := shutil.disk_usage(folder).free + present):
         return []
