@@ -27,7 +27,7 @@ from runtime.errors import UserError
 from runtime.processes import close_distributed, run_process
 from runtime.signals import SIGNALS
 from training.config import parse_training
-from training.flags import TRAIN, CommandFlags
+from training.sections import TRAIN, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:

@@ -14,7 +14,7 @@ import os
 from options.settings import Settings
 from runtime.processes import run_process
 from training.config import parse_training
-from training.flags import DEEPSPEED, ZERO2, CommandFlags
+from training.sections import DEEPSPEED, ZERO2, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:

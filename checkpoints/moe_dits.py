@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoints.published import HEADS
 from conditions import sinusoids
 from latents.autoencoder import PIXELS
-from options.parts import Part
+from options.parts import Word
 from presets import JIT_SIZES
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
@@ -223,7 +223,7 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
         "clamp": known.get("t_eps", 0.05), "noise_scale": known.get("noise_scale", 1.0),
     }  # fmt: skip
     facts = {
-        "objective": Part("flow_x", options), "vae_path": PIXELS,
+        "objective": Word("flow_x", options), "vae_path": PIXELS,
         "image_size": side * layers["x_embedder.proj.weight"].shape[2],
     }  # fmt: skip
     layers = reorder_heads(layers, settings["num_heads"], JIT_PAIRS)

@@ -47,7 +47,7 @@ from tools.experiments.comparisons import with_error
 from tools.experiments.report import add_row, read_lines, read_log
 from tools.experiments.routers import ema_decay_of
 from training.config import TrainConfig, parse_training
-from training.flags import TRAIN
+from training.sections import TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 # What tools.experiments.routers says before the flags of an arm, besides the decay of the EMA.

@@ -25,7 +25,7 @@ from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE
 from latents.sources import Source
 from models import DiTConfig
-from options.parts import Part, options_of, sides
+from options.parts import Word, options_of, sides
 from options.settings import Flags, Settings, changed, flags_of, over, read, spelling, stored
 from presets import PRESETS
 from runtime.errors import UserError, did_you_mean, reported_as
@@ -34,7 +34,9 @@ from runtime.flags import Parser, naming_flags, parse_flags, read_values, refuse
 from runtime.plugins import import_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS
-from training.flags import (
+from training.optimizers import OPTIMIZERS, Optimizer
+from training.schedule import SCHEDULES, Schedule
+from training.sections import (
     DEEPSPEED,
     EPOCHS,
     TRAIN,
@@ -46,8 +48,6 @@ from training.flags import (
     Shorthands,
     StepConfig,
 )
-from training.optimizers import OPTIMIZERS, Optimizer
-from training.schedule import SCHEDULES, Schedule
 
 SECTIONS = {  # of a config.yaml
     "model": DiTConfig, "data": DataConfig, "step": StepConfig, "engine": EngineConfig,
@@ -104,7 +104,7 @@ class TrainConfig:
 
     @cached_property
     def auxiliary(self) -> list[AuxiliaryLoss]:
-        return [part.make(AUXILIARY_LOSSES) for part in self.step.auxiliary]
+        return [word.make(AUXILIARY_LOSSES) for word in self.step.auxiliary]
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -116,7 +116,7 @@ class TrainConfig:
 
     @cached_property
     def ema(self) -> list[EMA]:
-        return [part.make(EMAS) for part in self.step.ema]
+        return [word.make(EMAS) for word in self.step.ema]
 
     @classmethod
     def default(cls, script: str = TRAIN) -> "TrainConfig":
@@ -319,7 +319,7 @@ def resolved(layer: Settings, flags: Flags) -> Settings:
     if (rf := layer.pop("rf", None)) is not None:
         named = layer.get("objective")
         word = objective_named(named and named.name, rf)
-        layer["objective"] = named or Part.parse(word, OBJECTIVES)
+        layer["objective"] = named or Word.parse(word, OBJECTIVES)
     for pair in ALTERNATIVES:
         for one, other in (pair, pair[::-1]):
             if layer.get(one) and layer.get(other):

@@ -22,9 +22,9 @@ from runtime.flags import naming_flags
 from runtime.processes import Distributed
 from training.config import FITTED, TrainConfig, setting_names, training_flags
 from training.finetune import latent_changes
-from training.flags import CommandFlags
 from training.manifest import find_fault
 from training.run_folder import CONFIG_FILE, branch_of, is_step_folder, named_folder
+from training.sections import CommandFlags
 
 # A run cannot change what shapes its state: the model, and these, of components only the name.
 SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")

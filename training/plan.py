@@ -25,8 +25,8 @@ from runtime.errors import UserError, pluralize, print_safely
 from runtime.processes import ALONE, read_environment
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
-from training.flags import CommandFlags, DataConfig
 from training.memory import received_rows, state_bytes
+from training.sections import CommandFlags, DataConfig
 from training.setup import length_notes, open_dataset, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}

@@ -28,8 +28,8 @@ from checkpoints import MODEL_FILE, step_folders
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from training.config import OF_DATA, TrainConfig
-from training.flags import CommandFlags
 from training.manifest import MANIFEST_FILE
+from training.sections import CommandFlags
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 

@@ -20,7 +20,7 @@ from runtime.processes import ALONE, Distributed
 from runtime.progress import progress
 from training.config import TrainConfig
 from training.engine import frozen_names
-from training.flags import DataConfig
+from training.sections import DataConfig
 
 
 def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:

@@ -34,7 +34,6 @@ from training.finetune import (
     start_weights,
     weights_notes,
 )
-from training.flags import DEEPSPEED, CommandFlags, DataConfig
 from training.going_on import (
     began_with,
     changed_settings,
@@ -53,6 +52,7 @@ from training.run_folder import (
     new_folder,
     write_config,
 )
+from training.sections import DEEPSPEED, CommandFlags, DataConfig
 from training.setup import (
     check_model,
     held_out_batches,

@@ -49,8 +49,7 @@ from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
 from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
-from training.engines.state import FACTS_KEY, STATE_FILES
-from training.flags import CommandFlags
+from training.engines.state import STATE_FILES, STATE_KEY
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.memory import state_bytes
@@ -63,6 +62,7 @@ from training.run_folder import (
     parent_folder,
 )
 from training.saving import Saver
+from training.sections import CommandFlags
 
 STATE_FILE = STATE_FILES.format(0)
 NAME = "DiT-Ti-2-2E2A-rectified_flow"
@@ -771,7 +771,7 @@ def test_a_forged_state_is_a_one_line_error(copied, flags, forged, reason, capsy
     path = step_folder(copied, 3) / STATE_FILE
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    metadata[FACTS_KEY] = json.dumps(json.loads(metadata[FACTS_KEY]) | forged)
+    metadata[STATE_KEY] = json.dumps(json.loads(metadata[STATE_KEY]) | forged)
     write_tensors(path, tensors, metadata)
     list_files(path.parents[1])
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion import OBJECTIVES
 from latents.images_config import ImagesConfig
-from options.parts import Config, Part, option
+from options.parts import Config, Word, option
 from presets import PRESETS
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
@@ -41,18 +41,18 @@ class Shorthands(Config):
 class StepConfig(Config):
     """Settings of an optimizer step, which decide the result."""
 
-    objective: Part = option(
+    objective: Word = option(
         "gaussian", table=OBJECTIVES, help="training objective", group="optimisation"
     )
-    auxiliary: tuple[Part, ...] = option(
+    auxiliary: tuple[Word, ...] = option(
         (),
         table=AUXILIARY_LOSSES,
         each_once=True,
         help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: Part = option("adamw", table=OPTIMIZERS, help="optimizer")
+    optimizer: Word = option("adamw", table=OPTIMIZERS, help="optimizer")
     lr: float = option(1e-4, ge=0, help="learning rate")
-    lr_schedule: Part = option(
+    lr_schedule: Word = option(
         "constant", table=SCHEDULES,
         help="schedule after the warm-up: constant; cosine or linear, which decay to lr_floor; "
         "or trapezoid, which is constant and decays over the last decay_share of the steps",
@@ -66,7 +66,7 @@ class StepConfig(Config):
         help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
         "steps; 0 for never",
     )  # fmt: skip
-    ema: tuple[Part, ...] = option(
+    ema: tuple[Word, ...] = option(
         ("exponential",), table=EMAS,
         help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
