@@ -71,7 +71,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
     """Returns the exit code, see `training.loop.TrainingLoop.run`."""
     from training.start import run_command  # imported here: takes seconds
 
-    return run_command(*parsed, TRAIN)
+    return run_command(*parsed)
 
 
 if __name__ == "__main__":

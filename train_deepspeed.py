@@ -34,7 +34,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
 
     if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", ZERO2)):
         said = {**said, "precision": "fp16"}
-    return run_command(command, said, DEEPSPEED)
+    return run_command(command, said)
 
 
 if __name__ == "__main__":

@@ -254,7 +254,8 @@ def parse_training(
         given = parse_flags(flags, description, arguments, FIRST_FLAGS, hidden)
     of_command = options_of(CommandFlags)
     with naming_flags(flags):
-        command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
+        of_this = {name: value for name, value in given.items() if name in of_command}
+        command = CommandFlags(script=script, **of_this)
         layers = [read_recipe(Path(path)) for path in command.config]
         layers.append(resolved({n: v for n, v in given.items() if n not in of_command}, flags))
         said: Settings = {}

@@ -6,10 +6,9 @@ and what the command says changes them. Each difference is a line; what shapes t
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.weights import as_user_error
@@ -187,19 +186,18 @@ def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[s
     return notes
 
 
-def data_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> list[str]:
+def data_changes(was: Record, now: Record) -> list[str]:
     """Returns lines on the images, their latents and the images of a step, where they differ from
     those of a checkpoint."""
-    lines = latent_changes(before, facts, dataset)
-    if before.images and not same_images(before.images, facts["images"]):
-        was, now = images_name(before.images), images_name(facts["images"])
-        lines.append(f"the images: was {was}, is {now}")
+    lines = latent_changes(was, now)
+    if was.images and not same_images(was.images, now.images):
+        lines.append(f"the images: was {images_name(was.images)}, is {images_name(now.images)}")
     labels = {"features_sha256": "the network of the features",
               "global_batch_size": "the images of a step"}  # fmt: skip
     for name, label in labels.items():
-        was, now = before.facts.get(name), facts.get(name)
-        if None not in (was, now) and was != now:
-            lines.append(f"{label}: was {was!s:.12}, is {now!s:.12}")
+        old, new = was.facts.get(name), now.facts.get(name)
+        if None not in (old, new) and old != new:
+            lines.append(f"{label}: was {old!s:.12}, is {new!s:.12}")
     return lines
 
 

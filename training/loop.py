@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -71,8 +70,7 @@ class TrainingLoop:
 
     config: TrainConfig
     folder: Path
-    facts: dict[str, Any]  # about the data and the script, for the records of checkpoints
-    initialized_from: dict | None  # provenance of the weights that training began from, if any
+    record: Record  # the metadata of the checkpoints, without their step
     dataset: Source
     vae: Autoencoder | None  # None if no step needs it
     held_out: list[Batch] | None  # latents of --val-path or --val-share
@@ -174,17 +172,6 @@ class TrainingLoop:
             f"images of {most_tokens(config.model)} tokens, {active / 1e6:.1f}M parameters for "
             f"each; what makes a step shorter: {'; '.join(faster)}"
         )
-
-    def record(self, step: int) -> Record:
-        """Returns the metadata of the checkpoint of a step: the config and the facts."""
-        dataset, facts = self.dataset, dict(self.facts)
-        return self.config.record(
-            # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
-            vae_path=self.vae.path if self.vae else dataset.vae_path,
-            images=facts.pop("images"), vae_sha256=facts.pop("vae_sha256"), facts=facts, step=step,
-            class_names=dataset.classes, initialized_from=self.initialized_from,
-            micro_batch=self.stream.micro_batch, latents_norm=dataset.norm.to_dict(),
-        )  # fmt: skip
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
         """Takes the remaining steps and saves the last one. If a signal stops the run, saves the
@@ -351,7 +338,7 @@ class TrainingLoop:
         is_kept = step == self.stream.end_step or step % self.config.run.ckpt_every == 0
         with self.failure_logged(step):
             self.log.flush()  # a resumed run cuts the log at its checkpoint
-            self.saver.start(step, self.record(step), replaceable=not is_kept)
+            self.saver.start(step, replace(self.record, step=step), replaceable=not is_kept)
         self.requests.saved()
 
     def finish_save(self) -> None:

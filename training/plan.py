@@ -1,11 +1,10 @@
 """--dry-run: prints what a command would train, the memory and the disk that it needs.
 
-print_plan(command, config, trained, notes, before, world_size)
+print_plan(command, config, trained, notes, before, dist)
 """
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from options.parts import Size
 from options.settings import Settings
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
-from runtime.processes import ALONE, read_environment
+from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
 from training.memory import received_rows, state_bytes
@@ -36,20 +35,16 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def planned_processes(command: CommandFlags) -> int:
-    return command.gpus or read_environment().world_size
-
-
 def print_plan(
     command: CommandFlags, config: TrainConfig, trained: np.ndarray, notes: list[str],
-    before: Record | None, world_size: int,
+    before: Record | None, dist: Distributed,
 ) -> None:  # fmt: skip
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps.
 
     before: record of the checkpoint from which the run would go on, or None
     """
-    stream = remaining_steps(config, trained, 0, replace(ALONE, world_size=world_size))
-    memories = planned_memories(command.gpu_memory, node_size(config, world_size))
+    stream = remaining_steps(config, trained, 0, dist)
+    memories = planned_memories(command.gpu_memory, node_size(config, dist.world_size))
     lines = describe_model(config) | describe_memory(config, stream, memories)
     lines |= describe_steps(config, stream)
     if before:

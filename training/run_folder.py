@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from checkpoints import MODEL_FILE, step_folders
+from checkpoints import MODEL_FILE, Record, step_folders
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from training.config import OF_DATA, TrainConfig
@@ -104,7 +104,7 @@ class ConfigDumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+def write_config(run: Path, config: TrainConfig, record: Record) -> None:
     """Writes config.yaml: the settings, which are a recipe, and, after ---, what the data set."""
     script = config.engine.script
     text = (
@@ -115,7 +115,8 @@ def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     sections = config.sections()
     of_data = {name: sections["model"].pop(name) for name in OF_DATA}
     of_data["sparse_blocks"] = [*config.model.sparse_blocks]
-    documents = [sections, {**facts, **of_data}]
+    known = {**record.facts, "images": record.images, "vae_sha256": record.vae_sha256}
+    documents = [sections, {**known, **of_data}]
     text += yaml.dump_all(documents, Dumper=ConfigDumper, sort_keys=False, width=10_000)
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)

@@ -195,6 +195,7 @@ class EngineConfig(Config):
 class CommandFlags(Config):
     """What holds for one command and is not stored."""
 
+    script: str = TRAIN
     config: tuple[str, ...] = option(
         (), metavar="RECIPE", group="run",
         help="YAML files of flags, such as config/recipes/stable.yaml or a run's config.yaml; a "

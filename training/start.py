@@ -1,9 +1,10 @@
 """From a command to the training loop: one function, read from top to bottom.
 
 command, said = parse_training("train.py", __doc__)
-code = run_command(command, said, "train.py")      # train(..., dist), in the launcher's processes
+code = run_command(command, said)      # train(command, said, dist), in the launcher's processes
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from training.going_on import (
 )
 from training.log import RunLog, warns_if_lost
 from training.loop import TrainingLoop
-from training.plan import open_planned, planned_processes, print_plan
+from training.plan import open_planned, print_plan
 from training.run_folder import (
     CONFIG_FILE,
     enter_run_folder,
@@ -64,16 +65,17 @@ from training.setup import (
 )
 
 
-def run_command(command: CommandFlags, said: Settings, script: str) -> int:
+def run_command(command: CommandFlags, said: Settings) -> int:
     """Calls `train` in all processes that the launcher started, or prints the plan in one."""
     if command.dry_run:
-        return train(command, said, script, ALONE) if read_environment().is_main else 0
-    code = train(command, said, script, setup_distributed(always_group=script == DEEPSPEED))
+        return train(command, said, ALONE) if read_environment().is_main else 0
+    dist = setup_distributed(always_group=command.script == DEEPSPEED)
+    code = train(command, said, dist)
     close_distributed()
     return code
 
 
-def train(command: CommandFlags, said: Settings, script: str, dist: Distributed) -> int:
+def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     """Trains to the last step, from the newest checkpoint of a run, from the weights of --finetune,
     or from new weights.
 
@@ -83,15 +85,15 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     notes: list[str] = []
     # The config: that of a checkpoint, of weights or the default; over it the recipes and the
     # command; over these what follows from the data.
-    folder, steps = dist.broadcast(dist.on_main(partial(find_start, command)))
+    folder, steps = dist.from_main(partial(find_start, command))
     before = step_folder = weights = None
     if steps:
         base, before, step_folder = open_run(steps, notes, dist)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
-        base = TrainConfig.of_weights(weights.record, script)
+        base = TrainConfig.of_weights(weights.record, command.script)
     else:
-        base = TrainConfig.default(script)
+        base = TrainConfig.default(command.script)
     flags = training_flags()
     with naming_flags(flags):
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
@@ -104,15 +106,16 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     check_model(config)
     origin, changes = began_with(command, before, folder), []
     if before:
-        changes = changed_settings(before, base, config, script, dataset)
+        changes = changed_settings(before, base, config, command.script, dataset)
         notes += kept_settings(before, config, said)
     elif weights:
         notes += check_source(config, weights)
-    world_size = planned_processes(command) if command.dry_run else dist.world_size
-    of_engine = config.engine.engine_class().check(config, world_size)
+    if command.dry_run:  # plan for these processes
+        dist = replace(dist, world_size=command.gpus or read_environment().world_size)
+    of_engine = config.engine.engine_class().check(config, dist.world_size)
     trained, held_out = split(dataset, config.data.val_share)
     if command.dry_run:
-        print_plan(command, config, trained, changes + notes, before, world_size)
+        print_plan(command, config, trained, changes + notes, before, dist)
         return 0
 
     # The data, their autoencoder, and the steps that are left.
@@ -120,21 +123,23 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
         be_deterministic()
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
-    of_data, vae = inputs_of(config, dataset, dist)
-    facts = {"version": __version__, "began_with": origin}
-    facts |= {**of_engine, **of_data}
-    if before:
-        changes += data_changes(before, facts, dataset)
-    elif weights:
-        notes += weights_notes(weights, config, facts, dataset)
+    vae, record = inputs_of(config, dataset, dist)
     stream = remaining_steps(config, trained, before.step if before else 0, dist)
+    record = replace(
+        record, micro_batch=stream.micro_batch,
+        initialized_from=before.initialized_from if before else weights and weights.origin,
+        facts={"version": __version__, "began_with": origin, **of_engine, **record.facts},
+    )  # fmt: skip
+    if before:
+        changes += data_changes(before, record)
+    elif weights:
+        notes += weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
         return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
     batches = None
     if config.data.val_path or config.data.val_share:
-        batches = held_out_batches(config, dataset, vae, facts, held_out, notes)
+        batches = held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = tensors_of(config)
-    initialized_from = before.initialized_from if before else weights and weights.origin
     if before is None:
         notes += length_notes(config, stream)
     if dist.is_main and not dataset.vae_path:
@@ -143,13 +148,13 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
     # The run folder and its log.
     goes_on = folder is not None
     if not goes_on:
-        folder = dist.broadcast(dist.on_main(partial(new_folder, command, config)))
+        folder = dist.from_main(partial(new_folder, command, config))
     lock = dist.on_main(partial(enter_run_folder, folder))
     if dist.broadcast(step_folders(folder)) != (steps if goes_on else []):  # listed without a lock
         raise UserError(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
-    dist.on_main(partial(write_config, folder, config, facts))
+    dist.on_main(partial(write_config, folder, config, record))
     if not wait_for_file(folder / CONFIG_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
@@ -176,8 +181,8 @@ def train(command: CommandFlags, said: Settings, script: str, dist: Distributed)
             engine.load_state(step_folder)
             log.text(f"resumed from {step_folder}")
         loop = TrainingLoop(
-            config=config, folder=folder, facts=facts, initialized_from=initialized_from,
-            dataset=dataset, vae=vae, held_out=batches, stream=stream, log=log, engine=engine,
+            config=config, folder=folder, record=record, dataset=dataset, vae=vae,
+            held_out=batches, stream=stream, log=log, engine=engine,
         )  # fmt: skip
         code = loop.run()
     del lock  # ends the exclusion of other runs

@@ -28,7 +28,7 @@ def recipe(tmp_path):
 
 
 def config_file(folder: Path, config: TrainConfig) -> Path:
-    write_config(folder, config, {})
+    write_config(folder, config, config.record())
     return folder / CONFIG_FILE
 
 

@@ -141,7 +141,7 @@ EXAMPLES = ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16") 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, "published", "stable", "fast", "pixels", "race"])
 def test_the_config_file_of_a_run_with_a_recipe_is_a_recipe_for_the_same_config(name, tmp_path):
-    write_config(tmp_path, recipe(name), {})
+    write_config(tmp_path, recipe(name), recipe(name).record())
     assert config_of("--config", tmp_path / CONFIG_FILE) == recipe(name)
 
 
