@@ -18,8 +18,8 @@ from runtime.errors import UserError
 from training.auxiliary import AUXILIARY_LOSSES
 from training.config import training_flags
 from training.ema import EMAS
+from training.lr_schedule import SCHEDULES
 from training.optimizers import OPTIMIZERS
-from training.schedule import SCHEDULES
 
 
 class Sample(Component):

@@ -34,8 +34,8 @@ from runtime.flags import Parser, naming_flags, parse_flags, read_values, refuse
 from runtime.plugins import import_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS
+from training.lr_schedule import SCHEDULES, Schedule
 from training.optimizers import OPTIMIZERS, Optimizer
-from training.schedule import SCHEDULES, Schedule
 from training.sections import (
     DEEPSPEED,
     EPOCHS,
@@ -127,8 +127,8 @@ class TrainConfig:
     @classmethod
     def of_record(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
         """Returns the settings of a checkpoint; those that this version lacks are left out."""
-        typed = {name: getattr(record, name) for name in TYPED}
-        known = record.settings | {name: v for name, v in typed.items() if v is not None}
+        typed = {name: v for name in TYPED if (v := getattr(record, name)) is not None}
+        known = record.settings | typed
         base = replace(cls.default(script), preset=record.model_name, model=record.config)
         return base.changed({name: known[name] for name in known.keys() & setting_names()})
 

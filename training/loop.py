@@ -38,11 +38,11 @@ from training.alarms import Alarms
 from training.config import TrainConfig
 from training.engine import Engine, node_size
 from training.log import RunLog
+from training.lr_schedule import rate_factor
 from training.plan import describe_memory, device_memory, disk_notes, lighter_settings, most_tokens
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
-from training.schedule import rate_factor
 from training.step import take_step
 from training.step_metrics import (
     ForwardClock,

@@ -13,8 +13,8 @@ from presets import PRESETS
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
+from training.lr_schedule import SCHEDULES
 from training.optimizers import OPTIMIZERS
-from training.schedule import SCHEDULES
 
 EPOCHS = 1400  # without --epochs and --max-steps
 TRAIN, DEEPSPEED = "train.py", "train_deepspeed.py"
