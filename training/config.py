@@ -140,12 +140,12 @@ class TrainConfig:
         model = with_dense_width(model if model.dropout == record.config.dropout else record.config)
         return cls.of_record(replace(record, config=model, settings={}, image_size=None), script)
 
-    def record(self, **facts: Any) -> Record:
-        """Returns a record of these settings and facts, for `of_record`."""
+    def record(self, **others: Any) -> Record:
+        """Returns a record of these settings, for `of_record`, with other fields."""
         of_model = options_of(DiTConfig).keys() - {"expert_backend"}
         settings = {name: v for name, v in self.stored().items() if name not in of_model}
         typed = {name: settings.pop(name, None) for name in TYPED}
-        return Record(config=self.model, model=self.preset, settings=settings, **{**typed, **facts})
+        return Record(config=self.model, model=self.preset, settings=settings, **typed | others)
 
     def fitted(self, said: Settings, dataset: Source) -> "TrainConfig":
         """Returns the config of a run: changed by what is said, and by what follows from the data
@@ -296,7 +296,7 @@ def read_recipe(path: Path) -> Settings:
             raise ValueError(f"no such file{did_you_mean(path.stem, recipes)}")
         expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
         try:
-            values, *_ = read_yaml(path) or [{}]  # words, as in a command; then the facts of a run
+            values, *_ = read_yaml(path) or [{}]  # words, as in a command; then other inputs
         except yaml.YAMLError as error:
             raise ValueError(f"expected {expected}: {error}") from None
         if not isinstance(values := values or {}, dict):
