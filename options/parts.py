@@ -321,6 +321,8 @@ def convert(value: Any, hint: Any) -> Any:
                 return convert(value, one)
         return convert(value, last)
     kind = origin or hint
+    if kind is str and hasattr(value, "__fspath__"):
+        value = value.__fspath__()
     if isinstance(value, str) and kind is bool:
         value = BOOLEANS.get(value.lower())
     elif isinstance(value, str) and kind is not str:

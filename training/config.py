@@ -238,9 +238,8 @@ def parse_training(
     """
     is_mapping = isinstance(arguments, Mapping)
     if is_mapping:
-        if plugins := arguments.get("plugin", ()):
-            plugins = [plugins] if isinstance(plugins, str | os.PathLike) else plugins
-            arguments = {**arguments, "plugin": [*map(os.fspath, plugins)]}
+        early = read_values({"plugin": arguments.get("plugin")}, flags_of(CommandFlags))
+        plugins = early.get("plugin", ())
     else:  # a component can be named only after it was imported
         early = Parser(add_help=False, allow_abbrev=False)
         early.add_argument("--plugin", nargs="+", action="extend", default=[])
