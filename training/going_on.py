@@ -40,10 +40,9 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
     branch = branch_of(command)
     if command.finetune and command.resume:
         raise UserError("--resume: cannot be combined with --finetune")
-    if command.resume and not branch:  # an empty variable of a shell names nothing
+    if command.resume and not branch:
         run = Path(command.resume)
-        if not (steps := step_folders(run)):
-            raise not_resumable(run)
+        steps = step_folders(run)
         place = named or Path(command.results_dir or run.resolve().parent, run.resolve().name)
         if place.resolve() != run.resolve():
             new = f"--resume {steps[0]} --run-name NEW"

@@ -73,7 +73,7 @@ class TrainingLoop:
     record: Record  # the metadata of the checkpoints, without their step
     dataset: Source
     vae: Autoencoder | None  # None if no step needs it
-    held_out: list[Batch] | None  # latents of --val-path or --val-share
+    held_out: list[Batch]  # latents of --val-path or --val-share, if any
     stream: BatchStream  # the remaining steps
     log: RunLog
     engine: Engine

@@ -35,13 +35,9 @@ CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
 def branch_of(command: CommandFlags) -> Path | None:
-    """Returns the checkpoint with which a new run begins, if --resume names one."""
-    path = Path(command.resume or "")
-    if not command.resume or step_folders(path):
-        return None
-    place = Path(os.path.abspath(path))
-    is_named_so = place.name.isdecimal() and place.parent.name == "checkpoints"  # may be deleted
-    return path if is_named_so or is_step_folder(path) else None
+    """Returns the checkpoint with which a new run begins: what --resume names, unless a run."""
+    path = Path(command.resume or "")  # an empty variable of a shell names nothing
+    return path if command.resume and not step_folders(path) else None
 
 
 def is_step_folder(path: Path) -> bool:

@@ -115,13 +115,15 @@ def held_out_batches(
     config: TrainConfig, dataset: Source, vae: Autoencoder | None, record: Record,
     held_out: np.ndarray, notes: list[str],
 ) -> list[Batch]:  # fmt: skip
-    """Returns the batches of --val-path or --val-share, which are the same in every run.
+    """Returns the batches of --val-path or --val-share, if any, which are the same in every run.
 
     record: has the training images, and the digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
     notes: receives a note if --val-path has the training images
     """
     data, images, flag = config.data, dataset, "--val-share"
+    if not data.val_path and not data.val_share:
+        return []
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)

@@ -136,9 +136,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         notes += weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
         return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
-    batches = None
-    if config.data.val_path or config.data.val_share:
-        batches = held_out_batches(config, dataset, vae, record, held_out, notes)
+    batches = held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = tensors_of(config)
     if before is None:
         notes += length_notes(config, stream)
