@@ -27,32 +27,14 @@ from runtime.processes import (
     read_environment,
     setup_distributed,
 )
+from training import going_on
 from training.config import TrainConfig, training_flags
 from training.engine import new_weights
-from training.finetune import (
-    check_source,
-    open_weights,
-    start_weights,
-    weights_notes,
-)
-from training.going_on import (
-    began_with,
-    changed_settings,
-    data_changes,
-    find_start,
-    kept_settings,
-    nothing_to_do,
-    open_run,
-)
+from training.finetune import check_source, open_weights, start_weights, weights_notes
 from training.log import RunLog, warns_if_lost
 from training.loop import TrainingLoop
 from training.plan import open_planned, print_plan
-from training.run_folder import (
-    CONFIG_FILE,
-    enter_run_folder,
-    new_folder,
-    write_config,
-)
+from training.run_folder import CONFIG_FILE, enter_run_folder, new_folder, write_config
 from training.sections import DEEPSPEED, CommandFlags, DataConfig
 from training.setup import (
     check_model,
@@ -85,10 +67,10 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     notes: list[str] = []
     # The config: that of a checkpoint, of weights or the default; over it the recipes and the
     # command; over these what follows from the data.
-    folder, steps = dist.from_main(partial(find_start, command))
+    folder, steps = dist.from_main(partial(going_on.find_start, command))
     before = step_folder = weights = None
     if steps:
-        base, before, step_folder = open_run(steps, notes, dist)
+        base, before, step_folder = going_on.open_run(steps, notes, dist)
     elif command.finetune:
         weights = open_weights(command.finetune, said)
         base = TrainConfig.of_weights(weights.record, command.script)
@@ -104,10 +86,10 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     with naming_flags(flags):
         config = base.fitted(said, dataset)
     check_model(config)
-    origin, changes = began_with(command, before, folder), []
+    origin, changes = going_on.began_with(command, before, folder), []
     if before:
-        changes = changed_settings(before, base, config, command.script, dataset)
-        notes += kept_settings(before, config, said)
+        changes = going_on.changed_settings(before, base, config, command.script, dataset)
+        notes += going_on.kept_settings(before, config, said)
     elif weights:
         notes += check_source(config, weights)
     if command.dry_run:  # plan for these processes
@@ -131,11 +113,11 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         facts={"version": __version__, "began_with": origin, **of_engine, **record.facts},
     )  # fmt: skip
     if before:
-        changes += data_changes(before, record)
+        changes += going_on.data_changes(before, record)
     elif weights:
         notes += weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
-        return nothing_to_do(folder, stream.start_step, stream.end_step, dist)
+        return going_on.nothing_to_do(folder, stream.start_step, stream.end_step, dist)
     batches = held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = tensors_of(config)
     if before is None:
