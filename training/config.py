@@ -282,7 +282,8 @@ def kept_beneath(layer: Settings, said: Settings) -> Settings:
         replaced |= sizes_of(layer["model"]).keys()
         replaced |= {name for name in old if said.get(name) == unchanged[name]}
     for needed, names in NEEDS.items():
-        replaced |= set() if layer.get(needed, True) else {*names}
+        if not layer.get(needed, True):
+            replaced |= {*names}
     return {name: value for name, value in said.items() if name not in replaced}
 
 
