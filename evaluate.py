@@ -23,7 +23,7 @@ import torch
 
 from evaluation.extractors import load_extractor
 from evaluation.heldout import held_out_loss, latent_batches, open_held_out
-from evaluation.images import ImageSet, image_files, open_image_set, reconstructed, write_npz
+from evaluation.image_sets import ImageSet, image_files, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
     Statistics,
