@@ -23,7 +23,7 @@ import torch
 
 from evaluation.extractors import load_extractor
 from evaluation.heldout import held_out_loss, latent_batches, open_held_out
-from evaluation.images import ImageSet, image_files, open_image_set, reconstructed, write_npz
+from evaluation.image_sets import ImageSet, image_files, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     KEPT_FEATURES,
     Statistics,
@@ -237,9 +237,8 @@ def evaluate_loss(config: EvaluateConfig) -> None:
     batches = latent_batches(
         images, indices, pipeline.vae, pipeline.class_names, batch_size=config.batch_size
     )
-    objective, sampling = objective_of(pipeline.settings), pipeline.settings
-    loss = held_out_loss(pipeline.model, objective, batches, config.seed)
-    facts |= {"objective": sampling.objective, "objective_options": sampling.objective_options}
+    loss = held_out_loss(pipeline.model, objective_of(pipeline.settings), batches, config.seed)
+    facts["objective"] = pipeline.settings.objective
     settings = settings_of(pipeline, config) | facts
     write_results(results_folder(config, settings), asdict(loss), settings)
 

@@ -138,8 +138,7 @@ def main(config: ExportConfig) -> None:
             "--vae-path: is required, because the checkpoint does not record its autoencoder"
         )
     if record.objective or config.objective or config.rf is not None:
-        objective = pipeline.choose_objective(config, checkpoint)  # checks the flags, too
-        record = replace(record, objective=record.objective or objective)
+        record = replace(record, objective=pipeline.choose_objective(config, checkpoint))
     record = replace(record, vae_path=vae_path, image_size=config.image_size or record.image_size)
     checkpoint = replace(checkpoint, record=record)
     public = formats.public_checkpoint(checkpoint)

@@ -37,7 +37,7 @@ from initialization import initialize
 from moe import EXPERT_BACKENDS, MLP_TYPES, SparseMoEBlock, width_of
 from moe_kernels.attention import attend
 from moe_kernels.forward_mode import has_tangent
-from options.parts import Config, Part, Size, option, sides
+from options.parts import Config, Size, Word, option, sides
 from options.settings import changed, check_names
 from presets import PRESETS
 from routers import NOTHING, ROUTERS, Context, Routing
@@ -122,7 +122,7 @@ class DiTConfig(Config):
         "(default: mlp_type)",
         choices=tuple(MLP_TYPES),
     )
-    router: Part = option(
+    router: Word = option(
         "topk", table=ROUTERS,
         help="assignment of tokens to experts: topk of DiT-MoE, sigmoid of DeepSeek-V3 and DSMoE, "
         "expert_choice of EC-DiT, race of Expert Race, batch_pool of DiffMoE, prototype of ProMoE",

@@ -27,7 +27,7 @@ from moe_kernels.experts import compute_experts
 from moe_kernels.forward_mode import has_tangent
 from moe_kernels.gated_linear import GatedLinear
 from moe_kernels.quantized import QuantizedWeight
-from options.parts import Part
+from options.parts import Word
 from routers import NOTHING, ROUTERS, Context, Routing
 
 
@@ -236,7 +236,7 @@ class SparseMoEBlock(nn.Module):
     n_shared_experts: width of the shared expert, in units of D; 0 for none
     expert_backend: a key of `EXPERT_BACKENDS`
     mlp_type: type of all experts, swiglu, swiglu_bias or gelu
-    router: a word such as "sigmoid:scale=2.5", see `options.parts.Part`
+    router: a word such as "sigmoid:scale=2.5", see `options.parts.Word`
     """
 
     def __init__(
@@ -249,10 +249,10 @@ class SparseMoEBlock(nn.Module):
         n_shared_experts: float = 2,
         expert_backend: str = "grouped",
         mlp_type: str = "swiglu",
-        router: str | Part = "topk",
+        router: str | Word = "topk",
     ):
         super().__init__()
-        self.gate = Part.parse(router, ROUTERS).make(
+        self.gate = Word.parse(router, ROUTERS).make(
             ROUTERS, hidden_size=hidden_size, num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
         )  # fmt: skip

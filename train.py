@@ -27,7 +27,7 @@ from runtime.errors import UserError
 from runtime.processes import close_distributed, run_process
 from runtime.signals import SIGNALS
 from training.config import parse_training
-from training.flags import TRAIN, CommandFlags
+from training.sections import TRAIN, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
@@ -71,7 +71,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
     """Returns the exit code, see `training.loop.TrainingLoop.run`."""
     from training.start import run_command  # imported here: takes seconds
 
-    return run_command(*parsed, TRAIN)
+    return run_command(*parsed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 from options.settings import Settings
 from runtime.processes import run_process
 from training.config import parse_training
-from training.flags import DEEPSPEED, ZERO2, CommandFlags
+from training.sections import DEEPSPEED, ZERO2, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
@@ -34,7 +34,7 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
 
     if "precision" not in said and asks_for_fp16(said.get("deepspeed_config", ZERO2)):
         said = {**said, "precision": "fp16"}
-    return run_command(command, said, DEEPSPEED)
+    return run_command(command, said)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.layouts import to_stacked_layout
 from checkpoints.moe_dits import from_moe_dit, is_moe_dit
-from checkpoints.published import facts_of, infer_config
+from checkpoints.published import infer_config, recorded_in
 from checkpoints.quantized_weights import quantization_of, quantize_state_dict
 from checkpoints.record import METADATA_KEY, Record, with_overrides
 from checkpoints.weights import (
@@ -86,9 +86,9 @@ class Checkpoint:
     @property
     def origin(self) -> dict:
         """Provenance of these weights, for `initialized_from` in the record of a derived model."""
-        facts = {"path": str(self.path), "step": self.record.step, "model": self.record.model}
-        facts |= self.source or {}
-        return {name: value for name, value in facts.items() if value is not None}
+        known = {"path": str(self.path), "step": self.record.step, "model": self.record.model}
+        known |= self.source or {}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 def load_model(
@@ -265,13 +265,13 @@ def read_file(
             record = Record.from_metadata(metadata)
             config = with_overrides(record.config, overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
-        fields, facts, known = {}, facts_of(arguments), {**arguments, **overrides}
+        fields, recorded, known = {}, recorded_in(arguments), {**arguments, **overrides}
         if is_moe_dit(state_dict, known):
-            state_dict, fields, more_facts = from_moe_dit(state_dict, known)
-            facts |= more_facts
+            state_dict, fields, more = from_moe_dit(state_dict, known)
+            recorded |= more
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
-        return state_dict, Record(config=config, **facts)
+        return state_dict, Record(config=config, **recorded)
 
 
 def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:

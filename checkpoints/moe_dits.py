@@ -2,7 +2,7 @@
 JiTMoE.
 
     if is_moe_dit(state_dict, known):
-        state_dict, fields, facts = from_moe_dit(state_dict, known)
+        state_dict, fields, recorded = from_moe_dit(state_dict, known)
 
 A file is recognised by the names and shapes of its weights. Architectural differences become
 DiTConfig fields. A reversed time axis, a target of opposite sign and other pairs of rotary
@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoints.published import HEADS
 from conditions import sinusoids
 from latents.autoencoder import PIXELS
-from options.parts import Part
+from options.parts import Word
 from presets import JIT_SIZES
 
 SPARSE_KEY = re.compile(r"(blocks\.\d+\.)mlp\.(?!fc\d|gate_proj|up_proj|down_proj)(.*)")
@@ -58,9 +58,9 @@ def is_moe_dit(state_dict: dict[str, Tensor], known: dict) -> bool:
 def from_moe_dit(
     state_dict: dict[str, Tensor], known: dict
 ) -> tuple[dict[str, Tensor], dict, dict]:
-    """Converts weights to our layout. Returns the weights, DiTConfig fields and Record facts.
+    """Converts weights to our layout. Returns the weights, and fields of DiTConfig and Record.
 
-    known: other known facts by name, such as num_heads or objective; time_scale 1000 marks a
+    known: other known values by name, such as num_heads or objective; time_scale 1000 marks a
         baseline that was trained with ProMoE's code, whose time axis equals ours
     """
     if is_jit(state_dict):
@@ -80,13 +80,13 @@ def from_moe_dit(
         state_dict["pos_embed"] = torch.zeros(1, 1, width)
     if fields.get("router", "").startswith("prototype") or known.get("time_scale", 1) != 1:
         fields |= {"time_scale": 1000.0, "qk_norm_eps": 1e-5}
-        facts = {"objective": "rectified_flow:times=logit-normal"}
+        recorded = {"objective": "rectified_flow:times=logit-normal"}
     elif known.get("objective") == "gaussian" or "DDPM" in str(known.get("config")):
-        facts = {"objective": "gaussian"}
+        recorded = {"objective": "gaussian"}
     else:
-        facts = {"objective": "rectified_flow:times=uniform"}
+        recorded = {"objective": "rectified_flow:times=uniform"}
         state_dict = negate_output(reverse_time(state_dict))
-    return renamed(state_dict), fields, facts
+    return renamed(state_dict), fields, recorded
 
 
 def router_of(state_dict: dict[str, Tensor], known: dict) -> dict:
@@ -222,9 +222,9 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
         "mean": -known.get("P_mean", -0.8), "std": known.get("P_std", 0.8),
         "clamp": known.get("t_eps", 0.05), "noise_scale": known.get("noise_scale", 1.0),
     }  # fmt: skip
-    facts = {
-        "objective": Part("flow_x", options), "vae_path": PIXELS,
+    recorded = {
+        "objective": Word("flow_x", options), "vae_path": PIXELS,
         "image_size": side * layers["x_embedder.proj.weight"].shape[2],
     }  # fmt: skip
     layers = reorder_heads(layers, settings["num_heads"], JIT_PAIRS)
-    return reverse_time(layers), fields, facts
+    return reverse_time(layers), fields, recorded

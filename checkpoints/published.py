@@ -29,15 +29,15 @@ SAID = (
 )  # fmt: skip
 
 
-def facts_of(arguments: dict) -> dict:
+def recorded_in(arguments: dict) -> dict:
     """Translates the arguments of a published file to fields of a Record."""
     names = ("image_size", "vae_path", "latents_norm", "class_names")
-    facts = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    recorded = {name: arguments[name] for name in names if arguments.get(name) is not None}
     if arguments.get("model") in list(PRESETS):
-        facts["model"] = arguments["model"]
+        recorded["model"] = arguments["model"]
     if "rf" in arguments:
-        facts["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
-    return facts
+        recorded["objective"] = "rectified_flow" if arguments["rf"] else "gaussian"
+    return recorded
 
 
 def infer_config(

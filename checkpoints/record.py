@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
 from models import DiTConfig
-from options.parts import Part, Size, convert
+from options.parts import Size, Word, convert
 from options.settings import check_names, flags_of, in_file, over, read, stored
 from presets import SIZES
 from runtime.files import parse_json
@@ -33,7 +33,7 @@ class Record:
     config: DiTConfig
     step: int | None = None
     model: str | None = None  # "DiT-S/2"
-    objective: Part | None = None  # of `diffusion.OBJECTIVES`
+    objective: Word | None = None  # of `diffusion.OBJECTIVES`
     image_size: Size | None = None
     vae_path: str | None = None  # folder or hub id of the autoencoder
     vae_sha256: str | None = None  # digest of the autoencoder's weights, if latents were cached
@@ -49,7 +49,7 @@ class Record:
 
     def __post_init__(self):
         if self.objective is not None:
-            objective = Part.parse(self.objective, OBJECTIVES).complete(OBJECTIVES)
+            objective = Word.parse(self.objective, OBJECTIVES).complete(OBJECTIVES)
             object.__setattr__(self, "objective", objective)
         for name, hint in get_type_hints(type(self)).items():
             if (value := getattr(self, name)) is not None:
@@ -134,7 +134,7 @@ def as_words(values: dict[str, Any], name: str) -> dict[str, Any]:
         said["aux_loss_alpha"] = options["aux_loss_alpha"]
         options = {k: v for k, v in options.items() if k != "aux_loss_alpha"}
     if options:
-        said[name] = Part(said[name], dict(options))
+        said[name] = Word(said[name], dict(options))
     return said
 
 

@@ -20,7 +20,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.extractors import InceptionFeatures
-from evaluation.images import ImageSet, open_image_set
+from evaluation.image_sets import ImageSet, open_image_set
 from latents.autoencoder import weights_digest
 from latents.loading import evenly_spaced
 from options.parts import Size

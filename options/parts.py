@@ -6,11 +6,11 @@
     ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
 
 A component is one word: "mine:temperature=0.5", with options after the colon. It is the same word
-in a command, a recipe, config.yaml and the metadata of a checkpoint. A config holds it as a `Part`:
+in a command, a recipe, config.yaml and the metadata of a checkpoint. A config holds it as a `Word`:
 
-    part = Part.parse("mine:temperature=0.5", ROUTERS).complete(ROUTERS)
-    str(part)                                            # "mine:input=modulated,temperature=0.5"
-    router = part.make(ROUTERS, hidden_size=64, ...)
+    word = Word.parse("mine:temperature=0.5", ROUTERS).complete(ROUTERS)
+    str(word)                                            # "mine:input=modulated,temperature=0.5"
+    router = word.make(ROUTERS, hidden_size=64, ...)
 
 An option is declared once, as a typed field with default, help and range.
 """
@@ -30,7 +30,7 @@ Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 QUOTES = ("'", '"')
-WORDS = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
+TYPE_NAMES = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
 MAX_VALUES = 10_000  # of a list, which a file may forge
 LIMITS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
@@ -52,8 +52,8 @@ class UnknownOption(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
-    """A chosen component: its name, and its options."""
+class Word:
+    """The word of a component: its name, and options."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -63,15 +63,15 @@ class Part:
         return f"{self.name}:{text}" if text else self.name
 
     @classmethod
-    def parse(cls, word: Any, table: Registry) -> "Part":
-        """Reads a word such as "muon:betas=0.9,0.95,momentum=0.9", or a `Part`."""
-        if isinstance(word, Part):
-            name, said = word.name, word.options
-        elif isinstance(word, str):
-            name, said = split_word(word)
+    def parse(cls, text: "str | Word", table: Registry) -> "Word":
+        """Reads text such as "muon:betas=0.9,0.95,momentum=0.9", or checks a `Word`."""
+        if isinstance(text, Word):
+            name, said = text.name, text.options
+        elif isinstance(text, str):
+            name, said = split_word(text)
         else:
             example = f"{next(iter(table))}:OPTION=VALUE"
-            raise ValueError(f"got {word!r:.200}, expected a word such as {example}")
+            raise ValueError(f"got {text!r:.200}, expected a word such as {example}")
         if name not in table:
             if "=" in name:  # of a list in one line, YAML splits the words
                 raise ValueError(
@@ -88,20 +88,20 @@ class Part:
                 known = ", ".join(has) or "no options"
                 raise UnknownOption(f"got {name}:{key}, but {name} has {known}")
             is_tuple = typing.get_origin(has[key].hint) is tuple
-            if isinstance(word, str) and not is_tuple and len(value) == 1:
+            if isinstance(text, str) and not is_tuple and len(value) == 1:
                 value = value[0]
             elif value == [""]:
                 value = []
             found[key] = has[key].read(value, f"{name}:{key}")
         return cls(name, found)
 
-    def over(self, beneath: "Part | Sequence[Part]") -> "Part":
+    def over(self, beneath: "Word | Sequence[Word]") -> "Word":
         """Adds the options that only `beneath` says, if it is, or has once, the same component."""
-        parts = [beneath] if isinstance(beneath, Part) else beneath
-        same = [part for part in parts if part.name == self.name]
+        words = [beneath] if isinstance(beneath, Word) else beneath
+        same = [word for word in words if word.name == self.name]
         return replace(self, options=same[0].options | self.options) if len(same) == 1 else self
 
-    def complete(self, table: Registry) -> "Part":
+    def complete(self, table: Registry) -> "Word":
         """Adds the defaults of the other options, in their order."""
         has = options_of(table[self.name])
         return replace(self, options={k: self.options.get(k, has[k].default) for k in has})
@@ -164,7 +164,7 @@ class Option:
     lt: float | None = None
     choices: tuple = ()
     suffixes: tuple[str, ...] = ()
-    # The components that the field can name: a `Part`, a tuple of them, or text that is read later.
+    # The components that the field can name: a `Word`, a tuple of them, or text that is read later.
     table: Registry | None = None
     each_once: bool = False  # of several components, each at most once; their order has no meaning
     const: Any = None  # value of the flag if it is given without a value
@@ -187,8 +187,8 @@ class Option:
         if isinstance(value, list | tuple) and len(value) > MAX_VALUES:
             got = f"got {len(value):,} values"
             raise ValueError(f"{name or self.name}: {got}, expected at most {MAX_VALUES:,}")
-        if Part in (self.hint, *typing.get_args(self.hint)):
-            return self.read_parts(value, name or self.name)
+        if Word in (self.hint, *typing.get_args(self.hint)):
+            return self.read_words(value, name or self.name)
         allowed, found = self.choices, value
         limits = [(holds, getattr(self, limit)) for limit, (_, holds) in LIMITS.items()]
         with suppress(ValueError, OverflowError):
@@ -214,25 +214,25 @@ class Option:
             return f"a name that ends in {' or '.join(self.suffixes)}"
         limits = [(word, getattr(self, limit)) for limit, (word, _) in LIMITS.items()]
         ranges = " and ".join(f"{word} {bound:,}" for word, bound in limits if bound is not None)
-        return f"{words_for(self.hint)} {ranges}".strip()
+        return f"{type_name(self.hint)} {ranges}".strip()
 
-    def read_parts(self, value: Any, name: str) -> Part | tuple[Part, ...]:
-        """Reads a word, a `Part`, or for a list several of them, which must differ, or "none"."""
+    def read_words(self, value: Any, name: str) -> Word | tuple[Word, ...]:
+        """Reads a word, or for a list several, which must differ, or "none"."""
         try:
             if not self.is_list:
-                return Part.parse(value, self.table)
+                return Word.parse(value, self.table)
             items = value if isinstance(value, list | tuple) else [value]
             items = [] if [*items] == ["none"] else items
             if not items and not self.each_once:
                 raise ValueError("got none, expected at least one")
-            found = [Part.parse(item, self.table) for item in items]
+            found = [Word.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None
-        kinds = [part.name if self.each_once else str(part) for part in found]
+        kinds = [word.name if self.each_once else str(word) for word in found]
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"{name}: got {', '.join(kinds)}, expected different ones")
         if self.each_once:
-            found.sort(key=lambda part: [*self.table].index(part.name))
+            found.sort(key=lambda word: [*self.table].index(word.name))
         return tuple(found)
 
 
@@ -244,7 +244,7 @@ class Config:
             if (value := getattr(self, name)) is not None:
                 value = one.read(value)
                 if one.table is not None:
-                    complete = partial(Part.complete, table=one.table)
+                    complete = partial(Word.complete, table=one.table)
                     value = tuple(map(complete, value)) if one.is_list else complete(value)
                 object.__setattr__(self, name, value)
 
@@ -288,12 +288,12 @@ def options_of(kind: type) -> dict[str, Option]:
     return found
 
 
-def words_for(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """Describes the values of a type, such as "2 integers" for `tuple[int, int]`."""
     inner = [one for one in typing.get_args(hint) if one not in (types.NoneType, ...)]
     if typing.get_origin(hint) is tuple and ... not in typing.get_args(hint):
-        return f"{len(inner)} {words_for(inner[0]).split()[-1]}s"
-    return " or ".join(dict.fromkeys(map(words_for, inner))) or WORDS.get(hint, "a path")
+        return f"{len(inner)} {type_name(inner[0]).split()[-1]}s"
+    return " or ".join(dict.fromkeys(map(type_name, inner))) or TYPE_NAMES.get(hint, "a path")
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -321,13 +321,15 @@ def convert(value: Any, hint: Any) -> Any:
                 return convert(value, one)
         return convert(value, last)
     kind = origin or hint
+    if kind is str and hasattr(value, "__fspath__"):
+        value = value.__fspath__()
     if isinstance(value, str) and kind is bool:
         value = BOOLEANS.get(value.lower())
     elif isinstance(value, str) and kind is not str:
         value = kind(value)
     elif type(value) is int and kind is float:
         value = float(value)
-    fits = type(value) is kind if kind in WORDS else isinstance(value, kind)
+    fits = type(value) is kind if kind in TYPE_NAMES else isinstance(value, kind)
     if not fits or kind is float and not math.isfinite(value):
-        raise ValueError(f"got {value!r:.80}, expected {words_for(hint)}")
+        raise ValueError(f"got {value!r:.80}, expected {type_name(hint)}")
     return value

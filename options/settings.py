@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from options.parts import Option, Part, options_of
+from options.parts import Option, Word, options_of
 
 T = TypeVar("T")
 Flags = Mapping[str, Option]
@@ -72,11 +72,11 @@ def over(top: Mapping[str, Any], beneath: Mapping[str, Any]) -> Settings:
     """Changes settings. A component keeps its options beneath, if it is the same one."""
     found = {**beneath, **top}
     for name, value in top.items():
-        if isinstance(value, Part) and isinstance(beneath.get(name), Part):
+        if isinstance(value, Word) and isinstance(beneath.get(name), Word):
             found[name] = value.over(beneath[name])
         elif isinstance(value, tuple) and beneath.get(name):
             found[name] = tuple(
-                one.over(beneath[name]) if isinstance(one, Part) else one for one in value
+                one.over(beneath[name]) if isinstance(one, Word) else one for one in value
             )
     return found
 
@@ -98,15 +98,20 @@ def stored(config: Any) -> Settings:
 def in_file(value: Any) -> Any:
     if isinstance(value, tuple):
         return [in_file(one) for one in value]
-    return str(value) if isinstance(value, Part) else value
+    return str(value) if isinstance(value, Word) else value
 
 
-def differences(was: Any, now: Any) -> Iterator[tuple[str, str]]:
-    """Yields (name, "NAME: was X, is Y") for the fields that differ between two configs."""
+def differences(
+    was: Any, now: Any, meanings: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yields (name, "NAME: was X, is Y") for the fields that differ between two configs.
+
+    meanings: attributes that say what a field means if its default follows from others, by name
+    """
     for name in options_of(type(now)):
-        before, after = getattr(was, name), getattr(now, name)
-        if before != after:
-            yield name, difference(name, before, after)
+        meaning = (meanings or {}).get(name, name)
+        if getattr(was, meaning) != getattr(now, meaning):
+            yield name, difference(name, getattr(was, name), getattr(now, name))
 
 
 def difference(name: str, was: Any, now: Any) -> str:

@@ -114,6 +114,10 @@ class Distributed:
         """Calls action() on the main process only. All processes raise its error."""
         return self.run_on_all(lambda: action() if self.is_main else None)
 
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Calls action() on the main process only; returns its result, which must be picklable."""
+        return self.broadcast(self.on_main(action))
+
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"))  # a process that no launcher started
 

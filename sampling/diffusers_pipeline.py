@@ -18,11 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion import OBJECTIVES
 from initialization import initialize
 from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
 from models import DiT
-from options.parts import Part
 from quantization import quantize_experts
 from runtime.files import read_json
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
@@ -136,11 +134,8 @@ class DiTMoEPipeline(DiffusionPipeline):
             if len(generator) != count:
                 raise ValueError(f"generator: got {len(generator)}, expected {count}")
             seeds = [seeds_of(one, 1)[0] for one in generator]
-        objective = Part.parse(info.get("objective", "gaussian"), OBJECTIVES)
-        settings = SamplerSettings(
-            objective.name, sampler, num_inference_steps, guidance_scale,
-            objective_options=objective.options,
-        )  # fmt: skip
+        objective = info.get("objective", "gaussian")
+        settings = SamplerSettings(objective, sampler, num_inference_steps, guidance_scale)
         latents = generate(self.transformer.model, labels, seeds, settings, conditions=conditions)
         norm = (stored := info.get("latents_norm")) and LatentNorm(**stored)
         kind = AUTOENCODERS[type(self.vae).__name__] if self.vae else None

@@ -1,7 +1,7 @@
 """Sampling: labels and seeds to latents, for sample.py, training grids, evaluation and analysis."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffusion import (
 )
 from diffusion.samplers import Times
 from models import DiT, DiTConfig
+from options.parts import Word
 from runtime.errors import UserError, did_you_mean
 
 
@@ -23,14 +24,13 @@ from runtime.errors import UserError, did_you_mean
 class SamplerSettings:
     """Sampler settings. `resolve_settings` replaces None by the default and checks all values."""
 
-    objective: str  # key of `OBJECTIVES`
+    objective: str  # a word, such as rectified_flow:shift=3
     sampler: str | None = None  # None: the objective's first sampler
     num_steps: int | str | None = None  # None: the sampler's default
     # None: 1.5, or 1 (no guidance) if the model cannot be guided or was trained with guidance.
     cfg_scale: float | None = None
     guided_channels: int | str | None = None  # the first N, or "all"; None: the objective's default
     guidance_interval: tuple[float, float] | None = None  # None: the objective's default
-    objective_options: dict = field(default_factory=dict)
     time_shift: float | None = None  # shift of a flow's times; None: the shift of training
     respacing: str | None = None  # spec such as "10,5,3", for num_steps None or 18
 
@@ -80,7 +80,7 @@ def resolve_settings(
 
 
 def objective_of(settings: SamplerSettings) -> Objective:
-    return OBJECTIVES[settings.objective](**settings.objective_options)
+    return Word.parse(settings.objective, OBJECTIVES).make(OBJECTIVES)
 
 
 def times_of(settings: SamplerSettings, objective: Objective) -> Times:

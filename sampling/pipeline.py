@@ -13,10 +13,11 @@ from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized_weights import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
+from diffusion import OBJECTIVES
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
 from models import DiT
-from options.parts import sides
+from options.parts import Word, sides
 from options.settings import spelling
 from presets import PRESETS
 from runtime.devices import DTYPES, keep_freed_memory
@@ -185,15 +186,13 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     Empties the checkpoint's state dict, to free the fp32 weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = checkpoint.record.objective
     settings = SamplerSettings(
-        choose_objective(config, checkpoint),
+        str(choose_objective(config, checkpoint)),
         config.sampler,
         config.num_sampling_steps,
         config.cfg_scale,
         config.guided_channels,
         config.guidance_interval,
-        trained.options if trained else {},
         config.time_shift,
     )
     guide = None
@@ -247,7 +246,7 @@ def check_same_task(
             "latents": " x ".join(map(str, c.config.latent_shape)),
             "normalisation of latents": str(c.record.norm) if has_norms else None,
             "classes": c.config.num_classes if same_classes else None,
-            "objective": one.name if (one := c.record.objective) else chosen,
+            "objective": one.name if (one := c.record.objective) else chosen.name,
             "schedule": one.options.get("schedule", "linear") if one else "linear",
         }
         for c in both
@@ -255,17 +254,16 @@ def check_same_task(
     check_same(f"{message} {checkpoint.path}", *facts)
 
 
-def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> str:
+def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> Word:
     """Returns the objective that the checkpoint records or, without one, the flag names."""
-    flag, recorded = config.objective, checkpoint.record.objective
-    trained = recorded and recorded.name
+    flag, trained = config.objective, checkpoint.record.objective
     if trained is None and flag is None:
         print("the checkpoint does not record its objective; using gaussian (see --objective)")
-    if None not in (trained, flag) and trained != flag:
+    if None not in (trained, flag) and trained.name != flag:
         raise UserError(
-            f"--objective: got {flag}, but {checkpoint.path} was trained with {trained}"
+            f"--objective: got {flag}, but {checkpoint.path} was trained with {trained.name}"
         )
-    return trained or flag or "gaussian"
+    return trained or Word.parse(flag or "gaussian", OBJECTIVES)
 
 
 def autoencoder_of(

@@ -1,6 +1,5 @@
 """Flags of the scripts that sample from a checkpoint."""
 
-import os
 from dataclasses import dataclass
 
 from diffusion import OBJECTIVES, SAMPLERS
@@ -25,9 +24,8 @@ class SamplingConfig:
     def __post_init__(self):
         with naming_flags({}):
             for name in options_of(SamplingConfig):
-                value = getattr(self, name)
-                value = os.fspath(value) if isinstance(value, os.PathLike) else value
-                object.__setattr__(self, name, options_of(type(self))[name].read(value))
+                value = options_of(type(self))[name].read(getattr(self, name))
+                object.__setattr__(self, name, value)
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
         import_plugins(self.plugin)
 

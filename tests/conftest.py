@@ -475,7 +475,7 @@ def train_on(dist: Distributed, *commands: list[str]) -> None:
 
     for arguments in commands:
         command, said = parse_training("train.py", None, arguments)
-        assert train(command, said, "train.py", dist) == 0
+        assert train(command, said, dist) == 0
 
 
 def config_of_command(*arguments, script: str = "train.py"):

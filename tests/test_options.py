@@ -11,15 +11,15 @@ from checkpoints import config_of
 from diffusion import OBJECTIVES
 from models import DiT, DiT_models
 from moe import SparseMoEBlock
-from options.parts import Component, Config, Option, Part, option, options_of
+from options.parts import Component, Config, Option, Word, option, options_of
 from options.settings import flags_of, over, read
 from routers import ROUTERS
 from runtime.errors import UserError
 from training.auxiliary import AUXILIARY_LOSSES
 from training.config import training_flags
 from training.ema import EMAS
+from training.lr_schedule import SCHEDULES
 from training.optimizers import OPTIMIZERS
-from training.schedule import SCHEDULES
 
 
 class Sample(Component):
@@ -37,12 +37,12 @@ class Sample(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
-    sample: Part = option("sample", table={"sample": Sample}, help="one")
-    several: tuple[Part, ...] = option((), table={"sample": Sample}, help="any number")
+    sample: Word = option("sample", table={"sample": Sample}, help="one")
+    several: tuple[Word, ...] = option((), table={"sample": Sample}, help="any number")
 
 
-def read_word(word) -> Part:
-    return Part.parse(word, {"sample": Sample})
+def read_word(word) -> Word:
+    return Word.parse(word, {"sample": Sample})
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def read_word(word) -> Part:
     ],
 )
 def test_a_word_gives_options_their_types(word, options):
-    part = read_word(word)
-    assert part == Part("sample", options)
-    assert list(map(type, part.options.values())) == list(map(type, options.values()))
+    read = read_word(word)
+    assert read == Word("sample", options)
+    assert list(map(type, read.options.values())) == list(map(type, options.values()))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ AWKWARD = ("", " x ", "a,b", "a=b", "a:b", "it's", '"', "None ", "0", "True", "x
     ],
 )
 def test_a_component_is_equal_after_it_was_written_as_a_word(options):
-    part = Part("sample", options).complete({"sample": Sample})
-    assert read_word(str(part)) == part
-    assert read_word(yaml.safe_load(yaml.safe_dump(str(part)))) == part
+    word = Word("sample", options).complete({"sample": Sample})
+    assert read_word(str(word)) == word
+    assert read_word(yaml.safe_load(yaml.safe_dump(str(word)))) == word
 
 
 TABLES = {
@@ -123,10 +123,10 @@ def test_every_component_is_equal_after_it_was_written_as_a_word(flag):
         if kind.__module__.partition(".")[0] not in ours:
             continue
         changed = {one.name: another_value(one) for one in options_of(kind).values()}
-        for part in (Part(name), Part(name, changed)):
-            part = part.complete(table)
-            assert Part.parse(str(part), table) == part
-            assert list(part.options) == list(options_of(kind))
+        for word in (Word(name), Word(name, changed)):
+            word = word.complete(table)
+            assert Word.parse(str(word), table) == word
+            assert list(word.options) == list(options_of(kind))
 
 
 def another_value(one: Option):

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from checkpoints.checkpoint import fetch, find_weights
-from evaluation.images import ImageSet
+from evaluation.image_sets import ImageSet
 from evaluation.metrics import collect
 from latents.features import load_features
 from latents.image_grid import captioned_rows, enlarge, write_picture

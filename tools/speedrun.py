@@ -46,8 +46,8 @@ from tools.experiments.arms import arm_flags
 from tools.experiments.comparisons import with_error
 from tools.experiments.rows import add_row, read_lines, read_log
 from tools.experiments.train_arms import ema_decay_of
-from training.config import TrainConfig, fitted, parse_training
-from training.flags import TRAIN
+from training.config import TrainConfig, parse_training
+from training.sections import TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 # What tools.experiments.train_arms says before the flags of an arm, besides the decay of the EMA.
@@ -99,9 +99,8 @@ def resolved(words: list[str], dataset: CachedLatents) -> TrainConfig:
     command, said = parse_training(TRAIN, None, words)
     if command.finetune or command.resume:
         raise UserError(f"got {' '.join(words)}, expected training from new weights")
-    base = TrainConfig.default(TRAIN)
     with reported_as(" ".join(words), ValueError):
-        return base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
+        return TrainConfig.default(TRAIN).fitted(said, dataset)
 
 
 def command_of(config: SpeedrunConfig, entry: str, seed: int, name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
     command, said = parse_training("train.py", __doc__)      # recipes and command
     base = TrainConfig.default()                             # or of_record, or of_weights
-    config = base.changed(fitted(base, said, dataset))       # with what follows from the data
+    config = base.fitted(said, dataset)                      # with what follows from the data
     config.sections()                                        # the content of config.yaml
 
 Settings are dicts by field name. A recipe changes the base, the command changes both.
@@ -25,16 +25,18 @@ from diffusion.objectives import objective_named
 from latents.autoencoder import DEFAULT_VAE
 from latents.sources import Source
 from models import DiTConfig
-from options.parts import Part, options_of, sides
+from options.parts import Word, options_of, sides
 from options.settings import Flags, Settings, changed, flags_of, over, read, spelling, stored
 from presets import PRESETS
 from runtime.errors import UserError, did_you_mean, reported_as
 from runtime.files import read_yaml
-from runtime.flags import Parser, naming_flags, parse_flags, read_values
+from runtime.flags import Parser, naming_flags, parse_flags, read_values, refuse_idle
 from runtime.plugins import import_plugins
 from training.auxiliary import AUXILIARY_LOSSES, AuxiliaryLoss, Shapes
 from training.ema import EMA, EMAS
-from training.flags import (
+from training.lr_schedule import SCHEDULES, Schedule
+from training.optimizers import OPTIMIZERS, Optimizer
+from training.sections import (
     DEEPSPEED,
     EPOCHS,
     TRAIN,
@@ -42,12 +44,10 @@ from training.flags import (
     CommandFlags,
     DataConfig,
     EngineConfig,
-    PresetConfig,
     RunConfig,
+    Shorthands,
     StepConfig,
 )
-from training.optimizers import OPTIMIZERS, Optimizer
-from training.schedule import SCHEDULES, Schedule
 
 SECTIONS = {  # of a config.yaml
     "model": DiTConfig, "data": DataConfig, "step": StepConfig, "engine": EngineConfig,
@@ -59,11 +59,14 @@ FIRST_FLAGS = (  # what a newcomer needs
     "global_batch_size", "train_batch_size", "lr", "epochs", "max_steps", "run_name", "resume",
 )  # fmt: skip
 OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model that the data set
+FITTED = (*OF_DATA, "image_size", "vae_path", "conditions")  # settings that follow from the data
 TYPED = ("objective", "image_size", "vae_path")  # settings that are fields of a Record
-OF_EXPERTS = (
-    "router", "aux_loss_alpha", "num_experts_per_tok", "sparse_layers", "n_shared_experts"
-)  # fmt: skip
-SHARDING = ("shard_size", "reshard_after_forward", "expert_parallel")
+NEEDS = {  # settings without effect unless another one is set
+    "num_experts": (
+        "router", "aux_loss_alpha", "num_experts_per_tok", "sparse_layers", "n_shared_experts",
+    ),
+    "shard": ("shard_size", "reshard_after_forward", "expert_parallel"),
+}  # fmt: skip
 ALTERNATIVES = (  # pairs of flags of which a command gives one
     ("epochs", "max_steps"), ("latents_path", "data_path"), ("val_share", "val_path"),
 )  # fmt: skip
@@ -101,7 +104,7 @@ class TrainConfig:
 
     @cached_property
     def auxiliary(self) -> list[AuxiliaryLoss]:
-        return [part.make(AUXILIARY_LOSSES) for part in self.step.auxiliary]
+        return [word.make(AUXILIARY_LOSSES) for word in self.step.auxiliary]
 
     @cached_property
     def optimizer(self) -> Optimizer:
@@ -113,21 +116,19 @@ class TrainConfig:
 
     @cached_property
     def ema(self) -> list[EMA]:
-        return [part.make(EMAS) for part in self.step.ema]
+        return [word.make(EMAS) for word in self.step.ema]
 
     @classmethod
     def default(cls, script: str = TRAIN) -> "TrainConfig":
-        config = cls(
-            preset=PresetConfig().model, **{name: kind() for name, kind in SECTIONS.items()}
-        )
+        config = cls(preset=Shorthands().model, **{name: kind() for name, kind in SECTIONS.items()})
         engine = {"deepspeed_config": ZERO2} if script == DEEPSPEED else {}
         return config.changed({**sizes_of(config.preset), **engine})
 
     @classmethod
     def of_record(cls, record: Record, script: str = TRAIN) -> "TrainConfig":
         """Returns the settings of a checkpoint; those that this version lacks are left out."""
-        typed = {name: getattr(record, name) for name in TYPED}
-        known = record.settings | {name: v for name, v in typed.items() if v is not None}
+        typed = {name: v for name in TYPED if (v := getattr(record, name)) is not None}
+        known = record.settings | typed
         base = replace(cls.default(script), preset=record.model_name, model=record.config)
         return base.changed({name: known[name] for name in known.keys() & setting_names()})
 
@@ -139,14 +140,34 @@ class TrainConfig:
         model = with_dense_width(model if model.dropout == record.config.dropout else record.config)
         return cls.of_record(replace(record, config=model, settings={}, image_size=None), script)
 
-    def record(self, **facts: Any) -> Record:
-        """Returns a record of these settings and facts, for `of_record`."""
+    def record(self, **others: Any) -> Record:
+        """Returns a record of these settings, for `of_record`, with other fields."""
         of_model = options_of(DiTConfig).keys() - {"expert_backend"}
         settings = {name: v for name, v in self.stored().items() if name not in of_model}
         typed = {name: settings.pop(name, None) for name in TYPED}
-        return Record(config=self.model, model=self.preset, settings=settings, **{**typed, **facts})
+        return Record(config=self.model, model=self.preset, settings=settings, **typed | others)
 
-    def changed(self, values: Mapping[str, Any], **facts: Any) -> "TrainConfig":
+    def fitted(self, said: Settings, dataset: Source) -> "TrainConfig":
+        """Returns the config of a run: changed by what is said, and by what follows from the data
+        and the objective.
+
+        Raises ValueError if they contradict each other, or if a setting has no effect.
+        """
+        values = self.with_sizes(said)
+        kept = None if said.get("latents_path") else self.data.vae_path
+        vae_path = said.get("vae_path") or kept or dataset.vae_path or DEFAULT_VAE
+        input_size, channels = dataset.geometry(vae_path)
+        found = {
+            "num_classes": len(dataset.classes), "input_size": input_size, "in_channels": channels,
+            "image_size": dataset.image_size, "vae_path": vae_path,
+        } | ({} if dataset.can_flip else {"flip": False})  # fmt: skip
+        check_data(found, {"patch_size": self.model.patch_size, **values})
+        found["conditions"] = fitted_conditions(self, values, dataset.shapes)
+        config = self.changed(values | found, shapes=dataset.shapes)
+        refuse_idle_settings(config, said)
+        return config
+
+    def changed(self, values: Mapping[str, Any], **fields: Any) -> "TrainConfig":
         """Returns the config with these values by name; another preset sets its sizes.
 
         Raises ValueError for an unknown name or a wrong value.
@@ -157,7 +178,7 @@ class TrainConfig:
         for name, section in self.by_section.items():
             own = {key: values[key] for key in options_of(type(section)) if key in values}
             sections[name] = changed(section, own)
-        return replace(self, preset=values.get("model", self.preset), **sections, **facts)
+        return replace(self, preset=values.get("model", self.preset), **sections, **fields)
 
     def with_sizes(self, values: Mapping[str, Any]) -> Settings:
         """Adds the sizes of the preset that the values name, if it is another one."""
@@ -199,7 +220,7 @@ def setting_names() -> set[str]:
 
 def training_flags() -> Flags:
     """Returns the flags of the training scripts."""
-    flags = flags_of(PresetConfig, *SECTIONS.values(), CommandFlags)
+    flags = flags_of(Shorthands, *SECTIONS.values(), CommandFlags)
     return {name: flag for name, flag in flags.items() if name not in OF_DATA[1:]}
 
 
@@ -217,9 +238,8 @@ def parse_training(
     """
     is_mapping = isinstance(arguments, Mapping)
     if is_mapping:
-        if plugins := arguments.get("plugin", ()):
-            plugins = [plugins] if isinstance(plugins, str | os.PathLike) else plugins
-            arguments = {**arguments, "plugin": [*map(os.fspath, plugins)]}
+        early = read_values({"plugin": arguments.get("plugin")}, flags_of(CommandFlags))
+        plugins = early.get("plugin", ())
     else:  # a component can be named only after it was imported
         early = Parser(add_help=False, allow_abbrev=False)
         early.add_argument("--plugin", nargs="+", action="extend", default=[])
@@ -233,20 +253,15 @@ def parse_training(
         given = parse_flags(flags, description, arguments, FIRST_FLAGS, hidden)
     of_command = options_of(CommandFlags)
     with naming_flags(flags):
-        command = CommandFlags(**{n: value for n, value in given.items() if n in of_command})
+        of_this = {name: value for name, value in given.items() if name in of_command}
+        command = CommandFlags(script=script, **of_this)
         layers = [read_recipe(Path(path)) for path in command.config]
-        layers.append(once({n: v for n, v in given.items() if n == "rf" or n not in of_command}))
+        layers.append(resolved({n: v for n, v in given.items() if n not in of_command}, flags))
         said: Settings = {}
         for layer in layers:
-            gone = [b for pair in ALTERNATIVES for a, b in (pair, pair[::-1]) if layer.get(a)]
-            said |= {name: flags[name].default for name in gone}
-            if layer.get("num_experts") == 0:  # of no use to a dense model
-                said = {n: v for n, v in said.items() if n not in OF_EXPERTS}
-            if layer.get("shard") is False:
-                said = {n: v for n, v in said.items() if n not in SHARDING}
-            if "model" in layer:
-                said = without_preset(said, layer["model"])
-            said = over(layer, said)
+            said = over(layer, kept_beneath(layer, said))
+        if not command.dry_run:
+            refuse_idle(command, ("gpus", "gpu_memory"), "without --dry-run")
         for name, flag in flags.items():  # a recipe may say the other script's defaults
             is_said = name in given or said.get(name, flag.default) != flag.default
             if flag.script not in (None, script) and is_said:
@@ -258,11 +273,18 @@ def sizes_of(preset: str) -> Settings:
     return read(PRESETS[preset], flags_of(DiTConfig))
 
 
-def without_preset(said: Settings, preset: str) -> Settings:
-    """Drops what a preset sets, and what the preset that it replaces has set."""
-    new, old = sizes_of(preset), sizes_of(said["model"]) if "model" in said else {}
-    kept = {name: value for name, value in said.items() if name not in new}
-    return {n: v for n, v in kept.items() if n not in old or over({n: old[n]}, kept)[n] != v}
+def kept_beneath(layer: Settings, said: Settings) -> Settings:
+    """Drops what a recipe or command replaces without saying it."""
+    replaced: set[str] = set()
+    if "model" in layer:  # replaces its sizes, and what the preset beneath has set
+        old = sizes_of(said["model"]) if "model" in said else {}
+        unchanged = over(old, said)
+        replaced |= sizes_of(layer["model"]).keys()
+        replaced |= {name for name in old if said.get(name) == unchanged[name]}
+    for needed, names in NEEDS.items():
+        if not layer.get(needed, True):
+            replaced |= {*names}
+    return {name: value for name, value in said.items() if name not in replaced}
 
 
 def read_recipe(path: Path) -> Settings:
@@ -274,7 +296,7 @@ def read_recipe(path: Path) -> Settings:
             raise ValueError(f"no such file{did_you_mean(path.stem, recipes)}")
         expected = "a YAML file in UTF-8, such as a recipe or the config.yaml of a run"
         try:
-            values, *_ = read_yaml(path) or [{}]  # words, as in a command; then the facts of a run
+            values, *_ = read_yaml(path) or [{}]  # words, as in a command; then other inputs
         except yaml.YAMLError as error:
             raise ValueError(f"expected {expected}: {error}") from None
         if not isinstance(values := values or {}, dict):
@@ -284,38 +306,33 @@ def read_recipe(path: Path) -> Settings:
                 expected = f"a flag or one of {', '.join(SECTIONS)}"
                 raise ValueError(f"{key}: got a section, expected {expected}")
         recipe = read_values(values, flags)
-        for name in recipe.keys() & options_of(CommandFlags).keys() - {"rf"}:
+        for name in recipe.keys() & options_of(CommandFlags).keys():
             raise ValueError(f"got the key {name}, which only a command can have")
-        return once(recipe)
+        return resolved(recipe, flags)
 
 
-def once(layer: Settings) -> Settings:
-    """Replaces rf by the objective that it names. Raises ValueError if a command or recipe says the
-    same thing in two ways."""
+def resolved(layer: Settings, flags: Flags) -> Settings:
+    """Replaces rf by the objective that it names, and ends the alternatives of what is said.
+
+    Raises ValueError if a command or recipe says the same thing in two ways.
+    """
     layer = dict(layer)
     if (rf := layer.pop("rf", None)) is not None:
         named = layer.get("objective")
         word = objective_named(named and named.name, rf)
-        layer["objective"] = named or Part.parse(word, OBJECTIVES)
-    for one, other in ALTERNATIVES:
-        if layer.get(one) and layer.get(other):
-            raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
+        layer["objective"] = named or Word.parse(word, OBJECTIVES)
+    for pair in ALTERNATIVES:
+        for one, other in (pair, pair[::-1]):
+            if layer.get(one) and layer.get(other):
+                raise ValueError(f"{one}: cannot be combined with {spelling(other)}")
+            if layer.get(one):
+                layer[other] = flags[other].default
     return layer
 
 
-def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
-    """Returns the settings with those that follow from the data and the objective.
-
-    Raises ValueError if they say something else.
-    """
-    said = base.with_sizes(said)
-    vae_path = said.get("vae_path") or (None if said.get("latents_path") else base.data.vae_path)
-    vae_path = vae_path or dataset.vae_path or DEFAULT_VAE
-    input_size, channels = dataset.geometry(vae_path)
-    found = {
-        "num_classes": len(dataset.classes), "input_size": input_size, "in_channels": channels,
-        "image_size": dataset.image_size, "vae_path": vae_path,
-    } | ({} if dataset.can_flip else {"flip": False})  # fmt: skip
+def check_data(found: Settings, said: Settings) -> None:
+    """Raises ValueError if settings contradict those found in the data."""
+    channels, size = found["in_channels"], found["image_size"]
     if said.get("in_channels", channels) != channels:
         raise ValueError(
             f"model: got {said.get('model')}, made for {said['in_channels']} channels, but "
@@ -324,18 +341,15 @@ def fitted(base: TrainConfig, said: Settings, dataset: Source) -> Settings:
     for name in ("num_classes", "image_size"):
         if said.get(name) not in (None, found[name]):
             raise ValueError(f"{name}: got {said[name]}, expected {found[name]}, as in the data")
-    if said.get("flip") and not dataset.can_flip:
+    if said.get("flip") and not found.get("flip", True):
         raise ValueError("flip: got True, but the latents were cached without mirrored images")
-    patch = said.get("patch_size", base.model.patch_size)
-    if any(side % patch for side in sides(input_size)):
-        factor = sides(dataset.image_size)[0] // sides(input_size)[0]
-        why = f"the model's patches of {patch}"
+    side, patch = sides(found["input_size"])[0], said["patch_size"]
+    if any(length % patch for length in sides(found["input_size"])):
+        factor, why = sides(size)[0] // side, f"the model's patches of {patch}"
         if factor > 1:
             why = f"the autoencoder's factor {factor} x {why}"
-        raise ValueError(
-            f"image_size: got {dataset.image_size}, expected a multiple of {factor * patch}, {why}"
-        )
-    return said | found | {"conditions": fitted_conditions(base, said, dataset.shapes)}
+        expected = f"a multiple of {factor * patch}, {why}"
+        raise ValueError(f"image_size: got {size}, expected {expected}")
 
 
 def fitted_conditions(base: TrainConfig, said: Settings, shapes: Shapes) -> tuple[str, ...]:
@@ -353,3 +367,12 @@ def fitted_conditions(base: TrainConfig, said: Settings, shapes: Shapes) -> tupl
             raise ValueError(f"conditions: got {word}, expected {fitted} as in the data")
         words += [fitted] if word not in of_others else []
     return (*words, *(word for word in objective.conditions if word not in words))
+
+
+def refuse_idle_settings(config: TrainConfig, said: Settings) -> None:
+    """Refuses settings without effect that users meet."""
+    now, default = config.stored(), TrainConfig.default().stored()
+    for needed, names in NEEDS.items():
+        for name in names:
+            if not now[needed] and name in said and now.get(name) != default.get(name):
+                raise ValueError(f"{name}: has no effect without {spelling(needed)}")

@@ -23,7 +23,7 @@ from runtime.processes import Distributed, reseed
 from runtime.tensor_file import Box
 from training.config import TrainConfig
 from training.ema import EMA
-from training.flags import StepConfig
+from training.sections import StepConfig
 
 Bytes = dict[str, float]  # numbers of bytes, by purpose
 

@@ -1,9 +1,7 @@
 """--finetune: the weights that a run starts from."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from checkpoints.adapting import adapt
 from checkpoints.meta import meta_model
 from checkpoints.weights import shapes_of
 from latents.sources import Source, same_images
-from models import WITHOUT_EFFECT
+from models import MEANINGS, WITHOUT_EFFECT
 from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, sizes_of
@@ -55,7 +53,7 @@ def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
     found = [
         line
-        for name, line in differences(source.config, config.model)
+        for name, line in differences(source.config, config.model, MEANINGS)
         if name not in (*adapted, *WITHOUT_EFFECT)
     ]
     was, now = source.record.objective, config.step.objective
@@ -87,16 +85,17 @@ def start_weights(
     return adapted.state_dict
 
 
-def weights_notes(
-    source: Checkpoint, config: TrainConfig, facts: Mapping[str, Any], dataset: Source
-) -> list[str]:
+def weights_notes(source: Checkpoint, record: Record) -> list[str]:
     """Returns notes if the latents differ from those that the weights were trained on, or if images
-    are held out that they were trained on."""
+    are held out that they were trained on.
+
+    record: of the run
+    """
     notes, path, before = [], source.path, source.record
-    if found := latent_changes(before, facts, dataset):
+    if found := latent_changes(before, record):
         notes.append(f"{path} was trained on other latents: {'; '.join(found)}")
-    share, wanted = before.settings.get("val_share", 0.0), config.data.val_share
-    if share < wanted and same_images(before.images, facts["images"]):
+    share, wanted = (one.settings.get("val_share", 0.0) for one in (before, record))
+    if share < wanted and same_images(before.images, record.images):
         notes.append(
             f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
             f"was trained with --val-share {share:g}"
@@ -104,11 +103,11 @@ def weights_notes(
     return notes
 
 
-def latent_changes(before: Record, facts: Mapping[str, Any], dataset: Source) -> list[str]:
-    """Returns lines on the autoencoder and the normalisation that differ from those of weights."""
-    lines, was, now = [], before.vae_sha256, facts["vae_sha256"]
-    if None not in (was, now) and was != now:
-        lines.append(f"the autoencoder: was {was:.12}, is {now:.12}")
-    if before.norm and before.norm != dataset.norm:
-        lines.append(f"the normalisation of latents: was {before.norm}, is {dataset.norm}")
+def latent_changes(was: Record, now: Record) -> list[str]:
+    """Returns lines on the autoencoder and the normalisation that differ."""
+    lines, digests = [], (was.vae_sha256, now.vae_sha256)
+    if None not in digests and was.vae_sha256 != now.vae_sha256:
+        lines.append("the autoencoder: was {:.12}, is {:.12}".format(*digests))
+    if was.norm and was.norm != now.norm:
+        lines.append(f"the normalisation of latents: was {was.norm}, is {now.norm}")
     return lines

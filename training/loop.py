@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,11 +38,11 @@ from training.alarms import Alarms
 from training.config import TrainConfig
 from training.engine import Engine, node_size
 from training.log import RunLog
+from training.lr_schedule import rate_factor
 from training.plan import describe_memory, device_memory, disk_notes, lighter_settings, most_tokens
 from training.preview import draw_preview
 from training.profiling import profiling
 from training.saving import Saver
-from training.schedule import rate_factor
 from training.step import take_step
 from training.step_metrics import (
     ForwardClock,
@@ -71,11 +70,10 @@ class TrainingLoop:
 
     config: TrainConfig
     folder: Path
-    facts: dict[str, Any]  # about the data and the script, for the records of checkpoints
-    initialized_from: dict | None  # provenance of the weights that training began from, if any
+    record: Record  # the metadata of the checkpoints, without their step
     dataset: Source
     vae: Autoencoder | None  # None if no step needs it
-    held_out: list[Batch] | None  # latents of --val-path or --val-share
+    held_out: list[Batch]  # latents of --val-path or --val-share, if any
     stream: BatchStream  # the remaining steps
     log: RunLog
     engine: Engine
@@ -142,6 +140,8 @@ class TrainingLoop:
             fits = plan["fits"].partition(": ")
             note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
             self.log.text(f"{note}: {fits[2]}")
+            for note in disk_notes(config, stream.end_step, self.folder / "checkpoints"):
+                self.log.text(f"note: {note}")
         if flash_attention_fault:
             reason = printable(flash_attention_fault)[:300]
             self.log.text(
@@ -172,17 +172,6 @@ class TrainingLoop:
             f"images of {most_tokens(config.model)} tokens, {active / 1e6:.1f}M parameters for "
             f"each; what makes a step shorter: {'; '.join(faster)}"
         )
-
-    def record(self, step: int) -> Record:
-        """Returns the metadata of the checkpoint of a step: the config and the facts."""
-        dataset, facts = self.dataset, dict(self.facts)
-        return self.config.record(
-            # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
-            vae_path=self.vae.path if self.vae else dataset.vae_path,
-            images=facts.pop("images"), vae_sha256=facts.pop("vae_sha256"), facts=facts, step=step,
-            class_names=dataset.classes, initialized_from=self.initialized_from,
-            micro_batch=self.stream.micro_batch, latents_norm=dataset.norm.to_dict(),
-        )  # fmt: skip
 
     def take_steps(self, after_step: Callable[[], None]) -> bool:
         """Takes the remaining steps and saves the last one. If a signal stops the run, saves the
@@ -220,10 +209,6 @@ class TrainingLoop:
             evaluates = bool(self.held_out) and (done % config.val_every == 0 or is_last)
             if done % self.log_every == 0 or is_first or is_last or evaluates:
                 self.log_metrics(done, with_held_out=evaluates)
-            if is_first:
-                start = time.perf_counter()
-                self.check_disk()
-                self.tracker.paused += time.perf_counter() - start
         self.save_last(stream.end_step, least=stream.end_step)
         self.draw_samples(stream.end_step)
         return True
@@ -306,16 +291,6 @@ class TrainingLoop:
         if in_a_row >= MAX_SKIPPED:
             self.stop_skipping(done, in_a_row)
 
-    def check_disk(self) -> None:
-        """Logs a note if the disk is too small for the checkpoints; the first step has created the
-        state of the optimizer."""
-        _, tensors, _ = self.engine.state()
-        size = sum(self.dist.gather(sum(tensor.nbytes for tensor in tensors.values())))
-        if self.dist.is_main:
-            folder, steps = self.folder / "checkpoints", self.stream.end_step
-            for note in disk_notes(self.config, steps, size, folder):
-                self.log.text(f"note: {note}")
-
     def stop_skipping(self, done: int, in_a_row: int) -> None:
         """Saves the state before the skipped steps that end with step `done`; raises UserError."""
         good, factor = done - in_a_row, self.config.step.grad_skip
@@ -363,7 +338,7 @@ class TrainingLoop:
         is_kept = step == self.stream.end_step or step % self.config.run.ckpt_every == 0
         with self.failure_logged(step):
             self.log.flush()  # a resumed run cuts the log at its checkpoint
-            self.saver.start(step, self.record(step), replaceable=not is_kept)
+            self.saver.start(step, replace(self.record, step=step), replaceable=not is_kept)
         self.requests.saved()
 
     def finish_save(self) -> None:

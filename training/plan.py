@@ -1,11 +1,10 @@
 """--dry-run: prints what a command would train, the memory and the disk that it needs.
 
-print_plan(command, config, trained, notes, before, world_size)
+print_plan(command, config, trained, notes, before, dist)
 """
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from options.parts import Size
 from options.settings import Settings
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
-from runtime.processes import ALONE, read_environment
+from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
-from training.flags import CommandFlags, DataConfig
 from training.memory import received_rows, state_bytes
+from training.sections import CommandFlags, DataConfig
 from training.setup import length_notes, open_dataset, remaining_steps
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
@@ -36,20 +35,16 @@ USABLE = 0.9  # usable fraction of GPU memory; CUDA, autoencoder and fragmentati
 ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
-def planned_processes(command: CommandFlags) -> int:
-    return command.gpus or read_environment().world_size
-
-
 def print_plan(
     command: CommandFlags, config: TrainConfig, trained: np.ndarray, notes: list[str],
-    before: Record | None, world_size: int,
+    before: Record | None, dist: Distributed,
 ) -> None:  # fmt: skip
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps.
 
     before: record of the checkpoint from which the run would go on, or None
     """
-    stream = remaining_steps(config, trained, 0, replace(ALONE, world_size=world_size))
-    memories = planned_memories(command.gpu_memory, node_size(config, world_size))
+    stream = remaining_steps(config, trained, 0, dist)
+    memories = planned_memories(command.gpu_memory, node_size(config, dist.world_size))
     lines = describe_model(config) | describe_memory(config, stream, memories)
     lines |= describe_steps(config, stream)
     if before:
@@ -124,10 +119,9 @@ def most_tokens(model: DiTConfig) -> int:
 
 
 def describe_steps(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
-    state, steps = state_bytes(config), stream.end_step
-    images, count = stream.num_images, stream.global_batch
+    steps, images, count = stream.end_step, stream.num_images, stream.global_batch
     return {
-        "disk": disk_use(config, steps, state["weights"] + state["optimizer"])[1],
+        "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
         f"{steps * count / images:.1f} epochs of {images:,} images",
@@ -224,14 +218,11 @@ def open_planned(
     )
 
 
-def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]:
+def disk_use(config: TrainConfig, steps: int) -> tuple[float, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
-    those that it replaces still exist, and of the snapshots that --keep-last leaves.
-
-    state: bytes of a checkpoint without the EMAs
-    """
-    average = 4 * count_parameters(config.model)[0]
-    checkpoint = state + len(config.ema) * average
+    those that it replaces still exist, and of the snapshots that --keep-last leaves."""
+    average, state = 4 * count_parameters(config.model)[0], state_bytes(config)
+    checkpoint = state["weights"] + state["optimizer"] + len(config.ema) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
     snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.ema)
@@ -245,10 +236,9 @@ def disk_use(config: TrainConfig, steps: int, state: float) -> tuple[float, str]
     return sum(count * size for _, count, size in parts), text
 
 
-def disk_notes(config: TrainConfig, steps: int, state: float, folder: Path) -> list[str]:
-    """Returns a note if the checkpoints of a run do not fit on the disk of their folder; see
-    `disk_use`."""
-    needed, text = disk_use(config, steps, state)
+def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:
+    """Returns a note if the checkpoints of a run do not fit on the disk of their folder."""
+    needed, text = disk_use(config, steps)
     present = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
     if needed <= (free := shutil.disk_usage(folder).free + present):
         return []

@@ -45,10 +45,9 @@ def draw_preview(run: "TrainingLoop") -> Tensor | None:
         }
     is_guided = model.config.dropout and not config.objective.guides_in_training
     settings = SamplerSettings(
-        config.step.objective.name,
+        str(config.step.objective),
         sampler=config.objective.preview_sampler,
         cfg_scale=config.run.sample_cfg_scale if is_guided else 1.0,
-        objective_options=config.step.objective.options,
     )
     steps = resolve_settings(settings, model.config).num_steps
     bar = progress(total=steps, desc="samples", leave=False, delay=5)

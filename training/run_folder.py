@@ -1,4 +1,4 @@
-"""Run folders: their names, their lock and what --resume finds in them.
+"""Run folders: their names, their lock and config.yaml.
 
     results/007-DiT-S-2-8E2A-rectified_flow/
         config.yaml                            all settings
@@ -24,57 +24,20 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from checkpoints import MODEL_FILE, step_folders
+from checkpoints import MODEL_FILE, Record, step_folders
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import open_run_file, write_durably
 from training.config import OF_DATA, TrainConfig
-from training.flags import CommandFlags
 from training.manifest import MANIFEST_FILE
+from training.sections import CommandFlags
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"
 
 
-def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
-    """Returns the run folder to go on in, or None for a new run; and the checkpoints to go on from,
-    the newest first.
-
-    A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
-    from a checkpoint of another run.
-    """
-    named = named_folder(command) if command.run_name else None
-    branch = branch_of(command)
-    if command.finetune and command.resume:
-        raise UserError("--resume: cannot be combined with --finetune")
-    if command.resume and not branch:  # an empty variable of a shell names nothing
-        run = Path(command.resume)
-        if not (steps := step_folders(run)):
-            raise not_resumable(run)
-        place = named or Path(command.results_dir or run.resolve().parent, run.resolve().name)
-        if place.resolve() != run.resolve():
-            new = f"--resume {steps[0]} --run-name NEW"
-            got = f"a run keeps its folder, got {place}"
-            raise UserError(f"--resume {run}: {got}; for a new run: {new}")
-        return run, steps
-    if named and (steps := step_folders(named)):  # a branch's first checkpoint may be deleted
-        return named, steps
-    if branch and not is_step_folder(branch):
-        raise not_resumable(branch)
-    if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UserError(
-            "--run-name: is required with --max-restarts: a restarted command goes on with the run "
-            "of its name"
-        )
-    return None, [branch] if branch else []
-
-
 def branch_of(command: CommandFlags) -> Path | None:
-    """Returns the checkpoint with which a new run begins, if --resume names one."""
-    path = Path(command.resume or "")
-    if not command.resume or step_folders(path):
-        return None
-    place = Path(os.path.abspath(path))
-    is_named_so = place.name.isdecimal() and place.parent.name == "checkpoints"  # may be deleted
-    return path if is_named_so or is_step_folder(path) else None
+    """Returns the checkpoint with which a new run begins: what --resume names, unless a run."""
+    path = Path(command.resume or "")  # an empty variable of a shell names nothing
+    return path if command.resume and not step_folders(path) else None
 
 
 def is_step_folder(path: Path) -> bool:
@@ -82,20 +45,6 @@ def is_step_folder(path: Path) -> bool:
     step folder, which has a number as its name."""
     has_weights = os.path.isfile(path / MODEL_FILE)
     return os.path.isfile(path / MANIFEST_FILE) or has_weights and path.name.isdecimal()
-
-
-def not_resumable(source: Path) -> UserError:
-    """Describes the error for a --resume that names neither a run nor a checkpoint."""
-    expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
-    if os.path.exists(source):
-        advice = f"to start from weights: --finetune {source}"
-        if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
-            advice = f"to begin it again: its command, or --config {source / CONFIG_FILE}"
-        return UserError(f"--resume: got {source}, {expected}; {advice}")
-    steps = [folder.name for folder in step_folders(source.parent.parent)]
-    if source.parent.name == "checkpoints" and steps:
-        expected = f"expected a checkpoint of the run: {', '.join(steps[:20])}"
-    return UserError(f"--resume: {source} does not exist, {expected}")
 
 
 def parent_folder(command: CommandFlags) -> Path:
@@ -151,7 +100,7 @@ class ConfigDumper(yaml.SafeDumper):
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+def write_config(run: Path, config: TrainConfig, record: Record) -> None:
     """Writes config.yaml: the settings, which are a recipe, and, after ---, what the data set."""
     script = config.engine.script
     text = (
@@ -162,7 +111,8 @@ def write_config(run: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
     sections = config.sections()
     of_data = {name: sections["model"].pop(name) for name in OF_DATA}
     of_data["sparse_blocks"] = [*config.model.sparse_blocks]
-    documents = [sections, {**facts, **of_data}]
+    known = {**record.facts, "images": record.images, "vae_sha256": record.vae_sha256}
+    documents = [sections, {**known, **of_data}]
     text += yaml.dump_all(documents, Dumper=ConfigDumper, sort_keys=False, width=10_000)
     with reported_as(f"--results-dir: cannot write to {run}", OSError):
         write_durably(run / CONFIG_FILE, text)

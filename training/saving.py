@@ -54,7 +54,7 @@ class Saver:
     def __init__(self, run: Path, engine: Engine):
         self.run, self.engine, self.dist = run, engine, engine.dist
         tensors = meta_model(engine.config.model).state_dict().items()
-        self.layout = {name: (value.dtype, value.shape) for name, value in tensors}
+        self.kinds = {name: (value.dtype, value.shape) for name, value in tensors}
         if self.dist.world_size > 1:
             hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
             self.dist = replace(self.dist, hosts=hosts)
@@ -85,7 +85,7 @@ class Saver:
         for number, ema in enumerate(self.engine.emas):
             path = temporary / ema_file(ema.name, is_first=not number)
             of_ema = replace(record, ema=ema.name, ema_start_share=ema.start_share)
-            file = TensorFile(path, self.layout, of_ema.to_metadata())
+            file = TensorFile(path, self.kinds, of_ema.to_metadata())
             writes.append(Write(file, self.engine.average(number), self.dist.is_main))
         return writes
 

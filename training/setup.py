@@ -2,10 +2,10 @@
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import numpy as np
 
+from checkpoints import Record
 from checkpoints.meta import meta_model
 from checkpoints.record import NOTED_SHARE
 from conditions import split_condition
@@ -20,7 +20,7 @@ from runtime.processes import ALONE, Distributed
 from runtime.progress import progress
 from training.config import TrainConfig
 from training.engine import frozen_names
-from training.flags import DataConfig
+from training.sections import DataConfig
 
 
 def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
@@ -38,13 +38,13 @@ def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
     is_local = ":" not in data.data_path  # files, not a dataset on the hub
     if is_local and dist.is_main:
         print_safely(f"reading the names of the images in {data.data_path}")
-    return dist.broadcast(dist.on_main(read)) if is_local else read()
+    return dist.from_main(read) if is_local else read()
 
 
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
-) -> tuple[dict[str, Any], Autoencoder | None]:
-    """Returns the facts of the data, and the autoencoder, if needed."""
+) -> tuple[Autoencoder | None, Record]:
+    """Returns the autoencoder, if needed, and a record of the settings and the data."""
     dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
     digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
@@ -61,10 +61,14 @@ def inputs_of(
                 f"{config.data.latents_path}"
             )
         digest, dataset.norm = got, vae.norm
-    facts = {"images": dataset.fingerprint, "vae_sha256": digest}
-    if set(FEATURES).intersection(tensors_of(config)):
-        facts["features_sha256"] = dataset.features_sha256
-    return facts, vae
+    has_features = bool(set(FEATURES).intersection(tensors_of(config)))
+    return vae, config.record(
+        # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
+        vae_path=vae.path if vae else dataset.vae_path, vae_sha256=digest,
+        images=dataset.fingerprint, class_names=dataset.classes,
+        latents_norm=dataset.norm.to_dict(),
+        facts={"features_sha256": dataset.features_sha256} if has_features else {},
+    )  # fmt: skip
 
 
 def check_model(config: TrainConfig) -> None:
@@ -108,22 +112,24 @@ def remaining_steps(
 
 
 def held_out_batches(
-    config: TrainConfig, dataset: Source, vae: Autoencoder | None, facts: dict[str, Any],
+    config: TrainConfig, dataset: Source, vae: Autoencoder | None, record: Record,
     held_out: np.ndarray, notes: list[str],
 ) -> list[Batch]:  # fmt: skip
-    """Returns the batches of --val-path or --val-share, which are the same in every run.
+    """Returns the batches of --val-path or --val-share, if any, which are the same in every run.
 
-    facts: fingerprint of the training images, digests of the autoencoder and the features
+    record: has the training images, and the digests of the autoencoder and the features
     held_out: indices of the held-out images in the dataset
     notes: receives a note if --val-path has the training images
     """
     data, images, flag = config.data, dataset, "--val-share"
+    if not data.val_path and not data.val_share:
+        return []
     if data.val_path:
         flag = "--val-path"
         images = open_data(data.val_path, data.image_size, flag)
-        if same_images(images.fingerprint, facts["images"]):
+        if same_images(images.fingerprint, record.images):
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
-        check_networks(images, facts["vae_sha256"], facts.get("features_sha256"), flag)
+        check_networks(images, record.vae_sha256, record.facts.get("features_sha256"), flag)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         held_out = np.arange(len(images))
     images.requested = [split_condition(word)[0] for word in config.model.conditions]

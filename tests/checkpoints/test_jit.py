@@ -118,10 +118,9 @@ def test_noise_of_another_scale_is_data_of_the_inverse_scale():
     model.forward = lambda z, t, y: network(z, t, y)  # linear, so images scale with the noise
     for sampler in ("heun", "sde", "unipc"):
         pair = [
-            generate(model, [1, 2], [0, 1], SamplerSettings("flow_x", sampler, 4, 1.0,
-                                                           objective_options={"noise_scale": s}))
-            for s in (1.0, 2.0)
-        ]  # fmt: skip
+            generate(model, [1, 2], [0, 1], SamplerSettings(word, sampler, 4, 1.0))
+            for word in ("flow_x:noise_scale=1", "flow_x:noise_scale=2")
+        ]
         torch.testing.assert_close(pair[1], 2 * pair[0])
         images.append(pair[0])
     assert relative_error(images[0], images[1]) > 1e-2

@@ -5,7 +5,6 @@ z_r = z_t s(r) / s(t), with s(t)^2 = (1 - t)^2 STD^2 + t^2.
 """
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -151,9 +150,8 @@ def test_a_mean_flow_model_with_euler_is_sampled_like_a_rectified_flow():
     assert torch.equal(mean_flow, flow)
     means = generate(model, [1, 2], [0, 1], SamplerSettings("mean_flow", None, 3, 2.0))
     assert relative_error(means, flow) > 1e-3
-    guided = SamplerSettings("mean_flow", objective_options={"kappa": 0.5})
-    assert resolve_settings(guided, model.config).cfg_scale == 1
-    assert resolve_settings(replace(guided, objective_options={}), model.config).cfg_scale == 1.5
+    for objective, scale in (("mean_flow:kappa=0.5", 1), ("mean_flow", 1.5)):
+        assert resolve_settings(SamplerSettings(objective), model.config).cfg_scale == scale
 
 
 def test_compiled_blocks_give_the_loss_gradients_and_samples_of_mean_flow(monkeypatch):

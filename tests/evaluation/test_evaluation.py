@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from evaluation.extractors import InceptionFeatures, load_extractor
-from evaluation.images import ImageSet, open_image_set, reconstructed, write_npz
+from evaluation.image_sets import ImageSet, open_image_set, reconstructed, write_npz
 from evaluation.metrics import (
     Statistics,
     choose_metrics,

@@ -14,7 +14,7 @@ from test_published_moe import hints, weights_path
 from test_sampling import checkpoints, randomised_preset  # noqa: F401  # a fixture
 
 from evaluate import EvaluateConfig, results_folder, settings_of
-from evaluation.images import read_image
+from evaluation.image_sets import read_image
 from evaluation.sampled_images import sample_labels
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, command_line, config_of_command, expect_error
 
-from options.parts import Component, Config, Part, option
+from options.parts import Component, Config, Word, option
 from runtime.errors import run_main
 from runtime.flags import parse_config
 
@@ -194,12 +194,12 @@ class Example(Config):
     the_scale: float | None = option(None, ge=0, help="another")
     wide: bool = option(False, help="on or off")
     names: tuple[str, ...] = option((), help="some")
-    speed: Part = option("constant", table={"constant": Constant, "zero": Zero}, help="speed")
+    speed: Word = option("constant", table={"constant": Constant, "zero": Zero}, help="speed")
 
 
 def test_a_config_dataclass_is_parsed_from_a_command_line():
     words = ["--path=x", "--the_scale", "2", "--wide", "--names", "a", "--speed=constant:factor=2"]
-    speed = Part("constant", {"factor": 2.0})
+    speed = Word("constant", {"factor": 2.0})
     assert parse_config(Example, None, words) == Example(
         path="x", the_scale=2.0, wide=True, names=("a",), speed=speed
     )

@@ -34,7 +34,7 @@ from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
 from checkpoints.adapting import drop_experts, upcycled_config
 from latents.autoencoder import weights_digest
-from options.parts import Part
+from options.parts import Word
 from options.settings import stored
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
@@ -59,7 +59,7 @@ def trained(tmp_path_factory, tiny_vae) -> dict[str, Path]:
         ("gaussian", model, {}), ("rectified_flow", model, {"mean": -0.4}),
         ("mean_flow", spans, {"omega": 0.8, "kappa": 0.5}),
     ):  # fmt: skip
-        values = {**facts, "objective": Part(objective, options)}
+        values = {**facts, "objective": Word(objective, options)}
         paths[objective] = save_checkpoint(trained, folder / f"{objective}.safetensors", **values)
     return paths
 

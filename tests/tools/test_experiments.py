@@ -775,7 +775,7 @@ def test_silenced_experts_are_experts_with_outputs_of_zero(config):
         torch.nn.init.normal_(parameter, std=0.1)
     latents = torch.randn(20, fields.in_channels, fields.input_size, fields.input_size)
     batch = {"latents": latents, "label": torch.arange(20) % fields.num_classes}
-    settings = SimpleNamespace(objective="rectified_flow", objective_options={})
+    settings = SimpleNamespace(objective="rectified_flow")
     pipeline, gone = SimpleNamespace(model=model, settings=settings), [[0, 3], [5, 6]]
     silenced = losses_without(gone, pipeline, None, [batch])
     whole = losses_without([[], []], pipeline, None, [batch])

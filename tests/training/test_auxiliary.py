@@ -22,7 +22,7 @@ from checkpoints import config_of
 from checkpoints.checkpoint import load_model
 from diffusion import OBJECTIVES
 from models import DiT, DiTConfig
-from options.parts import Part
+from options.parts import Word
 from runtime.processes import ALONE
 from tools.benchmarks.common import make_engine, train_step
 from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
@@ -121,13 +121,13 @@ def naive(name: str, engine, objective, batch, t, noise) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
-    part = Part.parse(CASES[case], AUXILIARY_LOSSES)
-    part.options["weight"] = 0.3
+    word = Word.parse(CASES[case], AUXILIARY_LOSSES)
+    word.options["weight"] = 0.3
     objective = OBJECTIVES["gaussian" if case == "sra-gaussian" else "rectified_flow"]()
     torch.manual_seed(1)
     batch = {"latents": torch.randn(6, 4, 8, 8), "label": torch.arange(6) % 4}
     batch["tokens"] = torch.randn(6, 4 if case == "repa" else 16, 6).half()
-    values = {"precision": "fp32", "ema": ("exponential:decay=0.9",), "auxiliary": (part,),
+    values = {"precision": "fp32", "ema": ("exponential:decay=0.9",), "auxiliary": (word,),
               "objective": "rectified_flow"}  # fmt: skip
     config = replace(TrainConfig.default(), model=DiTConfig(**TINY_MODEL, class_dropout_prob=0.0))
     config = config.changed(values, shapes={"tokens": batch["tokens"].shape[1:]})
@@ -146,7 +146,7 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
     drawn = objective.draw(batch["latents"])
     want = naive(case, engine, objective, batch, drawn["t"], drawn["noise"])
     plain = objective.losses(engine.model, batch["latents"], batch["label"], **drawn)
-    assert terms[part.name].item() == pytest.approx(want.item(), rel=1e-4)
+    assert terms[word.name].item() == pytest.approx(want.item(), rel=1e-4)
     total = plain["loss"].mean() + plain["aux_loss"] + 0.3 * want
     expected = torch.autograd.grad(total, weights.values(), allow_unused=True)
     for weight, one, other in zip(weights, got, expected, strict=True):

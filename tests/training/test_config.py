@@ -10,7 +10,7 @@ from conftest import config_of_command, expect_error
 
 from runtime.errors import UserError
 from train import run
-from training.config import RECIPES, TrainConfig
+from training.config import RECIPES, TrainConfig, parse_training
 from training.run_folder import CONFIG_FILE, write_config
 
 
@@ -28,7 +28,7 @@ def recipe(tmp_path):
 
 
 def config_file(folder: Path, config: TrainConfig) -> Path:
-    write_config(folder, config, {})
+    write_config(folder, config, config.record())
     return folder / CONFIG_FILE
 
 
@@ -210,6 +210,12 @@ def test_a_flag_without_effect_or_that_data_contradict_is_refused(
 def test_train_run_checks_its_arguments_like_command_line_flags(flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         run(**flags)
+
+
+def test_train_run_takes_paths():
+    file = RECIPES / "stable.yaml"
+    command, said = parse_training("train.py", arguments={"config": file, "data_path": Path("x")})
+    assert command.config == (str(file),) and said["data_path"] == "x" and "ema" in said
 
 
 def test_two_averages_of_one_name_are_refused():

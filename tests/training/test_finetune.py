@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from training.config import TrainConfig
 from training.engine import freeze
 from training.finetune import open_weights
-from training.flags import StepConfig
+from training.sections import StepConfig
 
 
 @pytest.fixture

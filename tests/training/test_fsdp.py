@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import MODEL_FILE, config_of
-from options.parts import Part
+from options.parts import Word
 from routers import ROUTERS, Context, TopKRouter
 from runtime.errors import UserError
 from training.engine import new_weights
@@ -623,7 +623,7 @@ def test_shard_rejects_an_optimizer_whose_state_has_a_different_shape(monkeypatc
     monkeypatch.setitem(OPTIMIZERS, "adafactor", Adafactor)
     config = replace(config_of_command("--shard"), model=config_of("DiT-Ti/2", depth=1))
     FSDPEngine.check(config, 2)
-    other = replace(config, step=replace(config.step, optimizer=Part("adafactor")))
+    other = replace(config, step=replace(config.step, optimizer=Word("adafactor")))
     FSDPEngine.check(other, 1)  # one process has whole weights
     with pytest.raises(UserError, match="adafactor keeps row_var .* requires tensors of the same"):
         FSDPEngine.check(other, 2)

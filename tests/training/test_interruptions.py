@@ -144,7 +144,7 @@ def stopped_grid(dist, arguments: list[str]) -> int:
         return unsignalled(*given, callback=signal_after_a_step, **options)
 
     preview.generate = generate
-    return start.train(*parse_training("train.py", None, arguments), "train.py", dist)
+    return start.train(*parse_training("train.py", None, arguments), dist)
 
 
 def test_processes_that_share_a_model_leave_a_sample_grid_together(flags, tmp_path):

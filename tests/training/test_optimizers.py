@@ -9,8 +9,8 @@ from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
 from training.ema import ExponentialEMA, PowerEMA
+from training.lr_schedule import SCHEDULES, rate_factor
 from training.optimizers import AdamW, Muon, hidden_matrices, planned_state
-from training.schedule import SCHEDULES, rate_factor
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:

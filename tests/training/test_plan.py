@@ -67,14 +67,14 @@ def test_the_plan_of_a_small_model_has_no_size_of_zero(capsys):
 def test_a_run_notes_that_its_disk_is_too_small(tmp_path, monkeypatch):
     """Checkpoints that the run has already written count as space for its checkpoints."""
     config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2"))
-    needed, _ = disk_use(config, 1000, 2**20)
+    needed, _ = disk_use(config, 1000)
     (tmp_path / "0000500").mkdir()
     with (tmp_path / "0000500" / "model.safetensors").open("wb") as file:
         file.truncate(needed // 4)
     for free, count in ((needed - needed // 4, 0), (needed - needed // 4 - 1, 1)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        notes = disk_notes(config, 1000, 2**20, tmp_path)
+        notes = disk_notes(config, 1000, tmp_path)
         assert len(notes) == count and all("--keep-last" in note for note in notes)
 
 

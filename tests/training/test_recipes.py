@@ -12,7 +12,7 @@ from conftest import ROOT, call_main
 
 from checkpoints.costs import count_parameters
 from models import DiT
-from training.config import TrainConfig, fitted, parse_training
+from training.config import TrainConfig, parse_training
 from training.plan import open_planned
 from training.run_folder import CONFIG_FILE, write_config
 
@@ -61,7 +61,7 @@ def config_of(*arguments: str | Path) -> TrainConfig:
     _, said = parse_training("train.py", None, [*map(str, arguments)])
     base = TrainConfig.default()
     images = open_planned(base.changed(said).data, said, None, [])
-    return base.changed(fitted(base, said, images))
+    return base.fitted(said, images)
 
 
 @functools.cache
@@ -141,7 +141,7 @@ EXAMPLES = ("promoe_b", "diffmoe_b", "dsmoe_b_e16", "dit_b2", "jitmoe_b16_e16") 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, "published", "stable", "fast", "pixels", "race"])
 def test_the_config_file_of_a_run_with_a_recipe_is_a_recipe_for_the_same_config(name, tmp_path):
-    write_config(tmp_path, recipe(name), {})
+    write_config(tmp_path, recipe(name), recipe(name).record())
     assert config_of("--config", tmp_path / CONFIG_FILE) == recipe(name)
 
 

@@ -31,7 +31,7 @@ import training.step
 from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from checkpoints.costs import count_macs
-from options.parts import Part
+from options.parts import Word
 from routers import ROUTERS
 from training.config import parse_training
 from training.run_folder import CONFIG_FILE
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_
     assert [row["experts_per_token"][0] for row in log] == [1, 1, 2, 2, 3]
     config = load_model(step_folder(results, 5)).config
     for row, k in ((log[0], 1), (log[-1], 3)):
-        macs = count_macs(replace(config, router=Part("topk"), num_experts_per_tok=k))
+        macs = count_macs(replace(config, router=Word("topk"), num_experts_per_tok=k))
         assert row["tflops_per_gpu"] * 1e12 == pytest.approx(6 * macs * row["images_per_sec"])
     for step, k in ((3, 2), (5, 3)):
         model = load_model(step_folder(results, step))

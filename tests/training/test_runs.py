@@ -47,12 +47,12 @@ from options.parts import option
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
-from training import loop, preview, start
+from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
-from training.engines.state import FACTS_KEY, STATE_FILES
-from training.flags import CommandFlags
+from training.engines.state import STATE_FILES, STATE_KEY
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
+from training.memory import state_bytes
 from training.optimizers import OPTIMIZERS, AdamW
 from training.run_folder import (
     CONFIG_FILE,
@@ -62,6 +62,7 @@ from training.run_folder import (
     parent_folder,
 )
 from training.saving import Saver
+from training.sections import CommandFlags
 
 STATE_FILE = STATE_FILES.format(0)
 NAME = "DiT-Ti-2-2E2A-rectified_flow"
@@ -560,7 +561,7 @@ def test_a_run_started_before_an_option_existed_resumes_with_the_default(finishe
                                   precision="fp32")  # fmt: skip
     record.settings["gone"] = 1
     assert TrainConfig.of_record(record) == config
-    (note,) = [x for x in start.kept_settings(record, config, {}) if "unknown settings" in x]
+    (note,) = [x for x in going_on.kept_settings(record, config, {}) if "unknown settings" in x]
     assert note.endswith("gone")
 
 
@@ -770,7 +771,7 @@ def test_a_forged_state_is_a_one_line_error(copied, flags, forged, reason, capsy
     path = step_folder(copied, 3) / STATE_FILE
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    metadata[FACTS_KEY] = json.dumps(json.loads(metadata[FACTS_KEY]) | forged)
+    metadata[STATE_KEY] = json.dumps(json.loads(metadata[STATE_KEY]) | forged)
     write_tensors(path, tensors, metadata)
     list_files(path.parents[1])
     line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
@@ -848,11 +849,6 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     monkeypatch.setattr(loop.TrainingLoop, "step", start_step)
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    planned, disk_notes = [], loop.disk_notes
-    noted = lambda config, steps, size, folder: (  # noqa: E731
-        planned.append(size) or disk_notes(config, steps, size, folder)
-    )
-    monkeypatch.setattr(loop, "disk_notes", noted)
     changes = {"num-sample": 1, "sample-every": 1}
     call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 4}))
     assert steps_of(tmp_path) == [1, 3, 4]
@@ -860,7 +856,8 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     output = capsys.readouterr()
     assert output.out.count("run/checkpoints is too small: ") == 1
     state = [path.stat().st_size for path in tmp_path.rglob("0000004/state/*.safetensors")]
-    assert 0 < sum(state) - planned[0] < 100_000  # headers
+    planned = state_bytes(TrainConfig.of_record(read_record(step_folder(tmp_path, 4))))
+    assert 0 < sum(state) - planned["weights"] - planned["optimizer"] < 100_000  # headers
     assert "WARNING: the checkpoint of step 2" in output.out
     assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
     with full, pytest.raises(UserError, match="step 5 .* from step 4"):
@@ -893,5 +890,5 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
 
 def test_the_line_on_kept_settings_lists_numbers():
     config = TrainConfig.default().changed({"sparse_layers": [1, 3], "num_experts": 4})
-    (line,) = start.kept_settings(config.record(), config, {"num_experts": 4})
+    (line,) = going_on.kept_settings(config.record(), config, {"num_experts": 4})
     assert line.endswith(": --sparse-layers 1 3")

@@ -116,7 +116,7 @@ def parse_args() -> TrainBenchmarkConfig:
 def main(config: TrainBenchmarkConfig) -> None:
     prepare_output("--output", config.output)
     dist, rows = open_processes(), []
-    peaks = dist.broadcast(dist.on_main(lambda: matrix_peaks(dist.device, config.precisions)))
+    peaks = dist.from_main(lambda: matrix_peaks(dist.device, config.precisions))
     for case in product(config.precisions, config.backends, config.optimizers):
         rows.append(measure(config, build_engine(config, *case, dist), peaks[case[0]]))
         rows[-1]["speedup"] = rows[0]["step_ms"] / rows[-1]["step_ms"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from evaluation.extractors import load_extractor
-from evaluation.images import ImageSet
+from evaluation.image_sets import ImageSet
 from evaluation.metrics import Statistics, collect, load_statistics, score
 from evaluation.sampled_images import sample_labels
 from latents.features import FeatureNetwork

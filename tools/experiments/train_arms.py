@@ -43,7 +43,7 @@ from tools.benchmarks.common import best_times, make_engine, open_processes, tra
 from tools.experiments.arms import QUESTIONS, arm_flags
 from tools.experiments.rows import add_row, read_lines, read_log
 from tools.experiments.training_tables import training_tables
-from training.config import TrainConfig, fitted, parse_training
+from training.config import TrainConfig, parse_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,8 +116,7 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
 
 def train_config(config: ExperimentConfig, arm: str) -> TrainConfig:
     _, said = parse_training("train.py", None, command_of(config, arm, seed=0))
-    base, dataset = TrainConfig.default(), CachedLatents(config.latents_path)
-    return base.changed(fitted(base, said, dataset), shapes=dataset.shapes)
+    return TrainConfig.default().fitted(said, CachedLatents(config.latents_path))
 
 
 def check_protocol(config: ExperimentConfig) -> None:

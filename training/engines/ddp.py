@@ -272,11 +272,11 @@ class DDPEngine:
                     boxes[f"optimizer/{name}/{key}"] = replace(box, values=values)
                 else:  # such as the step, a scalar
                     boxes[f"optimizer/{name}/{key}"] = Box.of_all(values)
-        facts = {
+        metadata = {
             "processes": self.dist.world_size, "numbers": numbers,
             "scaler": self.scaler.state_dict(), "spikes": self.find_spikes.state_dict(),
         }  # fmt: skip
-        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
+        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, metadata)
 
     @cached_property
     def written(self) -> set[str]:

@@ -138,12 +138,12 @@ class DeepSpeedEngine:
         for title, partitions in self.partitions(moments).items():
             boxes |= self.shards.boxes(title, partitions)
         scaler = vars(optimizer.loss_scaler)
-        facts = {
+        metadata = {
             "processes": self.dist.world_size, "numbers": {},
             "step": int(kept[0][0].get("step", 0)),
             "scaler": {key: scaler[key] for key in SCALER if key in scaler},
         }  # fmt: skip
-        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, facts)
+        return STATE_FILES.format(self.dist.rank), *stored_boxes(boxes, metadata)
 
     def partitions(self, moments: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Returns the master weights and AdamW's moments by title in a state, without the name."""
@@ -159,7 +159,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def read_state(self, folder: Path) -> None:
-        stored, _, facts = stored_shards(folder)
+        stored, _, metadata = stored_shards(folder)
         masters, optimizer = self.shards.masters, self.engine.optimizer
         moments = {kind: [torch.zeros_like(master) for master in masters] for kind in MOMENTS}
         with as_user_error(folder, "damaged, or of a different model"):
@@ -178,13 +178,13 @@ class DeepSpeedEngine:
             # in DeepSpeed's Adam for the CPU.
             has_tensors = isinstance(optimizer.optimizer, torch.optim.AdamW)
             for number, master in enumerate(masters):
-                step = torch.tensor(float(facts["step"]), device=master.device)
+                step = torch.tensor(float(metadata["step"]), device=master.device)
                 state = {kind: values[number] for kind, values in moments.items()}
-                state["step"] = step if has_tensors else facts["step"]
+                state["step"] = step if has_tensors else metadata["step"]
                 optimizer.optimizer.state[master] = state
             scaler = vars(optimizer.loss_scaler)
             if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
-                scaler |= {k: v for k, v in facts["scaler"].items() if k in SCALER}
+                scaler |= {k: v for k, v in metadata["scaler"].items() if k in SCALER}
 
     def load_ema(self, folder: Path) -> None:
         """Reads the buffers and the EMA, one tensor at a time."""

@@ -2,11 +2,11 @@
 
 A box is a rectangular part of a tensor (`runtime.tensor_file.Box`).
 
-    tensors, metadata = stored_boxes({"model/pos_embed": Box.of_all(weight)}, facts)
+    tensors, metadata = stored_boxes({"model/pos_embed": Box.of_all(weight)}, {})
     state, stored = read_state(folder, shapes, places, device)  # boxes of any position, all files
 
-A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its facts, in JSON, are the offset of
-each box, scalars of the optimizer, and the loss scaler. Any number of processes reads a state.
+A state has the tensors "model/NAME" and "optimizer/NAME/KEY". Its metadata, in JSON, are the offset
+of each box, scalars of the optimizer, and the loss scaler. Any number of processes reads a state.
 `DDPEngine` and `FSDPEngine` read each other's; the boxes of `DeepSpeedEngine` are ranges of
 flattened parameters. Processes with the same parameters share the writing, and each byte is written
 once.
@@ -27,16 +27,16 @@ from runtime.tensor_file import Box
 from training.engines.layout import Place
 
 STATE_FILES = "state/rank_{:05d}.safetensors"
-FACTS_KEY = "state"  # key in the metadata of a file
+STATE_KEY = "state"  # key in the metadata of a file
 
 
 def stored_boxes(
-    boxes: Mapping[str, Box], facts: Mapping[str, Any]
+    boxes: Mapping[str, Box], metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a process's file."""
     boxes = {title: box for title, box in boxes.items() if box.values.numel()}
-    facts = {**facts, "offsets": {title: box.offset for title, box in boxes.items()}}
-    return {title: box.values for title, box in boxes.items()}, {FACTS_KEY: json.dumps(facts)}
+    metadata = {**metadata, "offsets": {title: box.offset for title, box in boxes.items()}}
+    return {title: box.values for title, box in boxes.items()}, {STATE_KEY: json.dumps(metadata)}
 
 
 class StoredShard(NamedTuple):
@@ -63,7 +63,7 @@ def read_state(
     buffers are read completely. Returns {"model": {NAME: Tensor}, "optimizer": {NAME: {KEY:
     value}}, "scaler": dict, "spikes": dict}, and the stored shape of each parameter and buffer.
     """
-    shards, numbers, facts = stored_shards(folder)
+    shards, numbers, metadata = stored_shards(folder)
     model: dict[str, Tensor] = {}
     stored_shapes: dict[str, tuple[int, ...]] = {}
     with as_user_error(folder, "damaged, or of a different model"):
@@ -77,7 +77,7 @@ def read_state(
                 model[name], stored_shapes[name] = tensor, whole
             else:
                 optimizer.setdefault(name, {})[key[0]] = tensor
-    own = {name: facts.get(name, {}) for name in ("scaler", "spikes")}
+    own = {name: metadata.get(name, {}) for name in ("scaler", "spikes")}
     return {"model": model, "optimizer": optimizer, **own}, stored_shapes
 
 
@@ -112,26 +112,26 @@ def read_box(title: str, shards: Sequence[StoredShard], place: Place | None) -> 
 def stored_shards(
     folder: Path,
 ) -> tuple[dict[str, list[StoredShard]], dict[str, dict], dict]:
-    """Opens the files of a state; returns shards by tensor, the optimizer's scalars, and facts."""
+    """Opens the files of a state; returns tensors' shards, optimizer scalars, metadata."""
     shards: dict[str, list[StoredShard]] = {}
     paths = sorted(folder.glob(STATE_FILES.replace("{:05d}", "*")))
     if not paths:
         expected = STATE_FILES.format(0)
         hint = "--finetune reads only the weights"
         raise UserError(f"{folder}: got no training state, expected {expected}; {hint}")
-    facts: list[dict] = []
+    metadata: list[dict] = []
     for path in paths:
         file = open_safetensors(path)
         with as_user_error(path, "damaged"):
-            facts.append(parse_json(file.metadata()[FACTS_KEY]))
-            for title, offset in facts[-1]["offsets"].items():
+            metadata.append(parse_json(file.metadata()[STATE_KEY]))
+            for title, offset in metadata[-1]["offsets"].items():
                 content = file.get_slice(title)
                 read = content.__getitem__ if offset else lambda _, f=file, t=title: f.get_tensor(t)
                 shards.setdefault(title, []).append(
                     StoredShard(tuple(offset), tuple(content.get_shape()), read)
                 )
     with as_user_error(folder, "damaged"):
-        if len(paths) != (expected := facts[0]["processes"]):
+        if len(paths) != (expected := metadata[0]["processes"]):
             raise ValueError(f"got {len(paths)} files of its state, expected {expected!s:.80}")
-        numbers = {name: kept for fact in facts for name, kept in fact["numbers"].items()}
-    return shards, numbers, facts[0]
+        numbers = {name: kept for one in metadata for name, kept in one["numbers"].items()}
+    return shards, numbers, metadata[0]

@@ -13,9 +13,9 @@ from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import read_json
 from training.config import TrainConfig
 from training.engine import Bytes
-from training.flags import find_file
 from training.memory import activation_bytes, planned_weights
 from training.optimizers import AdamW
+from training.sections import find_file
 
 INSTEAD = "expected train.py --shard --expert-parallel N, which spreads experts for every router"
 FLAGS = {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from diffusion import OBJECTIVES
 from latents.images_config import ImagesConfig
-from options.parts import Config, Part, option
+from options.parts import Config, Word, option
 from presets import PRESETS
 from runtime.devices import DTYPES
 from training.auxiliary import AUXILIARY_LOSSES
 from training.ema import EMAS
+from training.lr_schedule import SCHEDULES
 from training.optimizers import OPTIMIZERS
-from training.schedule import SCHEDULES
 
 EPOCHS = 1400  # without --epochs and --max-steps
 TRAIN, DEEPSPEED = "train.py", "train_deepspeed.py"
@@ -27,27 +27,32 @@ def find_file(path: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetConfig(Config):
+class Shorthands(Config):
+    """Flags that stand for other settings."""
+
     model: str = option("DiT-S/2", choices=tuple(PRESETS), help="preset: size and patch size",
                       group="model")  # fmt: skip
+    rf: bool | None = option(
+        None, help="train a rectified flow: published spelling of --objective rectified_flow",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig(Config):
     """Settings of an optimizer step, which decide the result."""
 
-    objective: Part = option(
+    objective: Word = option(
         "gaussian", table=OBJECTIVES, help="training objective", group="optimisation"
     )
-    auxiliary: tuple[Part, ...] = option(
+    auxiliary: tuple[Word, ...] = option(
         (),
         table=AUXILIARY_LOSSES,
         each_once=True,
         help="auxiliary losses, which are added to the loss of the objective",
     )
-    optimizer: Part = option("adamw", table=OPTIMIZERS, help="optimizer")
+    optimizer: Word = option("adamw", table=OPTIMIZERS, help="optimizer")
     lr: float = option(1e-4, ge=0, help="learning rate")
-    lr_schedule: Part = option(
+    lr_schedule: Word = option(
         "constant", table=SCHEDULES,
         help="schedule after the warm-up: constant; cosine or linear, which decay to lr_floor; "
         "or trapezoid, which is constant and decays over the last decay_share of the steps",
@@ -61,7 +66,7 @@ class StepConfig(Config):
         help="skip a step whose gradient norm exceeds FACTOR times the mean of about the last 100 "
         "steps; 0 for never",
     )  # fmt: skip
-    ema: tuple[Part, ...] = option(
+    ema: tuple[Word, ...] = option(
         ("exponential",), table=EMAS,
         help="moving averages of the weights; samples use the first one",
     )  # fmt: skip
@@ -190,6 +195,7 @@ class EngineConfig(Config):
 class CommandFlags(Config):
     """What holds for one command and is not stored."""
 
+    script: str = TRAIN
     config: tuple[str, ...] = option(
         (), metavar="RECIPE", group="run",
         help="YAML files of flags, such as config/recipes/stable.yaml or a run's config.yaml; a "
@@ -228,9 +234,6 @@ class CommandFlags(Config):
         gt=0,
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
     )
-    rf: bool | None = option(
-        None, help="train a rectified flow: published spelling of --objective rectified_flow",
-    )  # fmt: skip
     pretraining_tp: int = option(1, help="has no effect; published commands pass it")
     deepspeed: bool = option(False, help="has no effect; published commands pass it")
     local_rank: int | None = option(None, help="has no effect; launchers pass it")

@@ -1,0 +1,212 @@
+"""Going on with a run: where a command begins, and what it may change.
+
+A command goes on with a run (--run-name, --resume RUN), branches from one of its checkpoints
+(--resume RUN/checkpoints/STEP), or begins a new run. The settings of the newest checkpoint hold,
+and what the command says changes them. Each difference is a line; what shapes the state is refused.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from checkpoints import Record, read_record, step_folders
+from checkpoints.weights import as_user_error
+from latents.sources import Source, images_name, same_images
+from models import MEANINGS, WITHOUT_EFFECT
+from options.settings import Settings, differences, spelling
+from presets import PRESETS
+from runtime.errors import UserError
+from runtime.flags import naming_flags
+from runtime.processes import Distributed
+from training.config import FITTED, TrainConfig, setting_names, training_flags
+from training.finetune import latent_changes
+from training.manifest import find_fault
+from training.run_folder import CONFIG_FILE, branch_of, is_step_folder, named_folder
+from training.sections import CommandFlags
+
+# A run cannot change what shapes its state: the model, and these, of components only the name.
+SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
+
+
+def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
+    """Returns the run folder to go on in, or None for a new run; and the checkpoints to go on from,
+    the newest first.
+
+    A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
+    from a checkpoint of another run.
+    """
+    named = named_folder(command) if command.run_name else None
+    branch = branch_of(command)
+    if command.finetune and command.resume:
+        raise UserError("--resume: cannot be combined with --finetune")
+    if command.resume and not branch:
+        run = Path(command.resume)
+        steps = step_folders(run)
+        place = named or Path(command.results_dir or run.resolve().parent, run.resolve().name)
+        if place.resolve() != run.resolve():
+            new = f"--resume {steps[0]} --run-name NEW"
+            got = f"a run keeps its folder, got {place}"
+            raise UserError(f"--resume {run}: {got}; for a new run: {new}")
+        return run, steps
+    if named and (steps := step_folders(named)):  # a branch's first checkpoint may be deleted
+        return named, steps
+    if branch and not is_step_folder(branch):
+        raise not_resumable(branch)
+    if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError(
+            "--run-name: is required with --max-restarts: a restarted command goes on with the run "
+            "of its name"
+        )
+    return None, [branch] if branch else []
+
+
+def not_resumable(source: Path) -> UserError:
+    """Describes the error for a --resume that names neither a run nor a checkpoint."""
+    expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
+    if os.path.exists(source):
+        advice = f"to start from weights: --finetune {source}"
+        if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
+            advice = f"to begin it again: its command, or --config {source / CONFIG_FILE}"
+        return UserError(f"--resume: got {source}, {expected}; {advice}")
+    steps = [folder.name for folder in step_folders(source.parent.parent)]
+    if source.parent.name == "checkpoints" and steps:
+        expected = f"expected a checkpoint of the run: {', '.join(steps[:20])}"
+    return UserError(f"--resume: {source} does not exist, {expected}")
+
+
+def open_run(
+    steps: list[Path], notes: list[str], dist: Distributed
+) -> tuple[TrainConfig, Record, Path]:
+    """Returns the settings of the newest checkpoint, even if it is damaged, and the record and the
+    folder of the newest intact one.
+
+    notes: receives the damaged checkpoints
+    """
+    newest, faults = None, []
+    for step_folder in steps:
+        with suppress(UserError):
+            newest = newest or read_record(step_folder)
+        if (fault := find_fault(step_folder, dist)) is None:
+            break
+        faults.append(f"skipped the checkpoint {step_folder}: {fault}")
+    else:
+        raise UserError(
+            f"got no intact checkpoint: {'; '.join(faults)}; expected one: restore the damaged "
+            "files from a copy, or start a new run with another --run-name"
+        )
+    before = read_record(step_folder)
+    if "version" not in before.facts:
+        raise UserError(
+            f"{step_folder} was saved by a version before 0.3, whose runs do not go on; start a "
+            "new run from its weights (--finetune), or use that version"
+        )
+    notes += faults
+    with naming_flags(training_flags()), as_user_error(step_folder, "cannot go on"):
+        return TrainConfig.of_record(newest or before), before, step_folder
+
+
+def began_with(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
+    """Returns the path or hub id of --finetune or --resume with which the run began, or None.
+
+    Refuses another one beside the name of a run.
+    """
+    said = command.finetune or branch_of(command)
+    if not before or not folder:  # a new run
+        return os.path.abspath(said) if said and os.path.exists(said) else said
+    began = before.facts.get("began_with")
+    if said and (began is None or os.path.realpath(said) != os.path.realpath(began)):
+        raise UserError(
+            f"--run-name: {folder} began with {began or 'new weights'} and has a checkpoint, so it "
+            f"does not begin with {said}; expected another name for a new run"
+        )
+    return began
+
+
+def changed_settings(
+    before: Record, was: TrainConfig, now: TrainConfig, script: str, dataset: Source
+) -> list[str]:
+    """Returns what the command changes, as "--lr: was 0.0001, is 5e-05"; refuses what shapes the
+    state."""
+    changes, refused = [], []
+    for section, config in now.by_section.items():
+        for name, line in differences(was.by_section[section], config, MEANINGS):
+            old, new = (getattr(c.by_section[section], name) for c in (was, now))
+            if section == "model":
+                shapes_state = name not in WITHOUT_EFFECT
+            else:
+                is_other = getattr(old, "name", old) != getattr(new, "name", new)
+                shapes_state = name in SHAPES_STATE and is_other
+            if name != "vae_path":  # it may have moved; `latent_changes` compares the weights
+                (refused if shapes_state else changes).append(line)
+    changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")
+    changes += begun_and_ended("auxiliary loss", was.auxiliary, now.auxiliary, "anew")
+    names, classes = before.class_names, tuple(dataset.classes)
+    if any(classes) and len(names) > 1 and names != classes:
+        refused.append(f"the class names ({names_difference(names, classes)})")
+    if was.engine.script != script:
+        refused.append(f"the script: was {was.engine.script}, is {script}")
+    if refused:
+        raise UserError(
+            f"a run keeps what its state depends on: {'; '.join(refused)}; expected the same, or a "
+            "new run, which --finetune starts from the weights of this one"
+        )
+    return changes
+
+
+def names_difference(was: Sequence[str], now: Sequence[str]) -> str:
+    """Returns "missing: A, B; new: C", or that only the order differs."""
+    sides = {"missing": set(was) - set(now), "new": set(now) - set(was)}
+    parts = [f"{side}: {', '.join(sorted(names)):.300}" for side, names in sides.items() if names]
+    return "; ".join(parts) or "the same names in another order"
+
+
+def begun_and_ended(kind: str, was: Sequence, now: Sequence, how: str) -> list[str]:
+    """Returns a line for each EMA or auxiliary loss that begins or ends."""
+    before, after = ({one.name for one in kept} for kept in (was, now))
+    lines = [f"{kind} {name} begins {how}" for name in sorted(after - before)]
+    return lines + [f"{kind} {name} ends" for name in sorted(before - after)]
+
+
+def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
+    """Returns a line on the settings that are kept from the run, because neither the command nor
+    the data say them, and one on those that this version does not know."""
+    preset = PRESETS.get(config.preset, {})
+    default = TrainConfig.default(config.engine.script).changed(preset).stored()
+    kept = [
+        f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in config.stored().items()
+        if name not in (*said, *FITTED) and value != default.get(name)
+    ]
+    unknown = before.settings.keys() - setting_names()
+    notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
+    if unknown:
+        notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
+    return notes
+
+
+def data_changes(was: Record, now: Record) -> list[str]:
+    """Returns lines on the images, their latents and the images of a step, where they differ from
+    those of a checkpoint."""
+    lines = latent_changes(was, now)
+    if was.images and not same_images(was.images, now.images):
+        lines.append(f"the images: was {images_name(was.images)}, is {images_name(now.images)}")
+    labels = {"features_sha256": "the network of the features",
+              "global_batch_size": "the images of a step"}  # fmt: skip
+    for name, label in labels.items():
+        old, new = was.facts.get(name), now.facts.get(name)
+        if None not in (old, new) and old != new:
+            lines.append(f"{label}: was {old!s:.12}, is {new!s:.12}")
+    return lines
+
+
+def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -> int:
+    """Says that a run is finished; returns the exit code. A branch without steps is an error."""
+    if folder is None:
+        raise UserError(
+            f"--max-steps: the branch would end at step {end}, expected a later step than that of "
+            f"its checkpoint, {step}"
+        )
+    if dist.is_main:
+        print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")
+    return 0
