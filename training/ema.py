@@ -27,7 +27,6 @@ class EMA(Component, ABC):
 
     averages: Sequence[Tensor] = ()  # fp32, with the shapes of the weights
     start_share = 1.0  # fraction of the averages that the weights of `start` make up
-    is_rebuilt_from = False  # whether snapshots are kept, from which other EMAs can be rebuilt
 
     @property
     @abstractmethod
@@ -103,8 +102,6 @@ class PowerEMA(EMA):
         0.1, help="width sigma_rel of the averaging window, as a fraction of the run",
         gt=0, lt=0.28,
     )  # fmt: skip
-
-    is_rebuilt_from = True
 
     @property
     def name(self) -> str:

@@ -220,20 +220,14 @@ def open_planned(
 
 def disk_use(config: TrainConfig, steps: int) -> tuple[float, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
-    those that it replaces still exist, and of the snapshots that --keep-last leaves."""
+    those that it replaces still exist."""
     average, state = 4 * count_parameters(config.model)[0], state_bytes(config)
     checkpoint = state["weights"] + state["optimizer"] + len(config.ema) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
-    snapshots = (written - kept) * sum(ema.is_rebuilt_from for ema in config.ema)
     at_once = kept + (config.run.save_minutes > 0) + (kept < written)
-    parts = (("checkpoint", at_once, checkpoint), ("snapshot", snapshots, average))
-    text = "; ".join(
-        f"{in_gib(count * size)} for {pluralize(count, name)} of {in_gib(size)}"
-        for name, count, size in parts
-        if count
-    )
-    return sum(count * size for _, count, size in parts), text
+    total, number = at_once * checkpoint, pluralize(at_once, "checkpoint")
+    return total, f"{in_gib(total)} for {number} of {in_gib(checkpoint)}"
 
 
 def disk_notes(config: TrainConfig, steps: int, folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ completed even if the training steps of a process have failed.
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,12 +30,10 @@ from checkpoints.meta import meta_model
 from runtime.errors import print_safely
 from runtime.files import flush_to_disk
 from runtime.tensor_file import Box, TensorFile
-from training.ema import EMA
 from training.engine import Engine
 from training.manifest import write_manifest
 from training.run_folder import is_step_folder
 
-SNAPSHOTS = "snapshots"  # folder next to the step folders
 REPLACEABLE_FILE = "replaceable"  # marks a checkpoint that the next checkpoint replaces
 
 
@@ -128,7 +126,7 @@ class Saver:
         try:
             if to_delete:
                 shutil.rmtree(to_delete)
-            prune(self.folder, self.engine.config.run.keep_last, self.engine.emas)
+            prune(self.folder, self.engine.config.run.keep_last)
         except OSError as error:
             return error
         return None
@@ -183,12 +181,12 @@ def write_all(folder: Path, writes: list[Write]) -> dict[str, int]:
     return written
 
 
-def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
+def prune(newest: Path, keep_last: int | None) -> None:
     """Deletes old checkpoints after `newest` was written.
 
     `newest` is kept, and so are checkpoints without a REPLACEABLE_FILE, or the `keep_last` newest
     of these. Checkpoints of higher steps are renamed: they are damaged, because the run resumed
-    from an earlier one. `keep_snapshots` saves some files of the run's EMAs from deletion.
+    from an earlier one.
     """
     older = []
     for folder in step_folders(newest.parent.parent):
@@ -206,20 +204,7 @@ def prune(newest: Path, keep_last: int | None, emas: Sequence[EMA]) -> None:
         kept = kept[: max(0, keep_last - (not (newest / REPLACEABLE_FILE).exists()))]
     for folder in older:
         if folder not in kept:
-            if not (folder / REPLACEABLE_FILE).exists():
-                keep_snapshots(folder, emas)
             shutil.rmtree(rename_for_deletion(folder))
-
-
-def keep_snapshots(folder: Path, emas: Sequence[EMA]) -> None:
-    """Moves to SNAPSHOTS, before a deletion, the EMA files from which other EMAs are rebuilt."""
-    for number, ema in enumerate(emas):
-        file = folder / ema_file(ema.name, is_first=not number)
-        if ema.is_rebuilt_from and file.exists():  # a crash may have moved it already
-            kept = folder.parent / SNAPSHOTS / f"{folder.name}-{ema.name}.safetensors"
-            kept.parent.mkdir(exist_ok=True)
-            file.rename(kept)
-            flush_to_disk(kept.parent)
 
 
 def rename_for_deletion(folder: Path) -> Path:
