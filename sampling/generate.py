@@ -47,7 +47,7 @@ def resolve_settings(
     if name not in objective.samplers:
         raise UserError(
             f"--sampler: got {name}, expected one of {', '.join(objective.samplers)} for a "
-            f"model trained with {settings.objective}"
+            f"model trained with {settings.objective.partition(':')[0]}"
         )
     settings = replace(settings, sampler=name)
     times = times_of(settings, objective)

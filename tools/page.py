@@ -19,8 +19,8 @@ from torchvision.io import encode_png
 
 from analysis.pictures import ExpertPicture, Trajectory, expert_colours
 from checkpoints import averages_of
-from diffusion import OBJECTIVES
 from runtime.errors import UserError, did_you_mean, printable, reported_as
+from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, check_same_task, open_pipeline
 from sampling.sampling_config import MODEL_FLAGS, SamplingConfig
 
@@ -277,7 +277,7 @@ def make_controls(gr, configs: list[SamplingConfig]) -> dict:
     s, names = opened(config).settings, [name for name, _ in shared_classes(configs)]
     found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
     emas = list(zip(found, ["", *found[1:]], strict=True))  # without --ema the first one is used
-    samplers = OBJECTIVES[s.objective].samplers
+    samplers = objective_of(s).samplers
     classes = [(name, i) for i, name in enumerate(names)]
     first = names.index(FIRST_CLASS) if FIRST_CLASS in names else 0
     # With custom values, `answer` gets the name of an unknown class, and says that it is unknown.

@@ -168,15 +168,18 @@ def begun_and_ended(kind: str, was: Sequence, now: Sequence, how: str) -> list[s
     return lines + [f"{kind} {name} ends" for name in sorted(before - after)]
 
 
-def kept_settings(before: Record, config: TrainConfig, said: Settings) -> list[str]:
+def kept_settings(
+    before: Record, config: TrainConfig, said: Settings, *, can_flip: bool = True
+) -> list[str]:
     """Returns a line on the settings that are kept from the run, because neither the command nor
     the data say them, and one on those that this version does not know."""
     preset = PRESETS.get(config.preset, {})
     default = TrainConfig.default(config.engine.script).changed(preset).stored()
+    follow = FITTED if can_flip else (*FITTED, "flip")
     kept = [
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
-        if name not in (*said, *FITTED) and value != default.get(name)
+        if name not in (*said, *follow) and value != default.get(name)
     ]
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []

@@ -89,7 +89,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     origin, changes = going_on.began_with(command, before, folder), []
     if before:
         changes = going_on.changed_settings(before, base, config, command.script, dataset)
-        notes += going_on.kept_settings(before, config, said)
+        notes += going_on.kept_settings(before, config, said, can_flip=dataset.can_flip)
     elif weights:
         notes += check_source(config, weights)
     if command.dry_run:  # plan for these processes
