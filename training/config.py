@@ -373,6 +373,8 @@ def refuse_idle_settings(config: TrainConfig, said: Settings) -> None:
     """Refuses settings without effect that users meet."""
     now, default = config.stored(), TrainConfig.default().stored()
     for needed, names in NEEDS.items():
+        flag = spelling(needed)
+        why = f"with {flag} 0" if needed == "num_experts" else f"without {flag}"
         for name in names:
             if not now[needed] and name in said and now.get(name) != default.get(name):
-                raise ValueError(f"{name}: has no effect without {spelling(needed)}")
+                raise ValueError(f"{name}: has no effect {why}")
