@@ -186,6 +186,8 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     Empties the checkpoint's state dict, to free the fp32 weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if checkpoint.record.objective is None and config.objective is None:
+        print("the checkpoint does not record its objective; using gaussian (see --objective)")
     settings = SamplerSettings(
         str(choose_objective(config, checkpoint)),
         config.sampler,
@@ -257,8 +259,6 @@ def check_same_task(
 def choose_objective(config: SamplingConfig, checkpoint: Checkpoint) -> Word:
     """Returns the objective that the checkpoint records or, without one, the flag names."""
     flag, trained = config.objective, checkpoint.record.objective
-    if trained is None and flag is None:
-        print("the checkpoint does not record its objective; using gaussian (see --objective)")
     if None not in (trained, flag) and trained.name != flag:
         raise UserError(
             f"--objective: got {flag}, but {checkpoint.path} was trained with {trained.name}"

@@ -111,11 +111,14 @@ def began_with(command: CommandFlags, before: Record | None, folder: Path | None
 
     Refuses another one beside the name of a run.
     """
-    said = command.finetune or branch_of(command)
+    branch = branch_of(command)
+    said = command.finetune or branch
     if not before or not folder:  # a new run
         return os.path.abspath(said) if said and os.path.exists(said) else said
     began = before.facts.get("began_with")
     if said and (began is None or os.path.realpath(said) != os.path.realpath(began)):
+        if branch and not is_step_folder(branch):
+            raise not_resumable(branch)
         raise UserError(
             f"--run-name: {folder} began with {began or 'new weights'} and has a checkpoint, so it "
             f"does not begin with {said}; expected another name for a new run"
@@ -139,8 +142,9 @@ def changed_settings(
                 shapes_state = name in SHAPES_STATE and is_other
             if name != "vae_path":  # it may have moved; `latent_changes` compares the weights
                 (refused if shapes_state else changes).append(line)
-    changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")
-    changes += begun_and_ended("auxiliary loss", was.auxiliary, now.auxiliary, "anew")
+    saved = TrainConfig.of_record(before)  # `was` may be of a newer checkpoint, which is damaged
+    changes += begun_and_ended("EMA", saved.ema, now.ema, "from these weights")
+    changes += begun_and_ended("auxiliary loss", saved.auxiliary, now.auxiliary, "anew")
     names, classes = before.class_names, tuple(dataset.classes)
     if any(classes) and len(names) > 1 and names != classes:
         refused.append(f"the class names ({names_difference(names, classes)})")

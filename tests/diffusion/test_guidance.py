@@ -142,6 +142,13 @@ def test_sample_py_accepts_a_guide_model_with_scale_and_interval(files, tmp_path
     assert not ImageChops.difference(plain, never).getbbox()
 
 
+def test_a_note_on_the_objective_is_printed_once(tmp_path, tiny_vae, capsys):
+    path = save_checkpoint(randomised(), tmp_path / "model.safetensors", vae_path=str(tiny_vae))
+    flags = (f"--output={tmp_path / 'grid.png'}", "--num-sampling-steps=2", "--cfg-scale=3")
+    call_main("sample.py", "--ckpt", path, "--guide-ckpt", path, *flags)
+    assert capsys.readouterr().out.count("does not record its objective") == 1
+
+
 def test_a_guide_with_other_latents_or_no_effect_is_a_one_line_error(files, capsys):
     for script, flags, message in (
         ("sample.py", (files[2],), "latents: got 4 x 16 x 16, expected 4 x 8 x 8"),

@@ -823,6 +823,17 @@ def test_choices_of_experts_are_compared_over_runs_after_the_mean_over_draws():
     assert f"| 2 arms | damage minus random | 2 | {means} |" in dropping_tables(rows + other)
 
 
+def test_the_experts_dropped_in_int8_are_compared_with_those_in_fp32():
+    """Also in a file that has the rows of silenced experts."""
+    rows = [
+        {"run": "topk-0", "quantize": kind, "silenced": silenced, "choice": "damage", "draw": 0,
+         "dropped": 2, "of_layers": experts, "experts": 8, "change": 0.1, "error": 0.1}
+        for kind, experts in (("none", [[0, 1]]), ("int8", [[1, 2]])) for silenced in (False, True)
+    ]  # fmt: skip
+    lines = [line.split(" | ")[-1] for line in dropping_tables(rows).splitlines()]
+    assert lines[2:] == [" |", " |", "1 of 2 |", "1 of 2 |"]
+
+
 def test_trained_and_random_routers_are_compared_over_runs():
     ends = {"trained": (0.5, 0.6, 0.7), "random": (0.3, 0.2, 0.4)}
     same = dict.fromkeys(("next", "other", "chance"), [0.2, 0.4])

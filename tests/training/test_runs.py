@@ -342,6 +342,13 @@ def test_the_name_of_a_run_wins_over_what_it_began_with(copied, flags, flag, cap
     assert "--run-name" in line and "new weights" in line
 
 
+def test_a_resume_that_names_nothing_is_refused_beside_the_name_of_a_run(copied, flags, capsys):
+    for source, reason in (("typo", "does not exist"), ("run/log.txt", "expected a run")):
+        source = copied / source
+        line = expect_error(capsys, "train.py", *flags(copied, resume=source))
+        assert line.startswith("error: --resume: ") and reason in line and str(source) in line
+
+
 def test_a_launcher_that_restarts_commands_needs_a_name(copied, flags, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     line = expect_error(capsys, "train.py", *flags(copied, **{"run-name": None}))
@@ -726,6 +733,17 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags
     assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in output)
     assert_same_state(newest, step_folder(finished, 3))  # step 3 was saved again
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
+
+
+def test_an_ema_that_only_a_damaged_checkpoint_has_begins_again(copied, flags, capsys):
+    """The settings of the damaged checkpoint hold."""
+    emas = ["--ema", "power:length=0.1", "exponential:decay=0.9"]
+    call_main("train.py", *flags(copied, **{"max-steps": 4}), *emas)
+    truncate(step_folder(copied, 4) / STATE_FILE)
+    capsys.readouterr()
+    call_main("train.py", "--resume", copied / "run", "--max-steps=5")
+    assert "EMA power-0.1 begins from these weights" in capsys.readouterr().out
+    assert [*averages_of(step_folder(copied, 5))] == ["power-0.1", "0.9"]
 
 
 def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags):

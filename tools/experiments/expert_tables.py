@@ -107,8 +107,10 @@ def dropping_tables(rows: list[dict]) -> str:
     """
     frame = frame_of([DEFAULTS | row for row in rows])
     kinds, tested = frame["choice"].unique(), {}
-    by_damage = frame[frame["choice"] == "damage"]
-    least = by_damage.set_index(["run", "quantize", "dropped"])["of_layers"]
+    least = {
+        (row["run"], row["quantize"], row["dropped"]): row["of_layers"]
+        for row in rows if row["choice"] == "damage"
+    }  # fmt: skip
     is_quantized = frame["quantize"].nunique() > 1
     lines = [["run", "experts dropped per layer", *kinds, *["same as in fp32"] * is_quantized]]
     settings = ["arm", "quantize", "silenced", "dropped"]
