@@ -44,13 +44,13 @@ from runtime.flags import parse_config
 from tools.benchmarks.common import matrix_peaks, report
 from tools.experiments.arms import arm_flags
 from tools.experiments.comparisons import with_error
+from tools.experiments.routers import ema_decay_of
 from tools.experiments.rows import add_row, read_lines, read_log
-from tools.experiments.train_arms import ema_decay_of
 from training.config import TrainConfig, parse_training
 from training.sections import TRAIN
 
 ROOT = Path(__file__).resolve().parents[1]
-# What tools.experiments.train_arms says before the flags of an arm, besides the decay of the EMA.
+# What tools.experiments.routers says before the flags of an arm, besides the decay of the EMA.
 OF_ARMS = "--model DiT-Ti/2 --objective rectified_flow --global-batch-size 128 --warmup-steps 50"
 PATHS = "latents_path", "val_path", "report_path"
 OBJECTIVES = ("rectified_flow", "flow_x")  # whose networks give a velocity at a time

@@ -34,7 +34,7 @@ from models import DiT
 from routers import NOTHING, ROUTERS, Context, Routing, TopKRouter
 from runtime.errors import UserError
 from runtime.plugins import import_plugins
-from tools.experiments import specialisation, train_arms
+from tools.experiments import routers, specialisation
 from tools.experiments.arms import QUESTIONS
 from tools.experiments.choice_tables import count_by_class_and_position
 from tools.experiments.comparisons import (
@@ -83,22 +83,22 @@ def plugins():
 
 
 @pytest.fixture(scope="module")
-def config(latent_cache, tmp_path_factory) -> train_arms.ExperimentConfig:
+def config(latent_cache, tmp_path_factory) -> routers.ExperimentConfig:
     paths = {f"{name}_path": str(latent_cache) for name in ("latents", "val", "report")}
     sizes = dict(val_images=20, steps=2, batch_size=2, seeds=1, precision="fp32")
     output = tmp_path_factory.mktemp("experiments")
-    return train_arms.ExperimentConfig(**paths, **sizes, output=output)
+    return routers.ExperimentConfig(**paths, **sizes, output=output)
 
 
 def test_all_arms_of_a_question_have_equal_compute(config, monkeypatch):
     """Compares models of two blocks. The rest of a model is less than 2% of its compute."""
-    command = train_arms.command_of
+    command = routers.command_of
     shallow = lambda *arm, seed: [*command(*arm, seed), "--depth=2"]  # noqa: E731
-    monkeypatch.setattr(train_arms, "command_of", shallow)
+    monkeypatch.setattr(routers, "command_of", shallow)
     models = {}
     for question in QUESTIONS.values():
         assert question.reference in question.arms
-        models |= {arm: train_arms.train_config(config, arm).model for arm in question.arms}
+        models |= {arm: routers.train_config(config, arm).model for arm in question.arms}
     assert all(models[arm].router.name == arm for arm in QUESTIONS[2].arms)
     macs_of = functools.cache(count_macs)  # many arms train the same model
     macs = {arm: macs_of(model) for arm, model in models.items()}
@@ -129,37 +129,35 @@ def test_a_row_is_measured_once_and_not_mixed_with_rows_of_other_facts(tmp_path)
 
 
 def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
-    train_arms.check_protocol(config)
-    call_main(
-        "train.py", *train_arms.command_of(config, "topk", 0)
-    )  # so run_missing skips this run
-    train_arms.run_missing(config, ["topk", "race"])
-    rows = train_arms.finished_rows(config.output)
+    routers.check_protocol(config)
+    call_main("train.py", *routers.command_of(config, "topk", 0))  # so run_missing skips this run
+    routers.run_missing(config, ["topk", "race"])
+    rows = routers.finished_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
     assert all(row["curve"][-1] == [2, row["val_loss"]] for row in rows)
     for row in rows:  # both losses use the same images, in different batches
         assert row["report_loss"] == pytest.approx(row["val_loss"], rel=0.2)
     with pytest.raises(UserError, match="--arms: got rase, expected some of dense, topk"):
-        train_arms.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
-    assert train_arms.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
+        routers.arms_of(replace(config, arms=("topk", "rase")), (1, 2))
+    assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
     assert (config.output / "question-2.png").stat().st_size > 1000
     assert "| race |" in (config.output / "tables.md").read_text()
-    monkeypatch.setattr(train_arms, "run_arm", None)  # a call would fail
-    train_arms.run_missing(config, ["topk", "race"])
+    monkeypatch.setattr(routers, "run_arm", None)  # a call would fail
+    routers.run_missing(config, ["topk", "race"])
     monkeypatch.undo()
     (config.output / "rows.jsonl").unlink()  # as after a kill before the rows are written
-    monkeypatch.setattr(train_arms.subprocess, "run", None)
-    train_arms.run_missing(config, ["topk", "race"])
-    assert sorted(row["arm"] for row in train_arms.finished_rows(config.output)) == ["race", "topk"]
+    monkeypatch.setattr(routers.subprocess, "run", None)
+    routers.run_missing(config, ["topk", "race"])
+    assert sorted(row["arm"] for row in routers.finished_rows(config.output)) == ["race", "topk"]
     monkeypatch.undo()
     run = config.output / "runs" / "topk-0"
     shutil.rmtree(run / "checkpoints")  # as after a failed save
-    monkeypatch.setattr(train_arms.subprocess, "run", train_here)  # another process starts slowly
-    row = train_arms.row_of(config, "topk", 0, train_arms.run_arm(config, "topk", 0))
+    monkeypatch.setattr(routers.subprocess, "run", train_here)  # another process starts slowly
+    row = routers.row_of(config, "topk", 0, routers.run_arm(config, "topk", 0))
     monkeypatch.undo()
-    assert step_folders(run) and row in train_arms.finished_rows(config.output)
+    assert step_folders(run) and row in routers.finished_rows(config.output)
     with pytest.raises(UserError, match="steps: got 3, expected 2"):
-        train_arms.check_protocol(replace(config, steps=3))
+        routers.check_protocol(replace(config, steps=3))
 
     runs = tuple(str(config.output / "runs" / f"{arm}-0") for arm in ("topk", "race"))
     output = config.output / "specialisation.csv"
@@ -171,24 +169,24 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
 
 
 def test_a_run_that_went_on_with_other_settings_gets_no_row(config, tmp_path, monkeypatch):
-    config, command = replace(config, output=tmp_path), train_arms.command_of(config, "topk", 0)
+    config, command = replace(config, output=tmp_path), routers.command_of(config, "topk", 0)
     command[command.index("--results-dir") + 1] = tmp_path / "runs"
     call_main("train.py", *command, "--max-steps", 1)
     call_main("train.py", *command, "--lr", 0.5)
-    monkeypatch.setattr(train_arms.subprocess, "run", None)  # it is not trained again
+    monkeypatch.setattr(routers.subprocess, "run", None)  # it is not trained again
     with pytest.raises(UserError, match=r"topk-0: .*--lr: was 0.002, is 0.5"):
-        train_arms.run_missing(config, ["topk"])
-    assert train_arms.finished_rows(tmp_path) == []
+        routers.run_missing(config, ["topk"])
+    assert routers.finished_rows(tmp_path) == []
 
 
 def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_path):
     """Their multiply-adds are counted, which two threads cannot do at once."""
     config = replace(config, output=tmp_path, jobs=2)
     for arm in ("topk", "race"):
-        call_main("train.py", *train_arms.command_of(config, arm, 0))
-    monkeypatch.setattr(train_arms.subprocess, "run", None)  # a call would fail
-    together, listed = threading.Barrier(2, timeout=60), train_arms.step_folders
-    counted, threads = train_arms.count_macs, []
+        call_main("train.py", *routers.command_of(config, arm, 0))
+    monkeypatch.setattr(routers.subprocess, "run", None)  # a call would fail
+    together, listed = threading.Barrier(2, timeout=60), routers.step_folders
+    counted, threads = routers.count_macs, []
 
     def step_folders(run: Path) -> list[Path]:
         together.wait()
@@ -198,11 +196,11 @@ def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_pa
         threads.append(threading.get_ident())
         return counted(*arguments)
 
-    monkeypatch.setattr(train_arms, "step_folders", step_folders)
-    monkeypatch.setattr(train_arms, "count_macs", count_in_thread)
-    train_arms.run_missing(config, ["topk", "race"])
+    monkeypatch.setattr(routers, "step_folders", step_folders)
+    monkeypatch.setattr(routers, "count_macs", count_in_thread)
+    routers.run_missing(config, ["topk", "race"])
     assert len(threads) == 2 and len(set(threads)) == 1
-    assert sorted(row["arm"] for row in train_arms.finished_rows(tmp_path)) == ["race", "topk"]
+    assert sorted(row["arm"] for row in routers.finished_rows(tmp_path)) == ["race", "topk"]
 
 
 def train_here(command: list, **_) -> SimpleNamespace:
@@ -219,7 +217,7 @@ class PositionRouter(TopKRouter):
 
 
 def test_routing_bits_of_a_router_by_position_are_the_exact_information(config):
-    fields = train_arms.train_config(config, "topk").model
+    fields = routers.train_config(config, "topk").model
     model = DiT(**vars(fields)).eval()
     for block in model.blocks:
         block.moe.gate.__class__ = PositionRouter
@@ -504,9 +502,9 @@ QUESTION = next(question for question in QUESTIONS.values() if question.has_own_
 
 
 def test_the_name_of_an_arm_sets_its_recipe_learning_rate_and_steps():
-    config = train_arms.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
+    config = routers.ExperimentConfig(latents_path="latents", val_path="others", steps=7)
     for arm in QUESTION.arms:
-        command = train_arms.command_of(config, arm, seed=0)
+        command = routers.command_of(config, arm, seed=0)
         asked = TrainConfig.default().changed(parse_training("train.py", None, command)[1])
         name, rate, steps = re.fullmatch(r"(.*)-(\de-3|\d\.\de-2)-(\d+)", arm).groups()
         assert (asked.step.lr, asked.run.max_steps) == (float(rate), int(steps))
@@ -614,7 +612,7 @@ def rows_of(routing: Routing) -> list[tuple]:
 
 def test_experts_are_reused_within_a_batch_and_never_across_batches(config):
     """The times of two batches by Heun's method, with three passes each."""
-    fields = train_arms.train_config(config, "topk").model
+    fields = routers.train_config(config, "topk").model
     torch.manual_seed(0)
     model = DiT(**vars(fields)).eval()
     x = torch.randn(6, 2, fields.in_channels, fields.input_size, fields.input_size)
@@ -711,7 +709,7 @@ def test_random_tables_are_balanced_and_leave_the_first_gates_of_topk(config):
     models = {}
     for arm in arms:
         torch.manual_seed(0)
-        models[arm] = DiT(**vars(train_arms.train_config(config, arm).model))
+        models[arm] = DiT(**vars(routers.train_config(config, arm).model))
     topk, *others = (model.state_dict() for model in models.values())
     for other in others:
         assert all(torch.equal(weight, other[name]) for name, weight in topk.items())
@@ -727,7 +725,7 @@ def test_random_tables_are_balanced_and_leave_the_first_gates_of_topk(config):
 def test_a_table_gives_experts_by_class_and_position_and_no_class_its_own(config):
     """And each image the same experts, whatever its batch, content and time."""
     torch.manual_seed(0)
-    fields = train_arms.train_config(config, "class-8e-3-400").model
+    fields = routers.train_config(config, "class-8e-3-400").model
     model, chosen = DiT(**vars(fields) | {"num_classes": 10}).eval(), []
     gate = model.blocks[3].moe.gate
     gate.register_forward_hook(lambda module, inputs, routing: chosen.append(routing))
@@ -745,12 +743,10 @@ def test_a_table_gives_experts_by_class_and_position_and_no_class_its_own(config
 def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path):
     output = config.output / "runs"
     for seed in (0, 1):
-        call_main(
-            "train.py", *train_arms.command_of(config, "topk-8e-3-400", seed), "--max-steps", 2
-        )
+        call_main("train.py", *routers.command_of(config, "topk-8e-3-400", seed), "--max-steps", 2)
     run, words = output / "topk-8e-3-400-1", ["--latents-path", config.latents_path]
     call_main("tools.experiments.choice_tables", "--runs", run, *words, "--num-images", 8)
-    command = train_arms.command_of(config, "trained-8e-3-400", 0)
+    command = routers.command_of(config, "trained-8e-3-400", 0)
     command = [word.replace("classes=10", "classes=4") for word in command]
     call_main("train.py", *command, "--max-steps", 2)
     model, partner = load_model(output / "trained-8e-3-400-0"), load_model(run)
@@ -768,7 +764,7 @@ def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path
 
 
 def test_silenced_experts_are_experts_with_outputs_of_zero(config):
-    fields = train_arms.train_config(config, "race").model
+    fields = routers.train_config(config, "race").model
     torch.manual_seed(0)
     model = DiT(**vars(replace(fields, depth=2, sparse_layers=(0, 1))))
     for parameter in model.parameters():  # no layer starts at zero

@@ -18,7 +18,7 @@ from latents.cache import CachedLatents
 from runtime.errors import UserError
 from runtime.files import read_json
 from tools import speedrun
-from tools.experiments import train_arms
+from tools.experiments import routers
 from tools.experiments.rows import read_lines
 from training.config import TrainConfig
 
@@ -130,12 +130,12 @@ def test_a_record_is_raced_again_from_the_config_of_its_run(finished, data):
 
 def test_an_arm_has_the_settings_of_its_experiment(data):
     dataset = CachedLatents(data[1])
-    experiment = train_arms.ExperimentConfig(
+    experiment = routers.ExperimentConfig(
         latents_path=str(data[1]), val_path=str(data[3]), precision="fp32"
     )
     for arm in ("published-ema-fp32-800", "fast-fp32-400", "dense-8e-3-400"):
         raced = speedrun.resolved(speedrun.words_of(f"{arm} --precision fp32"), dataset)
-        expected = train_arms.train_config(experiment, arm)
+        expected = routers.train_config(experiment, arm)
         assert (raced.model, raced.step) == (expected.model, expected.step)
         assert raced.run.max_steps == expected.run.max_steps
 

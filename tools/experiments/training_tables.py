@@ -1,4 +1,4 @@
-"""Tables and figures of the rows that `train_arms` writes: final losses of arms, and their use of
+"""Tables and figures of the rows that `routers` writes: final losses of arms, and their use of
 experts."""
 
 import math

@@ -1,8 +1,8 @@
 r"""Trains the arms of experiment questions with several seeds, and compares held-out losses.
 
     data="--latents-path data/train-latents --val-path data/test-latents"
-    python -m tools.experiments.train_arms $data --questions 2 --steps 600
-    python -m tools.experiments.train_arms $data --questions 8 --output results/quality \
+    python -m tools.experiments.routers $data --questions 2 --steps 600
+    python -m tools.experiments.routers $data --questions 8 --output results/quality \
         --report-path data/report-latents --arms published-4e-3-800 fast-1.6e-2-400 --seeds 3
 
 Each run is a run of train.py with the flags of an arm (see arms.yaml). Arms are paired:
