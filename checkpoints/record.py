@@ -3,8 +3,8 @@
     record = Record(config=model.config, step=50_000, objective="gaussian", class_names=names)
     record = Record.from_metadata(record.to_metadata())    # {"dit_moe": JSON}
 
-The JSON is sorted, so equal weights and facts give identical files. A field of a wrong type, or an
-absurd size, raises ValueError.
+The JSON is sorted, so equal weights and records give identical files. A field of a wrong type, or
+an absurd size, raises ValueError.
 """
 
 import json
