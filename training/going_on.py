@@ -1,13 +1,12 @@
 """Going on with a run: where a command begins, and what it may change.
 
 A command goes on with a run (--run-name, --resume RUN), branches from one of its checkpoints
-(--resume RUN/checkpoints/STEP), or begins a new run. The settings of the newest checkpoint hold,
-and what the command says changes them. Each difference is a line; what shapes the state is refused.
+(--resume RUN/checkpoints/STEP), or begins a new run. The settings of its checkpoint hold, and
+what the command says changes them. Each difference is a line; what shapes the state is refused.
 """
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from checkpoints import Record, read_record, step_folders
@@ -78,15 +77,12 @@ def not_resumable(source: Path) -> UserError:
 def open_run(
     steps: list[Path], notes: list[str], dist: Distributed
 ) -> tuple[TrainConfig, Record, Path]:
-    """Returns the settings of the newest checkpoint, even if it is damaged, and the record and the
-    folder of the newest intact one.
+    """Returns the settings, the record and the folder of the newest intact checkpoint.
 
     notes: receives the damaged checkpoints
     """
-    newest, faults = None, []
+    faults = []
     for step_folder in steps:
-        with suppress(UserError):
-            newest = newest or read_record(step_folder)
         if (fault := find_fault(step_folder, dist)) is None:
             break
         faults.append(f"skipped the checkpoint {step_folder}: {fault}")
@@ -103,7 +99,7 @@ def open_run(
         )
     notes += faults
     with naming_flags(training_flags()), as_user_error(step_folder, "cannot go on"):
-        return TrainConfig.of_record(newest or before), before, step_folder
+        return TrainConfig.of_record(before), before, step_folder
 
 
 def began_with(command: CommandFlags, before: Record | None, folder: Path | None) -> str | None:
@@ -142,9 +138,8 @@ def changed_settings(
                 shapes_state = name in SHAPES_STATE and is_other
             if name != "vae_path":  # it may have moved; `latent_changes` compares the weights
                 (refused if shapes_state else changes).append(line)
-    saved = TrainConfig.of_record(before)  # `was` may be of a newer checkpoint, which is damaged
-    changes += begun_and_ended("EMA", saved.ema, now.ema, "from these weights")
-    changes += begun_and_ended("auxiliary loss", saved.auxiliary, now.auxiliary, "anew")
+    changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")
+    changes += begun_and_ended("auxiliary loss", was.auxiliary, now.auxiliary, "anew")
     names, classes = before.class_names, tuple(dataset.classes)
     if any(classes) and len(names) > 1 and names != classes:
         refused.append(f"the class names ({names_difference(names, classes)})")

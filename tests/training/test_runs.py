@@ -430,16 +430,6 @@ def test_a_run_without_checkpoints_starts_again_with_other_settings(copied, flag
     assert (run / "images.png").stat().st_size > 3
 
 
-@pytest.mark.parametrize("name", [STATE_FILE, MODEL_FILE])
-def test_the_settings_of_a_damaged_checkpoint_hold(copied, name):
-    """Also its number of steps, without which the run would be finished at step 3."""
-    resume, newest = ["train.py", "--resume", copied / "run"], copied / "run/checkpoints/0000004"
-    call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
-    truncate(newest / name)
-    call_main(*resume)
-    assert read_record(newest).settings["lr"] == 5e-4 and fault_of(newest) is None
-
-
 def test_a_folder_of_runs_may_have_the_name_of_a_folder_of_steps(copied, tmp_path, capsys):
     runs = copied.rename(tmp_path / "checkpoints")
     (runs / "run").rename(runs / "0000007")
@@ -733,17 +723,6 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags
     assert any("resumed from" in line and str(step_folder(copied, 2)) in line for line in output)
     assert_same_state(newest, step_folder(finished, 3))  # step 3 was saved again
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
-
-
-def test_an_ema_that_only_a_damaged_checkpoint_has_begins_again(copied, flags, capsys):
-    """The settings of the damaged checkpoint hold."""
-    emas = ["--ema", "power:length=0.1", "exponential:decay=0.9"]
-    call_main("train.py", *flags(copied, **{"max-steps": 4}), *emas)
-    truncate(step_folder(copied, 4) / STATE_FILE)
-    capsys.readouterr()
-    call_main("train.py", "--resume", copied / "run", "--max-steps=5")
-    assert "EMA power-0.1 begins from these weights" in capsys.readouterr().out
-    assert [*averages_of(step_folder(copied, 5))] == ["power-0.1", "0.9"]
 
 
 def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags):
