@@ -103,8 +103,8 @@ def test_all_arms_of_a_question_have_equal_compute(config, monkeypatch):
     macs_of = functools.cache(count_macs)  # many arms train the same model
     macs = {arm: macs_of(model) for arm, model in models.items()}
     assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
-    same = {models[arm].hidden_size: macs[arm] for arm in ("topk", "topk-256-4e-3-203")}
-    shares = {arm: n / same[models[arm].hidden_size] for arm, n in macs.items()}
+    of_width = {models[arm].hidden_size: macs[arm] for arm in ("topk", "topk-256-4e-3-203")}
+    shares = {arm: n / of_width[models[arm].hidden_size] for arm, n in macs.items()}
     assert {arm: share for arm, share in shares.items() if abs(share - 1) > 0.05} == {}
     dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
     assert sparse == pytest.approx(dense, rel=0.01)

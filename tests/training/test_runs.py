@@ -725,6 +725,15 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(finished, copied, flags
     assert [row["step"] for row in rows(copied)] == [1, 2, 3]
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_has_its_settings(copied):
+    resume = ["train.py", "--resume", copied / "run"]
+    call_main(*resume, "--max-steps", 4, "--lr", 5e-4)
+    truncate(step_folder(copied, 4) / STATE_FILE)
+    before = read_record(step_folder(copied, 3)).settings["lr"]
+    call_main(*resume, "--max-steps", 5)
+    assert read_record(step_folder(copied, 5)).settings["lr"] == before != 5e-4
+
+
 def test_keep_last_deletes_only_checkpoints_of_the_run(copied, flags):
     """The newest intact checkpoint is step 1. A damaged step 3 must not displace the new step 2."""
     for step in (2, 3):
