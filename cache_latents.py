@@ -192,4 +192,4 @@ def main(config: CacheConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()), "interrupted; the same command goes on")

@@ -35,7 +35,7 @@ from evaluation.metrics import (
     score,
 )
 from evaluation.sampled_images import generate_images, open_folder, sample_labels
-from latents.autoencoder import DEFAULT_VAE, load_autoencoder, weights_digest
+from latents.autoencoder import DEFAULT_VAE, load_autoencoder
 from options.parts import Size, option
 from runtime.errors import UserError, print_safely
 from runtime.files import prepare_output, write_durably
@@ -100,18 +100,14 @@ class EvaluateConfig(SamplingConfig):
 
 def settings_of(pipeline: SamplingPipeline, config: EvaluateConfig) -> dict:
     """Returns the settings that determine the metrics of a checkpoint."""
-    model, guide, given = pipeline.model, pipeline.guide, pipeline.conditions.items()
-    record = pipeline.checkpoint.record
+    model, record = pipeline.model, pipeline.checkpoint.record
     return {
-        **({"guide_sha256": weights_digest(guide)} if guide else {}),
         **({"batch_size": config.batch_size} if model.depends_on_batch else {}),
-        "checkpoint_sha256": weights_digest(model),
         "model": record.to_dict()["config"],
         "training": record.settings,
-        "vae_sha256": pipeline.vae.weights_sha256,
         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
         "seed": config.seed,
-        **{f"{name}_sha256": hashlib.sha256(v.numpy()).hexdigest() for name, v in given},
+        **pipeline.digests,
     }
 
 
@@ -282,6 +278,7 @@ def main(config: EvaluateConfig) -> None:
     if config.output and (config.images or config.loss):  # samples need a folder of their own
         prepare_output("--output", config.output / "results.json")
     dist = setup_distributed()
+    torch.backends.cudnn.allow_tf32 = False  # so that all machines compute the same features
     if dist.is_main:
         print_safely(f"loading {config.ckpt or config.images}")
     if config.images:
@@ -295,4 +292,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()), "interrupted; the same command goes on")

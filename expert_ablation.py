@@ -53,7 +53,6 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     """Returns the model, what to measure and the settings."""
     from analysis.ablation import checkpoint_outcome
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
-    from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
     from runtime.progress import progress
     from sampling.generate import objective_of
@@ -80,10 +79,9 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, losses)
     dtype = next(pipeline.model.parameters()).dtype
     settings = {
-        "checkpoint_sha256": weights_digest(pipeline.model),
         "precision": next(name for name, one in DTYPES.items() if one == dtype),
         "num_pictures": pictures,
-        "seed": config.seed, **asdict(pipeline.settings), **facts,
+        "seed": config.seed, **asdict(pipeline.settings), **facts, **pipeline.digests,
     }  # fmt: skip
     return pipeline.model, measure, settings
 

@@ -18,7 +18,7 @@ from analysis.counts import COUNTS_FILE, RoutingCounts, counts_file
 from analysis.expert_config import ABLATION_FILE
 from analysis.heatmap import VIEWS, HeatmapConfig, write_heatmap
 from options.parts import option
-from runtime.errors import UserError, run_main
+from runtime.errors import UserError, print_safely, run_main
 from runtime.files import prepare_output, write_durably
 from runtime.flags import parse_config, refuse_idle
 
@@ -74,7 +74,8 @@ def read_ablation(path: Path, data: Path, counts: RoutingCounts) -> list:
     digests = [one.get("checkpoint_sha256") for one in (settings, counts.settings)]
     if None not in digests and digests[0] != digests[1]:
         raise UserError(
-            f"{path}: was measured with other weights than {data}; run expert_ablation.py again"
+            f"{path}: was measured with other weights than {data}; delete it and run "
+            "expert_ablation.py again"
         )
     if max(row.layer for row in rows) >= counts.num_layers or max(
         row.expert for row in rows
@@ -119,8 +120,12 @@ def main(config: ExpertReportConfig) -> None:
     models = []
     for title, file, counts in zip(titles, files, all_counts, strict=True):
         path, rows = config.ablation or file.with_name(ABLATION_FILE), []
-        if config.ablation or path.exists():
-            rows = read_ablation(path, file, counts)
+        try:
+            rows = read_ablation(path, file, counts) if config.ablation or path.exists() else []
+        except UserError as error:
+            if config.ablation:
+                raise
+            print_safely(f"note: the page has no ablation: {error}")  # found, not asked for
         models.append(ReportedModel(title, counts, rows))
     page = report(models)
     write_durably(output, page)

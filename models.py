@@ -50,7 +50,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)  # --shard casts weights to bf16
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
 NORMS = {  # in the blocks and before the output

@@ -27,7 +27,7 @@ from runtime.errors import UserError
 from runtime.processes import close_distributed, run_process
 from runtime.signals import SIGNALS
 from training.config import parse_training
-from training.sections import TRAIN, CommandFlags
+from training.sections import INTERRUPTED, TRAIN, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
@@ -54,6 +54,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         GivenImages.datasets["python:data"] = data
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     precision = torch.get_float32_matmul_precision()
+    allow_tf32 = torch.backends.cudnn.allow_tf32
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         said = {name: value for name, value in flags.items() if value is not None}
@@ -62,6 +63,7 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         GivenImages.datasets.pop("python:data", None)
         close_distributed()
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allow_tf32
         torch.use_deterministic_algorithms(is_deterministic)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -75,4 +77,4 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()), INTERRUPTED)

@@ -14,7 +14,7 @@ import os
 from options.settings import Settings
 from runtime.processes import run_process
 from training.config import parse_training
-from training.sections import DEEPSPEED, ZERO2, CommandFlags
+from training.sections import DEEPSPEED, INTERRUPTED, ZERO2, CommandFlags
 
 
 def parse_args() -> tuple[CommandFlags, Settings]:
@@ -38,4 +38,4 @@ def main(parsed: tuple[CommandFlags, Settings]) -> int:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()))
+    run_process(lambda: main(parse_args()), INTERRUPTED)

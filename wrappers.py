@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -95,7 +94,7 @@ def checkpoint_options(kept: Collection[str]) -> dict[str, Any]:
     return options
 
 
-def keep_outputs(kept: Collection[str], _: Any, operator: OpOverload, *args, **named):
+def keep_outputs(kept: Collection[str], _: Any, operator: Any, *args, **named):
     """A policy of torch's selective checkpointing."""
     is_kept = operator.name() in kept
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -142,5 +142,6 @@ def load_ablation(path: Path, expected: dict | None = None) -> tuple[dict, list[
     if found != FORMAT:
         raise UserError(f"{path}: got format {found}, expected {FORMAT}; run expert_ablation.py")
     if expected is not None:
-        check_same(f"{path} has other settings", json.loads(json.dumps(expected)), settings)
+        message = f"{path} has other settings; delete it, or use another --output"
+        check_same(message, json.loads(json.dumps(expected)), settings)
     return settings, rows

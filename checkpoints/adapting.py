@@ -46,28 +46,43 @@ def adapt(
         drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
         notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
     had_null, has_null = before.dropout > 0, config.dropout > 0
-    # If the source has no class names, the classes are assumed to be the same.
-    same_classes = before.num_classes == config.num_classes
-    same_classes = same_classes and source.record.class_names in ((), tuple(class_names))
-    if LABEL_TABLE in state_dict and not (same_classes and had_null == has_null):
+    kept = kept_classes(source, config, class_names)
+    is_same = kept == {row: row for row in range(before.num_classes)}
+    is_same = is_same and before.num_classes == config.num_classes and had_null == has_null
+    if LABEL_TABLE in source.state_dict and LABEL_TABLE in state_dict and not is_same:
         generator, table = Generator().manual_seed(seed), state_dict[LABEL_TABLE]
         size = config.num_classes + has_null, table.shape[1]
-        rows = torch.randn(size, generator=generator) * 0.02
-        new = f"new rows for {config.num_classes} classes"
-        if same_classes:
-            rows[: config.num_classes] = table[: config.num_classes].float()
-            new = f'{"new" if has_null else "without the"} row for "no class"'
-        elif had_null and has_null:  # the row for "no class" stays as it was
+        rows, changes = torch.randn(size, generator=generator) * 0.02, []
+        for row, old in kept.items():
+            rows[row] = table[old].float()
+        if number := config.num_classes - len(kept):
+            changes.append(f"new rows for {number} of {config.num_classes} classes")
+        if had_null and has_null:
             rows[-1] = table[-1].float()
+        elif had_null or has_null:
+            changes.append(f'{"new" if has_null else "without the"} row for "no class"')
         state_dict[LABEL_TABLE] = rows
-        notes.append(f"{LABEL_TABLE}: {new}")
+        notes.append(f"{LABEL_TABLE}: {', '.join(changes) or 'rows of these classes'}")
     message = f"{source.path}: cannot start a model with conditions {' '.join(config.conditions)}"
     with reported_as(message, ValueError):
         check_shapes(shapes_of(state_dict), shapes_of(meta_model(config).state_dict()))
-    kept = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
-    first = f"started from {source.path}: {kept} of {len(state_dict)} weights are unchanged"
+    same = sum(weight is source.state_dict.get(name) for name, weight in state_dict.items())
+    first = f"started from {source.path}: {same} of {len(state_dict)} weights are unchanged"
     record = replace(source.record, config=config, class_names=tuple(class_names))
     return Checkpoint(source.path, state_dict, record, source.source), [first, *notes]
+
+
+def kept_classes(source: Checkpoint, config: DiTConfig, class_names: list[str]) -> dict[int, int]:
+    """Returns the numbers of the classes that the source has too, with their numbers there.
+
+    Equal names are the same class. Without names, equal numbers of classes are the same classes, as
+    is a single class, which is named after the folder of its images.
+    """
+    names, number = source.record.class_names, source.config.num_classes
+    if len(names) < 2 and number == config.num_classes:
+        return {row: row for row in range(number)}
+    places = {name: row for row, name in enumerate(names)}
+    return {row: places[name] for row, name in enumerate(class_names) if name in places}
 
 
 def change_conditions(

@@ -63,6 +63,9 @@ class MeanFlow(RectifiedFlow):
     def guides_in_training(self) -> bool:
         return (self.omega, self.kappa) != (1, 0)
 
+    def time_quantile(self, u: Tensor) -> Tensor:
+        return super().time_quantile(u.sqrt())             # t is the larger of two draws
+
     def draw(self, x: Tensor) -> dict[str, Tensor | int]:
         """Draws times t >= r (N,) and noise. The first `num_spans` = M images have r < t.
 

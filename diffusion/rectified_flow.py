@@ -64,10 +64,12 @@ class RectifiedFlow(Objective):
         With `Sampler.last_step`, the last step has that size after the shift.
         """
         steps, last = sampler.default_steps if steps is None else steps, sampler.last_step
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_sampling_steps: got {steps}, expected an integer at least 1")
+        least = 2 if last else 1                           # the last step is one of its own
+        if not isinstance(steps, int) or steps < least:
+            expected = f"an integer at least {least}"
+            raise ValueError(f"num_sampling_steps: got {steps}, expected {expected}")
         shift = self.shift if shift is None else shift
-        if last and steps > 1:
+        if last:
             times = torch.cat([torch.linspace(1, shifted(last, 1 / shift), steps), torch.zeros(1)])
         else:
             times = torch.linspace(1, 0, steps + 1)

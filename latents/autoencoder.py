@@ -183,7 +183,7 @@ class Autoencoder:
             # Silence diffusers' warnings about missing tensors: the error below reports them.
             logging.getLogger("diffusers.models.modeling_utils").setLevel(logging.CRITICAL)
             model, keys = getattr(diffusers, kind).from_pretrained(
-                folder, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                folder, dtype=torch.float32, low_cpu_mem_usage=False,
                 output_loading_info=True, use_safetensors=not is_pickled,
             )  # fmt: skip
             for what in ("missing", "unexpected"):  # diffusers leaves missing ones uninitialised

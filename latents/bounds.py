@@ -78,7 +78,7 @@ def check_jpeg(content: bytes) -> None:
             if scans > MAX_SCANS:
                 raise ValueError(f"got more than {MAX_SCANS} scans, which take too long")
         if kind not in (1, START_OF_IMAGE):
-            place += int.from_bytes(content[place : place + 2])
+            place += int.from_bytes(content[place : place + 2], "big")
     raise ValueError(f"got more than {MAX_SEGMENTS} segments, which take too long")
 
 

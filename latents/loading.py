@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,10 +107,13 @@ def read_batches(
     dataset: Dataset, batches: Iterable, num_workers: int | None, pin: bool
 ) -> Iterator[tuple[Batch, list[str]]]:
     """Reads batches, given as lists of the dataset's keys, ahead of time in worker processes."""
+    workers = loader_workers(num_workers)
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=loader_workers(num_workers),
+        num_workers=workers,
+        # Python 3.14 would start workers in another way, and copy the lists of files to each.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         collate_fn=collate,
         pin_memory=pin,
         generator=torch.Generator(),  # otherwise the loader draws from the global generator

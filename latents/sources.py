@@ -343,7 +343,7 @@ class ShardImages(Source):
         samples = [sample for shard in range(len(self.shards)) for sample in self.index(shard)]
         self.left_out = [f"{count:,} {kind}" for kind, count in self.passed_over.items()]
         if not samples:
-            raise ValueError("no images")
+            raise ValueError("; ".join(["no images", *self.left_out]))
         places, labels = zip(*samples, strict=True)
         self.places = np.array(places)  # (images, 3): shard, offset, bytes
         folder = Path(self.shards[0]).parent
@@ -376,6 +376,8 @@ class ShardImages(Source):
                                 f"expected a label of at most {MAX_LABEL:,}"
                             )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
+                    elif name.lower().endswith(IMAGE_SUFFIXES):
+                        self.passed_over["images with a dot before their suffix"] += 1
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None
         return [(place, labels.get(key)) for key, place in places.items()]

@@ -63,7 +63,8 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
     The weight (E, O, I) is cast to the dtype of the rows, or dequantised. Returns (R, O).
     """
     if has_fused_product(rows, weight):
-        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end)
+        # It may pad the rows of its result to 16 bytes.
+        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end).contiguous()
     if compiles_shapes(rows):
         return padded_linear(rows, weight, end)
     out = rows.new_empty(len(rows), weight.shape[1])

@@ -7,6 +7,10 @@ they run on CPU tensors, for tests.
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,6 +39,20 @@ def block_of(width: int) -> tuple[int, int]:
     return BLOCK // columns, columns
 
 
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches kernels on the device of the first tensor; Triton launches on the current device."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *others: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(x, *others)
+        with torch.cuda.device_of(x):
+            return function(x, *others)
+
+    return call
+
+
+@on_its_device
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """As in `torch_kernels`."""
     (num_rows,), width = index.shape, x.shape[1]
@@ -57,6 +75,7 @@ def gather_kernel(
     tl.store(out + row * width + column, value, mask=inside)
 
 
+@on_its_device
 def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -> Tensor:
     """As in `torch_kernels`."""
     num_tokens, width = len(start) - 1, rows.shape[1]
@@ -109,6 +128,7 @@ def tanh_of_gelu(x):
     return 2.0 * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0
 
 
+@on_its_device
 def activate(gate: Tensor, up: Tensor | None) -> Tensor:
     """As in `torch_kernels`, but the result is rounded only once."""
     num_rows, width = gate.shape
@@ -138,6 +158,7 @@ def activate_kernel(
     tl.store(out + row * width + column, a.to(out.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def activate_backward(
     gate: Tensor, up: Tensor | None, grad: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +205,7 @@ def activate_backward_kernel(
     tl.store(dot + row, tl.sum(total, axis=0))
 
 
+@on_its_device
 def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) -> Tensor:
     """As in `torch_kernels`. Uses F.grouped_mm where that is a single kernel.
 
@@ -287,6 +309,7 @@ def grouped_linear_kernel(
         )
 
 
+@on_its_device
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """As in `torch_kernels`. Uses F.grouped_mm where that is a single kernel."""
     if torch_kernels.has_fused_product(grad, rows, torch_kernels.OUTER_ON):

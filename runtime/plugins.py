@@ -10,11 +10,13 @@ from collections.abc import Iterable
 
 from runtime.errors import UserError
 
+PLUGIN = "plugin:"  # begins the names of the modules
+
 
 def import_plugins(paths: Iterable[str | os.PathLike]) -> None:
     """Imports Python files, each once."""
     for path in map(os.path.realpath, paths):
-        name = f"plugin:{path}"
+        name = f"{PLUGIN}{path}"
         if not path.endswith(".py") or not os.path.isfile(path):
             raise UserError(f"--plugin: got {path}, expected a Python file")
         if name not in sys.modules:

@@ -196,11 +196,14 @@ def close_distributed() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_process(main: Callable[[], int | None]) -> NoReturn:
+def run_process(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
     """Calls the `main` of a distributed script and ends the process with the exit code it returns,
-    without `sys.exit`, which a gloo thread that still holds a tensor can abort."""
+    without `sys.exit`, which a gloo thread that still holds a tensor can abort.
+
+    interrupted: see `run_main`
+    """
     try:
-        run_main(main, "interrupted; --resume RUN goes on from the newest checkpoint")
+        run_main(main, interrupted)
     except SystemExit as error:
         code = error.code if type(error.code) is int else int(error.code is not None)
     except BaseException as error:

@@ -12,11 +12,14 @@ from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.costs import count_macs, count_parameters
 from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
+from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES
 from latents.autoencoder import PIXELS
 from options.parts import options_of
 from options.settings import stored
+from routers import ROUTERS
 from runtime.errors import printable
+from runtime.plugins import PLUGIN
 
 ROOT = Path(__file__).parent.parent
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
@@ -79,6 +82,13 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     """
     from sampling.diffusers_pipeline import DiTMoETransformer, write_index
 
+    config, objective = checkpoint.config, checkpoint.record.objective
+    kinds = {config.router.name: ROUTERS[config.router.name]}
+    kinds |= {objective.name: OBJECTIVES[objective.name]} if objective else {}
+    kinds |= {n: CONDITIONS[n] for n, _ in map(split_condition, config.conditions)}
+    for name, kind in kinds.items():
+        if kind.__module__.startswith(PLUGIN):
+            raise ValueError(f"got {name} of a --plugin, which a pipeline does not contain")
     model = {k: v for k, v in stored(checkpoint.config).items() if k != "expert_backend"}
     with torch.device("meta"):
         transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)

@@ -1,5 +1,6 @@
 """Sampling pipelines, made from checkpoints, for sample.py, evaluation, export and analysis."""
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from checkpoints.quantized_weights import describe, quantize_state_dict
 from checkpoints.record import NOTED_SHARE
 from diffusion import OBJECTIVES
 from diffusion.samplers import Callback
-from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder
+from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder, weights_digest
 from models import DiT
 from options.parts import Word, sides
 from options.settings import spelling
@@ -66,6 +67,16 @@ class SamplingPipeline:
         """Height and width of the images in pixels."""
         height, width = sides(self.model.config.input_size)
         return height * self.vae.downsampling, width * self.vae.downsampling
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the weights of the model, the guide and the autoencoder, and of the values of
+        the conditions, by name."""
+        networks = {"checkpoint": self.model} | ({"guide": self.guide} if self.guide else {})
+        found = {name: weights_digest(network) for name, network in networks.items()}
+        found["vae"] = self.vae.weights_sha256
+        found |= {n: hashlib.sha256(v.numpy()).hexdigest() for n, v in self.conditions.items()}
+        return {f"{name}_sha256": digest for name, digest in found.items()}
 
     def describe(self) -> str:
         """Describes the sampler settings in one line."""

@@ -50,8 +50,6 @@ processes() {
     # torchrun forwards SIGTERM and SIGUSR1. Training then saves, within the given time.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
-    # The rendezvous store ends with its processes, so a restart does not find dead processes.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # When a collective hangs, every process writes its last collectives to $TRACES; `torchfrtrace`
     # reads them. Without a limit, each process would start up to 32 compiler threads.
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
@@ -85,8 +83,11 @@ launch() {
     fi
     LATENTS=${LATENTS:-data/latents-$size}
     if [ -n "${DATA:-}" ]; then # existing shards are not encoded again
-        "${START[@]}" cache_latents.py --data-path "$DATA" --image-size "$size" "${input[@]}" \
-            --output "$LATENTS"
+        # Nodes finish at different times: on its own port, so that training does not meet the store
+        # of a node that still encodes, and training waits for that node.
+        "${START[@]}" --master_port=$((${PORT:-29500} + 1)) cache_latents.py --data-path "$DATA" \
+            --image-size "$size" "${input[@]}" --output "$LATENTS"
+        START+=(--rdzv-conf timeout=36000)
     fi
     exec "${START[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
 }

@@ -22,7 +22,7 @@
 set -uo pipefail
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${SLURM_GPUS_ON_NODE:-8}
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export HOST TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # the store ends with its processes
+export HOST
 
 # Training adds the path of each checkpoint that it saves to this file, and cache_latents.py each shard.
 export DIT_MOE_SAVED=$PWD/slurm-$SLURM_JOB_ID.saved

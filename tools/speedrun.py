@@ -130,6 +130,12 @@ def check_entry(trained: TrainConfig, entry: str) -> None:
             f"{entry}: got the objective {name}, expected {' or '.join(OBJECTIVES)}, because the "
             "target is a loss of velocities"
         )
+    norm, scale = trained.data.latents_norm, trained.step.objective.options.get("noise_scale", 1)
+    if norm != "autoencoder" or scale != 1:
+        raise UserError(
+            f"{entry}: got --latents-norm {norm} and noise of scale {scale:g}, expected "
+            "autoencoder and 1: in other units, the loss is not that of the target"
+        )
 
 
 def race_loss(run: Path, path: str) -> float:

@@ -235,8 +235,9 @@ class Contrastive(AuxiliaryLoss):
     """Contrastive flow matching (Stoica et al. 2025, arXiv 2506.05350, equation 4): pushes the
     velocity of an image away from the target velocity of another image of the micro-batch.
 
-    The loss is minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, cyclically. The authors'
-    code draws j among the other images, which is equivalent, as their order is random.
+    The loss is minus the mean of |v_i - (noise_j - x_j)|^2 with j = i + 1, cyclically; for other
+    flows, the target velocity of j takes the place of noise_j - x_j. The authors' code draws j
+    among the other images, which is equivalent, as their order is random.
     """
 
     name = "contrastive"
@@ -252,10 +253,10 @@ class Contrastive(AuxiliaryLoss):
         return None if is_flow else "a rectified flow"
 
     def loss(self, forward_pass: Pass, target: None) -> Tensor:
-        velocity = forward_pass.objective.velocity(
-            first_channels(forward_pass.output, forward_pass.x), forward_pass.z, forward_pass.t
-        )
-        other = (forward_pass.noise - forward_pass.x).roll(-1, dims=0)  # (N, C, h, w)
+        objective, x, noise = forward_pass.objective, forward_pass.x, forward_pass.noise
+        z, t = forward_pass.z, forward_pass.t
+        velocity = objective.velocity(first_channels(forward_pass.output, x), z, t)
+        other = objective.target(x, noise, z, t).roll(-1, dims=0)  # (N, C, h, w)
         return -(velocity - other).square().mean()
 
 

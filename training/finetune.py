@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from options.settings import Settings, difference, differences
 from runtime.errors import UserError, reported_as
 from training.config import TrainConfig, sizes_of
 from training.engine import frozen_names
-from training.log import RunLog
 
 
 def open_weights(path: str, said: Settings) -> Checkpoint:
@@ -71,18 +71,16 @@ def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
 
 
 def start_weights(
-    weights: Checkpoint, config: TrainConfig, dataset: Source, log: RunLog
-) -> dict[str, Tensor]:
-    """Adapts the weights of --finetune to the config, and logs what is new."""
+    weights: Checkpoint, config: TrainConfig, dataset: Source
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Adapts the weights of --finetune to the config; returns them, and notes on what is new."""
     adapted, more = adapt(weights, config.model, dataset.classes, config.run.global_seed)
     more += [
-        f"{name} is new and frozen, so it does not learn"
+        f"{name} is frozen, but not as in {weights.path}"
         for name in frozen_names(meta_model(config.model), config.step)
         if adapted.state_dict[name] is not weights.state_dict.get(name)
     ]
-    for note in more:
-        log.text(f"note: {note}")
-    return adapted.state_dict
+    return adapted.state_dict, more
 
 
 def weights_notes(source: Checkpoint, record: Record) -> list[str]:
@@ -94,13 +92,18 @@ def weights_notes(source: Checkpoint, record: Record) -> list[str]:
     notes, path, before = [], source.path, source.record
     if found := latent_changes(before, record):
         notes.append(f"{path} was trained on other latents: {'; '.join(found)}")
-    share, wanted = (one.settings.get("val_share", 0.0) for one in (before, record))
-    if share < wanted and same_images(before.images, record.images):
-        notes.append(
-            f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
-            f"was trained with --val-share {share:g}"
-        )
-    return notes
+    return notes + held_out_notes(path, before, record)
+
+
+def held_out_notes(path: str | Path, before: Record, now: Record) -> list[str]:
+    """Returns a note if a run holds out images that the weights at `path` were trained on."""
+    share, wanted = (one.settings.get("val_share", 0.0) for one in (before, now))
+    if share >= wanted or not same_images(before.images, now.images):
+        return []
+    return [
+        f"--val-share {wanted:g} holds out images that {path} was trained on, because {path} "
+        f"was trained with --val-share {share:g}"
+    ]
 
 
 def latent_changes(was: Record, now: Record) -> list[str]:

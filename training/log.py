@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -193,16 +194,21 @@ def curves_of(values: dict) -> dict[str, float]:
     return curves
 
 
-def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
-    """Starts or resumes a Weights & Biases run that receives the values of TensorBoard.
-
-    The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
-    """
+def import_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError:
         expected = "the package wandb; run: pip install wandb"
         raise UserError(f"--wandb: requires {expected}") from None
+    return wandb
+
+
+def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
+    """Starts or resumes a Weights & Biases run that receives the values of TensorBoard.
+
+    The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
+    """
+    wandb = import_wandb()
     with open_run_file(folder / "wandb-id") as file:
         file.seek(0)
         number = file.read(64).decode() or secrets.token_hex(4)

@@ -17,7 +17,7 @@ from checkpoints.costs import NEEDS_DATA, fake_pass
 from checkpoints.meta import meta_model
 from models import DiTConfig
 from runtime.devices import DTYPES, pinned_bytes
-from training.auxiliary import PROJECTORS, projectors_of
+from training.auxiliary import PROJECTORS, is_of_model, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import hidden_matrices, planned_state
@@ -60,11 +60,14 @@ def tensor_bytes(state: Mapping[str, Any]) -> list[int]:
 def state_bytes(config: TrainConfig, shapes: Shapes | None = None) -> Bytes:
     """Returns the bytes that a process holds from step to step; see `state_tensors`."""
     shapes, trained, state = state_tensors(config, shapes)
-    of_weights, of_gradients = (4 * sum(s.numel() for s in d.values()) for d in (shapes, trained))
+    averaged = {name: shape for name, shape in shapes.items() if is_of_model(name)}
+    of_weights, of_gradients, of_average = (
+        4 * sum(shape.numel() for shape in kept.values()) for kept in (shapes, trained, averaged)
+    )
     return {
         "weights": of_weights, "gradients": of_gradients,
         "optimizer": sum(sum(tensor_bytes(kept)) for kept in state.values()),
-        "EMA": of_weights * len(config.ema),
+        "EMA": of_average * len(config.ema),
     }  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def copied_bytes(config: TrainConfig, copies: int, shapes: Shapes | None = None)
     sizes = {name: weight.numel() for name, weight in planned_weights(config).items()}
     totals = [0] * copies
     for name, writer in share_out(sizes, copies).items():
-        weights = [4 * shapes[name].numel()] * (1 + len(config.ema))
+        weights = [4 * shapes[name].numel()] * (1 + is_of_model(name) * len(config.ema))
         totals[writer] += sum(map(pinned_bytes, weights + tensor_bytes(state.get(name, {}))))
     return {"copy at a save": max(totals)}
 

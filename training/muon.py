@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.AdamW):
             local = [rows_of(t) for t in (weight, weight.grad, self.state[weight]["momentum"])]
             like = weight if is_cut(weight) else None
             most = CACHED if like is None and weight.device.type == "cpu" else BATCH
-            numel = weight.shape[-2:].numel()  # of an unsharded matrix
+            numel = max(1, weight.shape[-2:].numel())  # of a matrix; that of a shard may be 0
             count = max(1, most // numel)
             stacks = (
                 [local] if weight.ndim == 2 else zip(*(t.split(count) for t in local), strict=True)

@@ -207,11 +207,11 @@ def open_planned(
     """
     path = data.latents_path or data.data_path
     is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
-    if data.latents_path or is_there:
+    if is_there:
         return open_dataset(data)
     missing = f"{path} is not on this machine" if path else "no --data-path"
     notes.append(f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images")
-    classes = like.model.num_classes if like else said.get("num_classes", IMAGENET[1])
+    classes = said.get("num_classes", like.model.num_classes if like else IMAGENET[1])
     is_same_size = like and said.get("image_size") in (None, like.data.image_size)
     return AssumedImages(
         data.image_size or 256, classes, like.model if is_same_size else None, notes

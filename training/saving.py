@@ -12,6 +12,7 @@ while training goes on. The threads communicate over a gloo group of their own, 
 completed even if the training steps of a process have failed.
 """
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -114,7 +115,8 @@ class Saver:
         for one in written:
             sizes.update(one)
         for name, size in sizes.items():
-            is_whole = size == (temporary / name).stat().st_size
+            with open(temporary / name, "rb") as file:  # NFS asks the server when a file is opened
+                is_whole = size == os.fstat(file.fileno()).st_size
             assert is_whole, f"{name}: a byte is written twice, or never"
         write_manifest(temporary, sizes)
         for path in (temporary, *temporary.rglob("*/")):  # the files were flushed by their writers

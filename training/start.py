@@ -30,11 +30,17 @@ from runtime.processes import (
 from training import going_on
 from training.config import TrainConfig, training_flags
 from training.engine import new_weights
-from training.finetune import check_source, open_weights, start_weights, weights_notes
-from training.log import RunLog, warns_if_lost
+from training.finetune import (
+    check_source,
+    held_out_notes,
+    open_weights,
+    start_weights,
+    weights_notes,
+)
+from training.log import RunLog, import_wandb, warns_if_lost
 from training.loop import TrainingLoop
 from training.plan import open_planned, print_plan
-from training.run_folder import CONFIG_FILE, enter_run_folder, new_folder, write_config
+from training.run_folder import LOCK_FILE, enter_run_folder, new_folder, write_config
 from training.sections import DEEPSPEED, CommandFlags, DataConfig
 from training.setup import (
     check_model,
@@ -105,6 +111,9 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         be_deterministic()
     if config.step.tf32:
         torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = config.step.tf32  # of convolutions; PyTorch's default is True
+    if config.run.wandb:
+        dist.on_main(import_wandb)
     vae, record = inputs_of(config, dataset, dist)
     stream = remaining_steps(config, trained, before.step if before else 0, dist)
     record = replace(
@@ -112,8 +121,10 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         initialized_from=before.initialized_from if before else weights and weights.origin,
         facts={"version": __version__, "began_with": origin, **of_engine, **record.facts},
     )  # fmt: skip
+    record = dist.broadcast(record)  # paths differ between nodes; all write the same header
     if before:
         changes += going_on.data_changes(before, record)
+        notes += held_out_notes(step_folder, before, record)
     elif weights:
         notes += weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
@@ -125,7 +136,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if dist.is_main and not dataset.vae_path:
         notes += size_notes(dataset)
 
-    # The run folder and its log.
+    # The run folder.
     goes_on = folder is not None
     if not goes_on:
         folder = dist.from_main(partial(new_folder, command, config))
@@ -134,12 +145,21 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         raise UserError(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
-    dist.on_main(partial(write_config, folder, config, record))
-    if not wait_for_file(folder / CONFIG_FILE):
+    if not wait_for_file(folder / LOCK_FILE):
         raise UserError(
             f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
             "all nodes share"
         )
+
+    # The engine, with its state or with weights. Only then does the folder change.
+    start = () if before else new_weights(config)
+    if weights is not None:
+        adapted, more = start_weights(weights, config, dataset)
+        start, notes = adapted.items(), notes + more
+    engine = config.engine.engine_class()(dist, config, start)
+    start = adapted = weights = None  # the engine holds the weights; free this copy
+    if before:
+        engine.load_state(step_folder)
     if not dataset.vae_path:  # images
         dist.on_main(partial(write_sheet, dataset, folder, keep=goes_on))
     with reported_as(f"{folder}: cannot write the log", OSError):
@@ -147,18 +167,13 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
             lambda: RunLog(folder, stream, config.stored(), config.run.wandb, is_main=dist.is_main)
         )
 
-    # The engine, with its state or with weights; then the steps.
+    # The steps.
     with log:
+        dist.on_main(partial(write_config, folder, config, record))
         log.changes(stream.start_step, changes)
         for note in notes:
             log.text(printable(f"note: {note}"))
-        start = () if before else new_weights(config)
-        if weights is not None:
-            start = start_weights(weights, config, dataset, log).items()
-        engine = config.engine.engine_class()(dist, config, start)
-        start, weights = (), None  # the engine holds the weights; free this copy
         if before:
-            engine.load_state(step_folder)
             log.text(f"resumed from {step_folder}")
         loop = TrainingLoop(
             config=config, folder=folder, record=record, dataset=dataset, vae=vae,

@@ -320,6 +320,11 @@ def test_experts_are_left_out_one_by_one_and_an_interrupted_command_continues(
     call_main("expert_ablation.py", *flags)
     assert load_ablation(tmp_path / "rows.jsonl")[1] == [*marked, *rows[3:]]
     assert "seed: got 1, expected 0" in expect_error(capsys, "expert_ablation", *flags, "--seed", 1)
+    flags = (*flags, "--cfg-scale", 2)
+    (tmp_path / "rows.jsonl").unlink()
+    call_main("expert_ablation.py", *flags)
+    line = expect_error(capsys, "expert_ablation", *flags, "--guide-ckpt", path)
+    assert "guide_sha256: got" in line and "delete it, or use another --output" in line
 
 
 def test_a_gallery_has_the_images_with_the_largest_weights_in_any_batches():

@@ -92,8 +92,10 @@ def test_damage_measured_with_other_weights_is_refused(tmp_path, capsys):
     replace(counts, settings=settings).save(tmp_path / "expert_data.npz")
     rows = [Ablation(0, 0, 0.1, 0.001, 0.02)]
     save_ablation(tmp_path / "expert_ablation.jsonl", {"checkpoint_sha256": "b"}, rows)
-    line = expect_error(capsys, "expert_report.py", "--data", tmp_path)
-    assert "was measured with other weights" in line
+    file, fault = tmp_path / "expert_ablation.jsonl", "was measured with other weights"
+    assert fault in expect_error(capsys, "expert_report.py", "--data", tmp_path, "--ablation", file)
+    call_main("expert_report.py", "--data", tmp_path)  # which finds the file
+    assert fault in capsys.readouterr().out and (tmp_path / "expert_report.html").exists()
 
 
 def test_crops_become_smaller_if_they_would_not_fit():

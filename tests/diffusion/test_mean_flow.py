@@ -120,6 +120,16 @@ def test_mean_flow_draws_a_span_for_the_requested_fraction_of_images():
     assert set(counts) == {1, 2} and sum(counts) / 200 == pytest.approx(1.5, abs=0.15)
 
 
+@pytest.mark.parametrize("options", [{"times": "uniform"}, {"mean": -0.4, "std": 0.8}])
+def test_the_quantiles_of_mean_flow_are_those_of_its_times(options):
+    flow = OBJECTIVES["mean_flow"](**options)
+    torch.manual_seed(0)
+    drawn = flow.draw(torch.zeros(50_000, 1, 1, 1))["t"].sort().values
+    shares = torch.arange(0.05, 1, 0.1)
+    got = torch.searchsorted(drawn, flow.time_quantile(shares)) / len(drawn)
+    assert (got - shares).abs().max() < 1.63 / len(drawn) ** 0.5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_mean_sampler_reaches_the_data_in_any_number_of_steps(steps):
     flow, z = OBJECTIVES["mean_flow"](), torch.randn(4, 2, 3, 3)

@@ -205,6 +205,8 @@ def test_a_time_shift_applies_to_sampling_as_to_training():
     torch.testing.assert_close(torch.tensor(values), flow.time_quantile(shares))
     assert flow.sampling_times(euler, 4, shift=1.0).values == shares.tolist()
     assert flow.sampling_times(sde, 9).values[-2:] == pytest.approx([0.04, 0])
+    with pytest.raises(ValueError, match="got 1, expected an integer at least 2"):
+        flow.sampling_times(sde, 1)
 
 
 def test_samplers_of_the_gaussian_chain_visit_the_steps_of_a_respacing():

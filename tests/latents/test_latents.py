@@ -400,7 +400,7 @@ def test_the_number_of_loader_workers_is_limited_to_the_cores(monkeypatch, image
     assert loader_workers(None) == 0
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of more processes than cores
+        warnings.simplefilter("error", UserWarning)  # torch warns of more processes than cores
         images = open_images(str(image_tree), 16)
         assert list(read_batches(images, [], num_workers=1000, pin=False)) == []
 

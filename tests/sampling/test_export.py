@@ -36,6 +36,7 @@ from checkpoints.adapting import drop_experts, upcycled_config
 from latents.autoencoder import weights_digest
 from options.parts import Word
 from options.settings import stored
+from routers import ROUTERS
 from runtime.errors import UserError
 from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
 from sampling.formats import model_card
@@ -331,7 +332,7 @@ def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_va
         assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
     with pytest.raises(Exception, match="got fox, expected 0 to 3 or one of ape"):
         pipeline(["fox"])
-    half = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, torch_dtype=torch.half)
+    half = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, dtype=torch.half)
     assert half.transformer.dtype == half.vae.dtype == torch.half
 
 
@@ -347,7 +348,9 @@ def test_the_pipeline_of_a_model_without_classes_requires_no_labels(tiny_vae):
     assert len(images) == 2 and (images[0] == images[1]).all()
 
 
-def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path, trained, capsys):
+def test_models_that_a_format_cannot_express_are_not_exported(
+    upcycled, tmp_path, trained, capsys, monkeypatch
+):
     rotary = save_checkpoint(randomised(**DENSE, rope=True), tmp_path / "rope.safetensors")
     wide = save_checkpoint(randomised(**DENSE, input_size=(8, 32)), tmp_path / "wide.safetensors")
     shifted = save_checkpoint(
@@ -366,3 +369,7 @@ def test_models_that_a_format_cannot_express_are_not_exported(upcycled, tmp_path
     ):
         common = ("--ckpt", path, "--output", tmp_path / "out" / str(len(message)))
         assert message in expect_error(capsys, "export.py", *common, *flags)
+    monkeypatch.setattr(ROUTERS["topk"], "__module__", "plugin:/home/me/topk.py")
+    common = ("--ckpt", trained["gaussian"], "--output", tmp_path / "own", "--format", "pipeline")
+    line = expect_error(capsys, "export.py", *common)
+    assert "--format pipeline (got topk of a --plugin" in line and not (tmp_path / "own").exists()

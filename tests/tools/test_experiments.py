@@ -483,6 +483,17 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
     assert wrong == []
 
 
+def test_arms_are_compared_with_a_reference_at_equal_intervals_of_guidance(tmp_path, capsys):
+    rows = ROOT / "docs" / "experiments_pixels.jsonl"
+    flags = ("--rows", rows, "--reference", "emoji-latents", "--output", tmp_path)
+    call_main("tools.experiments.report", *flags)
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("| emoji-pixels | heun 13 at 3")]
+    settings = [line.split(" | ")[1] for line in lines if "+" in line]
+    assert {"heun 13 at 3", "heun 13 at 3 in 0.1 to 0.9"} <= {*settings}
+    assert len(settings) == len({*settings})
+
+
 @pytest.mark.parametrize("flags", [
     "routers.jsonl --reference no-arm", "routers.jsonl --arms race",
     "routers.jsonl --pairs race:no-arm", "routers.jsonl --pairs race",

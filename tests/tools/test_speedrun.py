@@ -121,6 +121,22 @@ def test_all_runs_of_a_race_are_verified(finished, data, capsys):
     assert capsys.readouterr().out.count(": verified, ") == 4
 
 
+@pytest.mark.parametrize(
+    "flags", ["--latents-norm data", "--objective flow_x:noise_scale=2"], ids=["norm", "noise"]
+)
+def test_an_entry_with_a_loss_in_other_units_is_refused(flags, data, recipe, tmp_path, capsys):
+    command = (
+        SCRIPT,
+        f"{recipe} {flags}",
+        *data,
+        "--reference",
+        recipe,
+        "--output",
+        tmp_path / "o",
+    )
+    assert "the loss is not that of the target" in expect_error(capsys, *command)
+
+
 def test_a_record_is_raced_again_from_the_config_of_its_run(finished, data):
     run = finished / "runs" / "1-tiny-1"
     words = speedrun.words_of(str(run / "config.yaml"))

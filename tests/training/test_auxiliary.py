@@ -154,6 +154,18 @@ def test_an_auxiliary_loss_and_its_gradients_equal_the_naive_version(case):
         assert one is None or other.norm() < 1e-7 or relative_error(one, other) < 1e-3, weight
 
 
+def test_the_contrastive_loss_of_a_flow_of_the_data_uses_its_target():
+    objective = OBJECTIVES["flow_x"](noise_scale=2.0, clamp=0.5)
+    x, noise, output = torch.randn(3, 5, 4, 8, 8)
+    t = torch.tensor([0.1, 0.4, 0.6, 0.8, 0.9])
+    z = objective.noised(x, noise, t)
+    least = t.clamp_min(0.5)[:, None, None, None]
+    velocity, target = (z - output) / least, (z - x) / least
+    given = Pass(objective, {"latents": x}, noise, t, None, z, output)
+    found = AUXILIARY_LOSSES["contrastive"]().loss(given, None)
+    torch.testing.assert_close(found, -(velocity - target[[1, 2, 3, 4, 0]]).square().mean())
+
+
 def test_repa_interpolates_a_square_of_features_to_a_grid_of_as_many_patches():
     features = torch.randn(2, 16, 6)  # 4 x 4
     grid = features.transpose(1, 2).unflatten(2, (4, 4))

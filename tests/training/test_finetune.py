@@ -74,6 +74,16 @@ def test_a_folder_without_classes_trains_unconditionally(flags, image_tree, tmp_
         "sample.py", "--ckpt", run, "--num-sampling-steps", 2, "--output", tmp_path / "grid.png"
     )
     assert "guidance 1," in capsys.readouterr().out
+    moved = shutil.copytree(image_tree / "class-0", tmp_path / "moved")  # it names the class
+    call_main(
+        "train.py", "--finetune", run, "--data-path", moved, "--image-size", 16, "--lr", 0,
+        "--max-steps", 1,
+        "--global-batch-size", 8, "--num-workers", 0, "--num-sample", 0, "--run-name", "more",
+        "--results-dir", tmp_path,
+    )  # fmt: skip
+    more = read_checkpoint(tmp_path / "more")
+    assert more.record.class_names == ("moved",)
+    assert all(torch.equal(more.state_dict[n], value) for n, value in stored.state_dict.items())
 
 
 @pytest.fixture
@@ -92,9 +102,10 @@ def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
     assert all(name in log for name in (f"started from {source}", "pos_embed", table))
     before, after = read_checkpoint(source), read_checkpoint(run)
     assert after.config.input_size == 12 and after.config.num_experts == 4
-    new, old = (c.state_dict[table] for c in (after, before))  # all classes count as new
-    assert torch.equal(new[4], old[4])  # the "no class" row is kept
-    assert not any(torch.equal(a, b) for a in new[:4] for b in old)
+    new, old = (c.state_dict[table] for c in (after, before))
+    assert torch.equal(new[[0, 1, 3, 4]], old[[3, 1, 0, 4]])  # by name, and that of "no class"
+    assert not any(torch.equal(new[2], row) for row in old)
+    assert f"{table}: new rows for 1 of 4 classes" in log
     for name in ("blocks.1.attn.qkv.weight", "final_layer.linear.weight"):
         assert torch.equal(after.state_dict[name], before.state_dict[name])
     origin = {"path": str(source), "step": 9, "model": "DiT-Ti/2"}
@@ -164,6 +175,8 @@ def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
     assert "4 classes" in capsys.readouterr().out
     call_main("train.py", "--finetune", run, "--dry-run")
     assert "4 classes" in capsys.readouterr().out
+    call_main("train.py", "--finetune", run, "--dry-run", "--num-classes", 3)
+    assert "3 classes" in capsys.readouterr().out
 
 
 def test_published_and_diffusers_weights_are_fine_tuned_to_new_classes(flags, tmp_path):
@@ -184,7 +197,7 @@ def test_training_changes_only_weights_that_are_not_frozen(flags, source):
     assert changed - {"y_embedder.embedding_table.weight"} == {
         f"blocks.{layer}.moe.gate.weight" for layer in range(2)
     }
-    (note,) = re.findall("note: (.*) is new and frozen", (run / "log.txt").read_text())
+    (note,) = re.findall("note: (.*) is frozen, but not as in", (run / "log.txt").read_text())
     assert note == "y_embedder.embedding_table.weight"
 
 

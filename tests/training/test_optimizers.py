@@ -59,6 +59,12 @@ def test_the_state_of_an_optimizer_with_tensors_of_its_own_is_planned_by_real_st
     assert {name: state["half"].shape for name, state in found.items()} == {"a": (3, 2), "b": (4,)}
 
 
+def test_the_state_of_an_empty_shard_of_a_matrix_is_planned():
+    shapes = {"a": torch.Size([0, 128]), "b": torch.Size([4, 8])}
+    found = planned_state(Muon(), shapes, {"a": 1, "b": 1})
+    assert {name: state["momentum"].shape for name, state in found.items()} == shapes
+
+
 def test_muon_equals_a_reference_loop_over_matrices():
     model, named = make(qk_norm=True)
     hidden = {name: count for name, count in hidden_matrices(model).items() if count}

@@ -12,7 +12,7 @@ from conftest import ROOT, call_main, expect_error
 
 from checkpoints import config_of
 from training.config import TrainConfig
-from training.memory import copied_bytes, model_activations, planned_weights
+from training.memory import copied_bytes, model_activations, planned_weights, state_bytes
 from training.plan import disk_notes, disk_use, in_gib
 
 
@@ -89,6 +89,22 @@ def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys, monke
     named = (*data, "--results-dir", tmp_path, "--run-name", "new")
     call_main("train.py", "--dry-run", *named, "--vae-path", ROOT / "assets" / "vae-emoji")
     assert "(2 processes x " in capsys.readouterr().out
+
+
+def test_the_plan_assumes_images_for_a_cache_that_is_not_there(capsys):
+    call_main("train.py", "--dry-run", "--model", "DiT-Ti/2", "--latents-path", "no/latents")
+    text = capsys.readouterr().out
+    assert "no/latents is not on this machine; assuming ImageNet's" in text and "fits" in text
+
+
+def test_the_plan_counts_no_projectors_in_an_ema():
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2"))
+    config = config.changed({"objective": "rectified_flow"})
+    with_repa = config.changed({"auxiliary": ["repa"]}, shapes={"tokens": (16, 8)})
+    plain, found = state_bytes(config), state_bytes(with_repa)
+    assert found["weights"] > plain["weights"] and found["EMA"] == plain["EMA"]
+    exact = sum(4 * weight.numel() for weight in planned_weights(config).values())
+    assert plain["EMA"] == exact
 
 
 def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):

@@ -49,6 +49,7 @@ from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
 from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
+from training.engines.ddp import DDPEngine
 from training.engines.state import STATE_FILES, STATE_KEY
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
@@ -566,6 +567,25 @@ def hold(run: Path, pipe) -> None:
     lock = enter_run_folder(run)
     pipe.send(lock.name)
     pipe.recv()
+
+
+def test_images_held_out_by_a_run_that_goes_on_were_trained_on(copied, flags, capsys):
+    more = {"max-steps": 4, "val-share": 0.5, "val-images": 20}
+    call_main("train.py", *flags(copied, **more))
+    assert "--val-share 0.5 holds out images that" in capsys.readouterr().out
+    call_main("train.py", *flags(copied, **more | {"max-steps": 5}))
+    assert "holds out images that" not in capsys.readouterr().out
+
+
+def test_a_state_that_does_not_load_leaves_the_run_unchanged(copied, flags, monkeypatch, capsys):
+    def fail(*_):
+        raise UserError("the state does not fit")
+
+    monkeypatch.setattr(DDPEngine, "load_state", fail)
+    shutil.rmtree(step_folder(copied, 3))  # its row of the log would be cut
+    before = snapshot(copied)
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4, "lr": 1e-5}))
+    assert "the state does not fit" in line and snapshot(copied) == before
 
 
 def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, flags, capsys):

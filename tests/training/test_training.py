@@ -127,7 +127,8 @@ def take_step(engine: DDPEngine, *factors: float) -> bool:
 
 def snapshot(engine: DDPEngine) -> list[torch.Tensor]:
     """Copies of the weights, the EMA and the optimizer state."""
-    state = [v for v in flat(engine.optimizer.state_dict()).values() if torch.is_tensor(v)]
+    numbers = sorted(flat(engine.optimizer.state_dict()).items())
+    state = [value for _, value in numbers if torch.is_tensor(value)]
     weights = parameters_to_vector(engine.averaged.values())
     average = parameters_to_vector(engine.emas[0].averages)
     return [value.clone() for value in (weights, average, *state)]
@@ -239,6 +240,28 @@ def test_a_run_with_an_optimizer_without_state_is_resumed(tmp_path):
         engine_of(settings={"optimizer": "plain"}, depth=3).load_state(saver.folder)
     with pytest.raises(UserError, match="different model .* expected none"):
         engine_of(settings={"optimizer": "plain"}, depth=1).load_state(saver.folder)
+
+
+@pytest.mark.parametrize("optimizer", [FUSED, MUON], ids=["adamw", "muon"])
+def test_a_run_whose_router_has_an_unused_weight_is_resumed(optimizer, tmp_path, monkeypatch):
+    """A weight that never had a gradient has no state of the optimizer."""
+
+    class Unused(ROUTERS["topk"]):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.unused = torch.nn.Linear(2, 2)
+
+    monkeypatch.setitem(ROUTERS, "unused", Unused)
+    engine = engine_of(settings=optimizer, router="unused")
+    take_step(engine, 1.0)
+    saver = Saver(tmp_path, engine)
+    saver.start(1, Record(config=engine.model.config))
+    saver.wait()
+    resumed = DDPEngine(ALONE, engine.config, ())
+    resumed.load_state(saver.folder)
+    for one in engine, resumed:
+        take_step(one, 1.0)
+    assert all(map(torch.equal, snapshot(resumed), snapshot(engine)))
 
 
 def losses_of_steps(engine: DDPEngine, steps: int) -> list[float]:

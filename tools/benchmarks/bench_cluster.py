@@ -32,6 +32,7 @@ from runtime.processes import Distributed, close_distributed, run_process
 from tools.benchmarks import bench_save, bench_train
 from tools.benchmarks.bench_train import TrainBenchmarkConfig
 from tools.benchmarks.common import open_processes, report
+from training.config import TrainConfig
 from training.engine import node_size
 from training.engines.fsdp import make_meshes
 
@@ -76,16 +77,15 @@ def row(check: str, value: object, expected: str = "", ok: bool | None = None) -
 def measure(config: ClusterConfig, dist: Distributed) -> Iterator[Row]:
     """Yields the rows; all processes call this function together."""
     yield from limits(dist)
-    engine = bench_train.build_engine(config.steps(1), config.precision, "grouped", "adamw", dist)
-    node = node_size(engine.config, dist.world_size)
+    node = node_size(TrainConfig.default(), dist.world_size)
     spread = next(n for n in range(min(8, node, config.num_experts), 0, -1) if node % n == 0)
-    del engine
     for expert_parallel in dict.fromkeys((1, spread)):
         yield from steps(config, expert_parallel, dist)
     layout = config.steps(spread)
     engine = bench_train.build_engine(layout, config.precision, "grouped", "adamw", dist)
     meshes = make_meshes(dist, engine.config)
     del engine
+    gc.collect()
     dimensions = {name: meshes.model[name] for name in meshes.model.mesh_dim_names}
     if meshes.spread is not None:
         dimensions["experts"] = meshes.spread

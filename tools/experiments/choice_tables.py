@@ -64,9 +64,10 @@ def count_by_class_and_position(model: DiT, latents: Tensor, labels: Tensor) -> 
 
 def main(config: ChoiceTablesConfig) -> None:
     images = CachedLatents(config.latents_path, "--latents-path")
-    chosen = evenly_spaced(len(images), config.num_images)
+    chosen, norm = evenly_spaced(len(images), config.num_images), images.norm
     for run in config.runs:
         checkpoint = read_checkpoint(run)
+        images.norm = checkpoint.record.norm or norm
         model, names = build_model(checkpoint), list(checkpoint.record.class_names)
         batches = latent_batches(images, chosen, None, names, batch_size=250)
         counts = sum(

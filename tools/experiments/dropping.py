@@ -116,7 +116,8 @@ def losses_without(
     """
     objective = objective_of(pipeline.settings)
     if source is not None:
-        smaller = build_model(drop_experts(source, dropped))
+        weight = next(pipeline.model.parameters())
+        smaller = build_model(drop_experts(source, dropped), weight.device, weight.dtype)
         return np.array(held_out_losses(smaller, objective, batches)[0])
     with ExitStack() as silenced:
         for layer, experts in zip(sparse_layers(pipeline.model), dropped, strict=True):

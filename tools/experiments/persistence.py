@@ -56,7 +56,7 @@ def choices(pipeline: SamplingPipeline, num_images: int) -> Tensor:
 
     def count(layer: int, x: Tensor, routing: Routing) -> None:
         chosen = torch.zeros(x.shape[0] * x.shape[1], experts, dtype=torch.bool)
-        chosen[routing.token, routing.expert] = True
+        chosen[routing.token.cpu(), routing.expert.cpu()] = True
         steps[-1].append(chosen.view(*x.shape[:2], experts))
 
     labels = [image % classes for image in range(num_images)]
@@ -83,9 +83,12 @@ def measure(run: str, images: CachedLatents, config: PersistenceConfig, row: dic
     pipeline = open_pipeline(SamplingConfig(ckpt=run, precision="fp32", **settings))
     if row["router"] == "random":
         chosen = evenly_spaced(len(images), 200)
+        images.norm = pipeline.vae.norm
         (batch,) = latent_batches(images, chosen, None, pipeline.class_names, batch_size=200)
+        device = next(pipeline.model.parameters()).device
+        latents, labels = (batch[name].to(device) for name in ("latents", "label"))
         with torch.no_grad():
-            randomise_gates(pipeline.model, batch["latents"], batch["label"], spans=False)
+            randomise_gates(pipeline.model, latents, labels, spans=False)
     return dict(shares(choices(pipeline, config.num_images)))
 
 

@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from checkpoints import load_model, step_folders
+from checkpoints import build_model, read_checkpoint, step_folders
 from checkpoints.costs import count_macs, count_parameters
 from evaluation.heldout import held_out_loss, latent_batches
 from latents.cache import CachedLatents
@@ -212,10 +212,12 @@ def row_of(config: ExperimentConfig, arm: str, seed: int, folder: Path) -> dict:
 
 def report_loss(config: ExperimentConfig, arm: str, folder: Path) -> float:
     """Returns the EMA's loss on all latents of --report-path, at uniform times."""
-    latents = CachedLatents(config.report_path)
+    latents, checkpoint = CachedLatents(config.report_path), read_checkpoint(folder)
+    latents.norm = checkpoint.record.norm or latents.norm
     every = range(len(latents))
     batches = latent_batches(latents, every, None, latents.classes, batch_size=250)
-    return held_out_loss(load_model(folder), train_config(config, arm).objective, batches).mean
+    objective = train_config(config, arm).objective
+    return held_out_loss(build_model(checkpoint), objective, batches).mean
 
 
 def run_missing(config: ExperimentConfig, arms: list[str]) -> None:

@@ -158,8 +158,8 @@ def with_tests(head: list[str], lines: list[tuple[list[str], Series]]) -> str:
 
 def settings_table(frame: DataFrame, reference: str) -> str:
     """Returns a Markdown table that compares the KID of arms with the reference, sampled with the
-    same sampler, steps and guidance scale."""
-    by = ["sampler", "steps", "scale"]
+    same sampler, steps and guidance."""
+    by = ["sampler", "steps", "scale", "interval"]
     ours, lines = frame[frame["arm"] == reference].groupby(by), []
     for (arm, *setting), theirs in frame[frame["arm"] != reference].groupby(["arm", *by]):
         if tuple(setting) in ours.groups:
@@ -218,11 +218,12 @@ def paired(left: DataFrame, right: DataFrame) -> Series:
 
 
 def settings_of(rows: DataFrame) -> str:
-    """Names the samplers, steps and guidance scales of rows, as in "heun 4, unipc 8 at 1.5"."""
-    names = [
-        f"{row.sampler} {row.steps}" + (f" at {row.scale:g}" if row.scale != 1 else "")
-        for row in rows.itertuples()
-    ]
+    """Names the samplers, steps and guidance of rows: "heun 4, unipc 8 at 1.5 in 0.1 to 1"."""
+    names = []
+    for row in rows.itertuples():
+        interval = f" in {row.interval}" if row.interval != "0 to 1" else ""
+        guidance = f" at {row.scale:g}{interval}" if row.scale != 1 else ""
+        names.append(f"{row.sampler} {row.steps}{guidance}")
     return ", ".join(dict.fromkeys(names))
 
 

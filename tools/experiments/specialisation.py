@@ -171,6 +171,9 @@ def measure(
     objective = checkpoint.record.objective
     if objective and objective.name in ("gaussian", "gaussian_v"):
         raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
+    if objective and objective.options.get("noise_scale", 1) != 1:
+        raise UserError(f"--runs: {path} was trained with {objective}, expected noise_scale=1")
+    images.norm = checkpoint.record.norm or images.norm
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if spans and "span" not in model.config.conditions:
         raise UserError(f"--spans: {path} was trained with {objective}, expected mean_flow")

@@ -1,7 +1,6 @@
 """Engine of train.py: every process holds the complete model (distributed data parallelism)."""
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -91,14 +90,14 @@ class DDPEngine:
             for weight in self.trained.values():
                 weight.grad = torch.zeros_like(weight)
         device = self.dist.device
-        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                self.model,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        is_new = torch.__version__ >= (2, 13)
+        buffers = "forward_sync_buffers" if is_new else "broadcast_buffers"
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **{buffers: False},
+        )
 
     def prepare(self) -> None:
         """Prepares a model for training once its weights are in place: checkpointing, compilation,
@@ -350,13 +349,15 @@ class DDPEngine:
             check_shapes({n: expected[n] for n in projectors}, {n: stored[n] for n in projectors})
         with as_user_error(folder, "damaged, or of a different model"):
             check_shapes(stored, expected)
+            kept = state["optimizer"]
             for name, moments in planned.items():
-                check_shapes(shapes_of(state["optimizer"].get(name, {})), shapes_of(moments))
+                if name in kept or not kept:  # a parameter that never had a gradient has no state
+                    check_shapes(shapes_of(kept.get(name, {})), shapes_of(moments))
             for name, tensor in local.items():
                 tensor.copy_(state["model"][name])
             for name in trained:
-                weight, kept = self.trained[name], state["optimizer"].get(name, {}).items()
-                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in kept}
+                weight, own = self.trained[name], kept.get(name, {}).items()
+                self.optimizer.state[weight] = {k: distributed_as(weight, v) for k, v in own}
             # The scale is missing after a save in another precision, and below 1 after many nan
             # steps.
             if state["scaler"].get("scale", 0) >= 1:
