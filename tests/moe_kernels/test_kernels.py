@@ -168,7 +168,8 @@ ANY_INTEGER = {"num_experts", "num_rows", "num_tokens"}
 def launches(capability: int) -> list[tuple]:
     """Launches of every kernel: arithmetic, kernel, constants and number of warps.
 
-    To save time, fp32 products are compiled only for the first capability.
+    To save time, fp32 products are compiled only for the first capability, of an untransposed
+    weight, and quantised to 4 bits.
     """
     block = dict(zip(("ROWS", "COLUMNS"), triton_kernels.block_of(1152), strict=True))
     tokens = {"TOKENS": block["ROWS"], "COLUMNS": block["COLUMNS"], "WEIGHTED": True}
@@ -186,11 +187,12 @@ def launches(capability: int) -> list[tuple]:
         product = {"PRECISION": "ieee" if arithmetic == "half" else arithmetic, "WIDEN": False}
         tile = {"ROWS": first, "OUTPUTS": second, "INPUTS": third, "EXPERTS": 16}
         tile["GROUP"] = triton_kernels.TILE_GROUP
+        is_half = arithmetic == "half"
         found += [
             (arithmetic, linear, {**tile, **product, "BITS": 16, stride: 1}, warps)
-            for stride in ("stride_input", "stride_output")  # a weight and its transpose
+            for stride in ("stride_input", *["stride_output"] * is_half)  # also of its transpose
         ]
-        for bits, inputs in ((8, third), (4, GROUP)):
+        for bits, inputs in ((4, GROUP), *[(8, third)] * is_half):
             stored = {"INPUTS": inputs, "BITS": bits, "stride_input": 1}
             values = {**tile, **product, **stored}
             found.append((arithmetic, linear, values, triton_kernels.QUANTIZED_WARPS))
