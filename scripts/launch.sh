@@ -83,8 +83,8 @@ launch() {
     fi
     LATENTS=${LATENTS:-data/latents-$size}
     if [ -n "${DATA:-}" ]; then # existing shards are not encoded again
-        # Nodes finish at different times: on its own port, so that training does not meet the store
-        # of a node that still encodes, and training waits for that node.
+        # Some nodes finish first. Their training waits for the others, and would find the encoding
+        # of the others on the same port.
         "${START[@]}" --master_port=$((${PORT:-29500} + 1)) cache_latents.py --data-path "$DATA" \
             --image-size "$size" "${input[@]}" --output "$LATENTS"
         START+=(--rdzv-conf timeout=36000)

@@ -125,16 +125,9 @@ def test_all_runs_of_a_race_are_verified(finished, data, capsys):
     "flags", ["--latents-norm data", "--objective flow_x:noise_scale=2"], ids=["norm", "noise"]
 )
 def test_an_entry_with_a_loss_in_other_units_is_refused(flags, data, recipe, tmp_path, capsys):
-    command = (
-        SCRIPT,
-        f"{recipe} {flags}",
-        *data,
-        "--reference",
-        recipe,
-        "--output",
-        tmp_path / "o",
-    )
-    assert "the loss is not that of the target" in expect_error(capsys, *command)
+    output = ("--reference", recipe, "--output", tmp_path / "race")
+    line = expect_error(capsys, SCRIPT, f"{recipe} {flags}", *data, *output)
+    assert "the loss is not that of the target" in line
 
 
 def test_a_record_is_raced_again_from_the_config_of_its_run(finished, data):

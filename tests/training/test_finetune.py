@@ -77,9 +77,8 @@ def test_a_folder_without_classes_trains_unconditionally(flags, image_tree, tmp_
     moved = shutil.copytree(image_tree / "class-0", tmp_path / "moved")  # it names the class
     call_main(
         "train.py", "--finetune", run, "--data-path", moved, "--image-size", 16, "--lr", 0,
-        "--max-steps", 1,
-        "--global-batch-size", 8, "--num-workers", 0, "--num-sample", 0, "--run-name", "more",
-        "--results-dir", tmp_path,
+        "--max-steps", 1, "--global-batch-size", 8, "--num-workers", 0, "--num-sample", 0,
+        "--run-name", "more", "--results-dir", tmp_path,
     )  # fmt: skip
     more = read_checkpoint(tmp_path / "more")
     assert more.record.class_names == ("moved",)
