@@ -33,6 +33,7 @@ from analysis.recorder import RoutingRecorder, listen
 from checkpoints import build_model, read_checkpoint
 from diffusion import PerImageNoise, RectifiedFlow
 from evaluation.heldout import BINS, latent_batches
+from latents.autoencoder import LatentNorm
 from latents.cache import CachedLatents
 from latents.loading import evenly_spaced
 from models import DiT
@@ -164,16 +165,24 @@ def randomise_gates(model: DiT, latents: Tensor, labels: Tensor, spans: bool) ->
 
 @torch.no_grad()
 def measure(
-    path: str, images: CachedLatents, num_images: int, device: torch.device, spans: bool
+    path: str,
+    images: CachedLatents,
+    norm: LatentNorm,
+    num_images: int,
+    device: torch.device,
+    spans: bool,
 ) -> dict[str, FactorRecorder]:
-    """Counts the choices of a run's trained, shuffled and random router; {} for a dense model."""
+    """Counts the choices of a run's trained, shuffled and random router; {} for a dense model.
+
+    norm: of the latents if the checkpoint has none
+    """
     checkpoint = read_checkpoint(path)
     objective = checkpoint.record.objective
     if objective and objective.name in ("gaussian", "gaussian_v"):
         raise UserError(f"--runs: {path} was trained with {objective}, expected a flow")
     if objective and objective.options.get("noise_scale", 1) != 1:
         raise UserError(f"--runs: {path} was trained with {objective}, expected noise_scale=1")
-    images.norm = checkpoint.record.norm or images.norm
+    images.norm = checkpoint.record.norm or norm
     model, names = build_model(checkpoint, device), list(checkpoint.record.class_names)
     if spans and "span" not in model.config.conditions:
         raise UserError(f"--spans: {path} was trained with {objective}, expected mean_flow")
@@ -212,9 +221,9 @@ def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
     device = open_processes().device
     images = CachedLatents(config.val_path, "--val-path")
-    lines, per_token = [], {}
+    lines, per_token, norm = [], {}, images.norm
     for run in config.runs:
-        found = measure(run, images, config.val_images, device, config.spans)
+        found = measure(run, images, norm, config.val_images, device, config.spans)
         name = Path(run).name
         for kind, recorder in found.items():
             lines.append({"run": name, "router": kind, **bits(recorder, config.spans)})
