@@ -278,7 +278,6 @@ def main(config: EvaluateConfig) -> None:
     if config.output and (config.images or config.loss):  # samples need a folder of their own
         prepare_output("--output", config.output / "results.json")
     dist = setup_distributed()
-    torch.backends.cudnn.allow_tf32 = False  # so that all machines compute the same features
     if dist.is_main:
         print_safely(f"loading {config.ckpt or config.images}")
     if config.images:
@@ -292,4 +291,6 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(lambda: main(parse_args()), "interrupted; the same command goes on")
+    run_process(
+        lambda: main(parse_args()), "interrupted; the same command goes on with the samples"
+    )

@@ -15,6 +15,7 @@ of this name, if it has saved a checkpoint.
 """
 
 import signal
+from contextlib import suppress
 from typing import Any
 
 import runtime  # isort: skip  # noqa: F401  # before torch
@@ -54,7 +55,9 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         GivenImages.datasets["python:data"] = data
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     precision = torch.get_float32_matmul_precision()
-    allow_tf32 = torch.backends.cudnn.allow_tf32
+    allow_tf32 = None
+    with suppress(RuntimeError):  # PyTorch refuses where the new names of these settings were used
+        allow_tf32 = torch.backends.cudnn.allow_tf32
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         said = {name: value for name, value in flags.items() if value is not None}
@@ -63,7 +66,8 @@ def run(data: Dataset | None = None, **flags: Any) -> int:
         GivenImages.datasets.pop("python:data", None)
         close_distributed()
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = allow_tf32
+        if allow_tf32 is not None:
+            torch.backends.cudnn.allow_tf32 = allow_tf32
         torch.use_deterministic_algorithms(is_deterministic)
         for number, handler in handlers.items():
             signal.signal(number, handler)

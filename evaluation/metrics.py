@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,18 @@ class Statistics:
     info: dict = field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Lets all GPUs compute the same features: PyTorch's default for convolutions is TF32."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 @torch.inference_mode()
+@without_tf32()
 def collect(
     images: ImageSet, extractor, batch_size: int, keep: int | None = None,
     dist: Distributed = ALONE,

@@ -12,6 +12,13 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --precision
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
+# Names of instructions for matrix products (x86 and ARM) in Linux's list, by dtype.
+CPUINFO = "/proc/cpuinfo"
+HALF_PRECISION = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
 
 # Peak TFLOP/s of dense bf16 and fp16 matrix products (vendors' data sheets, without sparsity), by a
 # part of the device's name; the first match counts.
@@ -68,8 +75,12 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def lacks_instructions(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether a CPU has no instructions for half-precision products, so fp32 is faster."""
-    if device.type != "cpu" or dtype.itemsize != 2 or not torch.backends.mkldnn.is_available():
+    """Returns whether a CPU has no instructions for half-precision products, so fp32 is faster.
+
+    PyTorch's own check is also true for processors with AVX-512 that lack them. Returns False where
+    the system does not list the instructions.
+    """
+    if device.type != "cpu" or dtype not in HALF_PRECISION or not os.path.exists(CPUINFO):
         return False
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    with open(CPUINFO) as file:
+        return not HALF_PRECISION[dtype] & set(file.read().split("\n\n")[0].split())

@@ -1,7 +1,7 @@
 """Exports checkpoints for publication, one writer function per format, with a model card."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from options.parts import options_of
 from options.settings import stored
 from routers import ROUTERS
 from runtime.errors import printable
-from runtime.plugins import PLUGIN
 
 ROOT = Path(__file__).parent.parent
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
@@ -86,15 +85,15 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     kinds = {config.router.name: ROUTERS[config.router.name]}
     kinds |= {objective.name: OBJECTIVES[objective.name]} if objective else {}
     kinds |= {n: CONDITIONS[n] for n, _ in map(split_condition, config.conditions)}
+    copied = copy_code("sampling.diffusers_pipeline", folder)
     for name, kind in kinds.items():
-        if kind.__module__.startswith(PLUGIN):
+        if kind.__module__ not in copied:
             raise ValueError(f"got {name} of a --plugin, which a pipeline does not contain")
     model = {k: v for k, v in stored(checkpoint.config).items() if k != "expert_backend"}
     with torch.device("meta"):
         transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)
     transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
     transformer.save_pretrained(folder / "transformer")
-    copy_code("sampling.diffusers_pipeline", folder)
     write_index(folder)
 
 
@@ -112,12 +111,13 @@ IMPORT = re.compile(r"^( *)from (\w[\w.]*) import (\w*)", re.MULTILINE)
 NAMESPACE = '"".join(c if c.isalnum() else "_" for c in __name__)'
 
 
-def copy_code(entry: str, folder: Path) -> None:
+def copy_code(entry: str, folder: Path) -> Collection[str]:
     """Copies a module, and all modules of this repository that it imports, for diffusers.
 
     From the hub, diffusers downloads only pipeline.py, the files that pipeline.py names in
     `from .NAME import`, and one file per component folder. Module a.b is therefore copied to
-    dit_moe_a_b.py next to pipeline.py, which names all copies (see `write_index`).
+    dit_moe_a_b.py next to pipeline.py, which names all copies (see `write_index`). Returns the
+    names of the modules.
     """
     found, texts = [entry], {}
 
@@ -142,6 +142,7 @@ def copy_code(entry: str, folder: Path) -> None:
             texts[module] = text.replace('"dit_moe::', f'{NAMESPACE} + "::')
     for module, text in texts.items():
         (folder / f"{flat_name(module)}.py").write_text(text)
+    return texts
 
 
 def flat_name(module: str) -> str:

@@ -12,7 +12,7 @@
 #              data/latents-256, 42 GB for ImageNet). All nodes must see it. Without DATA it must exist.
 #   IMAGES=1   train on the images of DATA, with the autoencoder in every step
 #   VAE        autoencoder
-#   NODES, GPUS (per node), NODE_RANK, HOST (of node 0), PORT
+#   NODES, GPUS (per node), NODE_RANK, HOST (of node 0), PORT (and PORT + 1)
 #   BATCH      images per optimizer step
 #   MICRO      images per GPU and micro-batch
 #   GRACE      seconds that a run gets to save when it has to stop (600)
@@ -88,6 +88,7 @@ launch() {
         "${START[@]}" --master_port=$((${PORT:-29500} + 1)) cache_latents.py --data-path "$DATA" \
             --image-size "$size" "${input[@]}" --output "$LATENTS"
         START+=(--rdzv-conf timeout=36000)
+        ((NODES == 1)) || echo "training waits up to ten hours until all nodes have encoded their images"
     fi
     exec "${START[@]}" "$@" "${input[@]}" --latents-path "$LATENTS"
 }

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 
 from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
-from runtime.processes import Distributed, close_distributed
+from runtime.processes import LAUNCHER_VARIABLES, Distributed, close_distributed
 from training.engines.state import read_state
 from training.manifest import MANIFEST_FILE, write_manifest
 
@@ -37,6 +38,10 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+FOREIGN_VARIABLES = (  # of a job, scripts/launch.sh and scripts/demo.sh
+    *LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE", "DIT_MOE_SAVED", "DATA", "LATENTS", "IMAGES", "VAE",
+    "BATCH", "MICRO", "NODES", "GPUS", "NODE_RANK", "NUMA", "DEMO_STEPS",
+)  # fmt: skip
 ROOT = Path(__file__).parent.parent
 SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # where the size does not matter
 TINY_MODEL = dict(
@@ -67,6 +72,11 @@ def pytest_configure(config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch finds no GPU")
+    # Nothing of the user's shell or home reaches the tests, and their processes share no cache.
+    for name in {*FOREIGN_VARIABLES, *(name for name in os.environ if name.startswith("LC_"))}:
+        os.environ.pop(name, None)
+    os.environ["HF_HOME"] = home = tempfile.mkdtemp(prefix="huggingface-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     path = config.getoption("--report")
     if path and not hasattr(config, "workerinput"):  # workers of pytest-xdist report to the first
         config.pluginmanager.register(Reporter(path))
@@ -384,6 +394,7 @@ SLOW_IMPORTS = [
     "training.loop",
     "training.engines.fsdp",
 ]
+torch.multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
 
 
 @contextmanager
@@ -420,7 +431,6 @@ def resident(kind: str = "VmRSS") -> int:
 
 def process_pool(processes: int) -> ProcessPoolExecutor:
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
     # Full collections of garbage skip the frozen modules: sixty tiny steps take a fifth less time.
     return ProcessPoolExecutor(processes, mp_context=context, initializer=gc.freeze)
 
@@ -437,10 +447,10 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
     Returns the result of each process. The function must be a top-level function of a module,
     because the processes import it by name.
     """
-    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with process_pool(processes) as pool:
         calls = [
-            pool.submit(call_in_group, rank, processes, port, function, arguments)
+            pool.submit(call_in_group, rank, processes, store.port, function, arguments)
             for rank in range(processes)
         ]
         return [call.result() for call in calls]
@@ -448,8 +458,9 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
 
 def call_in_group(rank: int, processes: int, port: int, function, arguments: tuple):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
     torch.distributed.init_process_group(
-        "gloo", rank=rank, world_size=processes, timeout=timedelta(seconds=120)
+        "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=120)
     )
     try:
         return function(Distributed(rank, rank, processes, torch.device("cpu")), *arguments)

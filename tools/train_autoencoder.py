@@ -100,7 +100,7 @@ class AutoencoderConfig:
     )
     precision: str = option(
         "bf16", choices=("fp32", "bf16"),
-        help="precision of convolutions; fp32 is much faster on CPUs without AVX-512 or AMX",
+        help="precision of convolutions; fp32 is much faster on CPUs without instructions for bf16",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from runtime.processes import Distributed
 from training.config import FITTED, TrainConfig, setting_names, training_flags
 from training.finetune import latent_changes
 from training.manifest import find_fault
-from training.run_folder import CONFIG_FILE, branch_of, is_step_folder, named_folder
+from training.run_folder import CONFIG_FILE, LOCK_FILE, branch_of, is_step_folder, named_folder
 from training.sections import CommandFlags
 
 # A run cannot change what shapes its state: the model, and these, of components only the name.
@@ -65,6 +65,8 @@ def not_resumable(source: Path) -> UserError:
     expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
     if os.path.exists(source):
         advice = f"to start from weights: --finetune {source}"
+        if os.path.isfile(source / LOCK_FILE):  # a run that ended before its first step
+            advice = "to begin it again: its command"
         if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
             advice = f"to begin it again: its command, or --config {source / CONFIG_FILE}"
         return UserError(f"--resume: got {source}, {expected}; {advice}")

@@ -79,7 +79,7 @@ class StepConfig(Config):
     )
     tf32: bool = option(
         False,
-        help="compute fp32 matrix products on a GPU in TF32, faster but with 10 mantissa bits",
+        help="compute fp32 products and convolutions on a GPU in TF32, with 10 mantissa bits",
     )
     compile: bool = option(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = option(

@@ -17,7 +17,7 @@ from options.parts import options_of
 from options.settings import Settings
 from runtime import __version__
 from runtime.devices import be_deterministic
-from runtime.errors import UserError, printable, reported_as
+from runtime.errors import UserError, print_safely, printable, reported_as
 from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import (
@@ -156,10 +156,15 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if weights is not None:
         adapted, more = start_weights(weights, config, dataset)
         start, notes = adapted.items(), notes + more
-    engine = config.engine.engine_class()(dist, config, start)
-    start = adapted = weights = None  # the engine holds the weights; free this copy
-    if before:
-        engine.load_state(step_folder)
+    try:
+        engine = config.engine.engine_class()(dist, config, start)
+        start = adapted = weights = None  # the engine holds the weights; free this copy
+        if before:
+            engine.load_state(step_folder)
+    except Exception:
+        for note in notes if dist.is_main else ():  # the log does not have them yet
+            print_safely(f"note: {note}")
+        raise
     if not dataset.vae_path:  # images
         dist.on_main(partial(write_sheet, dataset, folder, keep=goes_on))
     with reported_as(f"{folder}: cannot write the log", OSError):

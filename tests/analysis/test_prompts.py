@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error, run_script
+from conftest import call_main, expect_error, relative_error
 from diffusers import DiffusionPipeline
 from test_report import data_of, table_of
 
@@ -18,6 +20,7 @@ from analysis.recorder import listen
 from analysis.sparse_layers import sparse_layers, weight_similarity
 from moe_kernels.quantized import quantize
 from routers import Routing
+from runtime import files
 from runtime.errors import UserError
 from tools.tiny_pipeline import PIPELINES, PROMPTS, tiny_nucleus
 
@@ -309,10 +312,15 @@ def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, ca
         sparse_layers(torch.nn.Linear(1, 1))
 
 
-def test_a_failed_script_leaves_no_folder_for_its_output(tmp_path):
+def test_a_failed_script_leaves_no_folder_for_its_output(tmp_path, monkeypatch, capsys):
+    at_exit = []
+    register = SimpleNamespace(register=lambda *call: at_exit.append(partial(*call)))
+    monkeypatch.setattr(files, "atexit", register)
     prompts, output = tmp_path / "prompts.txt", tmp_path / "new" / "deep" / "counts.npz"
     prompts.write_text(PROMPTS)
     flags = ("--pipeline", tmp_path / "none", "--prompts", prompts, "--output", output)
-    failed = run_script("expert_data.py", *flags, check=False)
-    assert failed.returncode == 2 and "expected a folder or hub id" in failed.stderr
+    assert "expected a folder or hub id" in expect_error(capsys, "expert_data.py", *flags)
+    assert output.parent.is_dir()
+    for call in at_exit:
+        call()
     assert [*tmp_path.iterdir()] == [prompts]

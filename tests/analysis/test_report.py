@@ -115,6 +115,12 @@ def test_large_grids_are_joined_in_blocks():
     )
 
 
+@pytest.fixture(scope="module")
+def driver():
+    with open_browser(**{"goog:loggingPrefs": {"browser": "ALL"}}) as browser:
+        yield browser
+
+
 def show(driver, address: str, width: int) -> None:
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -134,37 +140,35 @@ def assert_fits(driver, width: int) -> None:
         assert table.get_property("scrollWidth") == table.get_property("clientWidth")
 
 
-def test_the_page_works_in_a_browser_and_fits_a_telephone(page):
-    with open_browser(**{"goog:loggingPrefs": {"browser": "ALL"}}) as driver:
-        show(driver, f"{page[0].as_uri()}#layer-1-expert-5", 390)
-        title = driver.find_element("css selector", "#one h2")
-        assert title.text == "Expert 5 of layer 1"
-        assert "1·5" in views(driver, "dead")[0].text
-        assert "No patch" not in views(driver, "gallery")[0].text
-        views(driver, "after")[0].click()
-        assert title.text == "Expert 6 of layer 1"
-        assert_fits(driver, 390)
-        assert driver.execute_script("return document.images.length") == 16
-        assert driver.execute_script("return document.images[0].naturalWidth") == 32
-        show(driver, page[0].as_uri(), 1280)
-        assert_fits(driver, 1280)
-        assert not driver.get_log("browser")
+def test_the_page_works_in_a_browser_and_fits_a_telephone(page, driver):
+    show(driver, f"{page[0].as_uri()}#layer-1-expert-5", 390)
+    title = driver.find_element("css selector", "#one h2")
+    assert title.text == "Expert 5 of layer 1"
+    assert "1·5" in views(driver, "dead")[0].text
+    assert "No patch" not in views(driver, "gallery")[0].text
+    views(driver, "after")[0].click()
+    assert title.text == "Expert 6 of layer 1"
+    assert_fits(driver, 390)
+    assert driver.execute_script("return document.images.length") == 16
+    assert driver.execute_script("return document.images[0].naturalWidth") == 32
+    show(driver, page[0].as_uri(), 1280)
+    assert_fits(driver, 1280)
+    assert not driver.get_log("browser")
 
 
 BARS = """return [...document.querySelectorAll(".bar")].map((bar) => [
   bar.querySelector("b").getBoundingClientRect().width, bar.lastChild.textContent])"""
 
 
-def test_a_bar_is_as_long_as_its_number_says(page):
-    with open_browser() as driver:
-        show(driver, page[0].as_uri(), 1280)
-        lengths, words = zip(*driver.execute_script(BARS), strict=True)
+def test_a_bar_is_as_long_as_its_number_says(page, driver):
+    show(driver, page[0].as_uri(), 1280)
+    lengths, words = zip(*driver.execute_script(BARS), strict=True)
     values = [float(word.removeprefix("×")) for word in words]
     assert min(values) < 1 < max(values) and values == sorted(values, reverse=True)
     np.testing.assert_allclose(np.array(lengths) / lengths[0], np.array(values) / values[0], 0.02)
 
 
-def test_several_models_stand_side_by_side_on_the_same_scales(tmp_path):
+def test_several_models_stand_side_by_side_on_the_same_scales(tmp_path, driver):
     for run, experts, classes in (("<a>", 8, 5), ("b", 4, 3)):
         counts = counts_with_gallery(num_experts=experts, num_classes=classes)
         counts.settings["run"] = run
@@ -174,32 +178,31 @@ def test_several_models_stand_side_by_side_on_the_same_scales(tmp_path):
     call_main("expert_report.py", "--data", tmp_path / "a", tmp_path / "b" / "expert_data.npz")
     page = tmp_path / "expert_reports.html"
     assert [data_of(page, i)["experts"] for i in (0, 1)] == [8, 4]
-    with open_browser(**{"goog:loggingPrefs": {"browser": "ALL"}}) as driver:
-        show(driver, f"{page.as_uri()}#layer-1-expert-5-expert-2", 1280)
-        assert driver.find_element("css selector", "h1").text == "Experts of <a> and b"
-        names = views(driver, "name")
-        assert [name.text for name in names] == ["5 of layer 1", "2 of layer 1"]
-        views(driver, "after")[1].click()
-        assert [name.text for name in names] == ["5 of layer 1", "3 of layer 1"]
-        titles = driver.find_elements("css selector", "#classSection .title")
-        assert [title.text for title in titles] == ["<a>", "b"]
-        for name in ("load", "byClass", "byStep", "placeScale", "kept", "similarity"):
-            first, second = (
-                [part.text for part in view.find_elements("css selector", ".scale span")[:2]]
-                for view in views(driver, name)
-            )
-            assert first == second and all(first)
-        heights = [view.get_property("clientHeight") for view in views(driver, "byClass")]
-        assert heights[0] == heights[1]  # the three classes that both have
-        assert not driver.find_element("id", "damageSection").is_displayed()  # of one model only
-        left, right = (view.rect for view in views(driver, "load"))
-        assert left["y"] == right["y"] and right["x"] > 600
-        assert_fits(driver, 1280)
-        show(driver, page.as_uri(), 390)
-        first, second = (view.rect for view in views(driver, "load"))
-        assert first["x"] == second["x"] and second["y"] > first["y"] + first["height"]
-        assert_fits(driver, 390)
-        assert not driver.get_log("browser")
+    show(driver, f"{page.as_uri()}#layer-1-expert-5-expert-2", 1280)
+    assert driver.find_element("css selector", "h1").text == "Experts of <a> and b"
+    names = views(driver, "name")
+    assert [name.text for name in names] == ["5 of layer 1", "2 of layer 1"]
+    views(driver, "after")[1].click()
+    assert [name.text for name in names] == ["5 of layer 1", "3 of layer 1"]
+    titles = driver.find_elements("css selector", "#classSection .title")
+    assert [title.text for title in titles] == ["<a>", "b"]
+    for name in ("load", "byClass", "byStep", "placeScale", "kept", "similarity"):
+        first, second = (
+            [part.text for part in view.find_elements("css selector", ".scale span")[:2]]
+            for view in views(driver, name)
+        )
+        assert first == second and all(first)
+    heights = [view.get_property("clientHeight") for view in views(driver, "byClass")]
+    assert heights[0] == heights[1]  # the three classes that both have
+    assert not driver.find_element("id", "damageSection").is_displayed()  # of one model only
+    left, right = (view.rect for view in views(driver, "load"))
+    assert left["y"] == right["y"] and right["x"] > 600
+    assert_fits(driver, 1280)
+    show(driver, page.as_uri(), 390)
+    first, second = (view.rect for view in views(driver, "load"))
+    assert first["x"] == second["x"] and second["y"] > first["y"] + first["height"]
+    assert_fits(driver, 390)
+    assert not driver.get_log("browser")
 
 
 def test_models_that_cannot_be_compared_are_refused(tmp_path, capsys):

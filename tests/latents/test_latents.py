@@ -2,12 +2,11 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from test_models import randomised
 
 from checkpoints import read_checkpoint, read_record
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder
-from latents.cache import CachedLatents, check_networks, open_data
+from latents.cache import CachedLatents, check_networks, lock_cache, open_data
 from latents.loading import BatchStream, collate, loader_workers, read_batches
 from latents.sources import open_images
 from runtime.errors import UserError
@@ -149,14 +148,10 @@ def test_a_killed_cache_latents_run_resumes_to_the_same_shards(cache, cache_flag
     assert kept.stat().st_mtime_ns == before
 
 
-LOCKED = """
-import sys
-from pathlib import Path
-from latents.cache import lock_cache
-lock = lock_cache(Path(sys.argv[1]), is_main=True)
-print("locked", flush=True)
-sys.stdin.read()
-"""
+def hold(folder: Path, pipe) -> None:
+    lock = lock_cache(folder, is_main=True)
+    pipe.send(lock.name)
+    pipe.recv()
 
 
 def test_a_second_command_cannot_write_to_a_cache_until_the_first_has_ended(
@@ -164,15 +159,16 @@ def test_a_second_command_cannot_write_to_a_cache_until_the_first_has_ended(
 ):
     copied = shutil.copytree(cache, tmp_path / "cache")
     flags = cache_flags(copied)
-    command = [sys.executable, "-c", LOCKED, copied]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as first:
-        assert first.stdout.readline() == b"locked\n"
-        call_main("cache_latents.py", *flags)  # there is nothing to write
-        (copied / "shard-00001.safetensors").unlink()
-        line = expect_error(capsys, "cache_latents.py", *flags)
-        assert f"--output: {copied}: another cache_latents.py writes to it; wait" in line
-        first.stdin.close()
+    ours, theirs = multiprocessing.Pipe()
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(copied, theirs))
+    first.start()
+    ours.recv()
+    call_main("cache_latents.py", *flags)  # there is nothing to write
+    (copied / "shard-00001.safetensors").unlink()
+    line = expect_error(capsys, "cache_latents.py", *flags)
+    assert f"--output: {copied}: another cache_latents.py writes to it; wait" in line
+    first.kill()
+    first.join()
     call_main("cache_latents.py", *flags)
     assert contents(copied) == contents(cache)
 

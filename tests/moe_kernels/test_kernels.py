@@ -223,6 +223,8 @@ def compile_kernels(folder: Path, capability: int) -> list[dict] | str:
         try:
             code = triton.compile(source, target=target, options={"num_warps": warps})
         except (RuntimeError, ValueError) as error:
+            if compiled:  # this Triton compiles for this GPU
+                raise
             return f"Triton {triton.__version__} cannot compile for {capability}: {error}"
         (folder / "cubin").write_bytes(code.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

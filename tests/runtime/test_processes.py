@@ -28,6 +28,15 @@ def test_torchrun_restarts_with_a_shared_store_give_a_warning(monkeypatch, capsy
     assert capsys.readouterr().out.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == count
 
 
+def is_running(process: Path) -> bool:
+    """Whether a folder of /proc is that of a process that has not ended. One that nobody waits for
+    keeps its folder."""
+    try:
+        return ") Z " not in (process / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
 def test_a_training_process_ends_when_its_torchrun_is_killed(tmp_path):
     """An orphaned process would continue training and keep the run folder locked."""
@@ -39,9 +48,9 @@ def test_a_training_process_ends_when_its_torchrun_is_killed(tmp_path):
         worker = Path("/proc") / wait_for(process, "process ").split()[-1]
         process.kill()
         deadline = time.monotonic() + 10
-        while worker.exists() and time.monotonic() < deadline:
+        while is_running(worker) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if alive := worker.exists():
+        if alive := is_running(worker):
             os.kill(int(worker.name), signal.SIGKILL)
     assert not alive
 

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call_main, expect_error, in_process, resident, save_checkpoint
+from conftest import (
+    SMALL,
+    call_main,
+    expect_error,
+    in_process,
+    relative_error,
+    resident,
+    save_checkpoint,
+)
 from test_models import randomised
 
 from analysis.recorder import count_routing
@@ -65,7 +73,8 @@ def test_all_sampling_features_work_with_offloaded_blocks(checkpoint, quick_comp
             for offload in (False, True)
         ]
         want, got = (pipeline.latents([1, 2], [0, 1]) for pipeline in pair)
-        assert got.equal(want), options
+        # With a guide, rounding has differed.
+        assert relative_error(got, want) < 1e-5 if "guide_ckpt" in options else got.equal(want)
         tables = [count_routing(p, [1, 2], 1, seed=0, batch_size=2).by_class for p in pair]
         assert (tables[0] == tables[1]).all() and tables[0].any()
 

@@ -42,7 +42,7 @@ def test_check_gpu_reports_a_wrong_kernel_and_skips_what_needs_a_gpu(tmp_path, m
 
 
 def test_tests_that_do_not_run_are_a_failed_check(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-flag")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--rootdir=/nowhere")
     with command_line("check_gpu.py", ["--device=cpu", "--output", tmp_path]) as module:
         assert module.main(module.parse_args()) == 1
     (row,) = json.loads((tmp_path / "report.json").read_text())["checks"]

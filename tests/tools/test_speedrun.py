@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,8 +171,11 @@ def test_a_run_in_a_process_of_its_own_is_timed(data, recipe, tmp_path, monkeypa
     row = speedrun.train_entry(config, str(recipe), seed=3, number=1)
     assert row["run"] == "1-tiny-3" and row["images"] == 12
     assert row["seconds"] > 1 and 0 < row["busy"] < 1.2
-    with pytest.raises(UserError, match=r"2-tiny-0: training failed with exit code 2: error: "):
-        speedrun.train_entry(config, f"{recipe} --val-path nowhere", seed=0, number=2)
+    failing = [sys.executable, "-c", "import sys; print('error: x', file=sys.stderr); sys.exit(2)"]
+    start = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda _, **options: start(failing, **options))
+    with pytest.raises(UserError, match=r"2-tiny-0: training failed with exit code 2: error: x"):
+        speedrun.train_entry(config, str(recipe), seed=0, number=2)
 
 
 def test_the_target_is_a_loss_of_velocities_whatever_a_run_weighs(data, recipe, tmp_path):

@@ -36,7 +36,7 @@ from runtime import processes
 from runtime.errors import UserError
 from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
-from training.alarms import LINES
+from training import alarms
 from training.config import TrainConfig
 from training.engines import ddp, fsdp, state
 from training.log import RunLog
@@ -142,19 +142,18 @@ def remember_missing_paths() -> None:
     os.stat, os.listdir = lookup, list_again
 
 
-def train_on_two_nodes(dist: Distributed, arguments: list[str]) -> None:
+def train_on_two_nodes(dist: Distributed, *commands: list[str]) -> None:
     if not dist.is_main:
         remember_missing_paths()
-    train_on(dist, arguments)
+    train_on(dist, *commands)
 
 
-@pytest.mark.parametrize("name", ["run", None])
-def test_a_second_node_finds_the_run_folder_that_it_has_looked_up_before(
-    train_flags, tmp_path, name
-):
-    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": name}
-    in_processes(train_on_two_nodes, train_flags(tmp_path / "new" / "results", **flags))
-    assert step_folder(tmp_path / "new" / "results", 1).exists()
+def test_a_second_node_finds_the_run_folder_that_it_has_looked_up_before(train_flags, tmp_path):
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1}
+    runs = {"run": tmp_path / "new" / "named", None: tmp_path / "new" / "numbered"}
+    commands = [train_flags(runs[name], **flags, **{"run-name": name}) for name in runs]
+    in_processes(train_on_two_nodes, *commands)
+    assert all(step_folder(results, 1).exists() for results in runs.values())
 
 
 def test_a_folder_that_other_nodes_do_not_share_is_an_error(tmp_path):
@@ -284,7 +283,7 @@ class Faulty(TopKRouter):
         routing = super().forward(*inputs)
         if self.training and torch.distributed.get_rank() == 1:
             self.calls = getattr(self, "calls", 0) + 1
-            time.sleep(0.1)
+            time.sleep(0.15)
             if self.calls == 3:
                 return routing._replace(loss=routing.loss * math.nan)
         return routing
@@ -292,12 +291,13 @@ class Faulty(TopKRouter):
 
 def train_with_a_faulty_rank(dist: Distributed, arguments: list[str]) -> None:
     ROUTERS["faulty"] = Faulty
+    alarms.LINES = 3
     train_on(dist, arguments)
 
 
 def test_the_log_names_a_rank_that_is_slow_or_whose_loss_is_nan(train_flags, tmp_path):
     flags = {
-        "vae-path": "pixels", "image-size": 8, "max-steps": LINES, "run-name": "run",
+        "vae-path": "pixels", "image-size": 8, "max-steps": 7, "run-name": "run",
         "router": "faulty", "log-every": 1, "global-batch-size": 8,
     }  # fmt: skip
     in_processes(train_with_a_faulty_rank, train_flags(tmp_path, **flags))
@@ -306,7 +306,7 @@ def test_the_log_names_a_rank_that_is_slow_or_whose_loss_is_nan(train_flags, tmp
     (nan,) = [line for line in warnings if "nan" in line]
     assert re.fullmatch(r"the loss was infinite or nan in up to 1 step .* on rank 1 \(.+\)", nan)
     (slow,) = [line for line in warnings if "median" in line]
-    assert slow.startswith("for 10 log lines, rank 1 (")
+    assert slow.startswith("for 3 log lines, rank 1 (")
 
 
 class FakeRank(Distributed):

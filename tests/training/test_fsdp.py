@@ -584,7 +584,7 @@ def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):
     for result in measured:
         for name, (graphs, breaks, error) in result["compiled"].items():
             assert error < 1e-5, name
-            assert (graphs, breaks) == (1, 0) or name == "spread", name
+            assert graphs >= 1 if name == "spread" else (graphs, breaks) == (1, 0), name
 
 
 def test_selective_checkpointing_exchanges_no_rows_again(measured):

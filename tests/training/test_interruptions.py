@@ -186,9 +186,9 @@ def poll_at_two_speeds(dist) -> tuple[int, int, int]:
 
     try:
         fast = polls(160, 0.001)
-        signals.POLL_SECONDS = 0.05
-        polls(2 * signals.MOST_STEPS, 0.1)  # notices that steps have become slow
-        slow = polls(8, 0.1)
+        signals.POLL_SECONDS = 0.01
+        polls(2 * signals.MOST_STEPS, 0.02)  # notices that steps have become slow
+        slow = polls(8, 0.02)
         requests.is_signalled = dist.rank == 1
         return fast, slow, next(step for step in range(100) if requests.poll() == "stop")
     finally:

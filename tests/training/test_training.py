@@ -46,8 +46,8 @@ from diffusion import OBJECTIVES, RectifiedFlow
 from models import DiTConfig
 from options.parts import option
 from routers import ROUTERS
-from runtime import signals
-from runtime.devices import lacks_instructions, peak_of
+from runtime import devices, signals
+from runtime.devices import peak_of
 from runtime.errors import UserError
 from runtime.processes import ALONE, Distributed
 from runtime.signals import Requests
@@ -404,34 +404,29 @@ def requests_of_a_run(dist: Distributed) -> list[tuple[int, str]]:
     return met
 
 
-def wait_in_cpp(ready, has_step: bool) -> None:
+def wait_in_cpp(ready) -> None:
     """Waits as a collective does whose peers hang: in C++, without the lock of Python."""
     signals.REPEATED = 0.5
-    signals.Requests(ALONE, save_seconds=0).has_step = has_step
+    signals.Requests(ALONE, save_seconds=0).has_step = True
     ready.set()
     torch.distributed.HashStore().get("a key that nobody sets")
 
 
 def test_pressing_ctrl_c_again_stops_a_process_that_waits_in_cpp():
-    """Signals in quick succession count once, as launchers repeat signals. Before the end of the
-    first step there is nothing to save, so the first signal counts."""
-    context, started = torch.multiprocessing.get_context("forkserver"), []
-    for has_step in (True, False):
-        ready = context.Event()
-        process = context.Process(target=wait_in_cpp, args=(ready, has_step))
-        process.start()
-        started.append((has_step, ready, process))
-    for has_step, ready, process in started:
-        assert ready.wait(60)
-        start = time.monotonic()
-        while process.is_alive() and time.monotonic() < start + 30:
-            os.kill(process.pid, signal.SIGINT)
-            process.join(0.05)
-        ended = time.monotonic()
-        process.kill()
-        process.join()
-        assert process.exitcode == 128 + signal.SIGINT
-        assert (ended - start > 0.5) == has_step
+    """Signals in quick succession count once, as launchers repeat signals."""
+    context = torch.multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=wait_in_cpp, args=(ready,))
+    process.start()
+    assert ready.wait(60)
+    start = time.monotonic()
+    while process.is_alive() and time.monotonic() < start + 30:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.05)
+    ended = time.monotonic()
+    process.kill()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGINT and ended - start > 0.5
 
 
 @pytest.fixture(scope="module")
@@ -698,7 +693,7 @@ def test_a_first_step_of_more_than_a_minute_says_what_takes_long(flags, tmp_path
     assert "at most " in first and others and not any("at most" in other for other in others)
 
 
-def test_an_epoch_uses_every_image_once(flags, tmp_path):
+def test_epochs_are_converted_to_steps(flags, tmp_path):
     call_main("train.py", *flags(tmp_path, epochs=2, **{"max-steps": None}))
     assert rows(tmp_path)[-1]["step"] == 2 * 40 // 8
 
@@ -713,6 +708,10 @@ def test_a_resumed_run_keeps_using_tf32(flags, tmp_path):
         torch.set_float32_matmul_precision("highest")
 
 
+# AVX-512 without instructions for bf16, of which PyTorch says that it supports bf16.
+CASCADE_LAKE = "flags\t: fma avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni\n\nprocessor : 1"
+
+
 @pytest.mark.parametrize(
     "changes, slow",
     [
@@ -721,10 +720,32 @@ def test_a_resumed_run_keeps_using_tf32(flags, tmp_path):
         ({"precision": "fp32", "optimizer": "muon"}, "--optimizer muon:precision bf16"),
     ],
 )
-def test_bf16_on_a_cpu_without_bf16_instructions_is_noted(flags, tmp_path, changes, slow):
+def test_bf16_on_a_cpu_without_bf16_instructions_is_noted(
+    flags, tmp_path, monkeypatch, changes, slow
+):
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(CASCADE_LAKE)
     call_main("train.py", *flags(tmp_path, **changes, **{"max-steps": 1, "run-name": "run"}))
     notes = re.findall(
         "no instructions for (.*); with fp32", (tmp_path / "run/log.txt").read_text()
     )
-    lacks = lacks_instructions(torch.device("cpu"), torch.bfloat16)
-    assert notes == ([slow] if slow and lacks else [])
+    assert notes == [slow] * bool(slow)
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, lacks",
+    [
+        (CASCADE_LAKE, {torch.bfloat16, torch.float16}),
+        ("flags\t: avx512f avx512_bf16 amx_tile amx_bf16\n\n", {torch.float16}),
+        ("Features\t: asimd asimdhp bf16\n\n", set()),
+        (None, set()),
+    ],
+)
+def test_instructions_for_half_precision_are_those_that_linux_lists(
+    tmp_path, monkeypatch, cpuinfo, lacks
+):
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    cpu, dtypes = torch.device("cpu"), (torch.float32, torch.bfloat16, torch.float16)
+    assert {dtype for dtype in dtypes if devices.lacks_instructions(cpu, dtype)} == lacks

@@ -24,6 +24,7 @@ def read_samples(rows: list[dict]) -> DataFrame:
     """
     frame = frame_of([DEFAULTS | row for row in rows])
     frame["interval"] = frame["interval"].map("{0[0]:g} to {0[1]:g}".format)
+    frame.loc[frame["scale"] == 1, "interval"] = "0 to 1"  # nothing is guided
     frame = frame.assign(chosen=frame["choosing"].str[0], kid=frame["reporting"].str[0])
     frame["passes"] = frame["passes"].round().astype(int)
     for name in MODEL_SETTINGS:
