@@ -482,3 +482,14 @@ def test_rectangular_latents_are_laid_out_row_by_row_and_other_shapes_are_reject
         with pytest.raises(ValueError, match=r"expected \(4, 4, 12\), the model's shape"):
             model(torch.randn(2, *shape), t, y)
     assert DiT(**{**TINY_MODEL, "input_size": (8, 8)}).config.input_size == 8
+
+
+def test_rms_norm_with_weights_in_bf16_computes_in_fp32():
+    """Sharding casts the weights of a block to bf16."""
+    norm, x = models.RMSNorm(32), torch.randn(4, 32)
+    nn.init.normal_(norm.weight)
+    norm.bfloat16()
+    got = norm(x)
+    want = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight.float()
+    assert got.dtype == torch.float32 and relative_error(got, want) < 1e-6
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
