@@ -209,7 +209,8 @@ def train_flags(image_tree, tiny_vae):
             "data-path": image_tree, "vae-path": tiny_vae, "image-size": 16, "model": "DiT-Ti/2",
             **({} if "model" in changes else SMALL),
             "num_experts": 4, "precision": "fp32", "results-dir": results, "num-workers": 0,
-            "num-sample": 0, "lr": 1e-3, "ema": "exponential:decay=0.9", **changes,
+            "num-sample": 0, "lr": 1e-3, "ema": "exponential:decay=0.9", "global-batch-size": 16,
+            **changes,
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items() if value is not None]
 

@@ -11,6 +11,7 @@ must have the shape of their parameter.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -156,18 +157,28 @@ def planned_state(
     matrices = {name: min(count, 1) for name, count in matrices.items()}
     kinds = {name: (tuple(shape), matrices.get(name)) for name, shape in shapes.items()}
     one_each = {kind: name for name, kind in kinds.items()}
-    some = {name: shapes[name] for name in one_each.values()}
+    state = state_of_kinds(optimizer, tuple((name, *kind) for kind, name in one_each.items()))
+    return {name: state[one_each[kind]] for name, kind in kinds.items()}
+
+
+@lru_cache(maxsize=64)  # the plans of memory, of a save and of the disk ask for the same
+def state_of_kinds(
+    optimizer: Optimizer, kinds: tuple[tuple[str, tuple[int, ...], int | None], ...]
+) -> State:
+    """Returns the state of parameters with these names, shapes and numbers of matrices."""
+    shapes = {name: torch.Size(shape) for name, shape, _ in kinds}
+    matrices = {name: count for name, _, count in kinds if count is not None}
     try:
         with FakeTensorMode():
-            state = state_after_step(optimizer, some, matrices)
+            return state_after_step(optimizer, shapes, matrices)
     except Exception:  # fake tensors have no data, and do not mix with real ones
         state = {}
-        for name, shape in some.items():
+        for name, shape in shapes.items():
             real = state_after_step(optimizer, {name: shape}, matrices)[name]
             state[name] = {
                 k: v.to("meta") if torch.is_tensor(v) and v.dim() else v for k, v in real.items()
             }
-    return {name: state[one_each[kind]] for name, kind in kinds.items()}
+        return state
 
 
 def state_after_step(

@@ -166,7 +166,7 @@ def test_latents_that_differ_from_training_are_noted(train_flags, tmp_path, caps
     diffusers.AutoencoderKL(**CONV, latents_mean=MEAN, latents_std=STD).save_pretrained(
         tmp_path / "vae"
     )
-    flags = {"max-steps": 1, "run-name": "a"}
+    flags = {"max-steps": 1, "run-name": "a", "global-batch-size": 256}
     call_main("train.py", *train_flags(tmp_path, **flags))
     weights = read_record(tmp_path / "a" / "checkpoints" / "0000001")
     flags |= {"vae-path": tmp_path / "vae"}

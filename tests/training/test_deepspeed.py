@@ -109,6 +109,7 @@ def command(flags, tmp_path_factory):
     def make(results: Path, layout: str, **changes) -> list[str]:
         config = (folder if layout in written else ROOT / "config") / f"{layout}.json"
         values = {"deepspeed_config": config, "train_batch_size": 2, "run-name": layout}
+        values["global-batch-size"] = None  # DeepSpeed's configuration has it
         return ["train_deepspeed.py", *flags(results, **{**values, **changes})]
 
     return make

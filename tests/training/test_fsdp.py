@@ -84,7 +84,7 @@ def flags(train_flags, latent_cache):
 
     def make(results: Path, *more: str, **changes) -> list[str]:
         values = {
-            "global_batch_size": 12, "max_steps": STEPS, "grad_clip": 0.5, "log_every": 1,
+            "global-batch-size": 12, "max_steps": STEPS, "grad_clip": 0.5, "log_every": 1,
             "latents_path": latent_cache, "data-path": None, "image-size": None, "run-name": "run",
             "num_experts": 5,
         }  # fmt: skip
