@@ -155,7 +155,8 @@ def python_commands(
     python.parent.mkdir(exist_ok=True)
     record.write_text("")
     command = f'{sys.executable} "$@"'
-    write = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    # One write: the demo runs some commands at the same time.
+    write = "import json, sys; sys.stdout.write(json.dumps(sys.argv[1:]) + chr(10))"
     python.write_text(
         f'#!/bin/bash\n[ "$1" = -c ] && exec {f"echo {answer}" if answer else command}\n'
         f"exec {sys.executable} -S -c '{write}' \"$@\" >> {record}\n"
