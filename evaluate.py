@@ -16,11 +16,13 @@ import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ct
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from checkpoints import step_folders
+from checkpoints.checkpoint import find_weights
 from evaluation.extractors import load_extractor
 from evaluation.heldout import held_out_loss, latent_batches, open_held_out
 from evaluation.image_sets import ImageSet, image_files, open_image_set, reconstructed, write_npz
@@ -173,11 +175,20 @@ def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module
     return load_extractor(config.backbone, config.inception_weights, dist.device)
 
 
+def fixed(path: str | None) -> str | None:
+    """Returns the newest step folder of a run, and other paths as they are."""
+    steps = step_folders(Path(path)) if path else []
+    return str(find_weights(Path(path)).parent) if steps else path
+
+
 def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     """Generates the images of --ckpt and collects their statistics, on all processes.
 
     The main process computes the metrics.
     """
+    # A run that still trains may save while the processes read its weights.
+    ckpt, guide = dist.from_main(lambda: (fixed(config.ckpt), fixed(config.guide_ckpt)))
+    config = replace(config, ckpt=ckpt, guide_ckpt=guide)
     pipeline = open_pipeline(config)
     sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}
     settings = settings_of(pipeline, config) | sampling

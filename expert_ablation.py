@@ -63,7 +63,8 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
         raise UserError(f"--ckpt: {pipeline.checkpoint.path} is a dense model, expected experts")
     losses, facts = None, {}
     batch_size, num_images = config.batch_size or BATCH_SIZE, config.num_images or 500
-    share = pipeline.checkpoint.record.settings.get("val_share")
+    data = pipeline.checkpoint.record.settings
+    share = data.get("val_share") and (data.get("data_path") or data.get("latents_path"))
     if config.data_path or config.latents_path or share:
         images, indices, facts = open_held_out(
             pipeline, config.data_path, config.latents_path, num_images

@@ -123,14 +123,20 @@ def main(config: ExportConfig) -> None:
     import torch
     from safetensors import SafetensorError
 
+    from checkpoints.quantized_weights import quantize_state_dict
     from latents.autoencoder import PIXELS, load_autoencoder
     from moe_kernels.quantized import KINDS
     from runtime.devices import DTYPES
     from sampling import formats, pipeline
 
-    checkpoint = pipeline.open_checkpoint(config)
+    # expert_ablation.py measures the weights before they are quantised.
+    checkpoint = pipeline.open_checkpoint(
+        replace(config, quantize=None) if config.drop_experts else config
+    )
     if config.drop_experts:
         checkpoint = without_experts(config, checkpoint)
+        if config.quantize:
+            quantize_state_dict(checkpoint.state_dict, config.quantize, checkpoint.config)
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
     if vae_path is None and config.format == "pipeline":

@@ -598,10 +598,10 @@ class DiT(nn.Module):
         loss = alpha * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
-        self.expert_load = torch.stack([routing.load for routing in routings])
+        self.expert_load = torch.stack([routing.load.detach() for routing in routings])
         self.experts_per_token = rates
         metrics = {
-            name: torch.stack([routing.metrics[name] for routing in routings])  # (L,) or (L, 1)
+            name: torch.stack([r.metrics[name].detach() for r in routings])  # (L,) or (L, 1)
             for name in routings[0].metrics or ()
         }
         self.router_metrics = {
@@ -609,7 +609,7 @@ class DiT(nn.Module):
             for name, values in metrics.items()
         }
         observed = [routing.observed for routing in routings]
-        self.observed = None if observed[0] is None else torch.stack(observed)
+        self.observed = None if observed[0] is None else torch.stack(observed).detach()
         return prediction, loss
 
     def call(self, block: DiTBlock, *inputs: Any) -> tuple[Tensor, Routing | None]:

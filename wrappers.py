@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 
 from models import DiT, DiTBlock
 from moe_kernels.forward_mode import has_tangent
-from routers import Routing
+from routers import NOTHING, Context, Routing
 
 # The experts of a layer, and their exchange of rows with other processes.
 EXPERT_OPERATORS = frozenset({"dit_moe::experts", "dit_moe::exchange"})
@@ -50,6 +50,9 @@ def wrap_blocks(model: DiT, *, recomputed: str = "nothing", compiled: bool = Fal
     is_spread = any(block.moe is not None and block.moe.experts.is_spread for block in model.blocks)
     if compiled and is_spread:  # the experts are outside the graphs
         kept = EXPERT_OPERATORS.intersection(kept)
+    if compiled:  # a graph for each structure of blocks, mode and batch size
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     options = checkpoint_options(kept)
     # A graph may overwrite what its operators return, so the outputs of operators inside a graph
     # can be kept only by the graph itself.
@@ -62,11 +65,19 @@ def wrap_blocks(model: DiT, *, recomputed: str = "nothing", compiled: bool = Fal
 
 
 def recompute(
-    options: dict[str, Any], block: DiTBlock, forward: Callable, *inputs: Any
-) -> tuple[Tensor, Routing | None]:
+    options: dict[str, Any], block: DiTBlock, forward: Callable, x: Tensor, c: Tensor,
+    context: Context = NOTHING, rotation: Tensor | None = None,
+) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """Calls the forward of a block, whose activations are recomputed during training."""
-    is_recomputed = block.training and torch.is_grad_enabled()
-    return checkpoint(forward, *inputs, **options) if is_recomputed else forward(*inputs)
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(x, c, context, rotation)
+    names = tuple(context)
+
+    def call(x: Tensor, c: Tensor, rotation: Tensor | None, *tensors: Tensor):
+        return forward(x, c, Context(dict(zip(names, tensors, strict=True))), rotation)
+
+    # The tensors of the context are arguments, so that autograd reports one changed in place.
+    return checkpoint(call, x, c, rotation, *context.values(), **options)
 
 
 def compiled_or_eager(

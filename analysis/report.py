@@ -120,7 +120,7 @@ def small_grid(grid: tuple[int, int]) -> tuple[int, int]:
 def on_small_grid(table: np.ndarray, grid: tuple[int, int], join) -> np.ndarray:
     """Joins blocks of positions of a table (T, ...); returns (T', ...)."""
     block = -(-max(grid) // LARGEST_SIDE)
-    if block == 1:
+    if block == 1 or not table.size:
         return table
     whole = table.reshape(*grid, *table.shape[1:])
     rows = np.arange(0, grid[0], block), np.arange(0, grid[1], block)

@@ -257,10 +257,14 @@ class Autoencoder:
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encodes uint8 images (N, 3, H, W) and decodes the posterior means; returns images."""
-        mean = self.posterior(images)[:, : self.channels]  # (N, C, h, w)
+        """Encodes uint8 images (N, 3, H, W) and decodes the posterior means, a few at a time;
+        returns images."""
+        decoded = []
         with torch.autocast(images.device.type, enabled=False):
-            return to_uint8(self.decode_raw(mean))
+            for part in images.split(DECODED_AT_ONCE):
+                mean = self.posterior(part)[:, : self.channels]  # (n, C, h, w)
+                decoded.append(to_uint8(self.decode_raw(mean)))
+        return torch.cat(decoded)
 
 
 class AutoencoderKL(Autoencoder):

@@ -86,7 +86,7 @@ def forward_rows(
 
 @experts_forward.register_fake
 def _(x, weight, parameters, rows):
-    return torch.empty_like(x), x.new_empty(len(weight), parameters[0].shape[1])
+    return torch.empty_like(x), x.new_empty(weight.shape[0], parameters[0].shape[1])
 
 
 @torch.library.custom_op("dit_moe::quantized_experts", mutates_args=())

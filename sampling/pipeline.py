@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
 from checkpoints.quantized_weights import describe, quantize_state_dict
-from checkpoints.record import NOTED_SHARE
+from checkpoints.record import NOTED_SHARE, with_overrides
 from diffusion import OBJECTIVES
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder, weights_digest
@@ -211,9 +211,15 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     guide = None
     if config.guide_ckpt:
         try:
-            guide = read_checkpoint(config.guide_ckpt)
+            # The flags that fill gaps of a published file fill those of its guide, too.
+            hints = {"objective": config.objective} if config.objective else {}
+            guide = read_checkpoint(config.guide_ckpt, hints)
         except UserError as error:
             raise UserError(f"--guide-ckpt {error}") from None
+        name = guide.config.router.name
+        if config.router and guide.config.num_experts and name == checkpoint.config.router.name:
+            changed = with_overrides(guide.config, {"router": config.router})
+            guide = replace(guide, record=replace(guide.record, config=changed))
         if config.quantize and guide.config.num_experts:
             quantize_state_dict(guide.state_dict, config.quantize, guide.config)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)

@@ -439,6 +439,38 @@ def test_writing_into_the_context_is_an_error_that_says_what_to_do(
             gradients_of(model)
 
 
+class Eraser(TopKRouter):
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        context["no_class"].logical_not_()
+        return super().forward(x, context)
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED[1:])
+def test_changing_a_tensor_of_the_context_in_place_is_an_error(monkeypatch, recomputed):
+    """A block that is computed again would read what it or a later block has changed."""
+    monkeypatch.setitem(routers.ROUTERS, "topk", Eraser)
+    model = randomised()
+    wrap_blocks(model, recomputed=recomputed)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_of(model)
+
+
+def test_what_a_router_reports_keeps_no_graph(monkeypatch):
+    """A graph would keep the inputs of all blocks until the next forward pass has ended."""
+
+    class Reporter(TopKRouter):
+        def choose(self, logits: Tensor) -> Routing:
+            routing = super().choose(logits)
+            mean = routing.weight.mean()
+            return routing._replace(metrics={"mean": mean}, observed=mean, load=routing.load * mean)
+
+    monkeypatch.setitem(routers.ROUTERS, "topk", Reporter)
+    model = randomised()
+    assert any(gradient.any() for gradient in gradients_of(model))
+    for value in (model.expert_load, model.router_metrics["router_mean"], model.observed):
+        assert not value.requires_grad
+
+
 def test_the_error_for_an_unknown_name_lists_the_context():
     with pytest.raises(KeyError, match="got labels, expected one of time, no_class"):
         Context({"time": torch.zeros(1), "no_class": torch.zeros(1)})["labels"]

@@ -13,6 +13,7 @@ from conditions import Conditions, drop_conditions, without_conditions
 from diffusion import Objective
 from latents.sources import Batch
 from models import DiT
+from runtime.errors import UserError
 from training.auxiliary import Pass, block_at, listening
 from training.engine import Engine
 
@@ -38,6 +39,7 @@ def take_step(
     """
     metrics: dict[str, Tensor] = {}
     observed: list[Tensor | None] = []
+    buffers = versions_of_buffers(engine.model)
     for number, batch in enumerate(micro_batches):
         with engine.micro_step(is_last=number + 1 == count):
             terms = losses(engine, objective, batch)
@@ -46,6 +48,11 @@ def take_step(
             mean = value.detach() / count
             metrics[name] = metrics[name] + mean if name in metrics else mean
         observed.append(engine.model.observed)
+    if changed := versions_of_buffers(engine.model) - buffers:
+        raise UserError(
+            f"{min(changed)[0]}: was changed by a forward pass, expected it in Router.update: "
+            "checkpointing computes a block again, and processes would differ"
+        )
     updated = engine.optimizer_step(step, rate)
     # Routers with state are updated from the mean over the micro-batches of all processes.
     if observed[0] is not None:
@@ -53,6 +60,11 @@ def take_step(
         mean = total / (count * engine.dist.world_size)
         update_routers(engine.model, mean, updated["skipped"])
     return {**metrics, **updated}
+
+
+def versions_of_buffers(model: DiT) -> set[tuple[str, int, int]]:
+    """Returns the name, the object and the number of changes of each buffer."""
+    return {(name, id(value), value._version) for name, value in model.named_buffers()}
 
 
 def update_routers(model: DiT, observed: Tensor, skipped: Tensor | bool = False) -> None:

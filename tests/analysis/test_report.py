@@ -113,6 +113,7 @@ def test_large_grids_are_joined_in_blocks():
     assert joined.sum() == table.sum() and joined[0] == sum(
         r * 48 + c for r in range(3) for c in range(3)
     )
+    assert report.on_small_grid(table[:, :0], (80, 48), np.sum).shape[1] == 0  # K is fixed
 
 
 @pytest.fixture(scope="module")

@@ -324,6 +324,11 @@ CONTRADICTIONS = [
     ({"train_batch_size": 8}, "train_batch_size: got 8, expected 64"),
     ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: got 1, expected 2"),
     ({"gradient_clipping": 1.0}, "gradient_clipping: got 1.0, expected 0.0, as set by --grad-clip"),
+    (
+        {"managed_gradient_accumulation": False},
+        "managed_gradient_accumulation: got false, expected",
+    ),
+    ({"zero_optimization": {"compute_grad_norm": False}}, "compute_grad_norm: got false, expected"),
     ({"bf16": {"enabled": False}}, "bf16.enabled: got false, expected true, as set by --precision"),
     ({"optimizer": {"params": {"lr": 1e-3}}}, "lr: got 0.001, expected 0.0001, as set by --lr"),
     ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "expected [0.9, 0.999], as set by"),

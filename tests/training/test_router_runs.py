@@ -32,7 +32,7 @@ from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from checkpoints.costs import count_macs
 from options.parts import Word
-from routers import ROUTERS
+from routers import ROUTERS, TopKRouter
 from training.config import parse_training
 from training.run_folder import CONFIG_FILE
 
@@ -284,3 +284,26 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
     step = settings["step"]
     assert settings["model"]["router"].startswith("mine:")
     assert "clamp=0.1" in step["objective"] and "weight_decay=0.1" in step["optimizer"]
+
+
+class Counter(TopKRouter):
+    """Counts its calls in the forward pass, not in `update`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.register_buffer("calls", torch.empty(1))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.calls.zero_()
+
+    def forward(self, *inputs):
+        self.calls += 1
+        return super().forward(*inputs)
+
+
+def test_a_buffer_that_a_forward_pass_changes_is_named(monkeypatch, train_flags, tmp_path, capsys):
+    monkeypatch.setitem(ROUTERS, "counter", Counter)
+    flags = train_flags(tmp_path, router="counter", **{"max-steps": 1})
+    line = expect_error(capsys, "train.py", *flags)
+    assert "blocks.0.moe.gate.calls: was changed by a forward pass" in line

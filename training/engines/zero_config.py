@@ -108,6 +108,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
         "train_batch_size": micro_batch * step.accum_iter * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": step.accum_iter,
+        "managed_gradient_accumulation": True,
         "gradient_clipping": step.grad_clip,
         # Broken gradients skip the step, as everywhere here.
         "bf16": {"enabled": step.precision == "bf16", "check_grad_overflow": True},
@@ -118,6 +119,7 @@ def owned_by_flags(config: TrainConfig, world_size: int, stage: int, offload: bo
         "zero_optimization": {
             "leaf_module": {"classes": ["moe.SparseMoEBlock"]},
             "memory_efficient_linear": False,  # it replaces torch's linear everywhere
+            "compute_grad_norm": True,
         },
     }
 
