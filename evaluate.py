@@ -175,7 +175,7 @@ def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module
     return load_extractor(config.backbone, config.inception_weights, dist.device)
 
 
-def fixed(path: str | None) -> str | None:
+def newest_step(path: str | None) -> str | None:
     """Returns the newest step folder of a run, and other paths as they are."""
     steps = step_folders(Path(path)) if path else []
     return str(find_weights(Path(path)).parent) if steps else path
@@ -187,7 +187,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     The main process computes the metrics.
     """
     # A run that still trains may save while the processes read its weights.
-    ckpt, guide = dist.from_main(lambda: (fixed(config.ckpt), fixed(config.guide_ckpt)))
+    ckpt, guide = dist.from_main(lambda: (newest_step(config.ckpt), newest_step(config.guide_ckpt)))
     config = replace(config, ckpt=ckpt, guide_ckpt=guide)
     pipeline = open_pipeline(config)
     sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}
@@ -302,6 +302,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_process(
-        lambda: main(parse_args()), "interrupted; the same command goes on with the samples"
-    )
+    run_process(lambda: main(parse_args()), "interrupted; with --ckpt, the same command goes on")

@@ -29,8 +29,7 @@ def test_torchrun_restarts_with_a_shared_store_give_a_warning(monkeypatch, capsy
 
 
 def is_running(process: Path) -> bool:
-    """Whether a folder of /proc is that of a process that has not ended. One that nobody waits for
-    keeps its folder."""
+    """Whether a process, named by its folder in /proc, runs; a zombie keeps its folder."""
     try:
         return ") Z " not in (process / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -341,14 +341,14 @@ def exchanges(dist, *arguments: str) -> tuple[int, float]:
     return counted.calls["exchange"], norm
 
 
-def gradient_norms(dist, router: str) -> list[float]:
-    """Gradient norm of a step, without and with expert parallelism.
+def gradient_norms(dist, router: str, *layouts: list[str]) -> list[float]:
+    """Gradient norm of a step in each layout.
 
     Initial weights would give the experts no gradient: the gates of the blocks and the output layer
     are zero.
     """
     norms, size = [], ("--depth=2", "--global-batch-size=4")
-    for more in ([], ["--expert-parallel=2"]):
+    for more in layouts:
         engine, config = engine_of(dist, *size, f"--router={router}", *more)
         torch.manual_seed(0)
         for name, weight in engine.local.items():
@@ -357,6 +357,39 @@ def gradient_norms(dist, router: str) -> list[float]:
                 weight.detach().copy_(whole[engine.places[name]])
         torch.manual_seed(dist.rank)
         norms.append(take_steps(dist, engine, config)["grad_norm"].item())
+    return norms
+
+
+class Halves(TopKRouter):
+    """Each process uses its own weight. With `is_zero`, it adds the other one times zero."""
+
+    is_zero = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.first = torch.nn.Parameter(torch.empty_like(self.weight))
+        self.second = torch.nn.Parameter(torch.empty_like(self.weight))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        torch.nn.init.normal_(self.first)
+        torch.nn.init.normal_(self.second)
+
+    def score(self, x):
+        mine, other = self.first, self.second
+        if torch.distributed.get_rank():
+            mine, other = other, mine
+        scores = super().score(x) + x @ mine.T
+        return scores + 0 * (x @ other.T) if self.is_zero else scores
+
+
+def norms_of_unused(dist) -> list[float]:
+    """Gradient norm of a step whose processes use different weights, without and with zeros."""
+    ROUTERS["halves"] = Halves
+    norms = []
+    for is_zero in (False, True):
+        Halves.is_zero = is_zero
+        norms.append(gradient_norms(dist, "halves", [])[0])
     return norms
 
 
@@ -520,7 +553,10 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
     }
     facts["spread layer"] = spread_layer(dist)
     facts["under way"] = exchanges_under_way(dist)
-    facts["norms"] = {router: gradient_norms(dist, router) for router in ROUTERS}
+    facts["norms"] = {
+        router: gradient_norms(dist, router, [], ["--expert-parallel=2"]) for router in ROUTERS
+    }
+    facts["unused"] = norms_of_unused(dist)
     facts["recomputed"] = [exchanges(dist, *more) for more in RECOMPUTED]
     facts["drawn"] = draw_before_a_step(dist)
     facts["compiled"] = {
@@ -577,6 +613,14 @@ def test_gradients_of_experts_in_parallel_have_the_norm_of_sharding(measured, ro
     for result in measured:
         whole, spread = result["norms"][router]
         assert spread == pytest.approx(whole, rel=1e-5)
+
+
+def test_processes_that_use_different_weights_train_each_with_its_own_gradient(measured):
+    if torch.__version__ < (2, 13):
+        pytest.skip("needs PyTorch 2.13, whose FSDP sends zeros")
+    for result in measured:
+        got, want = result["unused"]
+        assert got == want
 
 
 def test_compiled_blocks_are_one_graph_under_ddp_and_sharding(measured):

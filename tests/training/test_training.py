@@ -708,7 +708,7 @@ def test_a_resumed_run_keeps_using_tf32(flags, tmp_path):
         torch.set_float32_matmul_precision("highest")
 
 
-# AVX-512 without instructions for bf16, of which PyTorch says that it supports bf16.
+# A processor with AVX-512 but without bf16; PyTorch's own check says that it has bf16.
 CASCADE_LAKE = "flags\t: fma avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni\n\nprocessor : 1"
 
 

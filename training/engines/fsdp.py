@@ -353,7 +353,8 @@ def shard(model: DiT, meshes: Meshes, config: TrainConfig) -> None:
     model.gates = nn.ModuleList(gates)  # for the root to find: it does not look into blocks
     wrap(model, meshes.model, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     del model.gates
-    # A process that does not use a parameter sends zeros: its gradients would be added to others.
+    # Processes may use different parameters. Without zeros for those that a process does not use,
+    # its gradients would be added to those of other parameters.
     if hasattr(model, "set_reduce_scatter_unused_params"):  # from PyTorch 2.13
         model.set_reduce_scatter_unused_params(True)
     # The host waits for numbers of rows in a layer, and issues the next gathers before that.
