@@ -353,6 +353,15 @@ def test_a_compiled_block_has_no_graph_break_and_the_same_gradients(compiled, fi
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_other_batch_sizes_need_one_more_graph(compiled):
+    """Held-out batches, their rest and sample grids have other sizes than training."""
+    model = compiled()
+    for images in (4, 6, 8, 3):
+        x, t, y = torch.randn(images, 4, 8, 8), torch.rand(images), torch.zeros(images).long()
+        model(x, t, y)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_compiled_blocks_can_keep_attention_and_experts(quick_compile, monkeypatch):
     """The graph keeps them, because it may overwrite what an operator in it returns."""
     torch._dynamo.reset()

@@ -249,6 +249,8 @@ def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_f
     out = export(path, tmp_path / "out", *flags)
     after = read_checkpoint(out)
     assert after.config.num_experts == 3
+    small = read_checkpoint(export(path, tmp_path / "small", *flags, "--quantize", "int8"))
+    assert small.config.num_experts == 3 and small.quantization == "int8"
     for layer, kept in enumerate(([0, 2, 3], [1, 2, 3])):
         for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
             name = f"blocks.{layer}.moe.{name}"

@@ -405,3 +405,15 @@ BAD_CALLS = {
 def test_a_wrong_python_call_raises_a_user_error_at_once(pipeline, message):
     with pytest.raises(UserError, match=message):
         BAD_CALLS[message](pipeline)
+
+
+def test_a_guide_of_the_same_kind_has_the_router_of_the_flag(tmp_path, tiny_vae):
+    """Published files do not record the options of a router, so that flags fill them in."""
+    ckpt = str(save_checkpoint(randomised(router="batch_pool"), tmp_path / "model.safetensors"))
+    config = SamplingConfig(
+        ckpt=ckpt, guide_ckpt=ckpt, vae_path=str(tiny_vae), cfg_scale=2.0,
+        router="batch_pool:inference=count",
+    )  # fmt: skip
+    pipeline = open_pipeline(config)
+    for model in (pipeline.model, pipeline.guide):
+        assert model.blocks[0].moe.gate.inference == "count"
