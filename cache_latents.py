@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +40,10 @@ from latents.features import FeatureNetwork, load_features
 from latents.image_grid import contact_sheet, write_png
 from latents.images_config import IMAGES_HELP, ImagesConfig
 from latents.loading import check_unreadable, read_batches
-from latents.sources import Batch, Source, open_images, size_notes
+from latents.sources import Batch, Source, open_on_all, size_notes
 from options.parts import Size, option, sides
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize, print_safely, printable
+from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.flags import parse_config
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import note_saved, progress
@@ -116,12 +116,16 @@ def write_shards(
     images: Source,
     settings: CacheSettings,
     shards: dict[Path, range],
+    num_done: int,
     networks: Networks,
     bar: tqdm,
 ) -> None:
-    """Encodes and writes the shards one after another. A batch never spans two shards."""
+    """Encodes and writes the shards one after another. A batch never spans two shards.
+
+    num_done: images of earlier shards, of which unreadable images may be a small share
+    """
     size, device = config.batch_size, networks.vae.device
-    num_unreadable = num_read = 0
+    num_unreadable, num_read = 0, num_done
     for path, indices in shards.items():
         keys = [(index, False) for index in indices]
         batches = [keys[start : start + size] for start in range(0, len(keys), size)]
@@ -150,43 +154,49 @@ def write_shards(
         note_saved(path)
 
 
+def prepare(
+    config: CacheConfig, images: Source, networks: Networks
+) -> tuple[CacheSettings, dict[Path, range], BinaryIO | None]:
+    """Creates or resumes the cache; returns its settings, its missing shards, and its lock."""
+    folder, features = config.output, describe_features(config, networks, images.image_size)
+    with reported_as(f"--shard-images: got {config.shard_images}", ValueError):
+        settings = settings_of(
+            images, networks.vae, config.precision, config.flip, config.shard_images, features
+        )
+    sizes = bytes_of(settings, networks.vae)
+    parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
+    missing = begin_cache(folder, settings)
+    lock = lock_cache(folder, is_main=True) if missing else None
+    for note in size_notes(images):
+        print_safely(f"note: {note}")
+    if not (sheet := folder / "images.png").exists():
+        write_png(contact_sheet(images), sheet)
+    print_safely(
+        f"{folder}: {pluralize(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
+        f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
+        f"{pluralize(len(settings.shards(folder)), 'shard')} to write"
+    )
+    return settings, missing, lock
+
+
 def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
-    dist, folder = setup_distributed(), config.output
-    if dist.is_main:
-        print_safely(f"reading the names of the images in {config.data_path}")
-    images = open_images(config.data_path, config.image_size or 256)
+    dist = setup_distributed()
+    images = open_on_all(config.data_path, config.image_size or 256, dist)
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download
-    plan = lock = None
-    if dist.is_main:
-        settings = settings_of(
-            images, networks.vae, config.precision, config.flip, config.shard_images,
-            describe_features(config, networks, images.image_size),
-        )  # fmt: skip
-        sizes = bytes_of(settings, networks.vae)
-        parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
-        missing = begin_cache(folder, settings)
-        lock = lock_cache(folder, is_main=True) if missing else None
-        for note in size_notes(images):
-            print_safely(f"note: {note}")
-        if not (sheet := folder / "images.png").exists():
-            write_png(contact_sheet(images), sheet)
-        print_safely(
-            f"{folder}: {pluralize(len(images), 'image')} need {sum(sizes.values()) / 1e9:.3g} GB"
-            f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
-            f"{pluralize(len(settings.shards(folder)), 'shard')} to write"
-        )
-        plan = settings, missing
-    settings, missing = dist.broadcast(plan)
+    prepared = dist.on_main(partial(prepare, config, images, networks))
+    settings, missing = dist.broadcast(prepared and prepared[:2])
+    lock = prepared[2] if prepared else None
     if missing and not dist.is_main:
-        lock = lock_cache(folder, is_main=False)
+        lock = lock_cache(config.output, is_main=False)
     close_distributed()  # processes are independent from here on, and a barrier could time out
     shards = dict([*missing.items()][dist.rank :: dist.world_size])
     total = sum(map(len, shards.values()))
+    num_done = (len(images) - sum(map(len, missing.values()))) // dist.world_size
     with progress(total=total, unit="image", disable=not (dist.is_main and total)) as bar:
-        write_shards(config, images, settings, shards, networks, bar)
+        write_shards(config, images, settings, shards, num_done, networks, bar)
     if lock:
         lock.close()
 

@@ -17,6 +17,7 @@ from PIL import BmpImagePlugin, Image, TiffImagePlugin
 
 # Larger images would take gigabytes in each worker.
 MAX_PIXELS, MAX_SIDE = 90_000_000, 65_535
+Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow refuses twice this: JPEGs are read at half size
 MAX_BYTES = 6 * MAX_PIXELS  # of a file: uncompressed pixels of 16 bits
 MAX_SEGMENTS, MAX_SCANS = 500, 50  # of a JPEG; photos have up to 18 scans
 MAX_EXTENSIONS = 2**20  # bytes, before the first frame of a GIF

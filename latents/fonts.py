@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +16,10 @@ FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 @cache
 def characters(path: str) -> set[int]:
-    """Returns the code points that a font covers."""
-    return set(FT2Font(path).get_charmap())
+    """Returns the code points that a font covers; none if it is gone since matplotlib listed it."""
+    with suppress(OSError, RuntimeError):
+        return set(FT2Font(path).get_charmap())
+    return set()
 
 
 def installed() -> Iterator[font_manager.FontEntry]:

@@ -20,7 +20,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
@@ -45,6 +45,7 @@ from latents.images import (
 )
 from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
+from runtime.processes import Distributed
 
 MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabytes
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
@@ -403,12 +404,26 @@ def open_images(path: str, image_size: Size, flag: str | None = None) -> Source:
     """
     kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
     flag = flag or kind.flag
-    with reported_as(f"{flag}: got {path}, expected {kind.expected}", OSError, ValueError):
+    got = path or "an empty path"
+    with reported_as(f"{flag}: got {got}, expected {kind.expected}", OSError, ValueError):
+        if not path:
+            raise ValueError("is a variable of the shell unset?")
         images = kind(path, image_size)
     images.flag = flag
     if images.left_out and os.environ.get("RANK", "0") == "0":
         print_safely(printable(f"{flag} {path}: ignored {'; '.join(images.left_out)}"))
     return images
+
+
+def open_on_all(path: str, image_size: Size, dist: Distributed) -> Source:
+    """Opens --data-path on all processes, which call this function together. Only the main process
+    lists the files of a folder."""
+    read = partial(open_images, path, image_size)
+    if ":" in path:  # a dataset on the hub
+        return read()
+    if dist.is_main:
+        print_safely(f"reading the names of the images in {path}")
+    return dist.from_main(read)
 
 
 def size_notes(images: Source) -> list[str]:

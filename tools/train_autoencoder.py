@@ -354,11 +354,11 @@ def main(config: AutoencoderConfig) -> int | None:
     if config.decoder_of is not None:
         try:
             opened = open_autoencoder(config.decoder_of)
+            if (kind := type(opened).__name__) != "AutoencoderKL":
+                raise UserError(f"--decoder-of: got {kind}, expected AutoencoderKL")
+            opened.load(device, torch.float32)
         except UserError as error:
             raise UserError(str(error).replace("--vae-path", "--decoder-of")) from None
-        if (kind := type(opened).__name__) != "AutoencoderKL":
-            raise UserError(f"--decoder-of: got {kind}, expected AutoencoderKL")
-        opened.load(device, torch.float32)
         vae = opened.model
     else:
         vae_config = AutoencoderKL.load_config(CONFIG)

@@ -13,9 +13,9 @@ from evaluation.heldout import BINS, latent_batches
 from latents.autoencoder import Autoencoder, load_autoencoder
 from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
-from latents.sources import Batch, Source, open_images, same_images
+from latents.sources import Batch, Source, open_on_all, same_images
 from runtime.devices import DTYPES
-from runtime.errors import UserError, pluralize, print_safely, reported_as
+from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
 from runtime.progress import progress
 from training.config import TrainConfig
@@ -24,28 +24,32 @@ from training.sections import DataConfig
 
 
 def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
-    """Opens --latents-path or --data-path.
-
-    All processes call this function together; only the main process lists the files of a folder.
-    """
+    """Opens --latents-path or --data-path. All processes call this function together."""
     if data.latents_path:
         return CachedLatents(data.latents_path, norm=data.latents_norm)
     if data.latents_norm == "data":
         raise UserError("--latents-norm data: has no effect without --latents-path")
     if data.data_path is None:
         raise UserError("--data-path: images are required; pass this flag or --latents-path")
-    read = partial(open_images, data.data_path, data.image_size or 256)
-    is_local = ":" not in data.data_path  # files, not a dataset on the hub
-    if is_local and dist.is_main:
-        print_safely(f"reading the names of the images in {data.data_path}")
-    return dist.from_main(read) if is_local else read()
+    return open_on_all(data.data_path, data.image_size or 256, dist)
+
+
+def facts_of(dataset: Source) -> tuple[dict, list[str], str | None]:
+    return dataset.fingerprint, dataset.classes, dataset.vae_sha256
+
+
+def check_same_data(dataset: Source, dist: Distributed, expected: tuple) -> None:
+    """Refuses other data than those of rank 0, such as an old copy on one machine."""
+    if facts_of(dataset) != expected:
+        got = f"other images or latents on rank {dist.rank} than on rank 0"
+        raise UserError(f"{dataset.flag}: got {got}, expected the same on every machine")
 
 
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[Autoencoder | None, Record]:
     """Returns the autoencoder, if needed, and a record of the settings and the data."""
-    dataset.fingerprint = dist.broadcast(dataset.fingerprint if dist.is_main else None)
+    dist.run_on_all(partial(check_same_data, dataset, dist, dist.broadcast(facts_of(dataset))))
     digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"

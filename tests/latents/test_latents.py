@@ -181,7 +181,7 @@ def test_a_folder_of_images_without_classes_may_be_renamed(image_tree, cache_fla
 
 
 def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
-    cache, cache_flags, image_tree, tiny_vae, tmp_path, vae, capsys
+    cache, cache_flags, image_tree, tiny_vae, tmp_path, vae, capsys, monkeypatch
 ):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.iterdir()}
     images = shutil.copytree(image_tree, tmp_path / "images")
@@ -208,6 +208,9 @@ def test_cache_latents_accepts_moved_inputs_and_rejects_different_ones(
     ):
         line = expect_error(capsys, "cache_latents.py", *cache_flags(output, **changes))
         assert name in line and "got" in line and "expected" in line
+    monkeypatch.setattr("latents.cache.MAX_SHARDS", 2)
+    line = expect_error(capsys, "cache_latents.py", *cache_flags(cache))
+    assert "--shard-images: got 16 (got 3 shards, expected at most 2)" in line
     now = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in cache.iterdir()}
     assert now == before
 

@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import shutil
+import struct
 import sys
 import tarfile
 from pathlib import Path
@@ -159,11 +160,18 @@ def test_images_that_are_smaller_than_the_image_size_are_noted(image_tree):
 
 def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path):
     save(tmp_path, "a.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # exceeds Pillow's pixel limit
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     save(tmp_path, "c.png")
     images = open_images(str(tmp_path), 16)
     (bomb,) = images[1, False][1]
     assert "bomb.png (" in bomb and "limit" in bomb
+    # A JPEG of 181 million pixels is read at half its size; libjpeg adds the missing ones.
+    Image.new("L", (8, 8)).save(tmp_path / "c.jpg")
+    content = (tmp_path / "c.jpg").read_bytes()
+    place = content.index(b"\xff\xc0") + 5
+    size = struct.pack(">HH", 13_400, 13_500)
+    (tmp_path / "c.jpg").write_bytes(content[:place] + size + content[place + 4 :])
+    assert read_rgb(tmp_path / "c.jpg").size == (6750, 6700)
 
 
 def test_the_size_of_an_image_is_checked_before_its_pixels_are_read(tmp_path, monkeypatch):
@@ -532,7 +540,7 @@ def test_a_missing_data_source_is_a_one_line_error(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     paths = ["datasets:nobody/nothing", *(str(tmp_path / name) for name in (
         "a-{0..1}.tar", "empty.tar", "none", "empty",
-    ))]  # fmt: skip
+    )), ""]  # fmt: skip
     for path in paths:
         with pytest.raises(UserError, match="--data-path: got .*expected"):
             open_images(path, 16)

@@ -154,6 +154,10 @@ def test_train_autoencoder_reaches_unit_variance_and_can_train_only_the_decoder(
     assert (sharp.reconstruct(images[0, False][0]["image"][None]) != pixels).any()
     line = expect_error(capsys, *train, tmp_path / "none", "--decoder-of", "README.md")
     assert "--decoder-of: got README.md, expected" in line
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = expect_error(capsys, *train, tmp_path / "none", "--decoder-of", tmp_path / "vae")
+    assert f"--decoder-of {tmp_path / 'vae'}: cannot load the weights" in line
     assert not (tmp_path / "none").exists()
 
 

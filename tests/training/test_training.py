@@ -43,6 +43,7 @@ from checkpoints import Record, load_model, read_record
 from checkpoints.costs import count_macs
 from conditions import drop_conditions
 from diffusion import OBJECTIVES, RectifiedFlow
+from latents.sources import Source
 from models import DiTConfig
 from options.parts import option
 from routers import ROUTERS
@@ -59,6 +60,7 @@ from training.log import RunLog
 from training.loop import TrainingLoop
 from training.optimizers import OPTIMIZERS, Optimizer
 from training.saving import Saver
+from training.setup import inputs_of
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +347,17 @@ def in_two_processes(dist: Distributed, arguments: list[str], with_state: list[s
         "broken": [broken_step(dist, optimizer) for optimizer in (FUSED, SGD, MUON)],
         "requests": requests_of_a_run(dist),
         "on main": dist.gather_on_main(dist.rank),
+        "other data": error_for_other_data(dist),
     }
+
+
+def error_for_other_data(dist: Distributed) -> str:
+    """The error of data that are not the same on the two processes."""
+    data = Source()
+    data.classes, data.fingerprint = ["a"], {"count": 40, "names": f"digest {dist.rank}"}
+    with pytest.raises(UserError) as error:
+        inputs_of(None, data, dist)
+    return str(error.value)
 
 
 def broken_step(dist: Distributed, optimizer: dict) -> tuple[bool, bool, bool]:
@@ -453,6 +465,11 @@ def test_a_step_with_nan_on_one_process_changes_nothing_on_any_process(two_proce
 
 def test_values_of_all_processes_are_gathered_on_the_first(two_processes):
     assert [got["on main"] for got in two_processes] == [[0, 1], None]
+
+
+def test_data_that_are_not_the_same_on_all_processes_are_refused_by_all(two_processes):
+    for got in two_processes:
+        assert "--data-path: got other images or latents on rank 1 than" in got["other data"]
 
 
 def test_gradients_are_reduced_once_per_step_and_router_statistics_too(two_processes):
