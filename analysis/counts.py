@@ -44,7 +44,7 @@ class RoutingCounts:
     by_step_and_position: np.ndarray  # (S, T, L) int64, summed over all experts
     kept: np.ndarray  # (S, T, L) int64, those of a step that the next step has too; 0 in the last
     together: np.ndarray  # (L - 1, E, E) int64, pairs of a patch's experts in layers l and l + 1
-    other_by_step: np.ndarray  # (S, L, E) int64, of tokens that are no patches, such as text
+    other_by_step: np.ndarray  # (S, L, E) int64, of text or class tokens, not of patches
     similarity: np.ndarray  # (L, E, E) float32, cosine of the experts' weights
     gallery_weight: np.ndarray  # (L, E, M) float32, mean weight at the place over the steps
     gallery_image: np.ndarray  # (L, E, M) int64, number of the image, -1 for none

@@ -19,26 +19,14 @@ Settings = dict[str, Any]  # values by field name
 
 
 def flags_of(*kinds: type) -> dict[str, Option]:
-    """Returns the fields of config classes, each of which is a flag."""
+    """Returns the fields of config classes, each of which is a flag, with their groups."""
     found: dict[str, Option] = {}
+    group = None
     for one in (one for kind in kinds for one in options_of(kind).values()):
         if one.name in found:
             raise TypeError(f"{one.name} is a field of two classes")
-        found[one.name] = one
-    return found
-
-
-def flattened(values: Mapping[str, Any], flags: Flags) -> Settings:
-    """Removes the sections of a file, which are the mappings that are no fields."""
-    found: Settings = {}
-    for key, value in values.items():
-        flag = flags.get(str(key).replace("-", "_"))
-        is_section = isinstance(value, Mapping) and not (flag and flag.table)
-        for inner, one in value.items() if is_section else [(key, value)]:
-            inner = str(inner).replace("-", "_")
-            if inner in found:
-                raise ValueError(f"{inner}: is given twice")
-            found[inner] = one
+        group = one.group or group
+        found[one.name] = replace(one, group=group)
     return found
 
 
@@ -72,12 +60,11 @@ def over(top: Mapping[str, Any], beneath: Mapping[str, Any]) -> Settings:
     """Changes settings. A component keeps its options beneath, if it is the same one."""
     found = {**beneath, **top}
     for name, value in top.items():
-        if isinstance(value, Word) and isinstance(beneath.get(name), Word):
-            found[name] = value.over(beneath[name])
-        elif isinstance(value, tuple) and beneath.get(name):
-            found[name] = tuple(
-                one.over(beneath[name]) if isinstance(one, Word) else one for one in value
-            )
+        below = beneath.get(name) or ()
+        if isinstance(value, Word):
+            found[name] = value.over(below)
+        elif isinstance(value, tuple):
+            found[name] = tuple(one.over(below) if isinstance(one, Word) else one for one in value)
     return found
 
 

@@ -19,12 +19,12 @@ import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, replace
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from options.parts import LIMITS, Option, options_of
-from options.settings import Flags, Settings, flags_of, flattened, read, spelling, word_for
+from options.settings import Flags, Settings, flags_of, read, spelling, word_for
 from runtime.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -37,10 +37,7 @@ def parse_config(
 
     The help shows the fields of the class before those of its base class.
     """
-    flags, group = flags_of(kind), None
-    for name, flag in flags.items():
-        group = flag.group or group
-        flags[name] = replace(flag, group=group)
+    flags = flags_of(kind)
     flags = {name: flags[name] for name in kind.__annotations__ if name in flags} | flags
     said = parse_flags(flags, description, arguments)
     with naming_flags(flags):
@@ -48,12 +45,9 @@ def parse_config(
 
 
 def parse_flags(
-    flags: Flags,
-    description: str | None,
-    arguments: Sequence[str] | None = None,
-    first: Sequence[str] = (),
-    hidden: Sequence[str] = (),
-) -> Settings:
+    flags: Flags, description: str | None, arguments: Sequence[str] | None = None,
+    first: Sequence[str] = (), hidden: Sequence[str] = (),
+) -> Settings:  # fmt: skip
     """Parses a command line and returns the given flags; see `parse_config` and `read_values`.
 
     first: the flags that --help shows, while --help all shows all of them; (): all
@@ -100,8 +94,8 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         rules: dict[str, Any] = {"metavar": value_name(flag_name, one)}
         rules["help"] = one.help.replace("%", "%%")
-        kinds, is_tuple = typing.get_args(one.hint), typing.get_origin(one.hint) is tuple
-        if is_tuple:
+        kinds = typing.get_args(one.hint)
+        if one.is_list:
             rules["nargs"] = "+" if kinds[-1] is ... else len(kinds)
             may_be_absent = one.positional and one.default is not MISSING
             if one.each_once or may_be_absent:
@@ -137,10 +131,9 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
 
 def about(word: str, flags: Flags) -> Flags:
     """Returns the flags whose name, group or components contain a word."""
-    found, group, text = {}, "", word.lower().strip("-").replace("-", "_")
+    found, text = {}, word.lower().strip("-").replace("-", "_")
     for name, flag in flags.items():
-        group = flag.group or group
-        if any(text in one for one in (name, group.lower(), *(flag.table or ()))):
+        if any(text in one for one in (name, (flag.group or "").lower(), *(flag.table or ()))):
             found[name] = flag
     if not found:
         raise UserError(f"--help: got {word}, expected all, a word of a flag, or a group of flags")
@@ -173,13 +166,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_values(values: Mapping[str, Any], flags: Flags) -> Settings:
-    """Reads words, or values from YAML or Python, flat or nested; see `options.settings.read`."""
+    """Reads words, or values from YAML or Python, see `options.settings.read`. They may be in the
+    sections of a file, which are the mappings that are no fields."""
+    found: Settings = {}
     with naming_flags(flags):
-        values = flattened(values, flags)
-        for name in values:
-            if name not in flags:
-                raise UserError(f"{spelling(name)}: unknown flag{suggestion(name, flags)}")
-        return read(values, flags)
+        for key, value in values.items():
+            flag = flags.get(str(key).replace("-", "_"))
+            is_section = isinstance(value, Mapping) and not (flag and flag.table)
+            for inner, one in value.items() if is_section else [(key, value)]:
+                name = str(inner).replace("-", "_")
+                if name in found:
+                    raise ValueError(f"{name}: is given twice")
+                if name not in flags:
+                    raise UserError(f"{spelling(name)}: unknown flag{suggestion(name, flags)}")
+                found[name] = one
+        return read(found, flags)
 
 
 def suggestion(name: str, flags: Flags) -> str:

@@ -225,10 +225,9 @@ def training_flags() -> Flags:
 
 
 def parse_training(
-    script: str,
-    description: str | None = None,
+    script: str, description: str | None = None,
     arguments: Sequence[str] | Mapping[str, Any] | None = None,
-) -> tuple[CommandFlags, Settings]:
+) -> tuple[CommandFlags, Settings]:  # fmt: skip
     """Reads the command of a training script; its flags override the files of --config.
 
         --config wide.yaml --model DiT-S/2 --depth 6     sizes of DiT-S/2 with 6 blocks, and what
@@ -301,10 +300,6 @@ def read_recipe(path: Path) -> Settings:
             raise ValueError(f"expected {expected}: {error}") from None
         if not isinstance(values := values or {}, dict):
             raise ValueError(f"got a {type(values).__name__}, expected {expected}")
-        for key, value in values.items():
-            if isinstance(value, Mapping) and key not in (*SECTIONS, *flags):
-                expected = f"a flag or one of {', '.join(SECTIONS)}"
-                raise ValueError(f"{key}: got a section, expected {expected}")
         recipe = read_values(values, flags)
         for name in recipe.keys() & options_of(CommandFlags).keys():
             raise ValueError(f"got the key {name}, which only a command can have")

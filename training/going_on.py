@@ -7,6 +7,7 @@ what the command says changes them. Each difference is a line; what shapes the s
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from checkpoints import Record, read_record, step_folders
@@ -16,11 +17,10 @@ from models import MEANINGS, WITHOUT_EFFECT
 from options.settings import Settings, differences, spelling
 from presets import PRESETS
 from runtime.errors import UserError
-from runtime.flags import naming_flags
 from runtime.processes import Distributed
-from training.config import FITTED, TrainConfig, setting_names, training_flags
+from training.config import FITTED, TrainConfig, setting_names
 from training.finetune import latent_changes
-from training.manifest import find_fault
+from training.manifest import fault_of
 from training.run_folder import CONFIG_FILE, LOCK_FILE, branch_of, is_step_folder, named_folder
 from training.sections import CommandFlags
 
@@ -85,7 +85,7 @@ def open_run(
     """
     faults = []
     for step_folder in steps:
-        if (fault := find_fault(step_folder, dist)) is None:
+        if (fault := dist.from_main(partial(fault_of, step_folder))) is None:
             break
         faults.append(f"skipped the checkpoint {step_folder}: {fault}")
     else:
@@ -100,7 +100,7 @@ def open_run(
             "new run from its weights (--finetune), or use that version"
         )
     notes += faults
-    with naming_flags(training_flags()), as_user_error(step_folder, "cannot go on"):
+    with as_user_error(step_folder, "cannot go on"):
         return TrainConfig.of_record(before), before, step_folder
 
 
@@ -111,7 +111,7 @@ def began_with(command: CommandFlags, before: Record | None, folder: Path | None
     """
     branch = branch_of(command)
     said = command.finetune or branch
-    if not before or not folder:  # a new run
+    if not folder:  # a new run
         return os.path.abspath(said) if said and os.path.exists(said) else said
     began = before.facts.get("began_with")
     if said and (began is None or os.path.realpath(said) != os.path.realpath(began)):

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: the size of each file, which reveals a missing or truncated one.
 
 write_manifest(folder, sizes)
-fault = find_fault(folder, dist)                     # None: the files are complete
+fault = fault_of(folder)                             # None: the files are complete
 
 A checkpoint gets its final name once its files are on the disk.
 """
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime.files import read_json, write_durably
-from runtime.processes import Distributed
 
 MANIFEST_FILE = "manifest.json"
 
@@ -22,15 +21,8 @@ def write_manifest(folder: Path, sizes: Mapping[str, int]) -> None:
     write_durably(folder / MANIFEST_FILE, json.dumps(sizes, indent=1) + "\n")
 
 
-def find_fault(folder: Path, dist: Distributed) -> str | None:
-    """Describes the first missing or truncated file of a checkpoint, None if there is none.
-
-    All processes call this function.
-    """
-    return dist.broadcast(fault_of(folder) if dist.is_main else None)
-
-
 def fault_of(folder: Path) -> str | None:
+    """Describes the first missing or truncated file of a checkpoint, None if there is none."""
     try:
         expected = {**read_json(folder / MANIFEST_FILE)}
     except (OSError, ValueError, TypeError) as error:

@@ -1,7 +1,4 @@
-"""--dry-run: prints what a command would train, the memory and the disk that it needs.
-
-print_plan(command, config, trained, notes, before, dist)
-"""
+"""--dry-run: prints what a command would train, the memory and the disk that it needs."""
 
 import os
 import shutil
@@ -44,27 +41,27 @@ def print_plan(
     before: record of the checkpoint from which the run would go on, or None
     """
     stream = remaining_steps(config, trained, 0, dist)
+    model, steps, count = config.model, stream.end_step, stream.global_batch
+    parameters, active = count_parameters(model)
     memories = planned_memories(command.gpu_memory, node_size(config, dist.world_size))
-    lines = describe_model(config) | describe_memory(config, stream, memories)
-    lines |= describe_steps(config, stream)
+    lines = {
+        "model": f"{config.name}: {model.depth} blocks of width {model.hidden_size}, latents of "
+        f"{' x '.join(map(str, model.latent_shape))}, {pluralize(model.num_classes, 'class')}",
+        "parameters": f"{parameters:,} total, {active:,} active per token",
+        "compute": f"{count_macs(model):,} multiply-adds per image in a forward pass",
+        **describe_memory(config, stream, memories),
+        "disk": disk_use(config, steps)[1],
+        "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
+        f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
+        f"{steps * count / len(trained):.1f} epochs of {len(trained):,} images",
+    }
     if before:
-        is_finished = stream.end_step <= before.step
+        is_finished = steps <= before.step
         lines["goes on"] = f"after step {before.step:,}" + ": finished" * is_finished
     else:
         notes = notes + length_notes(config, stream)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
         print_safely(f"{name:<12} {text}")
-
-
-def describe_model(config: TrainConfig) -> dict[str, str]:
-    model = config.model
-    parameters, active = count_parameters(model)
-    return {
-        "model": f"{config.name}: {model.depth} blocks of width {model.hidden_size}, latents of "
-        f"{' x '.join(map(str, model.latent_shape))}, {pluralize(model.num_classes, 'class')}",
-        "parameters": f"{parameters:,} total, {active:,} active per token",
-        "compute": f"{count_macs(model):,} multiply-adds per image in a forward pass",
-    }
 
 
 def describe_memory(
@@ -118,16 +115,6 @@ def most_tokens(model: DiTConfig) -> int:
     return max(map(model.tokens_of, range(model.depth)))
 
 
-def describe_steps(config: TrainConfig, stream: BatchStream) -> dict[str, str]:
-    steps, images, count = stream.end_step, stream.num_images, stream.global_batch
-    return {
-        "disk": disk_use(config, steps)[1],
-        "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
-        f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
-        f"{steps * count / images:.1f} epochs of {images:,} images",
-    }
-
-
 def in_gib(size: float) -> str:
     """Returns a number of bytes in GiB, or in MiB if it is below 0.01 GiB."""
     return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2g} MiB"
@@ -170,10 +157,10 @@ def device_memory(device: torch.device, processes: int) -> tuple[float, str]:
     return USABLE * size / processes, f"this machine's {size:.1f}{shared}"
 
 
-class AssumedImages:
+class AssumedImages(Source):
     """Stands in for data that are not on this machine: those of a run or weights, or ImageNet's."""
 
-    can_flip, shapes, vae_path = True, {}, None
+    shapes = {}
 
     def __init__(self, image_size: Size, num_classes: int, like: DiTConfig | None, notes: list):
         self.image_size, self.like, self.notes = image_size, like, notes
@@ -193,9 +180,6 @@ class AssumedImages:
                 f"no autoencoder at {vae_path}; assuming 4 channels and 8x smaller latents"
             )
         return vae.latent_size(self.image_size), vae.channels
-
-    def hold_out(self, is_held_out: np.ndarray) -> np.ndarray:
-        return is_held_out
 
 
 def open_planned(

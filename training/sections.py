@@ -73,23 +73,19 @@ class StepConfig(Config):
     )  # fmt: skip
     accum_iter: int = option(1, ge=1, help="micro-batches per optimizer step")
     precision: str = option(
-        "bf16",
-        choices=tuple(DTYPES),
+        "bf16", choices=tuple(DTYPES),
         help="precision of matrix products; master weights are fp32, and fp16 uses loss scaling",
-    )
+    )  # fmt: skip
     tf32: bool = option(
-        False,
-        help="compute fp32 products and convolutions on a GPU in TF32, with 10 mantissa bits",
+        False, help="compute fp32 products and convolutions on a GPU in TF32, with 10 mantissa bits"
     )
     compile: bool = option(False, help="compile each block with torch.compile")
     gradient_checkpointing: bool = option(
-        False,
-        help="recompute each block in the backward pass instead of storing its activations",
-    )  # fmt: skip
+        False, help="recompute each block in the backward pass instead of storing its activations"
+    )
     selective_checkpointing: bool = option(
-        False,
-        help="as --gradient-checkpointing, but store the outputs of attention and of experts",
-    )  # fmt: skip
+        False, help="as --gradient-checkpointing, but store the outputs of attention and of experts"
+    )
     freeze: tuple[str, ...] = option(
         (), metavar="PATTERN",
         help="parameters or modules to freeze, such as 'blocks.*.attn.*' x_embedder",
@@ -118,11 +114,10 @@ class DataConfig(ImagesConfig):
         "0 and standard deviation 1 per channel over the cache of --latents-path",
     )  # fmt: skip
     val_path: str | None = option(
-        None,
+        None, group="held-out loss",
         help="held-out images, or latents from cache_latents.py, on which the loss of the EMAs is "
         "logged, with fixed times and noise",
-        group="held-out loss",
-    )
+    )  # fmt: skip
     val_share: float = option(
         0.0, ge=0, lt=1, metavar="FRACTION",
         help="in place of --val-path: fraction of the training images to hold out, the same ones "
@@ -226,15 +221,12 @@ class CommandFlags(Config):
     )  # fmt: skip
     dry_run: bool = option(False, help="print model, parameters, memory and steps, and stop")
     gpus: int | None = option(
-        None,
-        ge=1,
-        help="with --dry-run: number of GPUs to plan for (default: as launched)",
+        None, ge=1, help="with --dry-run: number of GPUs to plan for (default: as launched)"
     )
     gpu_memory: float | None = option(
-        None,
-        gt=0,
+        None, gt=0,
         help="with --dry-run: GiB of memory per GPU (default: this machine's GPU, or 80)",
-    )
+    )  # fmt: skip
     pretraining_tp: int = option(1, help="has no effect; published commands pass it")
     deepspeed: bool = option(False, help="has no effect; published commands pass it")
     local_rank: int | None = option(None, help="has no effect; launchers pass it")
@@ -245,8 +237,9 @@ class RunConfig(Config):
     """Length, seed and output of a run."""
 
     epochs: int | None = option(
-        None, ge=1, help=f"passes over the images (default: {EPOCHS}, without --max-steps)"
-    )
+        None, group="run", ge=1,
+        help=f"passes over the images (default: {EPOCHS}, without --max-steps)",
+    )  # fmt: skip
     max_steps: int | None = option(
         None, ge=1, le=10**12, help="number of optimizer steps, in place of --epochs"
     )
@@ -257,16 +250,14 @@ class RunConfig(Config):
         "(on a CPU, they always are)",
     )
     gpus_per_node: int | None = option(
-        None,
-        ge=1,
+        None, ge=1,
         help="GPUs per node, for sharding (default: the launcher's value, or the number of "
         "processes, at most 8)",
-    )
+    )  # fmt: skip
     log_every: int | None = option(
-        None, ge=1,
+        None, ge=1, group="logs, checkpoints and samples",
         help="steps between log lines (default: the largest round number of steps that take at "
         "most ten seconds)",
-        group="logs, checkpoints and samples",
     )  # fmt: skip
     profile: int | None = option(
         None, ge=1, metavar="STEPS",

@@ -34,22 +34,14 @@ def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
     return open_on_all(data.data_path, data.image_size or 256, dist)
 
 
-def facts_of(dataset: Source) -> tuple[dict, list[str], str | None]:
-    return dataset.fingerprint, dataset.classes, dataset.vae_sha256
-
-
-def check_same_data(dataset: Source, dist: Distributed, expected: tuple) -> None:
-    """Refuses other data than those of rank 0, such as an old copy on one machine."""
-    if facts_of(dataset) != expected:
-        got = f"other images or latents on rank {dist.rank} than on rank 0"
-        raise UserError(f"{dataset.flag}: got {got}, expected the same on every machine")
-
-
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[Autoencoder | None, Record]:
     """Returns the autoencoder, if needed, and a record of the settings and the data."""
-    dist.run_on_all(partial(check_same_data, dataset, dist, dist.broadcast(facts_of(dataset))))
+    facts = dist.gather((dataset.fingerprint, dataset.classes, dataset.vae_sha256))
+    if others := [rank for rank, one in enumerate(facts) if one != facts[0]]:
+        got = f"other images or latents on rank {others[0]} than on rank 0"
+        raise UserError(f"{dataset.flag}: got {got}, expected the same on every machine")
     digest, path, vae = dataset.vae_sha256, config.data.vae_path, None
     if digest is None or config.run.num_sample or path != dataset.vae_path:
         moved = f"the latents were made with {dataset.vae_path}; if it has moved, pass --vae-path"

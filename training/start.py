@@ -27,30 +27,14 @@ from runtime.processes import (
     read_environment,
     setup_distributed,
 )
-from training import going_on
+from training import finetune, going_on, setup
 from training.config import TrainConfig, training_flags
 from training.engine import new_weights
-from training.finetune import (
-    check_source,
-    held_out_notes,
-    open_weights,
-    start_weights,
-    weights_notes,
-)
 from training.log import RunLog, import_wandb, warns_if_lost
 from training.loop import TrainingLoop
 from training.plan import open_planned, print_plan
 from training.run_folder import LOCK_FILE, enter_run_folder, new_folder, write_config
 from training.sections import DEEPSPEED, CommandFlags, DataConfig
-from training.setup import (
-    check_model,
-    held_out_batches,
-    inputs_of,
-    length_notes,
-    open_dataset,
-    remaining_steps,
-    tensors_of,
-)
 
 
 def run_command(command: CommandFlags, said: Settings) -> int:
@@ -78,7 +62,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if steps:
         base, before, step_folder = going_on.open_run(steps, notes, dist)
     elif command.finetune:
-        weights = open_weights(command.finetune, said)
+        weights = finetune.open_weights(command.finetune, said)
         base = TrainConfig.of_weights(weights.record, command.script)
     else:
         base = TrainConfig.default(command.script)
@@ -88,16 +72,16 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if command.dry_run:
         dataset = open_planned(data, said, base if before or weights else None, notes)
     else:
-        dataset = open_dataset(data, dist)
+        dataset = setup.open_dataset(data, dist)
     with naming_flags(flags):
         config = base.fitted(said, dataset)
-    check_model(config)
+    setup.check_model(config)
     origin, changes = going_on.began_with(command, before, folder), []
     if before:
         changes = going_on.changed_settings(before, base, config, command.script, dataset)
         notes += going_on.kept_settings(before, config, said, can_flip=dataset.can_flip)
     elif weights:
-        notes += check_source(config, weights)
+        notes += finetune.check_source(config, weights)
     if command.dry_run:  # plan for these processes
         dist = replace(dist, world_size=command.gpus or read_environment().world_size)
     of_engine = config.engine.engine_class().check(config, dist.world_size)
@@ -114,8 +98,8 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     torch.backends.cudnn.allow_tf32 = config.step.tf32  # of convolutions; PyTorch's default is True
     if config.run.wandb:
         dist.on_main(import_wandb)
-    vae, record = inputs_of(config, dataset, dist)
-    stream = remaining_steps(config, trained, before.step if before else 0, dist)
+    vae, record = setup.inputs_of(config, dataset, dist)
+    stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
     record = replace(
         record, micro_batch=stream.micro_batch,
         initialized_from=before.initialized_from if before else weights and weights.origin,
@@ -124,15 +108,15 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     record = dist.broadcast(record)  # paths differ between nodes; all write the same header
     if before:
         changes += going_on.data_changes(before, record)
-        notes += held_out_notes(step_folder, before, record)
+        notes += finetune.held_out_notes(step_folder, before, record)
     elif weights:
-        notes += weights_notes(weights, record)
+        notes += finetune.weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
         return going_on.nothing_to_do(folder, stream.start_step, stream.end_step, dist)
-    batches = held_out_batches(config, dataset, vae, record, held_out, notes)
-    dataset.requested = tensors_of(config)
+    batches = setup.held_out_batches(config, dataset, vae, record, held_out, notes)
+    dataset.requested = setup.tensors_of(config)
     if before is None:
-        notes += length_notes(config, stream)
+        notes += setup.length_notes(config, stream)
     if dist.is_main and not dataset.vae_path:
         notes += size_notes(dataset)
 
@@ -154,7 +138,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     # The engine, with its state or with weights. Only then does the folder change.
     start = () if before else new_weights(config)
     if weights is not None:
-        adapted, more = start_weights(weights, config, dataset)
+        adapted, more = finetune.start_weights(weights, config, dataset)
         start, notes = adapted.items(), notes + more
     try:
         engine = config.engine.engine_class()(dist, config, start)

@@ -359,13 +359,13 @@ function drawSpent() {
   });
 }
 function drawOther() {
-  const l = state.layer, textOf = (m) => range(m.E).map((e) => sum(range(m.S).map((s) => at(m, "other", s, l, e))));
-  $("otherSection").hidden = !models.every((m) => sum(textOf(m)));
+  const l = state.layer, othersOf = (m) => range(m.E).map((e) => sum(range(m.S).map((s) => at(m, "other", s, l, e))));
+  $("otherSection").hidden = !models.every((m) => sum(othersOf(m)));
   if ($("otherSection").hidden) return;
-  compare((m) => [m.load[l], textOf(m)].map((counts) => counts.map((n) => (n / sum(counts)) * m.E)), ratioScale, (m, shares, scale) => matrix(m.views.other, {
-    rows: ["image", "text"], columns: range(m.E), value: (r, e) => shares[r][e], scale,
+  compare((m) => [m.load[l], othersOf(m)].map((counts) => counts.map((n) => (n / sum(counts)) * m.E)), ratioScale, (m, shares, scale) => matrix(m.views.other, {
+    rows: ["patches", "others"], columns: range(m.E), value: (r, e) => shares[r][e], scale,
     across: "expert", words: "relative to an equal share", pick: (r, e) => jump(l, m, e),
-    say: (r, e) => `${r ? "text" : "image"}, expert ${e}: × ${number(shares[r][e])}`,
+    say: (r, e) => `${r ? "others" : "patches"}, expert ${e}: × ${number(shares[r][e])}`,
   }));
 }
 function drawFlow() {

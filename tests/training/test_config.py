@@ -153,7 +153,6 @@ def test_a_command_says_a_thing_in_one_way(words, capsys):
         ("max-steps: [5, 5]", "--max-steps: got"),
         ("lr: 1e-3\nlr: 2e-3", "lr: is given twice"),
         ("lr: 1e-3\nstep: {lr: 2e-3}", "lr: is given twice"),
-        ("steps: {lr: 1e-3}", "steps: got a section"),
         ("epochs: 5\nmax-steps: 9", "--max-steps"),
         (b"\xb8\x05 weights", "expected a YAML file in UTF-8"),
         ("run_name: café".encode("latin-1"), "expected a YAML file in UTF-8"),

@@ -37,7 +37,7 @@ from runtime.processes import ALONE
 from runtime.signals import Requests
 from training import loop, preview, start
 from training.config import parse_training
-from training.manifest import find_fault
+from training.manifest import fault_of
 
 UNTIL_STOPPED = 100_000  # steps. A resumed run may have fewer
 
@@ -258,7 +258,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_weights(flags, tmp_p
         steps = [int(folder.name) for folder in step_folders(results / "run")]
         assert max(steps, default=0) >= newest, "a checkpoint was lost"
         newest = max(steps, default=0)
-        assert all(find_fault(folder, ALONE) is None for folder in step_folders(results / "run"))
+        assert all(fault_of(folder) is None for folder in step_folders(results / "run"))
     assert_resumes_exactly(flags, results, tmp_path / "whole", newest)
 
 
