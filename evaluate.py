@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -288,7 +289,7 @@ def main(config: EvaluateConfig) -> None:
     check_flags(config)
     if config.output and (config.images or config.loss):  # samples need a folder of their own
         prepare_output("--output", config.output / "results.json")
-    dist = setup_distributed()
+    dist = setup_distributed(patience=timedelta(days=7))  # a GPU may be slower than the others
     if dist.is_main:
         print_safely(f"loading {config.ckpt or config.images}")
     if config.images:

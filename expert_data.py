@@ -12,7 +12,7 @@ each prompt, by its own scheduler and guidance.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.counts import COUNTS_FILE, RoutingCounts
@@ -69,7 +69,8 @@ def count_pipeline(config: ExpertDataConfig) -> RoutingCounts:
 
     pipeline, prompts, settings = open_prompts(config, config.images_per_class or 1)
     print_safely(f"sampling {describe_prompts(pipeline, prompts)}")
-    return count_prompts(pipeline, prompts, settings)
+    counts = count_prompts(pipeline, prompts, settings)
+    return replace(counts, settings=counts.settings | {"pipeline": config.pipeline})
 
 
 def main(config: ExpertDataConfig) -> None:

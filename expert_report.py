@@ -71,8 +71,19 @@ def read_ablation(path: Path, data: Path, counts: RoutingCounts) -> list:
     from analysis.ablation import load_ablation
 
     settings, rows = load_ablation(path)
-    digests = [one.get("checkpoint_sha256") for one in (settings, counts.settings)]
-    if digests[0] != digests[1]:  # a pipeline of diffusers has none
+    pairs = {
+        name: (settings.get(name), counts.settings.get(name))
+        for name in ("checkpoint_sha256", "precision", "pipeline")
+    }
+    got, expected = pairs["precision"]
+    if None not in (got, expected) and got != expected:
+        raise UserError(
+            f"{path}: got --precision {got}, expected {expected}, as in {data}; run both scripts "
+            "with the same precision"
+        )
+    # A pipeline of diffusers has no digest, and older counts have no name of their pipeline.
+    is_other_pipeline = None not in pairs["pipeline"] and len({*pairs["pipeline"]}) > 1
+    if is_other_pipeline or len({*pairs["checkpoint_sha256"]}) > 1:
         raise UserError(
             f"{path}: was measured with other weights than {data}; delete it and run "
             "expert_ablation.py again"

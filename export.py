@@ -125,7 +125,6 @@ def main(config: ExportConfig) -> None:
 
     from checkpoints.quantized_weights import quantize_state_dict
     from latents.autoencoder import PIXELS, load_autoencoder
-    from moe_kernels.quantized import KINDS
     from runtime.devices import DTYPES
     from sampling import formats, pipeline
 
@@ -158,7 +157,7 @@ def main(config: ExportConfig) -> None:
     if config.precision:
         dtype = DTYPES[config.precision]
         weights = {
-            name: value if KEPT.search(name) or value.dtype in KINDS else value.to(dtype)
+            name: value.to(dtype) if value.is_floating_point() and not KEPT.search(name) else value
             for name, value in public.state_dict.items()
         }
         public = replace(public, state_dict=weights)

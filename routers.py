@@ -199,6 +199,12 @@ class TopKRouter(Router):
         False, help="normalise the weights of each token to sum to 1, as upcycling requires"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.renormalize and self.gating == "identity":
+            expected = "softmax or sigmoid, whose scores are positive"
+            raise ValueError(f"gating: got identity with renormalize=True, expected {expected}")
+
     def choose(self, logits: Tensor) -> Routing:
         k = self.num_experts_per_tok
         probabilities = logits.softmax(dim=-1)                              # (S, E)

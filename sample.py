@@ -21,6 +21,7 @@ from runtime.flags import parse_config
 from sampling.sampling_config import CKPT_HELP, SamplingConfig
 
 IMAGENET_LABELS = (207, 360, 387, 974, 88, 979, 417, 279)
+MOST_IN_ROW = 400  # images; PNG files are at most a million pixels wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,9 @@ class SampleConfig(SamplingConfig):
     )  # fmt: skip
     images_per_class: int = option(1, ge=1, help="number of images per class")
     output: Path = option(
-        Path("samples/sample.png"), suffixes=(".png",), help="PNG file of the grid"
-    )
+        Path("samples/sample.png"), suffixes=(".png",),
+        help="PNG file of the grid, with at most 400 images per class",
+    )  # fmt: skip
     output_dir: Path | None = option(
         None, help="also write each image to this folder, as SEED-class-LABEL.png"
     )
@@ -90,6 +92,9 @@ def main(config: SampleConfig) -> None:
             prepare_output(f"--{name}", path)
     if config.output_dir:
         prepare_output("--output-dir", config.output_dir / "image.png")
+    elif config.images_per_class > MOST_IN_ROW:
+        got = f"--images-per-class: got {config.images_per_class}"
+        raise UserError(f"{got}, expected at most {MOST_IN_ROW} without --output-dir")
     print_safely(f"loading {config.ckpt}")
     # Imported here, so that --help and errors appear at once.
     import torch
@@ -139,7 +144,9 @@ def main(config: SampleConfig) -> None:
         picture.save(path, pipeline, captions)
         if len(picture.shown) < num_images:
             print(f"{path} shows {len(picture.shown)} of {pluralize(num_images, 'image')}")
-    grid = image_grid(torch.stack(images), captions, config.images_per_class)
+    in_row = min(config.images_per_class, MOST_IN_ROW)
+    shown = [i for i in range(num_images) if i % config.images_per_class < in_row]
+    grid = image_grid(torch.stack([images[i] for i in shown]), [captions[i] for i in shown], in_row)
     write_png(grid, config.output)
     paths = ", ".join(map(str, filter(None, (config.output, config.output_dir, *pictures))))
     print(f"{pluralize(num_images, 'image')} in {time.perf_counter() - start:.1f} s: {paths}")

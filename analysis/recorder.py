@@ -25,6 +25,7 @@ from analysis.token_places import OTHER, DiTPlaces, TokenPlaces
 from latents.autoencoder import weights_digest
 from models import DiT
 from routers import Routing
+from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.progress import progress
 from sampling.generate import parse_labels
@@ -225,6 +226,7 @@ def count_routing(
     name, folder = pipeline.checkpoint.record.model_name, pipeline.checkpoint.path.absolute().parent
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent  # the run
+    dtype = next(pipeline.model.parameters()).dtype
     return RoutingCounts(
         **recorder.counts(labels),
         labels=np.array(labels, dtype=np.int64),
@@ -234,6 +236,7 @@ def count_routing(
             "run": folder.name,
             "router": str(config.router),
             "step": pipeline.checkpoint.record.step,
+            "precision": next(name for name, one in DTYPES.items() if one == dtype),
             "checkpoint_sha256": weights_digest(pipeline.model),
             "seed": seed,
             "images_per_class": images_per_class,

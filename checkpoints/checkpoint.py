@@ -308,7 +308,7 @@ def find_vae(record: Record, path: Path) -> str | None:
     if recorded == PIXELS:
         return recorded
     if (local / "config.json").is_file() and not (recorded and os.path.isdir(recorded)):
-        return str(local)
+        return str(local.resolve())
     return recorded and find_moved(recorded, "config.json", path)
 
 

@@ -128,8 +128,8 @@ def to_published(state_dict: dict[str, Tensor], config: DiTConfig) -> dict[str, 
     """
     plain = DiTConfig(**{name: getattr(config, name) for name in SAID})
     names = [name for name in options_of(DiTConfig) if name not in SAID]
-    if not config.num_experts:
-        of_experts = ("router", "sparse_layers", "mlp_type", "dense_mlp_type")
+    if not config.num_experts:  # all blocks are of `dense_mlp_type`
+        of_experts = ("router", "sparse_layers", "mlp_type")
         names = [name for name in names if name not in of_experts]
     pairs = {n: [getattr(c, MEANINGS.get(n, n)) for c in (config, plain)] for n in names}
     if differing := [

@@ -107,7 +107,8 @@ def open_held_out(
     record = pipeline.checkpoint.record
     data = record.settings
     share = data.get("val_share", 0.0)
-    if share and not (data_path or latents_path):
+    of_run = share and not (data_path or latents_path)
+    if of_run:
         data_path, latents_path = data.get("data_path"), data.get("latents_path")
     if (data_path is None) == (latents_path is None):
         raise UserError("held-out images: pass exactly one of --data-path and --latents-path")
@@ -131,6 +132,16 @@ def open_held_out(
             print_safely(
                 f"note: {path} was trained on {facts['images']}, so the loss is not a held-out one"
             )
+    elif of_run and record.images:
+        raise UserError(
+            f"{flag}: {facts['images']} has other images than those of which {path} held out a "
+            "part, expected the same; pass --data-path or --latents-path with held-out images"
+        )
+    elif share and record.images is None:
+        print_safely(
+            f"note: {path} does not record its training images, so those among {facts['images']} "
+            "are not left out"
+        )
     return images, indices[evenly_spaced(len(indices), num_images)].tolist(), facts
 
 

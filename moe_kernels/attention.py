@@ -31,6 +31,7 @@ def load_flash_attention() -> tuple[Callable | None, str]:
 
 
 flash_attn_func, flash_attention_fault = load_flash_attention()
+MOST_CHANNELS = 256  # of a head, in flash-attn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is_half_on_gpu = v.is_cuda and v.dtype in (torch.bfloat16, torch.float16)
     # Compute plain matrix products under torch.func.jvp: fused attention has no jvp.
     by_products = products_are_faster(v) or has_tangent(q, k, v)
-    if flash_attn_func is not None and is_half_on_gpu and not by_products:
+    fits = v.shape[-1] <= MOST_CHANNELS
+    if flash_attn_func is not None and is_half_on_gpu and fits and not by_products:
         fixed_order = torch.are_deterministic_algorithms_enabled()
         return flash_attn_func(q, k, v, deterministic=fixed_order)
     q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))                  # (N, heads, T or L, d)

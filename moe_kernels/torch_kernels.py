@@ -33,11 +33,13 @@ def combine(rows: Tensor, place: Tensor, start: Tensor, weight: Tensor | None) -
 # Compute capabilities on which F.grouped_mm is one kernel and correct. On 10 the weight gradient of
 # an expert without rows was not zero (pytorch issue 172439).
 LINEAR_ON, OUTER_ON = (9, 10), (9,)
+MOST_GROUPS = 1023  # of F.grouped_mm, which starts a thread for each
 
 
 def has_fused_product(
-    rows: Tensor, other: Tensor | QuantizedWeight, capabilities: tuple[int, ...] = LINEAR_ON
-) -> bool:
+    rows: Tensor, other: Tensor | QuantizedWeight, end: Tensor,
+    capabilities: tuple[int, ...] = LINEAR_ON,
+) -> bool:  # fmt: skip
     """Returns whether F.grouped_mm multiplies rows by `other` in one kernel: bf16, on these GPUs.
 
     The kernel reads 16 bytes at a time, so each row has to start at a multiple of 16 bytes.
@@ -46,6 +48,7 @@ def has_fused_product(
         rows.is_cuda
         and not isinstance(other, QuantizedWeight)
         and rows.dtype == torch.bfloat16
+        and len(end) <= MOST_GROUPS
         and torch.cuda.get_device_capability(rows.device)[0] in capabilities
         and starts_at_16_bytes(rows)
         and starts_at_16_bytes(other)
@@ -62,7 +65,7 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
 
     The weight (E, O, I) is cast to the dtype of the rows, or dequantised. Returns (R, O).
     """
-    if has_fused_product(rows, weight):
+    if has_fused_product(rows, weight, end):
         # It may pad the rows of its result to 16 bytes.
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), offs=end).contiguous()
     if compiles_shapes(rows):
@@ -78,7 +81,7 @@ def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -
 
     The gradient is computed in the dtype of the rows and cast to `dtype`. Returns (E, O, I).
     """
-    if has_fused_product(grad, rows, OUTER_ON):
+    if has_fused_product(grad, rows, end, OUTER_ON):
         return F.grouped_mm(grad.t(), rows, offs=end).to(dtype)
     if compiles_shapes(rows):
         return padded_outer(grad, rows, end, dtype)

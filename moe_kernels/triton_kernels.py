@@ -211,7 +211,7 @@ def grouped_linear(rows: Tensor, weight: Tensor | QuantizedWeight, end: Tensor) 
 
     Quantised weights are dequantised tile by tile.
     """
-    if torch_kernels.has_fused_product(rows, weight):
+    if torch_kernels.has_fused_product(rows, weight, end):
         return torch_kernels.grouped_linear(rows, weight, end)
     (num_rows, inputs), (num_experts, outputs, _) = rows.shape, weight.shape
     block_rows, block_outputs, block_inputs, warps = TILES[arithmetic(rows)]
@@ -312,7 +312,7 @@ def grouped_linear_kernel(
 @on_its_device
 def grouped_outer(grad: Tensor, rows: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
     """As in `torch_kernels`. Uses F.grouped_mm where that is a single kernel."""
-    if torch_kernels.has_fused_product(grad, rows, torch_kernels.OUTER_ON):
+    if torch_kernels.has_fused_product(grad, rows, end, torch_kernels.OUTER_ON):
         return torch_kernels.grouped_outer(grad, rows, end, dtype)
     outputs, inputs, num_experts = grad.shape[1], rows.shape[1], len(end)
     block_outputs, block_inputs, block_rows, warps = TILES[arithmetic(rows)]

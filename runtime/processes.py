@@ -129,13 +129,15 @@ def read_environment() -> Distributed:
     return Distributed(*values, device=torch.device("cpu"))
 
 
-def setup_distributed(*, always_group: bool = False) -> Distributed:
+def setup_distributed(
+    *, always_group: bool = False, patience: timedelta = timedelta(hours=1)
+) -> Distributed:
     """Joins the process group that the launcher describes. Without a launcher there is one process.
 
     group      backend                    timeout
     default    NCCL, or gloo on a CPU     10 minutes, which ends a run that hangs
-    hosts      gloo                       an hour: processes wait in it while one of them writes a
-                                          checkpoint or lists files
+    hosts      gloo                       `patience`: processes wait in it while one of them writes
+                                          a checkpoint, lists files or samples its last images
 
     always_group: without a launcher, join a group of one process, as DeepSpeed requires
     """
@@ -169,7 +171,7 @@ def setup_distributed(*, always_group: bool = False) -> Distributed:
             backend, device_id=bound, timeout=timedelta(minutes=10)
         )
     if torch.distributed.is_initialized():
-        hosts = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=1))
+        hosts = torch.distributed.new_group(backend="gloo", timeout=patience)
         dist = replace(dist, hosts=hosts)
     return replace(dist, device=device)
 

@@ -137,6 +137,8 @@ class DiTMoEPipeline(DiffusionPipeline):
         objective = info.get("objective", "gaussian")
         settings = SamplerSettings(objective, sampler, num_inference_steps, guidance_scale)
         latents = generate(self.transformer.model, labels, seeds, settings, conditions=conditions)
+        if not latents.isfinite().all():
+            raise ValueError("the model's output is not finite; load it in bfloat16 or float32")
         norm = (stored := info.get("latents_norm")) and LatentNorm(**stored)
         kind = AUTOENCODERS[type(self.vae).__name__] if self.vae else None
         vae = kind(self.vae.config, self.vae, norm) if kind else Pixels(norm)

@@ -212,7 +212,9 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     if config.guide_ckpt:
         try:
             # The flags that fill gaps of a published file fill those of its guide, too.
-            hints = {"objective": config.objective} if config.objective else {}
+            names = ("objective", "num_classes", "input_size")
+            given = {name: getattr(config, name) for name in names}
+            hints = {name: value for name, value in given.items() if value is not None}
             guide = read_checkpoint(config.guide_ckpt, hints)
         except UserError as error:
             raise UserError(f"--guide-ckpt {error}") from None
@@ -267,6 +269,7 @@ def check_same_task(
             "classes": c.config.num_classes if same_classes else None,
             "objective": one.name if (one := c.record.objective) else chosen.name,
             "schedule": one.options.get("schedule", "linear") if one else "linear",
+            "scale of the noise": one.options.get("noise_scale", 1.0) if one else 1.0,
         }
         for c in both
     ]

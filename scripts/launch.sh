@@ -64,9 +64,23 @@ processes() {
 }
 
 launch() {
-    local size="$*" input=()
+    local size word name i words=() input=()
+    for word in "$@"; do # --image_size=512 becomes --image-size 512
+        name=${word%%=*}
+        if [[ $word != --* ]]; then
+            words+=("$word")
+        elif [[ $word == *=* ]]; then
+            words+=("${name//_/-}" "${word#*=}")
+        else
+            words+=("${name//_/-}")
+        fi
+    done
+    set -- "${words[@]}"
+    size="$*" size=${size##*--image-size } size=${size%% *}
+    for ((i = 0; i < ${#words[@]} - 1; i++)); do
+        [[ ${words[i]} != --vae-path ]] || VAE=${words[i + 1]}
+    done
     [ -z "${RUN:-}" ] || set -- "$@" --run-name "$RUN"
-    size=${size##*--image-size } size=${size%% *}
     [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")
     if [[ " $* " == *" --dry-run "* ]]; then
         [ -z "${DATA:-}" ] || input+=(--data-path "$DATA")

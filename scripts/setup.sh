@@ -3,7 +3,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     echo "installing requirements.txt into .venv"
-    { [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv; } &&
+    { [ -x .venv/bin/pip ] || "${PYTHON:-python3}" -m venv .venv; } &&
         .venv/bin/pip install --quiet -r requirements.txt &&
         cp requirements.txt .venv/installed-requirements.txt || {
         echo "error: requirements.txt could not be installed; run this again" >&2

@@ -275,8 +275,10 @@ def make_controls(gr, configs: list[SamplingConfig]) -> dict:
     """Creates the controls, by the names that `draw` uses."""
     config = configs[0]
     s, names = opened(config).settings, [name for name, _ in shared_classes(configs)]
-    found = list(averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()) or ["first"]
-    emas = list(zip(found, ["", *found[1:]], strict=True))  # without --ema the first one is used
+    found = averages_of(Path(config.ckpt)) if Path(config.ckpt).is_dir() else ()
+    # Without --ema the first one is used.
+    emas = [(name, name if number else "") for number, name in enumerate(found)]
+    emas = emas or [(config.ema or "first", config.ema or "")]
     samplers = objective_of(s).samplers
     classes = [(name, i) for i, name in enumerate(names)]
     first = names.index(FIRST_CLASS) if FIRST_CLASS in names else 0
@@ -300,8 +302,8 @@ def make_controls(gr, configs: list[SamplingConfig]) -> dict:
         low, high = (gr.Slider(0, 1, value, step=0.05) for value in s.guidance_interval)
         low.label, low.info = "Guide from t", "0 is the image, 1 is noise"
         high.label = "to t"
-        ema = gr.Dropdown(emas, value="", visible=len(emas) > 1, label=f"EMA of {config.ckpt}")
-        ema.value = config.ema if config.ema in dict(emas).values() else ""
+        chosen = config.ema if config.ema in dict(emas).values() else emas[0][1]
+        ema = gr.Dropdown(emas, value=chosen, visible=len(emas) > 1, label=f"EMA of {config.ckpt}")
     sampler.input(lambda name: samplers[name].default_steps, sampler, steps)
     inputs = dict(label=label, seed=seed, scale=scale, steps=steps, live=live, images=images)
     inputs |= dict(more=more, sampler=sampler, low=low, high=high, ema=ema)

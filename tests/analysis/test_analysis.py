@@ -491,8 +491,9 @@ def test_pictures_use_an_installed_font_that_has_the_letters_of_a_name(tmp_path,
     font.save(tmp_path / "script.ttf")
     own = [one for one in font_manager.fontManager.ttflist if one.fname == str(FONT)]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
-    gone = font_manager.FontEntry(str(tmp_path / "gone.ttf"), "Gone", "normal", weight=400)
-    font_manager.fontManager.ttflist.insert(0, gone)  # deleted since matplotlib listed the fonts
+    gone = tmp_path / "gone.ttf"  # deleted since matplotlib listed the fonts
+    gone = font_manager.FontEntry(fname=str(gone), name="Gone", style="normal", weight=400)
+    font_manager.fontManager.ttflist.append(gone)
     font_manager.fontManager.addfont(tmp_path / "script.ttf")
     font_with.cache_clear()
     assert class_caption(letter, 3) == letter

@@ -88,11 +88,14 @@ def test_the_page_has_the_tables_and_the_crops(page):
 
 def test_damage_measured_with_other_weights_is_refused(tmp_path, capsys):
     counts = counts_with_gallery(num_layers=1)
-    settings = counts.settings | {"checkpoint_sha256": "a"}
+    settings = counts.settings | {"checkpoint_sha256": "a", "precision": "fp32"}
     replace(counts, settings=settings).save(tmp_path / "expert_data.npz")
     rows = [Ablation(0, 0, 0.1, 0.001, 0.02)]
     save_ablation(tmp_path / "expert_ablation.jsonl", {"checkpoint_sha256": "b"}, rows)
     file, fault = tmp_path / "expert_ablation.jsonl", "was measured with other weights"
+    assert fault in expect_error(capsys, "expert_report.py", "--data", tmp_path, "--ablation", file)
+    save_ablation(file, {"checkpoint_sha256": "b", "precision": "bf16"}, rows)
+    fault = "got --precision bf16, expected fp32"
     assert fault in expect_error(capsys, "expert_report.py", "--data", tmp_path, "--ablation", file)
     call_main("expert_report.py", "--data", tmp_path)  # which finds the file
     assert fault in capsys.readouterr().out and (tmp_path / "expert_report.html").exists()

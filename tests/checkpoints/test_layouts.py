@@ -135,6 +135,13 @@ def test_a_model_that_published_code_cannot_compute_is_refused_by_the_name_of_th
         to_published(model.state_dict(), model.config)
 
 
+@pytest.mark.parametrize("other", [{"dense_mlp_type": "silu"}, {"mlp_type": "swiglu"}])
+def test_a_dense_model_is_published_only_with_the_mlp_of_dit(other):
+    model = randomised(num_experts=0, **other)
+    with pytest.raises(ValueError, match="dense_mlp_type: got .*, expected gelu"):
+        to_published(model.state_dict(), model.config)
+
+
 def test_an_unreachable_hub_is_a_one_line_error_at_once(monkeypatch, capfd):
     from huggingface_hub import constants
 

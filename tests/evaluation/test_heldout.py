@@ -141,6 +141,11 @@ def test_evaluate_loss_reports_the_held_out_loss(
     save_checkpoint(model, path, images=images.fingerprint, **facts)
     measured("--data-path", image_tree)
     assert note in capsys.readouterr().out
+    # The data set of a run that held out a part of it has changed.
+    of_run = {"val_share": 0.5, "data_path": str(image_tree)}
+    save_checkpoint(model, path, images={"count": 39, "names": "x"}, settings=of_run, **facts)
+    line = expect_error(capsys, "evaluate.py", "--ckpt", path, "--loss", "--output", tmp_path)
+    assert f"--data-path: {image_tree} has other images than those of which {path} held" in line
 
 
 def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, tiny_vae, tmp_path):

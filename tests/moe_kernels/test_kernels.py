@@ -267,9 +267,11 @@ def test_pytorchs_fused_product_is_used_only_where_it_is_correct(monkeypatch, ca
     rows."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rows, weight = OnGPU(torch.zeros(4, 16).bfloat16()), torch.zeros(2 * 16 * 16 + 1)
-    assert torch_kernels.has_fused_product(rows, weight[:-1].view(2, 16, 16)) == fused
-    outer = torch_kernels.has_fused_product(rows, rows, torch_kernels.OUTER_ON)
+    end, has_product = torch.tensor([4, 4]), torch_kernels.has_fused_product
+    assert has_product(rows, weight[:-1].view(2, 16, 16), end) == fused
+    outer = has_product(rows, rows, end, torch_kernels.OUTER_ON)
     assert outer == (fused and capability < (10, 0))
-    assert not torch_kernels.has_fused_product(rows, weight[1:].view(2, 16, 16))  # odd address
-    assert not torch_kernels.has_fused_product(rows, torch.zeros(2, 12, 12).transpose(1, 2))
-    assert not torch_kernels.has_fused_product(OnGPU(torch.zeros(4, 16)), weight[:-1])
+    assert not has_product(rows, weight[1:].view(2, 16, 16), end)  # odd address
+    assert not has_product(rows, torch.zeros(2, 12, 12).transpose(1, 2), end)
+    assert not has_product(OnGPU(torch.zeros(4, 16)), weight[:-1], end)
+    assert not has_product(rows, weight[:-1].view(2, 16, 16), torch.full((1024,), 4))

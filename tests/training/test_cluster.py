@@ -99,6 +99,20 @@ def test_a_cluster_starts_without_an_activated_environment(tmp_path):
     assert ended.stdout.endswith("-m tools.benchmarks.bench_cluster --help\n")
 
 
+def test_a_recipe_knows_a_flag_in_any_spelling(tmp_path):
+    """Its python prints what it is to run: the plan, without encoding images."""
+    (tmp_path / "python").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    flags = "--image_size=512", "--vae_path", "my vae", "--dry_run"
+    ended = subprocess.run(
+        ["bash", ROOT / "scripts" / "train_s2_8e2a.sh", *flags], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "DATA": "images", "GPUS": "2"},
+    )  # fmt: skip
+    assert ended.stdout.startswith("train.py --config config/recipes/dit_moe_s2_8e2a.yaml")
+    words = "--image-size 512 --vae-path my vae --dry-run --vae-path my vae --data-path images"
+    assert words in ended.stdout and "cache_latents" not in ended.stdout
+
+
 def test_training_names_each_checkpoint_in_the_file_of_the_slurm_job(tmp_path, monkeypatch):
     monkeypatch.setenv("DIT_MOE_SAVED", str(tmp_path / "slurm-7.saved"))
     for rank in (1, 0):

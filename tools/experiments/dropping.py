@@ -32,6 +32,7 @@ from models import DiT
 from moe import Experts
 from options.parts import option
 from routers import Routing
+from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import atomic_folder, prepare_output
 from runtime.flags import parse_config
@@ -136,6 +137,11 @@ def main(config: DroppingConfig) -> None:
     prepare_output("--output", config.output)
     settings, ablation = load_ablation(config.ablation)
     pipeline = open_pipeline(config)
+    digest = pipeline.digests["checkpoint_sha256"]
+    dtype = DTYPES.get(settings.get("precision"))
+    has_its_weights = not config.quantize and dtype == next(pipeline.model.parameters()).dtype
+    if has_its_weights and settings.get("checkpoint_sha256", digest) != digest:
+        raise UserError(f"--ablation: {config.ablation} is of other weights than {config.ckpt}")
     objective = objective_of(pipeline.settings)
     chosen_by, batches = (
         open_batches(pipeline, path, config)
@@ -169,7 +175,7 @@ def main(config: DroppingConfig) -> None:
     rows = [shared | dict(zip(names, key, strict=True)) for key in choices]
     facts = {
         "images": len(whole), "chosen_on": settings.get("images"),
-        "reported_on": config.latents_path,
+        "reported_on": config.latents_path, "checkpoint_sha256": digest,
     }  # fmt: skip
     measure_missing(config.output, rows, measure, facts)
 

@@ -254,7 +254,8 @@ def measure_times(config: ExperimentConfig, question: int) -> None:
     times = {arm: 1000 * value for arm, value in times.items()}
     path = config.output / "times.json"
     kept = read_json(path) if path.exists() else {}
-    write_durably(path, json.dumps({**kept, str(question): times}, indent=1) + "\n")
+    kept[str(question)] = kept.get(str(question), {}) | times
+    write_durably(path, json.dumps(kept, indent=1) + "\n")
     print(*(f"{arm:24} {value:8.1f} ms per step" for arm, value in times.items()), sep="\n")
 
 

@@ -226,6 +226,7 @@ def facts_of(config: SamplesConfig, pipeline: SamplingPipeline) -> dict:
         "precision": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
         "choose_by": str(config.choosing), "report_by": str(config.reporting),
         "checkpoint": pipeline.checkpoint.record.step,
+        "checkpoint_sha256": pipeline.digests["checkpoint_sha256"],
     }  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def table(
         has_pairs = arm != question.reference and len(gaps) > 0
         p, detectable = test_cells(tests, arm, digits=4)
         at_equal = ""
-        if has_pairs and arm in equal_time:
+        if has_pairs and {arm, question.reference} <= {*equal_time}:
             at_equal = with_error(equal_time[arm] - equal_time[question.reference], "+")
         line = {
             "arm": arm,
