@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def write_shards(
 ) -> None:
     """Encodes and writes the shards one after another. A batch never spans two shards.
 
-    num_done: images of earlier shards, of which unreadable images may be a small share
+    num_done: images of the shards that exist, which count as read
     """
     size, device = config.batch_size, networks.vae.device
     num_unreadable, num_read = 0, num_done
@@ -156,8 +156,8 @@ def write_shards(
 
 def prepare(
     config: CacheConfig, images: Source, networks: Networks
-) -> tuple[CacheSettings, dict[Path, range], BinaryIO | None]:
-    """Creates or resumes the cache; returns its settings, its missing shards, and its lock."""
+) -> tuple[CacheSettings, dict[Path, range]]:
+    """Creates or resumes the cache; returns its settings and its missing shards."""
     folder, features = config.output, describe_features(config, networks, images.image_size)
     with reported_as(f"--shard-images: got {config.shard_images}", ValueError):
         settings = settings_of(
@@ -166,7 +166,6 @@ def prepare(
     sizes = bytes_of(settings, networks.vae)
     parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
     missing = begin_cache(folder, settings)
-    lock = lock_cache(folder, is_main=True) if missing else None
     for note in size_notes(images):
         print_safely(f"note: {note}")
     if not (sheet := folder / "images.png").exists():
@@ -176,7 +175,7 @@ def prepare(
         f"{f' ({parts})' if len(sizes) > 1 else ''}; {len(missing)} of "
         f"{pluralize(len(settings.shards(folder)), 'shard')} to write"
     )
-    return settings, missing, lock
+    return settings, missing
 
 
 def main(config: CacheConfig) -> None:
@@ -186,9 +185,8 @@ def main(config: CacheConfig) -> None:
     images = open_on_all(config.data_path, config.image_size or 256, dist)
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download
-    prepared = dist.on_main(partial(prepare, config, images, networks))
-    settings, missing = dist.broadcast(prepared and prepared[:2])
-    lock = prepared[2] if prepared else None
+    settings, missing = dist.from_main(partial(prepare, config, images, networks))
+    lock = dist.on_main(partial(lock_cache, config.output, is_main=True)) if missing else None
     if missing and not dist.is_main:
         lock = lock_cache(config.output, is_main=False)
     close_distributed()  # processes are independent from here on, and a barrier could time out

@@ -53,7 +53,6 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     """Returns the model, what to measure and the settings."""
     from analysis.ablation import checkpoint_outcome
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
-    from runtime.devices import DTYPES
     from runtime.progress import progress
     from sampling.generate import objective_of
     from sampling.pipeline import open_pipeline
@@ -78,9 +77,8 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
         facts |= {"num_images": num_images}
     pictures = config.num_pictures or 8
     measure = checkpoint_outcome(pipeline, pictures, config.seed, batch_size, losses)
-    dtype = next(pipeline.model.parameters()).dtype
     settings = {
-        "precision": next(name for name, one in DTYPES.items() if one == dtype),
+        "precision": pipeline.precision,
         "num_pictures": pictures,
         "seed": config.seed, **asdict(pipeline.settings), **facts, **pipeline.digests,
     }  # fmt: skip

@@ -25,7 +25,6 @@ from analysis.token_places import OTHER, DiTPlaces, TokenPlaces
 from latents.autoencoder import weights_digest
 from models import DiT
 from routers import Routing
-from runtime.devices import DTYPES
 from runtime.errors import UserError
 from runtime.progress import progress
 from sampling.generate import parse_labels
@@ -226,7 +225,6 @@ def count_routing(
     name, folder = pipeline.checkpoint.record.model_name, pipeline.checkpoint.path.absolute().parent
     if folder.parent.name == "checkpoints":
         folder = folder.parent.parent  # the run
-    dtype = next(pipeline.model.parameters()).dtype
     return RoutingCounts(
         **recorder.counts(labels),
         labels=np.array(labels, dtype=np.int64),
@@ -236,7 +234,7 @@ def count_routing(
             "run": folder.name,
             "router": str(config.router),
             "step": pipeline.checkpoint.record.step,
-            "precision": next(name for name, one in DTYPES.items() if one == dtype),
+            "precision": pipeline.precision,
             "checkpoint_sha256": weights_digest(pipeline.model),
             "seed": seed,
             "images_per_class": images_per_class,

@@ -134,8 +134,8 @@ def open_held_out(
             )
     elif of_run and record.images:
         raise UserError(
-            f"{flag}: {facts['images']} has other images than those of which {path} held out a "
-            "part, expected the same; pass --data-path or --latents-path with held-out images"
+            f"{flag}: {facts['images']} has changed since {path} held out a part of it, expected "
+            "the same images; pass --data-path or --latents-path with held-out images"
         )
     elif share and record.images is None:
         print_safely(

@@ -69,6 +69,11 @@ class SamplingPipeline:
         return height * self.vae.downsampling, width * self.vae.downsampling
 
     @property
+    def precision(self) -> str:
+        dtype = next(self.model.parameters()).dtype
+        return next(name for name, one in DTYPES.items() if one == dtype)
+
+    @property
     def digests(self) -> dict[str, str]:
         """Digests of the weights of the model, the guide and the autoencoder, and of the values of
         the conditions, by name."""

@@ -145,7 +145,7 @@ def test_evaluate_loss_reports_the_held_out_loss(
     of_run = {"val_share": 0.5, "data_path": str(image_tree)}
     save_checkpoint(model, path, images={"count": 39, "names": "x"}, settings=of_run, **facts)
     line = expect_error(capsys, "evaluate.py", "--ckpt", path, "--loss", "--output", tmp_path)
-    assert f"--data-path: {image_tree} has other images than those of which {path} held" in line
+    assert f"--data-path: {image_tree} has changed since {path} held out a part of it" in line
 
 
 def test_val_share_holds_out_the_same_images_from_folder_and_cache(image_tree, tiny_vae, tmp_path):

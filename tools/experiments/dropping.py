@@ -32,7 +32,6 @@ from models import DiT
 from moe import Experts
 from options.parts import option
 from routers import Routing
-from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import atomic_folder, prepare_output
 from runtime.flags import parse_config
@@ -138,9 +137,8 @@ def main(config: DroppingConfig) -> None:
     settings, ablation = load_ablation(config.ablation)
     pipeline = open_pipeline(config)
     digest = pipeline.digests["checkpoint_sha256"]
-    dtype = DTYPES.get(settings.get("precision"))
-    has_its_weights = not config.quantize and dtype == next(pipeline.model.parameters()).dtype
-    if has_its_weights and settings.get("checkpoint_sha256", digest) != digest:
+    is_comparable = not config.quantize and settings.get("precision") == pipeline.precision
+    if is_comparable and settings.get("checkpoint_sha256", digest) != digest:
         raise UserError(f"--ablation: {config.ablation} is of other weights than {config.ckpt}")
     objective = objective_of(pipeline.settings)
     chosen_by, batches = (
