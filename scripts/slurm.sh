@@ -29,14 +29,13 @@ export DIT_MOE_SAVED=$PWD/slurm-$SLURM_JOB_ID.saved
 rm -f "$DIT_MOE_SAVED" # left by a node that failed
 trap 'rm -f "$DIT_MOE_SAVED"' EXIT
 
-trap 'kill -USR1 "$job"' USR1 # srun forwards the signal to torchrun on every node
+trap 'kill -USR1 $!' USR1 # srun forwards the signal to torchrun on every node
 # Use the complete node: all memory by --mem=0, and all cores by a number, which srun does not inherit.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' _ "$@" &
-job=$!
-wait "$job"
+wait $!
 status=$?
-while kill -0 "$job" 2> /dev/null; do # a signal ends `wait`, not the job
-    wait "$job"
+while kill -0 $! 2> /dev/null; do # a signal ends `wait`, not the job
+    wait $!
     status=$?
 done
 if [ "$status" -ne 0 ] && [ -s "$DIT_MOE_SAVED" ]; then
