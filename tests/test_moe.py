@@ -30,8 +30,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {  # tokens, experts, experts per token, width, hidden units
-    "one expert": (50, 5, 1, 32, 64),
-    "any number of experts": (50, 5, None, 32, 64),
+    "one expert": (21, 5, 1, 32, 64),
+    "any number of experts": (21, 5, None, 32, 64),
     "odd": (29, 3, 2, 70, 134),  # not multiples of any tile or of 16 bytes
 }
 WIDE = {name: (1024, 8, 2, d, 4 * d) for name, d in {"S": 384, "XL": 1152, "G": 1408}.items()}
@@ -140,8 +140,11 @@ def test_every_expert_back_end_agrees_with_the_loop_in_fp64(
         monkeypatch.setattr("moe_kernels.operators.kernels_for", lambda x: chosen)
 
     fill_free_memory_with_nan()
-    got, other = (results(compute, x, routing, ExpertWeights(*w)) for w in (weights, moved))
-    errors = [relative_error(r[name], want[name]) for r in (got, other) for name in want]
+    # Triton's interpreter reads at any address in the same way, and slowly.
+    tried = [moved] if kernels == "triton" and DEVICE == "cpu" else [weights, moved]
+    runs = [results(compute, x, routing, ExpertWeights(*w)) for w in tried]
+    errors = [relative_error(run[name], want[name]) for run in runs for name in want]
+    got = runs[0]
     at_most("largest error", torch.tensor(errors).max().item(), allowed(dtype, kernels))
     for name in got.keys() & ExpertWeights._fields:
         assert got[name].dtype == torch.float32
@@ -195,12 +198,12 @@ def test_swiglu_gradients_are_exact_and_checkpointing_keeps_no_tensor():
 
 def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():
     torch.manual_seed(0)
-    experts, logits = Experts(32, 16, 3, "loop").double(), torch.randn(6, 3)
+    experts, logits = Experts(8, 6, 3, "loop").double(), torch.randn(4, 3)
 
     def function(x: torch.Tensor) -> torch.Tensor:
         return experts(x, route_top_k(logits, 2)).square().sum()
 
-    x = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, x)
     assert torch.autograd.gradgradcheck(function, x)
     (want,) = torch.autograd.grad(function(x), x)

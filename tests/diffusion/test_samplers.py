@@ -110,7 +110,7 @@ def solution(objective: str) -> Tensor:
     """Nearly exact end points of 16 trajectories under the ideal network."""
     if objective == "gaussian":
         return GAUSSIAN["unipc"](MIXTURE.noise, points(16), 999)
-    return FLOW["heun"](MIXTURE.velocity, points(16), 2000)
+    return FLOW["heun"](MIXTURE.velocity, points(16), 500)
 
 
 @pytest.mark.parametrize(("objective", "name", "order", "steps"), [
@@ -146,16 +146,16 @@ def test_multistep_solvers_are_ten_times_more_accurate_than_first_order(name):
 
 SHIFTED = OBJECTIVES["rectified_flow"](shift=2.0)
 MOMENTS = {
-    "sde": (FLOW["sde"], MIXTURE.velocity, 250),
-    "ddpm": (GAUSSIAN["ddpm"], MIXTURE.noise, 250),
+    "sde": (FLOW["sde"], MIXTURE.velocity, 125),
+    "ddpm": (GAUSSIAN["ddpm"], MIXTURE.noise, 125),
     "flow unipc": (FLOW["unipc"], MIXTURE.velocity, 20),
     "flow dpm": (FLOW["dpm-solver++"], MIXTURE.velocity, 20),
     "chain unipc": (GAUSSIAN["unipc"], MIXTURE.noise, 40),
     "chain dpm": (GAUSSIAN["dpm-solver++"], MIXTURE.noise, 40),
-    "cosine sections": (sampler(COSINE, "ddpm"), cosine_noise, "100,60,40"),
+    "cosine sections": (sampler(COSINE, "ddpm"), cosine_noise, "50,30,20"),
     "cosine unipc": (sampler(COSINE, "unipc"), cosine_noise, 40),
     "shifted unipc": (sampler(SHIFTED, "unipc"), MIXTURE.velocity, 20),
-    "shifted sde": (sampler(SHIFTED, "sde"), MIXTURE.velocity, 250),
+    "shifted sde": (sampler(SHIFTED, "sde"), MIXTURE.velocity, 125),
 }
 
 

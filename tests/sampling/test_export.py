@@ -160,6 +160,8 @@ for folder in sys.argv[1:]:
     images = pipeline(["Cat", 0, "bee"], seed=5, num_inference_steps=3, guidance_scale=2.0).images
     for seed, image in zip(range(5, 8), images):
         image.save(f"{folder}/drawn-{seed}.png")
+    if folder != sys.argv[1]:
+        continue
     pipeline.save_pretrained(f"{folder}-saved")
     again = DiffusionPipeline.from_pretrained(f"{folder}-saved", trust_remote_code=True)
     drawn = [

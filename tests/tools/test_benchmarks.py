@@ -13,7 +13,7 @@ from tools.benchmarks import bench_cluster, bench_save, bench_train
 from tools.benchmarks.common import time_by_kind
 
 TINY = ["--seconds=0.01", "--precisions", "fp32"]
-TINY_MODEL = ["--model=DiT-Ti/2", "--image-size=64", "--batch-size=2"]
+TINY_MODEL = ["--model=DiT-Ti/2", "--depth=1", "--image-size=64", "--batch-size=2"]
 TINY_LAYER = ["--width=64", "--tokens=128", "--mlp-ratio=3", "--experts", "4", "16"]
 
 

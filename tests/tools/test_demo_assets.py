@@ -165,7 +165,7 @@ def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, mo
     prepare(*small)
 
     def flags(output: str) -> tuple:
-        values = {"data-path": tmp_path / "small", "image-size": 64, "steps": 5, "batch-size": 2,
+        values = {"data-path": tmp_path / "small", "image-size": 48, "steps": 5, "batch-size": 2,
                   "critic-weight": 0.01, "latent-channels": 8, "precision": "fp32"}  # fmt: skip
         return "tools.train_autoencoder", *(f"--{k}={v}" for k, v in values.items()), *output
 
@@ -222,10 +222,10 @@ def test_an_interrupted_autoencoder_training_resumes_exactly(small, tmp_path, mo
 
 
 def test_the_shipped_autoencoder_reconstructs_test_images_at_28_db(tree):
-    """Uses 500 test images, about 50 per class."""
+    """Uses 100 test images, about 10 per class."""
     vae, images = load_autoencoder(VAE, "cpu", torch.float32), open_images(str(tree), 32)
-    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 2)])
-    got = vae.reconstruct(pixels)  # (500, 3, 32, 32)
+    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 10)])
+    got = vae.reconstruct(pixels)  # (100, 3, 32, 32)
     error = ((got.float() - pixels) / 255).square()
     assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 28  # dB
     assert (got == got[:, :1]).all()  # grey

@@ -33,12 +33,12 @@ STEPS |= {
     f"noisy, {flag}": {"model": "DiT-S/2", "router": "noisy", "flags": {flag: True}, **SMALL}
     for flag in ("gradient_checkpointing", "selective_checkpointing")
 }
-# The widths of XL and G. Without shard_size, each node of 8 GPUs holds a copy of the model.
+# The width of G. Without shard_size, each node of 8 GPUs holds a copy of the model.
 RANKS = {
-    "XL 8": {"model": "DiT-XL/2", "ranks": 8, "depth": 2, "flags": {"accum_iter": 2}},
     "G 64 in copies": {"model": "DiT-G/2", "ranks": 64, "depth": 2},
-    "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"shard_size": 64}},
-}
+    "G 64": {"model": "DiT-G/2", "ranks": 64, "depth": 2,
+             "flags": {"shard_size": 64, "accum_iter": 2}},
+}  # fmt: skip
 PADDED = {"model": "DiT-G/2", "ranks": 12, "depth": 2,
           "flags": {"shard_size": 12, "global_batch_size": 24}}  # fmt: skip
 SPREAD = {"model": "DiT-G/2", "ranks": 64, "depth": 2, "flags": {"expert_parallel": 8},
