@@ -3,7 +3,6 @@
 Kernels run on the GPU, or interpreted on a CPU. They are also compiled for other GPUs.
 """
 
-import itertools
 import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
@@ -71,7 +70,7 @@ def test_triton_gather_and_combine_agree_with_pytorch(dtype, assert_agree):
     many = randn(tokens * K, 300, dtype=dtype)
     some = torch.randint(tokens * K, (tokens - 1,), device=DEVICE).sort().values
     any_number = torch.tensor([0, *some.tolist(), tokens * K], device=DEVICE)
-    for first, each in itertools.product((start, any_number), (weight, None)):
+    for first, each in ((start, weight), (any_number, None)):
         assert_agree("combine", many, place, first, each, dtype=dtype)
 
 
@@ -80,9 +79,10 @@ def test_triton_gather_and_combine_agree_with_pytorch(dtype, assert_agree):
 @dtypes
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
 def test_triton_activations_and_their_backward_pass_agree_with_pytorch(dtype, gated, assert_agree):
-    hidden, width = randn(28, 2 * 300, dtype=dtype), 300
+    rows, width = 9, 300  # one row more than a block has
+    hidden = randn(rows, 2 * width, dtype=dtype)
     gate, up = hidden[:, :width], hidden[:, width:] if gated else None
-    grad, weight = randn(28, width, dtype=dtype), torch.rand(28, device=DEVICE).to(dtype)
+    grad, weight = randn(rows, width, dtype=dtype), torch.rand(rows, device=DEVICE).to(dtype)
     assert_agree("activate", gate, up, dtype=dtype)
     assert_agree("activate_backward", gate, up, grad, weight, dtype=dtype)
 
@@ -99,10 +99,9 @@ def test_triton_grouped_products_agree_with_pytorch(dtype, assert_agree):
     assert_agree("grouped_linear", many, weight, end, dtype=dtype)
     assert_agree("grouped_linear", grad, weight.transpose(1, 2), end, dtype=dtype)
     for kind in ("int8", "int4"):
-        for inputs, outputs in ((64, 136), (160, 72)):
-            x = randn(rows, inputs, dtype=dtype)
-            quantized = quantize(randn(E, outputs, inputs, dtype=dtype), kind)
-            assert_agree("grouped_linear", x, quantized, end, dtype=dtype)
+        x = randn(rows, 96, dtype=dtype)
+        quantized = quantize(randn(E, H, 96, dtype=dtype), kind)
+        assert_agree("grouped_linear", x, quantized, end, dtype=dtype)
     for out_dtype in {dtype, torch.float32}:
         assert_agree("grouped_outer", grad, many, end, out_dtype, dtype=dtype)
 
@@ -115,7 +114,7 @@ def test_triton_grouped_product_of_several_tile_groups(monkeypatch, assert_agree
     monkeypatch.setattr(triton_kernels, "TILES", {"ieee": (32, 32, 32, 4)})
     monkeypatch.setattr(triton_kernels, "TILE_GROUP", 3)
     rows = int(end[-1])
-    many, weight = randn(rows, D, dtype=torch.float32), randn(E, H, D, dtype=torch.float32)
+    many, weight = randn(rows, 40, dtype=torch.float32), randn(E, 40, 40, dtype=torch.float32)
     assert_agree("grouped_linear", many, weight, end, dtype=torch.float32)
 
 
