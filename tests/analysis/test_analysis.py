@@ -361,8 +361,9 @@ def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     for map_of in (class_map, step_map, *VIEWS.values()):
         if size[3] == 1 and map_of in (VIEWS["flow"], VIEWS["persistence"]):
             continue  # a single layer, and a single step
-        most = {class_map: 13, VIEWS["flow"]: 2}.get(map_of, 40)  # all draw panels in the same way
-        heatmap = map_of(counts, range(min(counts.num_layers, most)))
+        most = {class_map: 13, VIEWS["flow"]: 2}.get(map_of, 40)  # step_map has all layers too
+        layers = min(counts.num_layers, most)
+        heatmap = map_of(counts, range(layers))
         figure = heatmap.draw()
         figure.draw_without_rendering()
         *panels, scale = figure.axes

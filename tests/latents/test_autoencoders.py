@@ -125,7 +125,7 @@ def test_latents_are_normalised_as_in_diffusers_pipelines(folder, image_tree):
 
 
 def test_a_model_trains_on_latents_of_any_autoencoder_class(folder, cache, train_flags, tmp_path):
-    """Uses cached latents with 4 to 768 channels and patches of one latent pixel."""
+    """Uses cached latents with 3 to 768 channels. A patch is one latent pixel, or 2 x 2 pixels."""
     latents = CachedLatents(cache)
     name = open_autoencoder(str(folder)).config["_class_name"]
     side, channels = latents.geometry("/gone")
@@ -134,7 +134,8 @@ def test_a_model_trains_on_latents_of_any_autoencoder_class(folder, cache, train
         "latents-path": cache, "data-path": None, "vae-path": None, "image-size": None,
         "log-every": 10, "global-batch-size": 8, "latents-norm": "data",
     }  # fmt: skip
-    call_main("train.py", *train_flags(tmp_path, **flags, **{"patch-size": 1, "max-steps": 20}))
+    patch = {"patch-size": 2 if name == "Pixels" else 1}
+    call_main("train.py", *train_flags(tmp_path, **flags, **patch, **{"max-steps": 20}))
     run = only_run(tmp_path)
     record = read_record(run / "checkpoints" / "0000020")
     assert record.norm == CachedLatents(cache, norm="data").norm != latents.norm
@@ -145,7 +146,7 @@ def test_a_model_trains_on_latents_of_any_autoencoder_class(folder, cache, train
         "--class-labels", 0, 1,
     )  # fmt: skip
     assert Image.open(output).size[0] >= 32
-    if name == "AutoencoderKL":
+    if name in ("AutoencoderKL", "Pixels"):  # the note does not depend on the class
         flags |= {"finetune": run, "model": None, "run-name": "more", "max-steps": 2}
         call_main("train.py", *train_flags(tmp_path, **flags))
         assert "trained with" not in (tmp_path / "more" / "log.txt").read_text()

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -132,26 +131,29 @@ def forged_images(folder: Path) -> None:
         file.truncate(1_000_000_000)
 
 
-def costly_files(folder: Path) -> list[str]:
-    """Files whose reading takes more than 50 MB or a second."""
-    found = []
+PEAK = Path("/proc/self/clear_refs")
+
+
+def costly_images(folder: Path) -> list[str]:
+    """Images that take more than 50 MB or more than a second to read."""
+    costly = []
     for path in sorted(folder.iterdir()):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the memory in use
-        before, start = resident("VmHWM"), time.process_time()
+        PEAK.write_text("5")  # resets the peak
+        before, start = resident(), time.process_time()
         try:
             result = read_rgb(path).size
         except ValueError as error:
             result = error
-        megabytes, seconds = (resident("VmHWM") - before) / 1e6, time.process_time() - start
+        seconds, megabytes = time.process_time() - start, (resident("VmHWM") - before) / 1e6
         if megabytes > 50 or seconds > 1:
-            found.append(f"{path.name}: {megabytes:.0f} MB, {seconds:.1f} s ({result})")
-    return found
+            costly.append(f"{path.name}: {megabytes:.0f} MB, {seconds:.1f} s ({result})")
+    return costly
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
+@pytest.mark.skipif(not PEAK.exists(), reason="needs /proc, which has the peak of the memory")
 def test_a_forged_header_costs_neither_memory_nor_time(tmp_path):
     forged_images(tmp_path)
-    assert in_process(costly_files, tmp_path) == []
+    assert in_process(costly_images, tmp_path) == []
 
 
 @pytest.mark.parametrize(("content", "reason"), [
@@ -177,7 +179,8 @@ def photo_files(folder: Path) -> None:
     exif.get_ifd(0x8769).update({37500: bytes(40_000), 36867: "2024:01:01 00:00:00"})
     for orientation in range(1, 9):
         exif[274] = orientation
-        for suffix in ("jpg", "png", "tif", "webp", *(["avif"] if "AVIF" in FORMATS else [])):
+        has_avif = "AVIF" in FORMATS and orientation in (1, 6)  # slow to write
+        for suffix in ("jpg", "png", "tif", "webp", *(["avif"] if has_avif else [])):
             photo.save(folder / f"turned-{orientation}.{suffix}", exif=exif)
     photo.save(folder / "progressive.jpg", progressive=True, exif=exif)
     photo.convert("CMYK").save(folder / "cmyk.jpg", progressive=True)

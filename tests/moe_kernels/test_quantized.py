@@ -115,14 +115,13 @@ def test_a_quantised_export_gives_the_images_of_the_flag(checkpoint, kind, tmp_p
     want = load_model(checkpoint, quantize=kind)
     for name, value in model.blocks[0].moe.experts.state_dict().items():
         assert value.equal(want.blocks[0].moe.experts.state_dict()[name].to(value.dtype)), name
-    common = {"precision": "bf16", "num_sampling_steps": 5}
-    draws = [
-        open_pipeline(SamplingConfig(**common, ckpt=str(path), **options)).images([0, 3], [5, 6])
-        for path, options in (
-            (checkpoint, {"quantize": kind}), (tmp_path / "out", {}),
-            (tmp_path / "out", {"quantize": kind}), (checkpoint, {}),
-        )
-    ]  # fmt: skip
+    common, draws = dict(precision="bf16", num_sampling_steps=5), []
+    for path, options in (
+        (checkpoint, {"quantize": kind}), (tmp_path / "out", {}),
+        (tmp_path / "out", {"quantize": kind}), (checkpoint, {}),
+    ):  # fmt: skip
+        pipeline = open_pipeline(SamplingConfig(ckpt=str(path), **common, **options))
+        draws.append(pipeline.images([0, 3], [5, 6]))
     assert draws[0].equal(draws[1]) and draws[0].equal(draws[2]) and not draws[0].equal(draws[3])
 
 
