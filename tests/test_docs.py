@@ -258,6 +258,8 @@ def test_the_demo_notebook_runs(workspace):
     assert len(text) < 500_000 and not re.search("/home|/root|/tmp|/work|stderr", words)
     (first,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
     first.source = f"CKPT, CLASSES = {str(workspace / 'results' / 'demo')!r}, [0, 1]"
+    for cell in book.cells:
+        cell.source = cell.source.replace("num_sampling_steps=20", "num_sampling_steps=4")
     # Not over TCP: another process may take the ports that the manager chose for the kernel.
     with TemporaryDirectory() as folder:
         manager = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")

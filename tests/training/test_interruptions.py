@@ -83,7 +83,7 @@ def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
 
 
 def test_a_signal_before_the_end_of_the_first_step_ends_the_run_at_once(flags, tmp_path):
-    slow = {"global-batch-size": 80_000, "accum_iter": 10_000, "max-steps": 1}
+    slow = {"global-batch-size": 16_000, "accum_iter": 2_000, "max-steps": 1}
     with running("train.py", flags(tmp_path, **slow)) as process:
         wait_for(process, "needed")  # the line on the memory, the last before the first step
         os.kill(process.pid, signal.SIGINT)
