@@ -284,10 +284,9 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     expected = (1, patches if config.absolute_positions else 1, width)
     if (got := tuple(state_dict["pos_embed"].shape)) != expected:
         raise ValueError(f"pos_embed: got {got}, expected {expected}")
-    attention = [value for key, value in state_dict.items() if key.endswith(".attn.qkv.weight")]
-    depth = sum(value.shape == (3 * width, width) for value in attention)
+    depth = len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")})
     if depth != config.depth:
-        raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
+        raise ValueError(f"got {depth} blocks, expected {config.depth}")
     with torch.device("meta"):
         model = DiT(config)
         if kind := quantization_of(state_dict):

@@ -29,8 +29,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 # The paper's settings: AdamW at a constant 1e-4, no weight decay, EMA 0.9999, 1024 images per step.
 BATCH=${BATCH:-1024}
-PAPER=(--lr 1e-4 --optimizer adamw:weight_decay=0 --ema exponential:decay=0.9999
-    --num_experts_per_tok 2)
+PAPER=(--config config/recipes/published.yaml --num_experts_per_tok 2)
 
 # split N: sets MICRO, at most N (or $MICRO) images per GPU, and ACCUM, the number of micro-batches.
 split() {
@@ -79,6 +78,7 @@ launch() {
     size="$*" size=${size##*--image-size } size=${size%% *}
     for ((i = 0; i < ${#words[@]} - 1; i++)); do
         [[ ${words[i]} != --vae-path ]] || VAE=${words[i + 1]}
+        [[ ${words[i]} != --latents-path ]] || LATENTS=${words[i + 1]}
     done
     [ -z "${RUN:-}" ] || set -- "$@" --run-name "$RUN"
     [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")

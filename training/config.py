@@ -202,8 +202,13 @@ class TrainConfig:
         return {name: value for one in sections for name, value in stored(one).items()}
 
     def sections(self) -> dict[str, Settings]:
-        """Returns the settings as a file has them."""
-        found = {name: stored(section) for name, section in self.by_section.items()}
+        """Returns the settings as a file has them, without those that have no effect."""
+        now = self.stored()
+        idle = {name for needed, names in NEEDS.items() if not now[needed] for name in names}
+        found = {
+            name: {key: value for key, value in stored(section).items() if key not in idle}
+            for name, section in self.by_section.items()
+        }
         if self.preset in PRESETS:  # weights may have any size
             found["model"] = {"model": self.preset, **found["model"]}
         return found

@@ -92,7 +92,8 @@ class Engine(Protocol):
         """
 
     def is_finite(self) -> Tensor:
-        """Returns whether weights, EMAs and buffers of this process are finite, a bool scalar."""
+        """Returns whether weights and EMAs of this process are finite, and no buffer is nan, a bool
+        scalar."""
 
     def ema_weights(self, number: int = 0) -> AbstractContextManager:
         """Returns a context in which the model uses the weights of EMA `number`.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.weights import as_user_error
+from latents.loading import BatchStream
 from latents.sources import Source, images_name, same_images
 from models import MEANINGS, WITHOUT_EFFECT
 from options.settings import Settings, differences, spelling
@@ -204,12 +205,22 @@ def data_changes(was: Record, now: Record) -> list[str]:
     return lines
 
 
-def nothing_to_do(folder: Path | None, step: int, end: int, dist: Distributed) -> int:
-    """Says that a run is finished; returns the exit code. A branch without steps is an error."""
+def nothing_to_do(
+    folder: Path | None, stream: BatchStream, changes: list[str], dist: Distributed
+) -> int:
+    """Says that a run is finished; returns the exit code. A branch without steps is an error, and
+    so is a run that larger batches or fewer images end earlier than it has come."""
+    step, end = stream.start_step, stream.end_step
     if folder is None:
         raise UserError(
             f"--max-steps: the branch would end at step {end}, expected a later step than that of "
             f"its checkpoint, {step}"
+        )
+    is_shorter = any(line.startswith(("--epochs", "--max-steps")) for line in changes)
+    if step > end and changes and not is_shorter:
+        raise UserError(
+            f"--epochs: {folder} has come to step {step}, but would now end at step {end} "
+            f"({'; '.join(changes)}); expected --max-steps, above {step}"
         )
     if dist.is_main:
         print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")

@@ -329,7 +329,7 @@ class TrainingLoop:
         """Starts to write the checkpoint of a step, unless this step or a later one was saved.
 
         All processes call this method together. A failed save is logged as a warning, and training
-        continues. Weights, EMAs or buffers that are not finite end the run.
+        continues. Weights or EMAs that are not finite, or buffers of nan, end the run.
         """
         self.finish_save()  # wait for the previous checkpoint
         if step <= self.saved_step:
@@ -388,11 +388,11 @@ class TrainingLoop:
         )
 
     def check_finite(self, step: int) -> None:
-        """Raises UserError on all processes unless all weights, EMAs and buffers are finite."""
+        """Raises UserError on all processes if a weight or EMA is not finite or a buffer is nan."""
         if not all(self.dist.gather(bool(self.engine.is_finite()))):
             raise UserError(
-                f"a weight, an EMA or a buffer is infinite or nan after step {step}, so the step "
-                f"was not saved; the newest checkpoint in {self.folder}, if there is one, "
+                f"a weight or an EMA is infinite or nan, or a buffer is nan, after step {step}, "
+                f"so it was not saved; the newest checkpoint in {self.folder}, if there is one, "
                 "holds earlier, finite weights; try a lower --lr in a branch (--resume "
                 f"{self.folder}/checkpoints/STEP --run-name NEW)"
             )

@@ -5,8 +5,8 @@
 
 To add an optimizer, write a subclass of `Optimizer` with `make`, and add it to `OPTIMIZERS`. `make`
 decides the parameter groups and their learning rates, which the schedule multiplies. Saving,
-resuming and the memory plan handle the state of any torch optimizer; under --shard, state tensors
-must have the shape of their parameter.
+resuming and the memory plan handle a state of tensors, numbers and text by parameter; under
+--shard, state tensors must have the shape of their parameter.
 """
 
 from abc import ABC, abstractmethod

@@ -19,7 +19,7 @@ from training.optimizers import OPTIMIZERS
 EPOCHS = 1400  # without --epochs and --max-steps
 TRAIN, DEEPSPEED = "train.py", "train_deepspeed.py"
 ZERO2 = "config/zero2.json"
-INTERRUPTED = "interrupted; --resume RUN goes on from the newest checkpoint"
+INTERRUPTED = "interrupted; --resume RUN goes on with a run that has a checkpoint"
 
 
 def find_file(path: str) -> Path:

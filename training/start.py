@@ -112,7 +112,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     elif weights:
         notes += finetune.weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
-        return going_on.nothing_to_do(folder, stream.start_step, stream.end_step, dist)
+        return going_on.nothing_to_do(folder, stream, changes, dist)
     batches = setup.held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = setup.tensors_of(config)
     if before is None:

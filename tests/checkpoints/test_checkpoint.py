@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+import models
 from checkpoints import (
     Record,
     checkpoint,
@@ -52,6 +54,25 @@ def test_a_saved_checkpoint_is_loaded_with_all_weights_and_metadata(saved):
     for name, weight in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
     assert all(weight.requires_grad for weight in loaded.parameters())
+
+
+class OneKey(models.Attention):
+    """Attention whose heads share their keys and values, as multi-query attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *options):
+        super().__init__(hidden_size, num_heads, *options)
+        self.qkv = torch.nn.Linear(hidden_size, hidden_size + 2 * self.head_dim)
+
+
+def test_a_model_with_attention_of_its_own_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "Attention", OneKey)
+    model = DiT(**TINY_MODEL)
+    loaded = load_model(save_checkpoint(model, tmp_path / "model.safetensors"))
+    assert torch.equal(loaded.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    with pytest.raises(UserError, match="got 2 blocks, expected 3"):
+        shallow = model.state_dict(), Record(config=replace(model.config, depth=3))
+        checkpoint.save_model(tmp_path / "model.safetensors", *shallow)
+        load_model(tmp_path / "model.safetensors")
 
 
 class CountingRouter(TopKRouter):

@@ -37,9 +37,10 @@ def test_the_command_overrides_a_recipe_whose_values_are_words_or_typed(recipe):
     text = (
         "router: sigmoid:scale=2.5\nlr: 1e-3\nrf: true\nnum-experts-per-tok: 1\n"
         "step: {grad_clip: 2, ema: ['exponential:decay=0.9,warmup=True', power]}\n"
-        "optimizer: adamw:betas=0.9,0.95\nsparse_layers: every-second\n"
+        "optimizer: adamw:betas=0.9,0.95\nsparse_layers: every-second\nval_path: ~\nwandb: null\n"
     )
     config = recipe(text, "--lr", "2e-3", "--sparse-layers", "6,8")
+    assert config.data.val_path is None and config.run.wandb is None
     assert (config.step.lr, config.step.grad_clip) == (2e-3, 2.0)
     assert config.model.router.options["scale"] == 2.5 and config.model.num_experts_per_tok == 1
     assert config.step.objective.name == "rectified_flow"
@@ -115,6 +116,14 @@ def test_the_config_file_of_a_run_is_a_recipe_for_the_same_config(tmp_path):
     assert (held_out.val_path, held_out.val_share) == ("x", 0.0)
     lines = file.read_text()
     assert lines.count("optimizer: adamw:betas=0.9,0.999,") == 1
+
+
+def test_the_config_file_of_a_run_leaves_out_what_has_no_effect(tmp_path):
+    """A run that goes on may stop sharding, and a preset names a router."""
+    words = "--model", "JiTMoE-B/16", "--num_experts", 0
+    config = config_of_command(*words).changed({"expert_parallel": 2})
+    again = config_of_command("--config", config_file(tmp_path, config))
+    assert again.engine.expert_parallel == 1 and not again.model.num_experts
 
 
 def test_a_later_alternative_replaces_an_earlier_one(recipe):

@@ -485,12 +485,15 @@ def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatc
         "cache_latents.py --data-path /images --image-size 512 --vae-path /vae --output /l",
         "--vae-path /vae --latents-path /l"]),
     ({"LATENTS": "/l"}, ["--latents-path /l"]),
+    ({"LATENTS": "/l", "said": "/m"}, ["--latents-path /m"]),
     ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
 ])  # fmt: skip
 def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
     """A script in place of Python prints the commands of torchrun."""
     recipe, flags = LARGEST, ["--max-steps", "9"]
     variables = {"RUN": "g2", **variables}
+    if said := variables.pop("said", None):
+        flags += ["--latents-path", said]
     output = output_of(recipe, flags, tmp_path / "python", 'echo "$@"', **variables)
     assert len(output) == len(lines)
     assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))

@@ -31,7 +31,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moe
 from checkpoints import MODEL_FILE, config_of
+from checkpoints.meta import build_meta
 from options.parts import Word
 from routers import ROUTERS, Context, TopKRouter
 from runtime.errors import UserError
@@ -670,6 +672,24 @@ def test_shard_rejects_an_optimizer_whose_state_has_a_different_shape(monkeypatc
     FSDPEngine.check(other, 1)  # one process has whole weights
     with pytest.raises(UserError, match="adafactor keeps row_var .* requires tensors of the same"):
         FSDPEngine.check(other, 2)
+
+
+def test_expert_parallelism_refuses_extra_experts_with_a_forward_pass_of_their_own(
+    monkeypatch, request
+):
+    from training.engines.fsdp import FSDPEngine
+
+    class Scaled(moe.Experts):
+        def forward(self, x, routing, weights=None):
+            return 2 * super().forward(x, routing, weights)
+
+    words = "--shard", "--expert-parallel=2", "--model=DiT-Ti/2", "--depth=1", "--num_experts=4"
+    monkeypatch.setattr(moe, "Experts", Scaled)
+    build_meta.cache_clear()
+    request.addfinalizer(build_meta.cache_clear)
+    FSDPEngine.check(config_of_command(*words), 2)
+    with pytest.raises(UserError, match="got 2, expected 1, because Scaled overrides forward"):
+        FSDPEngine.check(config_of_command(*words, "--router=prototype"), 2)
 
 
 def test_shard_rejects_a_scalar_parameter_of_a_router(monkeypatch):

@@ -2,15 +2,31 @@
 
 import pytest
 import torch
-from conftest import TINY_MODEL, call_main, expect_error, only_run, relative_error, step_folder
+from conftest import (
+    TINY_MODEL,
+    call_main,
+    config_of_command,
+    expect_error,
+    only_run,
+    relative_error,
+    step_folder,
+)
 from torch import nn
 
 from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
 from training.ema import ExponentialEMA, PowerEMA
+from training.engines.ddp import DDPEngine
 from training.lr_schedule import SCHEDULES, rate_factor
-from training.optimizers import AdamW, Muon, hidden_matrices, planned_state
+from training.optimizers import (
+    OPTIMIZERS,
+    AdamW,
+    Muon,
+    Optimizer,
+    hidden_matrices,
+    planned_state,
+)
 
 
 def make(seed: int = 0, **fields) -> tuple[DiT, dict]:
@@ -57,6 +73,24 @@ def test_the_state_of_an_optimizer_with_tensors_of_its_own_is_planned_by_real_st
 
     found = planned_state(Mine(), {"a": torch.Size([3, 2]), "b": torch.Size([4])}, {"a": 1})
     assert {name: state["half"].shape for name, state in found.items()} == {"a": (3, 2), "b": (4,)}
+
+
+def test_an_optimizer_whose_state_no_checkpoint_can_hold_is_refused(monkeypatch):
+    """As that of SOAP, whose state has lists of matrices."""
+
+    class Listing(torch.optim.SGD):
+        def step(self, closure=None):
+            for weight in self.param_groups[0]["params"]:
+                self.state[weight]["factors"] = [weight.grad]
+
+    class Soap(Optimizer):
+        def make(self, named, lr, matrices):
+            return Listing(list(named.values()), lr=lr)
+
+    monkeypatch.setitem(OPTIMIZERS, "soap", Soap)
+    config = config_of_command("--optimizer=soap", "--model=DiT-Ti/2", "--depth=1")
+    with pytest.raises(UserError, match="^--optimizer: soap keeps a list as factors for "):
+        DDPEngine.check(config, 1)
 
 
 def test_the_state_of_an_empty_shard_of_a_matrix_is_planned():

@@ -151,6 +151,17 @@ def test_a_name_begins_a_run_and_goes_on_with_it_until_it_is_finished(flags, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_that_larger_batches_end_too_early_is_an_error(flags, tmp_path, capsys):
+    by_epochs = {"max-steps": None, "epochs": 1}  # of 40 images
+    call_main("train.py", *flags(tmp_path, **by_epochs))
+    before = snapshot(tmp_path)
+    line = expect_error(
+        capsys, "train.py", *flags(tmp_path, **by_epochs, **{"global-batch-size": 20})
+    )
+    assert "has come to step 5, but would now end at step 2 (--global-batch-size: was 8" in line
+    assert snapshot(tmp_path) == before
+
+
 @pytest.mark.parametrize("how", ["name", "resume", "branch"])
 def test_three_and_three_steps_equal_six(copied, flags, whole, how):
     six = {"max-steps": 6}

@@ -38,7 +38,7 @@ from training.engines.state import (
     read_state,
     stored_boxes,
 )
-from training.memory import activation_bytes, copied_bytes, state_bytes
+from training.memory import activation_bytes, copied_bytes, state_bytes, state_tensors
 from training.muon import rows_of
 from training.optimizers import hidden_matrices, planned_state
 from training.spikes import SpikeDetector
@@ -136,6 +136,14 @@ class DDPEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
+        for name, kept in state_tensors(config)[2].items():
+            for key, value in kept.items():
+                if not isinstance(value, Tensor | float | int | str | None):
+                    raise UserError(
+                        f"--optimizer: {config.step.optimizer} keeps a {type(value).__name__} as "
+                        f"{key} for {name}, expected a tensor, a number or text, which a "
+                        "checkpoint can hold"
+                    )
         return {}
 
     @classmethod
@@ -229,8 +237,9 @@ class DDPEngine:
 
     def is_finite(self) -> Tensor:
         averages = (average for ema in self.emas for average in ema.averages)
-        tensors = [*self.averaged.values(), *averages, *self.model.buffers()]
-        return torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        fine = [tensor.isfinite().all() for tensor in (*self.averaged.values(), *averages)]
+        fine += [~buffer.isnan().any() for buffer in self.model.buffers()]  # a mask may be infinite
+        return torch.stack(fine).all()
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:

@@ -102,9 +102,11 @@ class DeepSpeedEngine:
 
     def is_finite(self) -> Tensor:
         shards = self.shards
-        tensors = (*shards.masters, *self.ema.averages, *shards.buffers.values())
-        device = self.dist.device  # masters and averages are on the host with CPU offload
-        return torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all()
+        fine = [tensor.isfinite().all() for tensor in (*shards.masters, *self.ema.averages)]
+        # A mask may be infinite.
+        fine += [~buffer.isnan().any() for buffer in shards.buffers.values()]
+        # Masters and averages are on the host with CPU offload.
+        return torch.stack([one.to(self.dist.device) for one in fine]).all()
 
     @contextmanager
     def ema_weights(self, number: int = 0) -> Iterator[None]:
@@ -182,9 +184,9 @@ class DeepSpeedEngine:
                 state = {kind: values[number] for kind, values in moments.items()}
                 state["step"] = step if has_tensors else metadata["step"]
                 optimizer.optimizer.state[master] = state
-            scaler = vars(optimizer.loss_scaler)
-            if scaler.keys() >= set(SCALER):  # dynamic, as under fp16
-                scaler |= {k: v for k, v in metadata["scaler"].items() if k in SCALER}
+            scaler, kept = vars(optimizer.loss_scaler), metadata["scaler"]
+            if scaler.keys() & kept.keys() >= set(SCALER):  # fp16 before and now
+                scaler |= {key: kept[key] for key in SCALER}
 
     def load_ema(self, folder: Path) -> None:
         """Reads the buffers and the EMA, one tensor at a time."""

@@ -25,7 +25,7 @@ from torch.distributed.tensor import Shard
 from checkpoints.meta import meta_model
 from diffusion import Objective
 from models import DiT
-from moe import SparseMoEBlock
+from moe import Experts, SparseMoEBlock
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize
 from runtime.processes import Distributed
@@ -267,16 +267,23 @@ def check_state(config: TrainConfig) -> None:
 
 
 def check_experts(config: TrainConfig) -> None:
-    """Refuses expert parallelism of experts that share a parameter: each process would sum its
-    gradient over other processes.
+    """Refuses expert parallelism of experts that share a parameter, whose gradient each process
+    would sum over other processes, and of extra experts with a forward pass of their own, which
+    would read parameters of other experts.
     """
     for name, module in meta_model(config.model).named_modules():
-        if isinstance(module, SparseMoEBlock) and module.experts.shared:
-            shared = ", ".join(f"{name}.experts.{one}" for one in module.experts.shared)
-            raise UserError(
-                f"--expert-parallel: got {config.engine.expert_parallel}, expected 1, because the "
-                f"experts share {shared}; --shard alone can cut them"
-            )
+        if not isinstance(module, SparseMoEBlock):
+            continue
+        experts, fault = module.experts, ""
+        if experts.shared:
+            shared = ", ".join(f"{name}.experts.{one}" for one in experts.shared)
+            fault = f"the experts share {shared}; --shard alone can cut them"
+        elif module.gate.extra_experts and type(experts).forward is not Experts.forward:
+            fault = f"{type(experts).__name__} overrides forward, and {config.model.router} has "
+            fault += "experts that every process computes"
+        if fault:
+            got = f"--expert-parallel: got {config.engine.expert_parallel}"
+            raise UserError(f"{got}, expected 1, because {fault}")
 
 
 class Meshes(NamedTuple):
