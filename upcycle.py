@@ -89,7 +89,7 @@ def main(config: UpcycleConfig) -> None:
     state_dict = upcycle(dense.state_dict, model_config, split=config.split, seed=config.seed)
     record = replace(
         dense.record, config=model_config, step=0, model=dense.record.model_name,
-        initialized_from=dense.origin, settings={}, facts={}, micro_batch=None, images=None,
+        initialized_from=dense.origin, settings={}, facts={}, images=None,
         ema=None, ema_start_share=None,
     )  # fmt: skip
     sparse = Checkpoint(config.output / MODEL_FILE, state_dict, record)

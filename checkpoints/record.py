@@ -42,7 +42,6 @@ class Record:
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
     settings: dict = field(default_factory=dict)  # the other settings of the run, by name
     facts: dict = field(default_factory=dict)  # facts that are no settings, such as the version
-    micro_batch: int | None = None  # images per micro-step and rank
     images: dict | None = None  # of the data set, see `Source.fingerprint`
     ema: str | None = None  # name of the EMA, such as 0.9999
     ema_start_share: float | None = None  # fraction of the EMA that its first weights make up
@@ -93,6 +92,7 @@ class Record:
         if not isinstance(values.get("config"), dict):
             raise ValueError("got no config, expected the record of a DiT-MoE checkpoint")
         values = as_words(without_sections(values), "objective")
+        values.pop("micro_batch", None)  # of earlier versions
         model = as_words(values.pop("config"), "router")
         config = DiTConfig(**{name: value for name, value in model.items() if value is not None})
         if unknown := values.keys() - {one.name for one in fields(cls)}:

@@ -78,7 +78,7 @@ class CacheSettings:
                 object.__setattr__(self, name, convert(getattr(self, name), hint))
         with reported_as("listing", ValueError):
             counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
-            convert(self.listing.get("names", self.listing.get("sha256")), str)
+            convert(self.listing.get("names"), str)
         if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
             raise ValueError("got a size or a number below 1")
         if (shards := -(-self.num_images // self.shard_images)) > MAX_SHARDS:

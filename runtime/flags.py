@@ -58,12 +58,14 @@ def parse_flags(
         name, *value = word.split("=", 1)  # the name of a flag may contain _ for -
         words.append("=".join([name.replace("_", "-"), *value]) if name[:2] == "--" else word)
     shown = {name: flag for name, flag in flags.items() if name not in hidden}
-    if first and words[-1:] in (["--help"], ["-h"]):
+    if not first and words[-1:] in (["--help"], ["-h"]):
+        words += ["all"]
+    if words[-1:] in (["--help"], ["-h"]):
         few = {name: shown[name] for name in first if name in shown}
         print(make_parser(few, description, grouped=False).format_help(), end="")
         print(f"\n--help all shows all {len(shown)} flags, --help WORD those with a word")
         sys.exit()
-    if "--help" in words[-2:-1]:
+    if words[-2:-1] in (["--help"], ["-h"]):
         chosen = shown if words[-1] == "all" else about(words[-1], shown)
         print(make_parser(chosen, description).format_help() + component_help(chosen), end="")
         sys.exit()

@@ -39,7 +39,6 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
         facts={},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
-        micro_batch=None,
         images=None,
     )
     return replace(checkpoint, record=record, state_dict=dict(checkpoint.state_dict))

@@ -103,7 +103,7 @@ def parse_labels(
 
     source: flag or argument that the labels came from, for error messages
     """
-    names = listed(names, source, "a list of classes, by number or name")
+    names = as_list(names, source, "a list of classes, by number or name")
     numbers: dict[int | str, int] = {str(i): i for i in range(len(class_names))}
     numbers |= {name.lower(): i for i, name in enumerate(class_names)}
     numbers |= {name: i for i, name in enumerate(class_names)}
@@ -128,7 +128,7 @@ def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> lis
     """Returns the seeds of `count` images, from a sequence or drawn from a generator."""
     if isinstance(seeds, torch.Generator):
         return torch.randint(2**31, (count,), generator=seeds, device=seeds.device).tolist()
-    seeds = listed(seeds, "seeds", "a list of integers, one per label")
+    seeds = as_list(seeds, "seeds", "a list of integers, one per label")
     if len(seeds) != count:
         raise UserError(f"seeds: got {len(seeds)}, expected {count}, one per label")
     if wrong := [seed for seed in seeds if not isinstance(seed, int)]:
@@ -136,7 +136,7 @@ def seeds_of(seeds: Sequence[int] | Tensor | torch.Generator, count: int) -> lis
     return seeds
 
 
-def listed(values: Sequence | Tensor, source: str, expected: str) -> list:
+def as_list(values: Sequence | Tensor, source: str, expected: str) -> list:
     """Converts a sequence, tensor or array to a list of Python values."""
     values = values.tolist() if hasattr(values, "tolist") else values  # tensors and arrays
     if isinstance(values, str) or not isinstance(values, Sequence):

@@ -15,6 +15,7 @@ from checkpoints.weights import as_user_error
 from latents.loading import BatchStream
 from latents.sources import Source, images_name, same_images
 from models import MEANINGS, WITHOUT_EFFECT
+from options.parts import Word, options_of
 from options.settings import Settings, differences, spelling
 from presets import PRESETS
 from runtime.errors import UserError
@@ -53,10 +54,11 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
         return named, steps
     if branch and not is_step_folder(branch):
         raise not_resumable(branch)
-    if not named and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if not named and (restarts or "DIT_MOE_SAVED" in os.environ):  # by torchrun, or by slurm.sh
         raise UserError(
-            "--run-name: is required with --max-restarts: a restarted command goes on with the run "
-            "of its name"
+            f"--run-name: is required with {'--max-restarts' if restarts else 'slurm.sh'}: a "
+            "restarted command goes on with the run of its name"
         )
     return None, [branch] if branch else []
 
@@ -144,7 +146,7 @@ def changed_settings(
     changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")
     changes += begun_and_ended("auxiliary loss", was.auxiliary, now.auxiliary, "anew")
     names, classes = before.class_names, tuple(dataset.classes)
-    if any(classes) and len(names) > 1 and names != classes:
+    if any(classes) and len(names) > 1 and names != classes:  # a single class has no meaning
         refused.append(f"the class names ({names_difference(names, classes)})")
     if was.engine.script != script:
         refused.append(f"the script: was {was.engine.script}, is {script}")
@@ -182,12 +184,33 @@ def kept_settings(
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
         if name not in (*said, *follow) and value != default.get(name)
-    ]
+    ] + kept_options(config, said)
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
     if unknown:
         notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
     return notes
+
+
+def kept_options(config: TrainConfig, said: Settings) -> list[str]:
+    """Returns the options that a run keeps of components that the command names without them."""
+    found = []
+    for section in config.by_section.values():
+        for name, flag in options_of(type(section)).items():
+            if not flag.table or name not in said:
+                continue
+            now, named = (
+                {word.name: word.options for word in ([one] if isinstance(one, Word) else one)}
+                for one in (getattr(section, name), said[name])
+            )
+            for component in now.keys() & named.keys():
+                known = options_of(flag.table[component])
+                kept = {
+                    key: value for key, value in now[component].items()
+                    if key not in named[component] and value != known[key].default
+                }  # fmt: skip
+                found += [f"{spelling(name)} {Word(component, kept)}"] if kept else []
+    return found
 
 
 def data_changes(was: Record, now: Record) -> list[str]:

@@ -92,8 +92,8 @@ def describe_memory(
         verdicts.append(f"try {', '.join(lighter_settings(config) + others)}")
     lines = {
         "layout": f"{layout}, {config.step.precision}",
-        "GPU": listed(gpu),
-        "host": listed(host),
+        "GPU": sizes_in_gib(gpu),
+        "host": sizes_in_gib(host),
         "fits": "; ".join(verdicts),
     }
     if config.engine.expert_parallel > 1 and config.model.sparse_blocks:
@@ -120,7 +120,7 @@ def in_gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2g} MiB"
 
 
-def listed(parts: Bytes) -> str:
+def sizes_in_gib(parts: Bytes) -> str:
     sizes = ", ".join(
         f"{name} {in_gib(size).removesuffix(' GiB')}" for name, size in parts.items() if size
     )

@@ -101,7 +101,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     vae, record = setup.inputs_of(config, dataset, dist)
     stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
     record = replace(
-        record, micro_batch=stream.micro_batch,
+        record,
         initialized_from=before.initialized_from if before else weights and weights.origin,
         facts={"version": __version__, "began_with": origin, **of_engine, **record.facts},
     )  # fmt: skip

@@ -31,7 +31,7 @@ REFERENCE = ROOT / "tests" / "reference"
 FACTS = {
     "step": 7, "model": "DiT-S/2", "objective": "gaussian", "image_size": 16,
     "class_names": tuple("abcdefghij"), "settings": {"lr": 1e-4, "freeze": []},
-    "facts": {"script": "train.py"}, "micro_batch": 4,
+    "facts": {"script": "train.py"},
     "initialized_from": {"path": "dense.pt"}, "images": {"count": 3},
 }  # fmt: skip
 

@@ -76,9 +76,11 @@ def test_help_of_training_shows_few_flags_and_help_all_shows_all(help_of):
     assert len(few) < 20 and wanted <= few < all_flags
 
 
-def test_help_of_sampling_begins_with_the_images_and_where_they_go(help_of):
-    flags = re.findall(r"^  (--[\w-]+)", help_of("sample.py", "--help"), re.MULTILINE)
+def test_help_of_sampling_begins_with_the_images_and_ends_with_the_components(help_of):
+    text, _, components = help_of("sample.py", "--help").partition("\ncomponents, ")
+    flags = re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)
     assert {"--class-labels", "--output"} <= {*flags[:5]}
+    assert "--router batch_pool" in components
 
 
 def test_help_of_a_word_shows_the_flags_groups_and_components_with_it(help_of):

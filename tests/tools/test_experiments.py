@@ -654,6 +654,19 @@ def test_shares_of_kept_experts():
     assert found["chance"] == pytest.approx([(1 + 1 / 4 + 1 / 16 + 1 / 16) / 2])
 
 
+@pytest.mark.parametrize("words", [
+    "persistence --runs RUN --val-path VAL", "specialisation --runs RUN --val-path VAL",
+    "dropping --ckpt RUN --ablation x --choosing-latents x --latents-path x",
+    "samples --runs RUN --choosing x --reporting x",
+])  # fmt: skip
+def test_a_run_that_went_on_with_other_settings_gives_no_row(config, words, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "changed": ["--lr: was 1, is 2"]}\n')
+    script, *words = words.replace("RUN", str(tmp_path)).replace("VAL", config.val_path).split()
+    output = tmp_path / "rows.jsonl"
+    line = expect_error(capsys, f"tools.experiments.{script}", *words, "--output", output)
+    assert "went on with changes: --lr: was 1, is 2" in line and not output.exists()
+
+
 def test_copies_are_compared_by_weights_and_by_changes():
     assert mean_cosine(torch.tensor([[1.0, 0], [0, 2], [3, 0]])) == pytest.approx(1 / 3)
     config = SimpleNamespace(num_experts=2, sparse_blocks=(1,))

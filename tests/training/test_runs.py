@@ -51,6 +51,7 @@ from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
 from training.engines.ddp import DDPEngine
 from training.engines.state import STATE_FILES, STATE_KEY
+from training.going_on import kept_settings
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.memory import state_bytes
@@ -201,6 +202,18 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
     config = TrainConfig.of_record(read_record(run / "checkpoints" / "0000004"))
     assert (config.optimizer.weight_decay, config.step.lr) == (0.1, 5e-4)
     assert config.optimizer.betas == (0.9, 0.999) and config.model.aux_loss_alpha == 0.5
+
+
+def test_options_that_a_run_keeps_of_a_component_that_is_named_are_said(flags):
+    """Neither changed nor said: the command names only the component."""
+    words = "--optimizer", "adamw:betas=0.9,0.95", "--objective", "rectified_flow:mean=-0.4"
+    config = config_of_command(*words)
+    _, said = parse_training("train.py", None, ["--rf", "--optimizer", "adamw:eps=1e-6"])
+    (line,) = kept_settings(config.record(), config, said)
+    assert "--objective rectified_flow:mean=-0.4" in line
+    assert "--optimizer adamw:betas=0.9,0.95" in line
+    _, said = parse_training("train.py", None, words)
+    assert not kept_settings(config.record(), config, said)
 
 
 def test_emas_and_auxiliary_losses_are_the_list_that_a_command_says(copied, flags):
@@ -361,12 +374,19 @@ def test_a_resume_that_names_nothing_is_refused_beside_the_name_of_a_run(copied,
         assert line.startswith("error: --resume: ") and reason in line and str(source) in line
 
 
-def test_a_launcher_that_restarts_commands_needs_a_name(copied, flags, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+@pytest.mark.parametrize(("variable", "launcher"), [
+    ("TORCHELASTIC_MAX_RESTARTS", "--max-restarts"), ("DIT_MOE_SAVED", "slurm.sh"),
+])  # fmt: skip
+def test_a_launcher_that_restarts_commands_needs_a_name(
+    copied, flags, monkeypatch, capsys, variable, launcher
+):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.chdir(copied)  # where a save would note its checkpoint
     line = expect_error(capsys, "train.py", *flags(copied, **{"run-name": None}))
-    assert line.startswith("error: --run-name: ") and "--max-restarts" in line
+    assert line.startswith("error: --run-name: ") and launcher in line
     call_main("train.py", *flags(copied))
     call_main("train.py", "--resume", copied / "run")
+    monkeypatch.delenv(variable)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     call_main("train.py", *flags(copied, **{"run-name": None, "max-steps": 1}))
 

@@ -586,7 +586,7 @@ def test_a_checkpoint_stores_its_config_objective_and_data(finished, image_tree,
     assert (record.step, record.model, record.objective.name) == (4, "DiT-Ti/2", "rectified_flow")
     assert record.image_size == 16 and Path(record.vae_path) == tiny_vae
     assert record.class_names == tuple(f"class-{label}" for label in range(4))
-    assert record.micro_batch == 8 and record.images["count"] == 40
+    assert record.images["count"] == 40
     assert record.initialized_from is None
 
 

@@ -39,7 +39,7 @@ from sampling.formats import FORMATS, public_checkpoint
 from sampling.generate import objective_of
 from sampling.pipeline import SamplingPipeline, open_checkpoint, open_pipeline
 from sampling.sampling_config import SamplingConfig
-from tools.experiments.rows import measure_missing
+from tools.experiments.rows import measure_missing, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,7 @@ def main(config: DroppingConfig) -> None:
     if config.save and config.silence:
         raise UserError("--save: has no effect with --silence, which leaves the model as it is")
     prepare_output("--output", config.output)
+    read_log(Path(config.ckpt))  # refuses a run that was changed
     settings, ablation = load_ablation(config.ablation)
     pipeline = open_pipeline(config)
     digest = pipeline.digests["checkpoint_sha256"]

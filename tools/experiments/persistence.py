@@ -31,7 +31,7 @@ from runtime.files import prepare_output
 from runtime.flags import parse_config
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
-from tools.experiments.rows import measure_missing
+from tools.experiments.rows import measure_missing, read_log
 from tools.experiments.specialisation import randomise_gates
 
 
@@ -101,6 +101,7 @@ def main(config: PersistenceConfig) -> None:
     images = CachedLatents(config.val_path, "--val-path")
     facts = {"steps": config.steps, "images": config.num_images}
     for run in config.runs:
+        read_log(Path(run))  # refuses a run that was changed
         rows = [{"run": Path(run).name, "router": router} for router in ("trained", "random")]
         measure_missing(config.output, rows, partial(measure, run, images, config), facts)
 

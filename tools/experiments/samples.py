@@ -38,7 +38,7 @@ from runtime.flags import parse_config
 from sampling.pipeline import SamplingPipeline, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from tools.benchmarks.common import open_processes
-from tools.experiments.rows import measure_missing
+from tools.experiments.rows import measure_missing, read_log
 from tools.interventions import DropSmall, Reuse
 
 PICTURED = 10  # images per line of a picture
@@ -267,6 +267,8 @@ def main(config: SamplesConfig) -> None:
     if max(config.reuse) > 1 and min(config.steps) == 1:
         raise UserError("--steps: got 1, expected at least 2 steps, so that --reuse has an effect")
     prepare_output("--output", config.output)
+    for run in config.runs:
+        read_log(Path(run))  # refuses a run that was changed
     extractor = load_extractor(config.backbone, None, open_processes().device)
     real = {
         name: open_statistics(name, getattr(config, name), extractor.name, config.kid_subset_size)

@@ -43,6 +43,7 @@ from runtime.errors import UserError, run_main
 from runtime.files import prepare_output
 from runtime.flags import parse_config
 from tools.benchmarks.common import open_processes
+from tools.experiments.rows import read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +224,7 @@ def main(config: SpecialisationConfig) -> None:
     images = CachedLatents(config.val_path, "--val-path")
     lines, per_token, norm = [], {}, images.norm
     for run in config.runs:
+        read_log(Path(run))  # refuses a run that was changed
         found = measure(run, images, norm, config.val_images, device, config.spans)
         name = Path(run).name
         for kind, recorder in found.items():
