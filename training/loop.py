@@ -132,16 +132,7 @@ class TrainingLoop:
             f"{stream.start_step + 1} to {stream.end_step}, {stream.global_batch} images per step, "
             f"on {pluralize(dist.world_size, f'{dist.device.type} process')}"
         )
-        if dist.is_main:
-            memory = device_memory(dist.device, node_size(config, dist.world_size))
-            plan = describe_memory(config, stream, {"": memory})
-            if dist.world_size > 1:
-                self.log.text(f"layout: {plan['layout']}")
-            fits = plan["fits"].partition(": ")
-            note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
-            self.log.text(f"{note}: {fits[2]}")
-            for note in disk_notes(config, stream.end_step, self.folder / "checkpoints"):
-                self.log.text(f"note: {note}")
+        dist.on_main(self.describe_plan)
         if flash_attention_fault:
             reason = printable(flash_attention_fault)[:300]
             self.log.text(
@@ -160,6 +151,19 @@ class TrainingLoop:
                 f"note: this processor has no instructions for {' and '.join(slow)}; with fp32, "
                 "training is several times faster"
             )
+
+    def describe_plan(self) -> None:
+        """Logs the layout, the memory and the disk space of the run."""
+        config, stream, dist = self.config, self.stream, self.dist
+        memory = device_memory(dist.device, node_size(config, dist.world_size))
+        plan = describe_memory(config, stream, {"": memory})
+        if dist.world_size > 1:
+            self.log.text(f"layout: {plan['layout']}")
+        fits = plan["fits"].partition(": ")
+        note = "WARNING: the memory is too small" if fits[0] == "NO" else "memory"
+        self.log.text(f"{note}: {fits[2]}")
+        for note in disk_notes(config, stream.end_step, self.folder / "checkpoints"):
+            self.log.text(f"note: {note}")
 
     def explain_slow_step(self) -> None:
         """Logs what a step computes, and what makes it faster."""
@@ -261,8 +265,9 @@ class TrainingLoop:
         values["epoch"] = done * stream.global_batch / stream.num_images
         values["lr"] = self.config.step.lr * self.rate
         values["images_per_sec"] = steps_per_second * stream.global_batch
-        macs = count_macs(self.config.model, model.experts_per_token)
-        values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
+        if self.dist.is_main:
+            macs = count_macs(self.config.model, model.experts_per_token)
+            values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
         micro_batches = self.tracker.steps * self.config.step.accum_iter
         reports = self.dist.gather(ProcessReport(

@@ -21,6 +21,7 @@ from models import DiT, embedder_of
 from moe import SparseMoEBlock
 from options.parts import Component, option
 from runtime.devices import DTYPES
+from runtime.errors import UserError
 
 State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name
 
@@ -151,13 +152,21 @@ def planned_state(
     """Returns the state that an optimizer creates for fp32 parameters of these shapes.
 
     They come from a step with fake tensors, with one parameter of each shape, or, if the optimizer
-    needs data, from one step per shape.
+    needs data, from one step per shape. Raises UserError for a state that no checkpoint can hold.
     """
     # The rows of a shard may not be divisible into chunks.
     matrices = {name: min(count, 1) for name, count in matrices.items()}
     kinds = {name: (tuple(shape), matrices.get(name)) for name, shape in shapes.items()}
     one_each = {kind: name for name, kind in kinds.items()}
     state = state_of_kinds(optimizer, tuple((name, *kind) for kind, name in one_each.items()))
+    for name, kept in state.items():
+        for key, value in kept.items():
+            if not isinstance(value, torch.Tensor | float | int | str | None):
+                raise UserError(
+                    f"--optimizer: {type(optimizer).__name__} keeps a {type(value).__name__} as "
+                    f"{key} for {name}, expected a tensor, a number or text, which a checkpoint "
+                    "can hold"
+                )
     return {name: state[one_each[kind]] for name, kind in kinds.items()}
 
 

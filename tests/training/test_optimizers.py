@@ -5,7 +5,6 @@ import torch
 from conftest import (
     TINY_MODEL,
     call_main,
-    config_of_command,
     expect_error,
     only_run,
     relative_error,
@@ -17,7 +16,6 @@ from checkpoints import load_model, read_checkpoint
 from models import DiT
 from runtime.errors import UserError
 from training.ema import ExponentialEMA, PowerEMA
-from training.engines.ddp import DDPEngine
 from training.lr_schedule import SCHEDULES, rate_factor
 from training.optimizers import (
     OPTIMIZERS,
@@ -75,7 +73,7 @@ def test_the_state_of_an_optimizer_with_tensors_of_its_own_is_planned_by_real_st
     assert {name: state["half"].shape for name, state in found.items()} == {"a": (3, 2), "b": (4,)}
 
 
-def test_an_optimizer_whose_state_no_checkpoint_can_hold_is_refused(monkeypatch):
+def test_an_optimizer_whose_state_no_checkpoint_can_hold_is_refused(monkeypatch, capsys):
     """As that of SOAP, whose state has lists of matrices."""
 
     class Listing(torch.optim.SGD):
@@ -88,9 +86,9 @@ def test_an_optimizer_whose_state_no_checkpoint_can_hold_is_refused(monkeypatch)
             return Listing(list(named.values()), lr=lr)
 
     monkeypatch.setitem(OPTIMIZERS, "soap", Soap)
-    config = config_of_command("--optimizer=soap", "--model=DiT-Ti/2", "--depth=1")
-    with pytest.raises(UserError, match="^--optimizer: soap keeps a list as factors for "):
-        DDPEngine.check(config, 1)
+    words = "--dry-run", "--optimizer", "soap", "--model", "DiT-Ti/2", "--depth", 1
+    line = expect_error(capsys, "train.py", *words)
+    assert line.startswith("error: --optimizer: Soap keeps a list as factors for ")
 
 
 def test_the_state_of_an_empty_shard_of_a_matrix_is_planned():

@@ -38,7 +38,7 @@ from training.engines.state import (
     read_state,
     stored_boxes,
 )
-from training.memory import activation_bytes, copied_bytes, state_bytes, state_tensors
+from training.memory import activation_bytes, copied_bytes, state_bytes
 from training.muon import rows_of
 from training.optimizers import hidden_matrices, planned_state
 from training.spikes import SpikeDetector
@@ -136,14 +136,6 @@ class DDPEngine:
 
     @classmethod
     def check(cls, config: TrainConfig, world_size: int) -> dict[str, Any]:
-        for name, kept in state_tensors(config)[2].items():
-            for key, value in kept.items():
-                if not isinstance(value, Tensor | float | int | str | None):
-                    raise UserError(
-                        f"--optimizer: {config.step.optimizer} keeps a {type(value).__name__} as "
-                        f"{key} for {name}, expected a tensor, a number or text, which a "
-                        "checkpoint can hold"
-                    )
         return {}
 
     @classmethod
