@@ -284,9 +284,10 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
     expected = (1, patches if config.absolute_positions else 1, width)
     if (got := tuple(state_dict["pos_embed"].shape)) != expected:
         raise ValueError(f"pos_embed: got {got}, expected {expected}")
-    depth = len({key.split(".")[1] for key in state_dict if key.startswith("blocks.")})
+    of_blocks = (item for item in state_dict.items() if item[0].startswith("blocks."))
+    depth = len({key.split(".")[1] for key, value in of_blocks if width in value.shape})
     if depth != config.depth:
-        raise ValueError(f"got {depth} blocks, expected {config.depth}")
+        raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
     with torch.device("meta"):
         model = DiT(config)
         if kind := quantization_of(state_dict):

@@ -78,7 +78,7 @@ class CacheSettings:
                 object.__setattr__(self, name, convert(getattr(self, name), hint))
         with reported_as("listing", ValueError):
             counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
-            convert(self.listing.get("names"), str)
+            convert(self.names, str)
         if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
             raise ValueError("got a size or a number below 1")
         if (shards := -(-self.num_images // self.shard_images)) > MAX_SHARDS:
@@ -93,6 +93,11 @@ class CacheSettings:
         for name in FEATURES & self.features.keys():
             with reported_as(name, ValueError):
                 convert(self.features[name], tuple[int, ...])
+
+    @property
+    def names(self) -> str | None:
+        """Digest of the names of the images; of the files in a cache of version 0.1."""
+        return self.listing.get("names", self.listing.get("sha256"))
 
     @property
     def num_images(self) -> int:
@@ -186,7 +191,7 @@ class CachedLatents(Source):
         settings = self.settings = read_settings(flag, self.folder)
         self.classes, self.image_size = list(settings.classes), settings.image_size
         self.can_flip = settings.flip
-        self.fingerprint = {name: settings.listing.get(name) for name in ("count", "names")}
+        self.fingerprint = {"count": settings.num_images, "names": settings.names}
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")

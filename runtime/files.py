@@ -72,12 +72,12 @@ def read_yaml(path: Path | str) -> list[Any]:
 
 
 class PlainLoader(yaml.BaseLoader):
-    """Reads text, lists and dicts, and YAML's null as the text None. Raises ValueError for a key
-    that a mapping has twice, and for an alias, which could expand to gigabytes."""
+    """Reads text, null, lists and dicts. Raises ValueError for a key that a mapping has twice, and
+    for an alias, which could expand to gigabytes."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        is_null = node.style is None and node.value in ("null", "Null", "NULL", "~")
-        return "None" if is_null else super().construct_scalar(node)
+    def construct_scalar(self, node: yaml.ScalarNode) -> str | None:
+        is_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+        return None if is_null else super().construct_scalar(node)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):

@@ -83,7 +83,11 @@ launch() {
     [ -z "${RUN:-}" ] || set -- "$@" --run-name "$RUN"
     [ -z "${VAE:-}" ] || input+=(--vae-path "$VAE")
     if [[ " $* " == *" --dry-run "* ]]; then
-        [ -z "${DATA:-}" ] || input+=(--data-path "$DATA")
+        if [ -n "${LATENTS:-}" ]; then
+            input+=(--latents-path "$LATENTS")
+        elif [ -n "${DATA:-}" ]; then
+            input+=(--data-path "$DATA")
+        fi
         WORLD_SIZE=$((NODES * GPUS)) LOCAL_WORLD_SIZE=$GPUS "$PYTHON" "$@" "${input[@]}"
         return
     fi

@@ -55,7 +55,8 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
     if branch and not is_step_folder(branch):
         raise not_resumable(branch)
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if not named and (restarts or "DIT_MOE_SAVED" in os.environ):  # by torchrun, or by slurm.sh
+    is_restarted = restarts or os.environ.get("DIT_MOE_SAVED")  # by torchrun, or by slurm.sh
+    if is_restarted and not named and not command.dry_run:
         raise UserError(
             f"--run-name: is required with {'--max-restarts' if restarts else 'slurm.sh'}: a "
             "restarted command goes on with the run of its name"
@@ -184,7 +185,7 @@ def kept_settings(
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
         if name not in (*said, *follow) and value != default.get(name)
-    ] + kept_options(config, said)
+    ] + kept_options(config, said, preset)
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
     if unknown:
@@ -192,8 +193,9 @@ def kept_settings(
     return notes
 
 
-def kept_options(config: TrainConfig, said: Settings) -> list[str]:
-    """Returns the options that a run keeps of components that the command names without them."""
+def kept_options(config: TrainConfig, said: Settings, preset: Settings) -> list[str]:
+    """Returns the options that a run keeps of components that the command names without them, if
+    neither the preset nor the component has them by default."""
     found = []
     for section in config.by_section.values():
         for name, flag in options_of(type(section)).items():
@@ -203,11 +205,14 @@ def kept_options(config: TrainConfig, said: Settings) -> list[str]:
                 {word.name: word.options for word in ([one] if isinstance(one, Word) else one)}
                 for one in (getattr(section, name), said[name])
             )
-            for component in now.keys() & named.keys():
-                known = options_of(flag.table[component])
+            for component in filter(named.__contains__, now):
+                default = Word.parse(component, flag.table)
+                if name in preset:
+                    default = default.over(Word.parse(preset[name], flag.table))
+                known = default.complete(flag.table).options
                 kept = {
                     key: value for key, value in now[component].items()
-                    if key not in named[component] and value != known[key].default
+                    if key not in named[component] and value != known[key]
                 }  # fmt: skip
                 found += [f"{spelling(name)} {Word(component, kept)}"] if kept else []
     return found
@@ -228,22 +233,26 @@ def data_changes(was: Record, now: Record) -> list[str]:
     return lines
 
 
-def nothing_to_do(
-    folder: Path | None, stream: BatchStream, changes: list[str], dist: Distributed
-) -> int:
-    """Says that a run is finished; returns the exit code. A branch without steps is an error, and
-    so is a run that larger batches or fewer images end earlier than it has come."""
+def check_end(config: TrainConfig, before: Record, stream: BatchStream) -> None:
+    """Refuses larger batches, such as those of DeepSpeed on more GPUs, with which --epochs end
+    before the step that the run has come to, although the batches so far would leave steps."""
+    step, end, count = before.step, stream.end_step, stream.global_batch
+    of_flag = before.settings.get("global_batch_size", count)
+    batch = before.facts.get("global_batch_size", of_flag)
+    if end <= step < config.total_steps(stream.num_images, batch):
+        raise UserError(
+            f"--epochs: the run has come to step {step} with {batch} images a step, but with "
+            f"{count} it ends at step {end}; expected --max-steps, above {step}"
+        )
+
+
+def nothing_to_do(folder: Path | None, stream: BatchStream, dist: Distributed) -> int:
+    """Says that a run is finished; returns the exit code. A branch without steps is an error."""
     step, end = stream.start_step, stream.end_step
     if folder is None:
         raise UserError(
             f"--max-steps: the branch would end at step {end}, expected a later step than that of "
             f"its checkpoint, {step}"
-        )
-    is_shorter = any(line.startswith(("--epochs", "--max-steps")) for line in changes)
-    if step > end and changes and not is_shorter:
-        raise UserError(
-            f"--epochs: {folder} has come to step {step}, but would now end at step {end} "
-            f"({'; '.join(changes)}); expected --max-steps, above {step}"
         )
     if dist.is_main:
         print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")

@@ -9,6 +9,7 @@ resuming and the memory plan handle a state of tensors, numbers and text by para
 --shard, state tensors must have the shape of their parameter.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,7 +22,7 @@ from models import DiT, embedder_of
 from moe import SparseMoEBlock
 from options.parts import Component, option
 from runtime.devices import DTYPES
-from runtime.errors import UserError
+from runtime.errors import reported_as
 
 State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name
 
@@ -161,12 +162,13 @@ def planned_state(
     state = state_of_kinds(optimizer, tuple((name, *kind) for kind, name in one_each.items()))
     for name, kept in state.items():
         for key, value in kept.items():
-            if not isinstance(value, torch.Tensor | float | int | str | None):
-                raise UserError(
-                    f"--optimizer: {type(optimizer).__name__} keeps a {type(value).__name__} as "
-                    f"{key} for {name}, expected a tensor, a number or text, which a checkpoint "
-                    "can hold"
-                )
+            expected = (
+                f"--optimizer: {type(optimizer).__name__} keeps a {type(value).__name__} as {key} "
+                f"for {name}, expected a tensor, numbers or text, which a checkpoint can hold"
+            )
+            if not torch.is_tensor(value):
+                with reported_as(expected, TypeError):
+                    json.dumps(value)
     return {name: state[one_each[kind]] for name, kind in kinds.items()}
 
 

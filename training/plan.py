@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from checkpoints import Record
@@ -18,12 +17,11 @@ from options.parts import Size
 from options.settings import Settings
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
-from runtime.processes import Distributed
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
 from training.memory import received_rows, state_bytes
 from training.sections import CommandFlags, DataConfig
-from training.setup import length_notes, open_dataset, remaining_steps
+from training.setup import length_notes, open_dataset
 
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 IMAGENET = (1_281_167, 1000)  # images, classes
@@ -33,17 +31,16 @@ ASSUMED = 80.0  # GiB of GPU memory to plan for on a machine without a GPU
 
 
 def print_plan(
-    command: CommandFlags, config: TrainConfig, trained: np.ndarray, notes: list[str],
-    before: Record | None, dist: Distributed,
+    command: CommandFlags, config: TrainConfig, stream: BatchStream, notes: list[str],
+    before: Record | None,
 ) -> None:  # fmt: skip
     """Prints the model, its parameters, the memory per process, whether it fits, and the steps.
 
     before: record of the checkpoint from which the run would go on, or None
     """
-    stream = remaining_steps(config, trained, 0, dist)
     model, steps, count = config.model, stream.end_step, stream.global_batch
     parameters, active = count_parameters(model)
-    memories = planned_memories(command.gpu_memory, node_size(config, dist.world_size))
+    memories = planned_memories(command.gpu_memory, node_size(config, stream.world_size))
     lines = {
         "model": f"{config.name}: {model.depth} blocks of width {model.hidden_size}, latents of "
         f"{' x '.join(map(str, model.latent_shape))}, {pluralize(model.num_classes, 'class')}",
@@ -53,7 +50,7 @@ def print_plan(
         "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
         f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
-        f"{steps * count / len(trained):.1f} epochs of {len(trained):,} images",
+        f"{steps * count / stream.num_images:.1f} epochs of {stream.num_images:,} images",
     }
     if before:
         is_finished = steps <= before.step

@@ -1,7 +1,7 @@
 """Run folders: their names, their lock and config.yaml.
 
     results/007-DiT-S-2-8E2A-rectified_flow/
-        config.yaml                            all settings
+        config.yaml                            all settings that have an effect
         run.lock                               locked during training
         checkpoints/0050000/
         log.txt, log.jsonl, tensorboard/

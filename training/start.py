@@ -86,11 +86,14 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         dist = replace(dist, world_size=command.gpus or read_environment().world_size)
     of_engine = config.engine.engine_class().check(config, dist.world_size)
     trained, held_out = split(dataset, config.data.val_share)
+    stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
+    if before:
+        going_on.check_end(config, before, stream)
     if command.dry_run:
-        print_plan(command, config, trained, changes + notes, before, dist)
+        print_plan(command, config, stream, changes + notes, before)
         return 0
 
-    # The data, their autoencoder, and the steps that are left.
+    # The data and their autoencoder.
     if config.run.deterministic:
         be_deterministic()
     if config.step.tf32:
@@ -99,7 +102,6 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if config.run.wandb:
         dist.on_main(import_wandb)
     vae, record = setup.inputs_of(config, dataset, dist)
-    stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
     record = replace(
         record,
         initialized_from=before.initialized_from if before else weights and weights.origin,
@@ -112,7 +114,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     elif weights:
         notes += finetune.weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
-        return going_on.nothing_to_do(folder, stream, changes, dist)
+        return going_on.nothing_to_do(folder, stream, dist)
     batches = setup.held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = setup.tensors_of(config)
     if before is None:

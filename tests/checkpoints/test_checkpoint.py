@@ -69,7 +69,7 @@ def test_a_model_with_attention_of_its_own_is_loaded(tmp_path, monkeypatch):
     model = DiT(**TINY_MODEL)
     loaded = load_model(save_checkpoint(model, tmp_path / "model.safetensors"))
     assert torch.equal(loaded.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
-    with pytest.raises(UserError, match="got 2 blocks, expected 3"):
+    with pytest.raises(UserError, match="got 2 blocks of width 32, expected 3"):
         shallow = model.state_dict(), Record(config=replace(model.config, depth=3))
         checkpoint.save_model(tmp_path / "model.safetensors", *shallow)
         load_model(tmp_path / "model.safetensors")
@@ -181,7 +181,8 @@ def test_the_dense_blocks_of_weights_keep_their_width_with_other_experts_per_tok
 )  # fmt: skip
 def test_the_metadata_of_every_version_give_the_same_model_and_objective(router, objective):
     model = {"model": "DiT-Ti/2", **TINY_MODEL, **router}
-    record = Record.from_dict({"config": {"model": model, "step": {"lr": 1e-3, **objective}}})
+    config = {"model": model, "step": {"lr": 1e-3, **objective}}
+    record = Record.from_dict({"config": config, "micro_batch": 8})
     want = DiT(**TINY_MODEL, router="sigmoid:scale=2.5", aux_loss_alpha=0.1).config
     assert record.config == want
     assert (record.objective.name, record.objective.options["mean"]) == ("rectified_flow", -0.4)

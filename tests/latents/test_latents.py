@@ -257,7 +257,7 @@ LIES = {  # field of index.json: wrong values
     "vae_path": [None, 3], "vae_sha256": [None, ["a"]], "flip": [2, "perhaps", False],
     "shard_images": [0, -1, 1.5, 1], "classes": [[], ["a"], [1, 2, 3, 4], None],
     "listing": [{}, {"count": 0, "names": "x"}, {"count": 41, "names": "x"}, [], {"count": 40},
-                {"count": 10**12, "names": "x"}, {"count": 40, "sha256": "x"}],
+                {"count": 10**12, "names": "x"}],
     "features": [[], {"vector": "x"}, {"vector": [3]}, {}],
     "tensors": [["labels"], ["labels", "moments", "../../x"], 3], "more": [1],
 }  # fmt: skip

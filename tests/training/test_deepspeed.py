@@ -5,6 +5,7 @@ two processes, or on one GPU, with a checkpoint at step 2.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -279,6 +280,10 @@ def test_a_checkpoint_is_checked_on_the_device_although_cpu_offload_keeps_the_st
     buffers = {"pos_embed": torch.zeros(2, device="meta")}
     engine.shards = SimpleNamespace(masters=[torch.zeros(2)], buffers=buffers)
     assert engine.is_finite().is_meta
+    engine.dist = ALONE
+    for value, is_finite in ((math.inf, True), (math.nan, False)):  # a mask may be infinite
+        engine.shards.buffers = {"mask": torch.tensor([0.0, value])}
+        assert engine.is_finite() == is_finite
 
 
 def test_the_sample_grid_under_zero_3_equals_the_grid_under_ddp(finished):
@@ -485,15 +490,16 @@ def test_training_scripts_plan_steps_of_1024_images(recipe, tmp_path, monkeypatc
         "cache_latents.py --data-path /images --image-size 512 --vae-path /vae --output /l",
         "--vae-path /vae --latents-path /l"]),
     ({"LATENTS": "/l"}, ["--latents-path /l"]),
-    ({"LATENTS": "/l", "said": "/m"}, ["--latents-path /m"]),
+    ({"LATENTS": "/l", "said": "--latents-path /m"}, ["--latents-path /m"]),
+    ({"DATA": "/images", "said": "--dry-run"}, ["--dry-run --run-name g2 --data-path /images"]),
+    ({"DATA": "/images", "said": "--dry-run --latents-path /m"}, ["--latents-path /m"]),
     ({"DATA": "/images", "IMAGES": "1"}, ["--data-path /images"]),
 ])  # fmt: skip
 def test_training_scripts_encode_the_images_once_and_train_on_latents(tmp_path, variables, lines):
     """A script in place of Python prints the commands of torchrun."""
     recipe, flags = LARGEST, ["--max-steps", "9"]
     variables = {"RUN": "g2", **variables}
-    if said := variables.pop("said", None):
-        flags += ["--latents-path", said]
+    flags += variables.pop("said", "").split()
     output = output_of(recipe, flags, tmp_path / "python", 'echo "$@"', **variables)
     assert len(output) == len(lines)
     assert all(line.endswith(end) for line, end in zip(output, lines, strict=True))

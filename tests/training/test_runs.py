@@ -156,10 +156,13 @@ def test_a_run_that_larger_batches_end_too_early_is_an_error(flags, tmp_path, ca
     by_epochs = {"max-steps": None, "epochs": 1}  # of 40 images
     call_main("train.py", *flags(tmp_path, **by_epochs))
     before = snapshot(tmp_path)
-    line = expect_error(
-        capsys, "train.py", *flags(tmp_path, **by_epochs, **{"global-batch-size": 20})
-    )
-    assert "has come to step 5, but would now end at step 2 (--global-batch-size: was 8" in line
+    larger = {"global-batch-size": 20}
+    call_main("train.py", *flags(tmp_path, **by_epochs, **larger))  # it was finished
+    assert f"{tmp_path / 'run'} is finished: step 5 of 2" in capsys.readouterr().out
+    for more in ([], ["--dry-run"]):
+        command = flags(tmp_path, **{**by_epochs, "epochs": 2}, **larger)
+        line = expect_error(capsys, "train.py", *command, *more)
+        assert "has come to step 5 with 8 images a step, but with 20 it ends at step 4" in line
     assert snapshot(tmp_path) == before
 
 
@@ -214,6 +217,9 @@ def test_options_that_a_run_keeps_of_a_component_that_is_named_are_said(flags):
     assert "--optimizer adamw:betas=0.9,0.95" in line
     _, said = parse_training("train.py", None, words)
     assert not kept_settings(config.record(), config, said)
+    preset = "--model", "JiTMoE-B/16"  # with options of sigmoid
+    _, said = parse_training("train.py", None, [*preset, "--router", "sigmoid"])
+    assert not kept_settings(config.record(), config_of_command(*preset), said)
 
 
 def test_emas_and_auxiliary_losses_are_the_list_that_a_command_says(copied, flags):

@@ -98,10 +98,11 @@ def parse_args() -> PersistenceConfig:
 
 def main(config: PersistenceConfig) -> None:
     prepare_output("--output", config.output)
+    for run in config.runs:
+        read_log(Path(run))  # refuses a run that was changed
     images = CachedLatents(config.val_path, "--val-path")
     facts = {"steps": config.steps, "images": config.num_images}
     for run in config.runs:
-        read_log(Path(run))  # refuses a run that was changed
         rows = [{"run": Path(run).name, "router": router} for router in ("trained", "random")]
         measure_missing(config.output, rows, partial(measure, run, images, config), facts)
 

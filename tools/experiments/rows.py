@@ -33,12 +33,14 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_log(run: Path) -> list[dict]:
-    """Reads the rows of a run's log; refuses a run that went on with other settings."""
+    """Reads the rows of the log of a run or of a step folder's run; refuses a run that went on with
+    other settings."""
+    run = run.parent.parent if run.parent.name == "checkpoints" else run
     rows = read_lines(run / "log.jsonl")
     if changed := [line for row in rows for line in row.get("changed", ())]:
         raise UserError(
             f"{run}: got a run that went on with changes: {'; '.join(changed)}; expected the same "
-            "settings in all steps; delete its folder to train it again"
+            "settings in all steps (to train it again, move its folder away)"
         )
     return rows
 

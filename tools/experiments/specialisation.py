@@ -220,11 +220,12 @@ def parse_args() -> SpecialisationConfig:
 
 def main(config: SpecialisationConfig) -> None:
     prepare_output("--output", config.output)
+    for run in config.runs:
+        read_log(Path(run))  # refuses a run that was changed
     device = open_processes().device
     images = CachedLatents(config.val_path, "--val-path")
     lines, per_token, norm = [], {}, images.norm
     for run in config.runs:
-        read_log(Path(run))  # refuses a run that was changed
         found = measure(run, images, norm, config.val_images, device, config.spans)
         name = Path(run).name
         for kind, recorder in found.items():
