@@ -45,6 +45,7 @@ from options.parts import Size, option, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.flags import parse_config
+from runtime.plugins import import_plugins
 from runtime.processes import close_distributed, run_process, setup_distributed
 from runtime.progress import note_saved, progress
 
@@ -66,6 +67,10 @@ class CacheConfig(ImagesConfig):
     feature_tokens: bool = option(
         False, help="also store the features of each token of the network"
     )
+    plugin: tuple[str, ...] = option(
+        (), metavar="FILE.py",
+        help="Python files to import, which define image sources or autoencoders of your own",
+    )  # fmt: skip
 
 
 def parse_args() -> CacheConfig:
@@ -181,6 +186,7 @@ def prepare(
 def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
+    import_plugins(config.plugin)
     dist = setup_distributed()
     images = open_on_all(config.data_path, config.image_size or 256, dist)
     load = partial(load_networks, config, dist.device)

@@ -196,6 +196,11 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     settings["label_sampling"] = config.label_sampling
     classes = pipeline.model.config.num_classes
     labels = sample_labels(config.label_sampling, config.num_images, classes, config.seed)
+    if dist.is_main and config.label_sampling == "equal" and config.num_images % classes:
+        print_safely(
+            f"note: {config.num_images} images are not equally many of each of the {classes} "
+            "classes (--label-sampling random draws the classes)"
+        )
     folder, size = results_folder(config, settings), pipeline.image_size
     # Open the scorer first, so that problems with the metrics appear before hours of sampling.
     scorer = Scorer(config, size, config.num_images, dist)

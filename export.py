@@ -17,6 +17,7 @@ except in the published format. A local autoencoder is included as vae/.
 least, as expert_ablation.py measured it. train.py --finetune trains the smaller model further.
 """
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +139,7 @@ def main(config: ExportConfig) -> None:
             quantize_state_dict(checkpoint.state_dict, config.quantize, checkpoint.config)
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
+    vae_path = vae_path and os.path.expanduser(vae_path)
     if vae_path is None and config.format == "pipeline":
         raise UserError(
             "--vae-path: is required, because the checkpoint does not record its autoencoder"

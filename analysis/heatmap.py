@@ -68,7 +68,7 @@ class Heatmap:
     """Panels of cells with one colour scale, and statistics of each layer for a CSV file."""
 
     title: str
-    panels: np.ndarray  # (P, R, Q), at least 0
+    panels: np.ndarray  # (P, R, Q), at least 0; NaN is an empty cell
     center: float  # value at the centre of the colour scale, shown as white
     unit: str
     down: tuple[str, Sequence]  # axis label, and names (text or numbers) of a panel's rows or maps
@@ -82,7 +82,7 @@ class Heatmap:
         import seaborn  # imported here: takes half a second
 
         ratio = np.log2(np.maximum(self.panels / self.center, 1e-9))
-        most = max(0.14, min(np.quantile(abs(ratio), 0.99), max(ratio.max(), 1)))
+        most = max(0.14, min(np.nanquantile(abs(ratio), 0.99), max(np.nanmax(ratio), 1)))
         rows = math.ceil(len(ratio) / 4)
         columns = math.ceil(len(ratio) / rows)
         down, across = len(self.down[1]), len(self.across[1])
@@ -254,15 +254,17 @@ def persistence_map(counts: RoutingCounts, layers: Sequence[int]) -> Heatmap:
     """Plots the share of a patch's experts that it keeps at the next step: layers down."""
     if len(counts.times) == 1:
         raise UserError("--only persistence: got counts of a single step, expected a next one")
-    kept = counts.persistence(1)  # (S - 1, L)
+    kept = counts.persistence(1)  # (S - 1, L), NaN for a step without assignments
+    if np.isnan(kept).all(0).any():
+        raise UserError("--only persistence: got a layer without assignments, expected some")
     return Heatmap(
         title=f"Experts kept at the next step\n{counts}",
         panels=kept.T[None, layers],
-        center=kept.mean(),
+        center=np.nanmean(kept),
         unit="share of a patch's experts (log scale, white: mean)",
         down=named_layers(counts, layers),
         across=(TIME, counts.times[:-1].round(3)),
-        statistics={"persistence": kept.mean(0)},
+        statistics={"persistence": np.nanmean(kept, 0)},
     )
 
 

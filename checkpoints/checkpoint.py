@@ -223,6 +223,8 @@ def averages_of(path: Path) -> dict[str, Path]:
         return {}
     try:
         first = read_record(file.parent).ema
+    except MissingPlugin:
+        raise
     except UserError:  # a file without a record, or a checkpoint that a run has replaced
         return {} if file.exists() else averages_of(path)
     others = sorted(file.parent.glob(EMA_FILES.format("*")))

@@ -14,11 +14,12 @@ from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
 from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES
-from latents.autoencoder import PIXELS
+from latents.autoencoder import AUTOENCODERS, PIXELS
 from options.parts import options_of
 from options.settings import stored
 from routers import ROUTERS
 from runtime.errors import printable
+from runtime.files import read_json
 
 ROOT = Path(__file__).parent.parent
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
@@ -30,7 +31,7 @@ PRIVATE = re.compile(  # settings with paths or names of the user
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without information about the machine that it was trained on."""
     record = checkpoint.record
-    vae_path = Path(record.vae_path or PIXELS)
+    vae_path = Path(record.vae_path or PIXELS).expanduser()
     is_local = vae_path != Path(PIXELS) and (vae_path.is_absolute() or vae_path.exists())
     origin = record.initialized_from
     record = replace(
@@ -84,6 +85,9 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     kinds = {config.router.name: ROUTERS[config.router.name]}
     kinds |= {objective.name: OBJECTIVES[objective.name]} if objective else {}
     kinds |= {n: CONDITIONS[n] for n, _ in map(split_condition, config.conditions)}
+    if (described := folder / "vae" / "config.json").exists():
+        name = read_json(described)["_class_name"]
+        kinds[name] = AUTOENCODERS[name]
     copied = copy_code("sampling.diffusers_pipeline", folder)
     for name, kind in kinds.items():
         if kind.__module__ not in copied:

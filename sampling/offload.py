@@ -28,7 +28,8 @@ def offload_blocks(model: DiT, device: torch.device, dtype: torch.dtype) -> None
     for name, module in model.named_children():
         if name != "blocks":
             module.to(device, dtype)
-    model.pos_embed = model.pos_embed.to(device, dtype)
+    for tensor in (*model.parameters(recurse=False), *model.buffers(recurse=False)):
+        tensor.data = tensor.data.to(device, type_of(tensor, dtype))
     BlockCopier(model.blocks, device, dtype)
 
 

@@ -6,6 +6,7 @@ from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
 from options.parts import Size, option, options_of
 from routers import ROUTERS
+from runtime.errors import UserError
 from runtime.flags import naming_flags
 from runtime.plugins import import_plugins
 
@@ -28,6 +29,12 @@ class SamplingConfig:
                 object.__setattr__(self, name, value)
             object.__setattr__(self, "objective", objective_named(self.objective, self.rf))
         import_plugins(self.plugin)
+        if self.objective not in (None, *OBJECTIVES):
+            known = ", ".join(OBJECTIVES)
+            raise UserError(
+                f"--objective: got {self.objective}, expected one of {known}, or --plugin FILE.py "
+                "that defines it"
+            )
 
     ckpt: str = option(group="checkpoint", help=CKPT_HELP)
     ema: str | None = option(
@@ -63,7 +70,7 @@ class SamplingConfig:
         None, ge=1, help="pixels per side of a square, or height and width"
     )
     objective: str | None = option(
-        None, choices=tuple(OBJECTIVES), help="objective that the model was trained for"
+        None, help=f"objective that the model was trained for: {', '.join(OBJECTIVES)}"
     )
     rf: bool | None = option(None, help="published spelling of --objective rectified_flow")
     sampler: str | None = option(

@@ -374,6 +374,20 @@ def test_heat_maps_of_any_size_fit_a_page_and_label_every_column(size, recwarn):
     assert not [str(w.message) for w in recwarn if "analysis" in str(w.filename)]
 
 
+def test_a_step_in_which_a_layer_has_no_assignments_is_an_empty_cell():
+    """A router with a threshold may choose no expert."""
+    counts = random_counts(num_steps=3, num_layers=2)
+    whole = VIEWS["persistence"](counts, range(2))
+    for assigned in (counts.by_step_and_position, counts.kept):
+        assigned[1, ..., 0] = 0
+    heatmap = VIEWS["persistence"](counts, range(2))
+    is_empty = np.isnan(heatmap.panels)
+    assert is_empty.sum() == 1 and np.isfinite(heatmap.statistics["persistence"]).all()
+    assert np.array_equal(heatmap.panels[~is_empty], whole.panels[~is_empty])
+    texts = [text.get_text() for axes in heatmap.draw().axes for text in axes.texts]
+    assert np.isfinite(heatmap.center) and "nan" not in texts
+
+
 def test_experts_per_token_has_min_and_max_and_no_map_if_it_is_constant(tmp_path, capsys):
     counts = random_counts(num_steps=2, num_layers=1)
     assignments = np.array([[10, 20, 30, 40], [20, 20, 20, 20]])[..., None]  # over 5 images

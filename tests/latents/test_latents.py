@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from test_models import randomised
 
 from checkpoints import read_checkpoint, read_record
+from latents import sources
 from latents.autoencoder import WEIGHTS_FILE, load_autoencoder, open_autoencoder
 from latents.cache import CachedLatents, check_networks, lock_cache, open_data
 from latents.loading import BatchStream, collate, loader_workers, read_batches
@@ -249,6 +250,19 @@ def test_a_damaged_latent_shard_is_a_one_line_error_until_it_is_written_again(
         CachedLatents(damaged)
     call_main("cache_latents.py", *cache_flags(damaged))
     assert contents(damaged) == contents(cache)
+
+
+def test_images_of_a_source_of_ones_own_are_cached(cache_flags, image_tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SOURCES", sources.SOURCES)  # the plugin changes it
+    (tmp_path / "mine.py").write_text(
+        "from latents import sources\n\n\nclass Mine(sources.ImageTree):\n"
+        '    spelling = "mine:.*"\n\n    def __init__(self, path, image_size):\n'
+        '        super().__init__(path.removeprefix("mine:"), image_size)\n\n\n'
+        "sources.SOURCES = (Mine, *sources.SOURCES)\n"
+    )
+    flags = cache_flags(tmp_path / "own", **{"data-path": f"mine:{image_tree}"})
+    call_main("cache_latents.py", *flags, "--plugin", tmp_path / "mine.py")
+    assert len(CachedLatents(tmp_path / "own")) == 40
 
 
 LIES = {  # field of index.json: wrong values

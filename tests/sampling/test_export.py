@@ -33,7 +33,7 @@ import moe_kernels.operators
 from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
 from checkpoints.adapting import drop_experts, upcycled_config
-from latents.autoencoder import weights_digest
+from latents.autoencoder import AUTOENCODERS, weights_digest
 from options.parts import Word
 from options.settings import stored
 from routers import ROUTERS
@@ -379,3 +379,6 @@ def test_models_that_a_format_cannot_express_are_not_exported(
     common = ("--ckpt", trained["gaussian"], "--output", tmp_path / "own", "--format", "pipeline")
     line = expect_error(capsys, "export.py", *common)
     assert "--format pipeline (got topk of a --plugin" in line and not (tmp_path / "own").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(AUTOENCODERS["AutoencoderKL"], "__module__", "plugin:/home/me/vae.py")
+    assert "(got AutoencoderKL of a --plugin" in expect_error(capsys, "export.py", *common)

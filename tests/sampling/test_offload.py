@@ -14,6 +14,7 @@ from conftest import (
     save_checkpoint,
 )
 from test_models import randomised
+from torch import nn
 
 from analysis.recorder import count_routing
 from checkpoints import config_of
@@ -43,10 +44,13 @@ def test_offloaded_blocks_give_bit_identical_latents(precision, kind):
     """One block is dense and therefore smaller. The test also interrupts a forward pass."""
     settings = SamplerSettings("rectified_flow", num_steps=3, cfg_scale=2.0)
     plain, offloaded = (randomised(**FIELDS, sparse_layers=(0, 2)).eval() for _ in range(2))
-    for model in (plain, offloaded) if kind else ():
-        quantize_experts(model, kind)
+    for model in (plain, offloaded):
+        model.register_parameter("own", nn.Parameter(torch.ones(2)))  # of an edited model
+        if kind:
+            quantize_experts(model, kind)
     plain.to(DEVICE, DTYPES[precision])
     offload_blocks(offloaded, DEVICE, DTYPES[precision])
+    assert offloaded.own.dtype == DTYPES[precision] and offloaded.own.device.type == DEVICE.type
     want = generate(plain, [1, 2], [0, 1], settings)
     assert generate(offloaded, [1, 2], [0, 1], settings).equal(want)
 

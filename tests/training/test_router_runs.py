@@ -165,6 +165,8 @@ def test_a_router_in_a_file_of_its_own_is_trained_and_sampled_with_plugin(
     call_main("train.py", *flags, "--plugin", path)
     forget()
     assert "--plugin FILE.py" in expect_error(capsys, *sample)
+    of_step = tmp_path / "run" / "checkpoints" / "0000001", "--ema", "0.9"
+    assert "--plugin FILE.py" in expect_error(capsys, "sample.py", "--ckpt", *of_step)
     command, _ = parse_training("train.py", arguments={"plugin": path})
     assert command.plugin == (str(path),)
     forget()
