@@ -40,6 +40,7 @@ from runtime.errors import UserError
 from runtime.processes import ALONE, reseed
 from training.config import TrainConfig
 from training.engines.deepspeed_engine import DeepSpeedEngine
+from training.engines.state import stored_shards
 from training.engines.zero_config import complete_config
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -145,6 +146,8 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.Co
         changes = {"run-name": name, "max-steps": steps, "precision": None, "config": recipe}
         commands.append(command(results, "fp16", **changes))
     commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
+    branch = {"run-name": "branch", "resume": results / "bf16" / "checkpoints" / "0000002"}
+    commands.append(command(results, "fp16", **branch, **{"precision": None, "max-steps": 3}))
     commands.append(command(results, "zero2", **{"run-name": "grown"}))
     commands.append(command(results, "zero3", resume=cut.parent.parent, **{"run-name": "other"}))
     launch = train_several(results, commands)
@@ -198,6 +201,11 @@ def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
 
 
 @pytest.mark.gpu
+def test_a_run_that_changes_to_fp16_begins_with_the_configured_loss_scale(finished):
+    _, _, metadata = stored_shards(finished("branch") / "checkpoints" / "0000003")
+    assert metadata["scaler"]["cur_scale"] == 2 ** FP16["initial_scale_power"]
+
+
 @pytest.mark.parametrize("layout", ["fp16", "zero3"])
 def test_a_resumed_deepspeed_run_is_bit_identical(finished, layout):
     """fp16 has ZeRO-2 and a loss scale."""
