@@ -14,7 +14,7 @@ from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
 from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES
-from latents.autoencoder import AUTOENCODERS, PIXELS
+from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, PIXELS
 from options.parts import options_of
 from options.settings import stored
 from routers import ROUTERS
@@ -85,7 +85,7 @@ def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     kinds = {config.router.name: ROUTERS[config.router.name]}
     kinds |= {objective.name: OBJECTIVES[objective.name]} if objective else {}
     kinds |= {n: CONDITIONS[n] for n, _ in map(split_condition, config.conditions)}
-    if (described := folder / "vae" / "config.json").exists():
+    if (described := folder / "vae" / CONFIG_FILE).exists():
         name = read_json(described)["_class_name"]
         kinds[name] = AUTOENCODERS[name]
     copied = copy_code("sampling.diffusers_pipeline", folder)

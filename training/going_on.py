@@ -179,13 +179,14 @@ def kept_settings(
     """Returns a line on the settings that are kept from the run, because neither the command nor
     the data say them, and one on those that this version does not know."""
     preset = PRESETS.get(config.preset, {})
-    default = TrainConfig.default(config.engine.script).changed(preset).stored()
+    new = TrainConfig.default(config.engine.script).changed(preset)
+    default = new.stored()
     follow = FITTED if can_flip else (*FITTED, "flip")
     kept = [
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.stored().items()
         if name not in (*said, *follow) and value != default.get(name)
-    ] + kept_options(config, said, preset)
+    ] + kept_options(config, said, new)
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
     if unknown:
@@ -193,29 +194,22 @@ def kept_settings(
     return notes
 
 
-def kept_options(config: TrainConfig, said: Settings, preset: Settings) -> list[str]:
-    """Returns the options that a run keeps of components that the command names without them, if
-    neither the preset nor the component has them by default."""
+def kept_options(config: TrainConfig, said: Settings, default: TrainConfig) -> list[str]:
+    """Returns the options that a run keeps of components that the command names without them: in a
+    new run they would be others."""
     found = []
-    for section in config.by_section.values():
+    for title, section in config.by_section.items():
         for name, flag in options_of(type(section)).items():
-            if not flag.table or name not in said:
-                continue
-            now, named = (
-                {word.name: word.options for word in ([one] if isinstance(one, Word) else one)}
-                for one in (getattr(section, name), said[name])
-            )
-            for component in filter(named.__contains__, now):
-                default = Word.parse(component, flag.table)
-                if name in preset:
-                    default = default.over(Word.parse(preset[name], flag.table))
-                known = default.complete(flag.table).options
-                kept = {
-                    key: value for key, value in now[component].items()
-                    if key not in named[component] and value != known[key]
-                }  # fmt: skip
-                found += [f"{spelling(name)} {Word(component, kept)}"] if kept else []
+            pair = (words_of(one) for one in (said.get(name), getattr(section, name)))
+            for word, now in zip(*pair, strict=False) if flag.table else ():
+                new = word.over(getattr(default.by_section[title], name)).complete(flag.table)
+                kept = {key: v for key, v in now.options.items() if v != new.options[key]}
+                found += [f"{spelling(name)} {Word(word.name, kept)}"] if kept else []
     return found
+
+
+def words_of(value: Word | tuple[Word, ...] | None) -> tuple[Word, ...]:
+    return (value,) if isinstance(value, Word) else value or ()
 
 
 def data_changes(was: Record, now: Record) -> list[str]:

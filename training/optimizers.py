@@ -162,12 +162,12 @@ def planned_state(
     state = state_of_kinds(optimizer, tuple((name, *kind) for kind, name in one_each.items()))
     for name, kept in state.items():
         for key, value in kept.items():
-            expected = (
-                f"--optimizer: {type(optimizer).__name__} keeps a {type(value).__name__} as {key} "
-                f"for {name}, expected a tensor, numbers or text, which a checkpoint can hold"
-            )
             if not torch.is_tensor(value):
-                with reported_as(expected, TypeError):
+                got = (
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key} for {name}"
+                )
+                expected = "a tensor, numbers or text, which a checkpoint can hold"
+                with reported_as(f"--optimizer: {got}, expected {expected}", TypeError):
                     json.dumps(value)
     return {name: state[one_each[kind]] for name, kind in kinds.items()}
 

@@ -207,7 +207,7 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
     assert config.optimizer.betas == (0.9, 0.999) and config.model.aux_loss_alpha == 0.5
 
 
-def test_options_that_a_run_keeps_of_a_component_that_is_named_are_said(flags):
+def test_options_that_a_run_keeps_of_a_component_that_is_named_are_said():
     """Neither changed nor said: the command names only the component."""
     words = "--optimizer", "adamw:betas=0.9,0.95", "--objective", "rectified_flow:mean=-0.4"
     config = config_of_command(*words)
