@@ -209,7 +209,8 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
 
 def test_options_that_a_run_keeps_of_a_component_that_is_named_are_said():
     """Neither changed nor said: the command names only the component."""
-    words = "--optimizer", "adamw:betas=0.9,0.95", "--objective", "rectified_flow:mean=-0.4"
+    words = ["--optimizer", "adamw:betas=0.9,0.95", "--objective", "rectified_flow:mean=-0.4"]
+    words += ["--ema", "power:length=0.05", "power:length=0.07"]
     config = config_of_command(*words)
     _, said = parse_training("train.py", None, ["--rf", "--optimizer", "adamw:eps=1e-6"])
     (line,) = kept_settings(config.record(), config, said)
