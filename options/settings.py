@@ -9,6 +9,7 @@ Errors are ValueErrors, "NAME: ...".
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 
 from options.parts import Option, Word, options_of
@@ -18,7 +19,8 @@ Flags = Mapping[str, Option]
 Settings = dict[str, Any]  # values by field name
 
 
-def flags_of(*kinds: type) -> dict[str, Option]:
+@cache
+def flags_of(*kinds: type) -> Flags:
     """Returns the fields of config classes, each of which is a flag, with their groups."""
     found: dict[str, Option] = {}
     group = None

@@ -24,8 +24,8 @@ from conftest import (
     TINY_MODEL,
     call_main,
     expect_error,
-    in_process,
     list_files,
+    process_pool,
     relative_error,
     run_script,
     state_of,
@@ -118,7 +118,16 @@ def command(flags, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess]:
+def alone():
+    """Function that calls a function in one process, which all such calls share."""
+    with process_pool(1) as pool:
+        yield lambda *call: pool.submit(*call).result()
+
+
+@pytest.fixture(scope="session")
+def trained(
+    flags, command, alone, tmp_path_factory
+) -> tuple[Path, Path, subprocess.CompletedProcess]:
     """Folder of all runs, a damaged part of a checkpoint, and the launch of the runs.
 
     The runs named "again-..." stop after two steps and are resumed. zero3 recomputes its
@@ -127,7 +136,7 @@ def trained(flags, command, tmp_path_factory) -> tuple[Path, Path, subprocess.Co
     """
     results = tmp_path_factory.mktemp("trained")
     one = {"accum_iter": 2 * PROCESSES, "run-name": "grown", "max-steps": 2}
-    in_process(call_main, *command(results, "zero3", **one))
+    alone(call_several, command(results, "zero3", **one))
     grown = results / "grown" / "checkpoints" / "0000002"
     cut = spoiled(grown, results / "cut", lambda path: os.truncate(path, 1000))
 
@@ -252,7 +261,7 @@ def test_every_process_saves_its_share_of_the_state(finished):
         assert len(sizes) == PROCESSES and max(sizes) < 1.2 * min(sizes), layout
 
 
-def test_deepspeed_resumes_on_fewer_processes(finished, command, tmp_path):
+def test_deepspeed_resumes_on_fewer_processes(finished, command, alone, tmp_path):
     """One process takes steps 3 and 4 of a run, and then rejects a checkpoint that hides code."""
     run = shutil.copytree(finished("zero3"), tmp_path / "zero3")
     shutil.rmtree(run / STEP_4)
@@ -263,7 +272,7 @@ def test_deepspeed_resumes_on_fewer_processes(finished, command, tmp_path):
     branch = {"resume": hostile.parent.parent, "run-name": "branch"}
     commands = (command(tmp_path, "zero3", **values) for values in (one, {**one, **branch}))
     with pytest.raises(UserError, match=f"{hostile}: damaged or not a safetensors file"):
-        in_process(call_several, *commands)
+        alone(call_several, *commands)
     assert not (tmp_path / "executed").exists()
     assert len(parts_of(run / STEP_4)) == 1
     assert_close_runs(run, finished("ddp"))

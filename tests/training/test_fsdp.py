@@ -50,7 +50,9 @@ JIT = [  # class tokens and experts with biases
     "--mlp-type=swiglu_bias",
 ]  # fmt: skip
 OBJECTIVE = "mean_flow" if torch.__version__ >= (2, 13) else "rectified_flow"  # see check
-OTHERS = {  # the other flags that interact with sharding, with one router each
+# The other flags that interact with sharding, with one router each. batch_pool goes through the
+# code of race, and `gradient_norms` compares the gradients of every router.
+OTHERS = {
     "topk": [],
     "sigmoid": ["--accum-iter=1", *JIT, "--val-share=0.5", "--val-images=20", "--val-every=2",
                 "--num-sample=4", "--ema", "exponential:decay=0.9", "exponential:decay=0.5",
@@ -58,10 +60,9 @@ OTHERS = {  # the other flags that interact with sharding, with one router each
                 "--grad-clip=0"],
     "expert_choice": ["--rf", "--auxiliary", "repa:width=24", "sra", "dispersive", "contrastive"],
     "race": MUON,  # also updates the router
-    "batch_pool": [],
     "prototype": [*MUON, "--num_experts=4"],  # experts are not split: two on each process
 }  # fmt: skip
-CASES = {name: ["--accum-iter=2", f"--router={name}", *OTHERS[name]] for name in ROUTERS} | {
+CASES = {name: ["--accum-iter=2", f"--router={name}", *more] for name, more in OTHERS.items()} | {
     "gates": ["--train-router-only", "--gradient-checkpointing"],
     "bf16": ["--precision=bf16"],
 }
@@ -70,8 +71,7 @@ FOUR = {  # runs on four processes, with as many micro-batches in total as two p
     "prototype-2x2": [*SPREAD, "--shard-size=2"],  # two copies of the model
     "race-2x2": SPREAD,
 }  # fmt: skip
-# On two processes. The others take four, and batch_pool goes through the code of race;
-# `gradient_norms` compares the gradients of every router.
+# On two processes. The others take four.
 SPREAD_ROUTERS = ("sigmoid", "expert_choice")
 
 
@@ -139,7 +139,7 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     alone = "--shard", "--accum-iter=4", "--expert-parallel=1"
     for name, more in (("spread-first", []), ("shrunk", race), ("began-ddp", [])):
         call_main("train.py", *flags(root / name, *more, *alone))
-    for name in ROUTERS:
+    for name in OTHERS:
         accumulation = "--accum-iter=2" if name == "sigmoid" else "--accum-iter=4"
         call_main("train.py", *flags(root / f"{name}-one", *CASES[name], accumulation))
     return root, measured
@@ -170,7 +170,7 @@ def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) 
             assert relative_error(mine[name], value) < weights, name
 
 
-@pytest.mark.parametrize("name", [*ROUTERS, "gates", "tuned"])
+@pytest.mark.parametrize("name", [*OTHERS, "gates", "tuned"])
 def test_sharding_on_two_processes_gives_the_results_of_ddp(two, name):
     compare(two / name, two / f"{name}-ddp")
 
@@ -238,10 +238,10 @@ def test_a_sharded_run_writes_the_checkpoint_and_sample_grid_of_ddp(two):
     assert "val_loss" in rows(two / "sigmoid")[-1]
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", OTHERS)
 def test_two_ddp_processes_give_the_results_of_one_with_twice_the_micro_batches(two, router):
-    """The micro-batches have the same size, because race and batch_pool compare the tokens of a
-    micro-batch, and the auxiliary losses of topk and prototype are computed per micro-batch."""
+    """The micro-batches have the same size, because race compares the tokens of a micro-batch, and
+    the auxiliary losses of topk and prototype are computed per micro-batch."""
     runs = two / f"{router}-ddp", two / f"{router}-one"
     compare(*runs)
     got, want = (state_of(step_folder(results, STEPS)) for results in runs)

@@ -24,6 +24,7 @@ from conftest import (
     kill_all,
     rows,
     running,
+    running_alone,
     step_folder,
     train_on,
     wait_for,
@@ -71,7 +72,7 @@ def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
     """Signals go to the process group, so also to the processes that read images: SIGTERM by
     `kill`, SIGHUP by a closed terminal."""
     arguments = flags(tmp_path / "r", **{"num-workers": 1, "max-steps": UNTIL_STOPPED})
-    with running("train.py", arguments) as process:
+    with running_alone("train.py", arguments) as process:
         wait_for(process, "step 0000004")
         os.killpg(process.pid, signal.SIGHUP)
         os.killpg(process.pid, signal.SIGTERM)
@@ -84,7 +85,7 @@ def test_a_run_stopped_by_signals_resumes_bit_identically(flags, tmp_path):
 
 def test_a_signal_before_the_end_of_the_first_step_ends_the_run_at_once(flags, tmp_path):
     slow = {"global-batch-size": 16_000, "accum_iter": 2_000, "max-steps": 1}
-    with running("train.py", flags(tmp_path, **slow)) as process:
+    with running_alone("train.py", flags(tmp_path, **slow)) as process:
         wait_for(process, "needed")  # the line on the memory, the last before the first step
         os.kill(process.pid, signal.SIGINT)
         assert "SIGINT: stopped before the end of the first step" in process.stdout.read()
@@ -246,7 +247,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_weights(flags, tmp_p
     results, newest = tmp_path / "r", 0
     arguments = flags(results, **{"max-steps": UNTIL_STOPPED})
     for number in range(kills):
-        with running("train.py", arguments) as process:
+        with running_alone("train.py", arguments) as process:
             wait_for(process, "steps ")
             if number % 2 == 0:
                 wait_for_a_save(results / "run")

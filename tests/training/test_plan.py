@@ -82,7 +82,7 @@ def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys, monke
     """Also under a launcher, without the other processes."""
     for number, name in enumerate(("train", "held-out")):
         (tmp_path / f"s-{number}.tar").symlink_to(ROOT / "assets" / "emoji" / f"{name}.tar")
-    data = ("--data-path", tmp_path / "s-{0..1}.tar", "--image-size", 64)
+    data = ("--data-path", tmp_path / "s-{0..1}.tar", "--image-size", 64, "--depth", 2)
     call_main("train.py", "--dry-run", *data, "--vae-path", ROOT / "assets" / "vae-emoji")
     assert "epochs of 3,391 images" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -133,7 +133,8 @@ def test_without_a_gpu_the_plan_says_the_memory_of_this_machine_and_what_is_smal
         return
     assert fits.startswith("on a GPU, yes: ") and "; on this processor, yes: " in fits
     assert f" {here:.2f} GiB usable of this machine's " in fits
-    call_main("train.py", "--dry-run", "--model", "DiT-XL/2", "--global-batch-size", 2**16)
+    large = ("--model", "DiT-XL/2", "--depth", 2, "--global-batch-size", 2**18)
+    call_main("train.py", "--dry-run", *large)
     (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
     assert "on this processor, NO: " in fits and "; try " in fits
 
