@@ -32,8 +32,7 @@ class AppConfig(SamplingConfig):
 
 
 def parse_args() -> AppConfig:
-    flags = flags_of(AppConfig)
-    del flags["batch_size"]
+    flags = {name: flag for name, flag in flags_of(AppConfig).items() if name != "batch_size"}
     return AppConfig(**parse_flags(flags, __doc__))
 
 
