@@ -354,7 +354,7 @@ def run_script(
 
 @contextmanager
 def running(script: str, arguments: list, processes: int, launcher: tuple = (), **environment):
-    """Starts a script under torchrun in a new session, and kills all of its processes at the end."""
+    """Starts a script under torchrun in a new session, and kills all processes at the end."""
     call = command(script, arguments, processes, *launcher)
     call["env"] |= environment
     process = subprocess.Popen(

@@ -26,7 +26,7 @@ import yaml
 
 from checkpoints import MODEL_FILE, Record, step_folders
 from runtime.errors import UserError, print_safely, reported_as
-from runtime.files import open_run_file, write_durably
+from runtime.files import open_run_file, wait_for_file, write_durably
 from training.config import OF_DATA, TrainConfig
 from training.manifest import MANIFEST_FILE
 from training.sections import CommandFlags
@@ -91,6 +91,13 @@ def enter_run_folder(run: Path) -> BinaryIO:
         for path in (run / "checkpoints").glob("*.tmp"):  # unfinished when a run crashed
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     return lock
+
+
+def wait_for_folder(run: Path, rank: int) -> None:
+    """Waits until a process on any node sees the run folder that the first process has entered."""
+    if not wait_for_file(run / LOCK_FILE):
+        expected = "a folder that all nodes share"
+        raise UserError(f"--results-dir: {run} does not exist on rank {rank}, expected {expected}")
 
 
 class ConfigDumper(yaml.SafeDumper):

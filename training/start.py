@@ -18,7 +18,6 @@ from options.settings import Settings
 from runtime import __version__
 from runtime.devices import be_deterministic
 from runtime.errors import UserError, print_safely, printable, reported_as
-from runtime.files import wait_for_file
 from runtime.flags import naming_flags
 from runtime.processes import (
     ALONE,
@@ -33,7 +32,7 @@ from training.engine import new_weights
 from training.log import RunLog, import_wandb, warns_if_lost
 from training.loop import TrainingLoop
 from training.plan import open_planned, print_plan
-from training.run_folder import LOCK_FILE, enter_run_folder, new_folder, write_config
+from training.run_folder import enter_run_folder, new_folder, wait_for_folder, write_config
 from training.sections import DEEPSPEED, CommandFlags, DataConfig
 
 
@@ -124,18 +123,13 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
 
     # The run folder.
     goes_on = folder is not None
-    if not goes_on:
-        folder = dist.from_main(partial(new_folder, command, config))
+    folder = folder or dist.from_main(partial(new_folder, command, config))
     lock = dist.on_main(partial(enter_run_folder, folder))
     if dist.broadcast(step_folders(folder)) != (steps if goes_on else []):  # listed without a lock
         raise UserError(
             f"{folder}: another process saved a checkpoint meanwhile; run the same command again"
         )
-    if not wait_for_file(folder / LOCK_FILE):
-        raise UserError(
-            f"--results-dir: {folder} does not exist on rank {dist.rank}, expected a folder that "
-            "all nodes share"
-        )
+    wait_for_folder(folder, dist.rank)
 
     # The engine, with its state or with weights. Only then does the folder change.
     start = () if before else new_weights(config)
@@ -166,11 +160,10 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
             log.text(printable(f"note: {note}"))
         if before:
             log.text(f"resumed from {step_folder}")
-        loop = TrainingLoop(
+        code = TrainingLoop(
             config=config, folder=folder, record=record, dataset=dataset, vae=vae,
             held_out=batches, stream=stream, log=log, engine=engine,
-        )  # fmt: skip
-        code = loop.run()
+        ).run()  # fmt: skip
     del lock  # ends the exclusion of other runs
     return code
 

@@ -185,7 +185,11 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
     said = {
         "max-steps": 4, "lr": 5e-4, "lr-schedule": "cosine", "optimizer": "adamw:weight_decay=0.1",
         "aux-loss-alpha": 0.5, "expert-backend": "loop", "accum-iter": 2, "log-every": 2,
-        "gradient-checkpointing": True, "global-seed": 1,
+        "gradient-checkpointing": True, "global-seed": 1, "warmup-steps": 1, "grad-clip": 0.5,
+        "grad-skip": 9, "precision": "bf16", "profile": 1, "gpus-per-node": 1,
+        "global-batch-size": 12, "val-share": 0.5, "val-images": 20, "val-every": 3,
+        "val-times": "training", "sample-every": 7, "sample-cfg-scale": 2, "keep-last": 5,
+        "save-minutes": 5,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in said.items()]
     command = {
