@@ -146,12 +146,13 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_collection_finish(session) -> None:
-    """Takes what the imports made out of the collections of garbage."""
+    """Keeps collections of garbage from going through what the imports made each time."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish(session) -> None:
+    """Frozen objects are never freed, which some libraries report as leaks at the end."""
     gc.unfreeze()
 
 
@@ -369,8 +370,10 @@ def running(script: str, arguments: list, processes: int, launcher: tuple = (), 
 
 @contextmanager
 def running_alone(script: str, arguments: list):
-    """Starts a script in a new session and kills all of its processes at the end, like `running`.
-    The process is forked from one that has imported all modules, which saves seconds."""
+    """Starts a script in a new session without torchrun, and kills all of its processes at the end.
+
+    The fork server starts it, which has done the slow imports.
+    """
     reader, writer = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("forkserver")
     forked = context.Process(target=main_in_session, args=(script, arguments, writer))
