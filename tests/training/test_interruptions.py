@@ -133,13 +133,13 @@ def test_a_stop_within_a_step_or_a_sample_grid_loses_nothing(place, steps, flags
 
 def stopped_grid(dist, arguments: list[str]) -> int:
     """Trains in a process of several; a signal to rank 1 only arrives in the first sample grid."""
-    unsignalled = preview.generate
+    unsignalled, signals_to_come = preview.generate, [signal.SIGTERM] * (dist.rank == 1)
 
     def generate(*given, callback, **options):
         def signal_after_a_step(state: dict) -> None:
             assert state["step"] == 0
-            if dist.rank == 1:
-                signal.raise_signal(signal.SIGTERM)
+            if signals_to_come:
+                signal.raise_signal(signals_to_come.pop())
             callback(state)
 
         return unsignalled(*given, callback=signal_after_a_step, **options)
