@@ -49,6 +49,7 @@ FOREIGN_VARIABLES = (  # of a job, scripts/launch.sh and scripts/demo.sh
     "BATCH", "MICRO", "NODES", "GPUS", "NODE_RANK", "NUMA", "DEMO_STEPS",
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
+M_MMAP_THRESHOLD = -3  # from malloc.h
 # Forked processes begin with all modules imported. With one thread, torch allows forks at any time.
 FORKED = torch.multiprocessing.get_context("fork")
 SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # where the size does not matter
@@ -487,8 +488,10 @@ def in_process(function, *arguments):
 
 
 def return_freed_memory() -> None:
-    """Lets tests see in the size of a process what it allocates."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Lets tests see in the size of a process what it and its children allocate and free."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.malloc_trim(0)
 
 
 # The process that forks the processes below. It has their imports, and nothing of the tests before.
