@@ -1,6 +1,5 @@
 """Fixtures and helpers shared by the tests: tiny images, a tiny autoencoder, processes."""
 
-import ctypes
 import functools
 import gc
 import importlib.util
@@ -14,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +28,6 @@ import torch.distributed
 import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
@@ -49,9 +46,6 @@ FOREIGN_VARIABLES = (  # of a job, scripts/launch.sh and scripts/demo.sh
     "BATCH", "MICRO", "NODES", "GPUS", "NODE_RANK", "NUMA", "DEMO_STEPS",
 )  # fmt: skip
 ROOT = Path(__file__).parent.parent
-M_MMAP_THRESHOLD = -3  # from malloc.h
-# Forked processes begin with all modules imported. With one thread, torch allows forks at any time.
-FORKED = torch.multiprocessing.get_context("fork")
 SMALL = dict(hidden_size=32, depth=2, num_heads=2)  # where the size does not matter
 TINY_MODEL = dict(
     input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, num_experts=4
@@ -152,16 +146,13 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_collection_finish(session) -> None:
-    """Starts `PARENT`, and keeps collections of garbage from going through all that the imports
-    made."""
+    """Keeps collections of garbage from going through what the imports made each time."""
     gc.collect()
     gc.freeze()
-    PARENT.submit(os.getpid).result()
 
 
 def pytest_sessionfinish(session) -> None:
     """Frozen objects are never freed, which some libraries report as leaks at the end."""
-    PARENT.shutdown()
     gc.unfreeze()
 
 
@@ -379,10 +370,13 @@ def running(script: str, arguments: list, processes: int, launcher: tuple = (), 
 
 @contextmanager
 def running_alone(script: str, arguments: list):
-    """Runs a script in a forked process with a session of its own, and kills all of its processes
-    at the end."""
+    """Starts a script in a new session without torchrun, and kills all of its processes at the end.
+
+    The fork server starts it, which has done the slow imports.
+    """
     reader, writer = multiprocessing.Pipe(duplex=False)
-    forked = FORKED.Process(target=main_in_session, args=(script, arguments, writer))
+    context = multiprocessing.get_context("forkserver")
+    forked = context.Process(target=main_in_session, args=(script, arguments, writer))
     forked.start()
     writer.close()
     with os.fdopen(os.dup(reader.fileno())) as output:
@@ -397,13 +391,11 @@ def running_alone(script: str, arguments: list):
 
 
 def main_in_session(script: str, arguments: list, output: Connection) -> None:
-    begin_forked()
     os.setsid()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
-    sys.stdout = os.fdopen(1, "w", buffering=1)  # pytest has replaced it
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout.reconfigure(line_buffering=True)
     with command_line(script, arguments) as module:
         run_process(lambda: module.main(module.parse_args()))
 
@@ -439,6 +431,19 @@ def wait_for(process: subprocess.Popen, text: str, seconds: float = 240) -> str:
     return output
 
 
+# Modules that take seconds to import. The fork server imports them once for all processes below.
+SLOW_IMPORTS = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "timm.optim.muon",
+    "training.loop",
+    "training.engines.fsdp",
+]
+torch.multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
+
+
 @contextmanager
 def open_browser(**capabilities):
     """A headless Chromium. Skips the test if there is none."""
@@ -472,35 +477,15 @@ def resident(kind: str = "VmRSS") -> int:
 
 
 def process_pool(processes: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(processes, mp_context=FORKED, initializer=begin_forked)
-
-
-def begin_forked() -> None:
-    """Makes a forked process independent of its siblings, and of random numbers drawn before."""
-    tqdm.set_lock(threading.RLock())  # by default all share one, which a killed process may hold
-    torch.manual_seed(0)
-    gc.freeze()  # collections would copy what the process shares with its parent
+    context = torch.multiprocessing.get_context("forkserver")
+    # Full collections of garbage skip the frozen modules: sixty tiny steps take a fifth less time.
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=gc.freeze)
 
 
 def in_process(function, *arguments):
     """Calls a top-level function in a new process; returns its result or raises its exception."""
-    return PARENT.submit(forked_calls, [(function, *arguments)]).result()[0]
-
-
-def return_freed_memory() -> None:
-    """Lets tests see in the size of a process what it and its children allocate and free."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-    libc.malloc_trim(0)
-
-
-# The process that forks the processes below. It has their imports, and nothing of the tests before.
-PARENT = ProcessPoolExecutor(1, mp_context=FORKED, initializer=return_freed_memory)
-
-
-def forked_calls(calls: list[tuple]) -> list:
-    with process_pool(len(calls)) as pool:
-        return [called.result() for called in [pool.submit(*call) for call in calls]]
+    with process_pool(1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def in_processes(function, *arguments, processes: int = 2) -> list:
@@ -510,9 +495,12 @@ def in_processes(function, *arguments, processes: int = 2) -> list:
     because the processes import it by name.
     """
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    group = processes, store.port
-    calls = [(call_in_group, rank, *group, function, arguments) for rank in range(processes)]
-    return PARENT.submit(forked_calls, calls).result()
+    with process_pool(processes) as pool:
+        calls = [
+            pool.submit(call_in_group, rank, processes, store.port, function, arguments)
+            for rank in range(processes)
+        ]
+        return [call.result() for call in calls]
 
 
 def call_in_group(rank: int, processes: int, port: int, function, arguments: tuple):

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    FORKED,
     ROOT,
     call_main,
     expect_error,
@@ -162,7 +161,7 @@ def test_a_second_command_cannot_write_to_a_cache_until_the_first_has_ended(
     copied = shutil.copytree(cache, tmp_path / "cache")
     flags = cache_flags(copied)
     ours, theirs = multiprocessing.Pipe()
-    first = FORKED.Process(target=hold, args=(copied, theirs))
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(copied, theirs))
     first.start()
     ours.recv()
     call_main("cache_latents.py", *flags)  # there is nothing to write

@@ -1,5 +1,6 @@
 """train.py --shard gives the results of DDP, also after resuming on more or fewer processes."""
 
+import ctypes
 import functools
 import gc
 import shutil
@@ -42,6 +43,7 @@ from training.engines.state import StoredShard, read_box
 from training.optimizers import OPTIMIZERS, Optimizer
 
 STEPS = 2
+M_MMAP_THRESHOLD = -3  # from malloc.h
 MUON = ["--optimizer=muon:precision=fp32"]
 JIT = [  # class tokens and experts with biases
     "--norm=rms", "--class-tokens=3", "--class-tokens-start=1", "--patch-bottleneck=6",
@@ -535,6 +537,7 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
 
 
 def measure_and_train(dist, commands: list[list[str]]) -> dict:
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # returns freed memory to the system at once
     memory(dist, *MUON, "--hidden-size=32")  # makes allocations that happen only once
     facts = {
         "memory": memory(dist),

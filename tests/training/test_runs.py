@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 from conftest import (
-    FORKED,
     ROOT,
     assert_same_state,
     call_main,
@@ -634,7 +633,7 @@ def test_a_state_that_does_not_load_leaves_the_run_unchanged(copied, flags, monk
 
 def test_a_second_process_cannot_train_a_run_until_the_first_has_ended(copied, flags, capsys):
     ours, theirs = multiprocessing.Pipe()
-    first = FORKED.Process(target=hold, args=(copied / "run", theirs))
+    first = multiprocessing.get_context("fork").Process(target=hold, args=(copied / "run", theirs))
     first.start()
     ours.recv()
     arguments = flags(copied, **{"max-steps": 4})

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
-    FORKED,
     TINY_MODEL,
     call_main,
     expect_error,
@@ -430,8 +429,9 @@ def wait_in_cpp(ready) -> None:
 
 def test_pressing_ctrl_c_again_stops_a_process_that_waits_in_cpp():
     """Signals in quick succession count once, as launchers repeat signals."""
-    ready = FORKED.Event()
-    process = FORKED.Process(target=wait_in_cpp, args=(ready,))
+    context = torch.multiprocessing.get_context("forkserver")
+    ready = context.Event()
+    process = context.Process(target=wait_in_cpp, args=(ready,))
     process.start()
     assert ready.wait(60)
     start = time.monotonic()
