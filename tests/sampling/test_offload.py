@@ -106,7 +106,7 @@ def test_offloading_on_a_cpu_leaves_the_weights_in_the_mapped_file(tmp_path, tin
 def bytes_of_sampling(path: Path, offload: bool) -> int:
     """Returns the memory, without mapped files, that a model in bf16 adds to this process."""
     config = SamplingConfig(ckpt=str(path), offload=True, num_sampling_steps=3, precision="bf16")
-    open_pipeline(config).latents([1], [0], lambda _: None)  # imports
+    open_pipeline(config).latents([1], [0], lambda _: None)  # so that modules are loaded
     gc.collect()
     before, seen = resident("RssAnon"), []
     config = replace(config, offload=offload)

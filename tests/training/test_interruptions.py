@@ -133,7 +133,8 @@ def test_a_stop_within_a_step_or_a_sample_grid_loses_nothing(place, steps, flags
 
 def stopped_grid(dist, arguments: list[str]) -> int:
     """Trains in a process of several; a signal to rank 1 only arrives in the first sample grid."""
-    unsignalled, signals_to_come = preview.generate, [signal.SIGTERM] * (dist.rank == 1)
+    unsignalled = preview.generate
+    signals_to_come = [signal.SIGTERM] if dist.rank == 1 else []
 
     def generate(*given, callback, **options):
         def signal_after_a_step(state: dict) -> None:
