@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
 from runtime.processes import LAUNCHER_VARIABLES, Distributed, close_distributed, run_process
+from sampling.generate import SamplerSettings
 from training.engines.state import read_state
 from training.manifest import MANIFEST_FILE, write_manifest
 
@@ -265,6 +266,16 @@ def pytest_runtest_setup(item) -> None:
         pytest.skip("needs a GPU, and pytest --gpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_previews():
+    """Sample grids of runs in this process take four steps, not the 50 of their default."""
+    from training import preview
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "SamplerSettings", functools.partial(SamplerSettings, num_steps=4))
+        yield
+
+
 @pytest.fixture
 def at_most(record_property):
     """Asserts that a number is at most a limit, and puts both into the report of the tests."""
@@ -278,9 +289,12 @@ def at_least(record_property):
 
 
 @pytest.fixture
-def quick_compile(monkeypatch) -> None:
-    """Makes torch.compile use a backend that takes seconds on a CPU, without graph breaks."""
-    quick = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+def quick_compile(monkeypatch, request) -> None:
+    """Makes torch.compile run its graphs as they are, without graph breaks, which takes seconds on
+    a CPU. The parameter `aot_eager` also traces their backward passes, which takes twice as long.
+    """
+    backend = getattr(request, "param", "eager")
+    quick = functools.partial(torch.compile, fullgraph=True, backend=backend)
     monkeypatch.setattr(torch, "compile", quick)
 
 
@@ -374,9 +388,17 @@ def running_alone(script: str, arguments: list):
 
     The fork server starts it, which has done the slow imports.
     """
+    with running_forked(main_of_script, script, arguments) as process:
+        yield process
+
+
+@contextmanager
+def running_forked(main, *given, **environment):
+    """Calls main(*given) in a new session, with stderr in stdout, and kills all of its processes at
+    the end. The fork server starts it, which has done the slow imports."""
     reader, writer = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("forkserver")
-    forked = context.Process(target=main_in_session, args=(script, arguments, writer))
+    forked = context.Process(target=call_in_session, args=(writer, environment, main, *given))
     forked.start()
     writer.close()
     with os.fdopen(os.dup(reader.fileno())) as output:
@@ -390,14 +412,27 @@ def running_alone(script: str, arguments: list):
             kill_all(process)
 
 
-def main_in_session(script: str, arguments: list, output: Connection) -> None:
+def call_in_session(output: Connection, environment: dict[str, str], main, *given) -> None:
     os.setsid()
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     output.close()
     sys.stdout.reconfigure(line_buffering=True)
+    os.environ |= environment
+    run_process(functools.partial(main, *given))
+
+
+def main_of_script(script: str, arguments: list) -> int | None:
     with command_line(script, arguments) as module:
-        run_process(lambda: module.main(module.parse_args()))
+        return module.main(module.parse_args())
+
+
+def main_of_torchrun(script: Path | str, arguments: list, processes: int, *launcher: str) -> None:
+    """torchrun with processes that it forks. It does not notice that they end with exit code 0."""
+    from torch.distributed.run import main
+
+    forks = "--standalone", f"--nproc_per_node={processes}", "--run-path", "--start-method=fork"
+    main([*forks, *launcher, str(ROOT / script), *map(str, arguments)])
 
 
 def kill_all(process: subprocess.Popen | SimpleNamespace) -> None:

@@ -390,6 +390,7 @@ class Heir(TopKRouter):
         return self.choose(logits + noise)._replace(passed_on={"logits": logits})
 
 
+@pytest.mark.parametrize("quick_compile", ["aot_eager"], indirect=True)
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_router_reads_what_the_previous_layer_passed_on(monkeypatch, quick_compile, is_compiled):
     """A block that is computed again after all blocks finds what it found the first time, and draws

@@ -1,7 +1,5 @@
 """Quantised experts: rounding errors, accuracy, exported files and errors."""
 
-import itertools
-
 import pytest
 import torch
 from conftest import SMALL, call_main, expect_error, relative_error, save_checkpoint
@@ -16,7 +14,6 @@ from checkpoints.quantized_weights import weight_bytes
 from models import DiT
 from moe_kernels.quantized import quantize
 from quantization import quantize_experts
-from routers import ROUTERS
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import open_pipeline
@@ -68,7 +65,7 @@ def test_the_error_of_a_quantised_weight_is_at_most_half_a_step_in_any_dtype(kin
 
 @pytest.mark.parametrize(
     "router, mlp_type",
-    [*itertools.product(ROUTERS, ["swiglu", "gelu"]), ("sigmoid", "swiglu_bias")],
+    [("topk", "swiglu"), ("topk", "gelu"), ("sigmoid", "swiglu_bias"), ("prototype", "swiglu")],
 )
 def test_quantised_predictions_stay_close_and_the_back_ends_agree(router, mlp_type):
     fields = dict(router=router, mlp_type=mlp_type, class_dropout_prob=0.1)

@@ -417,7 +417,7 @@ def test_the_plan_refuses_shards_that_are_mostly_padding(size, expected):
         call_main("train.py", "--dry-run", *flags, *batch)
 
 
-@pytest.mark.parametrize("size, extra", [(3, 11), (5, 23), (6, 11), (7, 29), (12, 46)])
+@pytest.mark.parametrize("size, extra", [(3, 11), (7, 29)])
 def test_the_plan_says_how_much_more_the_fullest_process_holds(size, extra, capsys):
     flags = "--model=DiT-G/2", "--num_experts=16", "--depth=2", "--shard", f"--shard-size={size}"
     call_main("train.py", "--dry-run", *flags, f"--gpus={size}", f"--global-batch-size={size}")
@@ -437,17 +437,6 @@ def test_the_plan_prints_the_load_that_fits_under_expert_parallelism():
     config = replace(TrainConfig.default(), model=config_of("DiT-G/2", num_experts=16))
     text = load_that_fits(config, micro_batch=16, free=15.47 * 2**30)
     assert text.startswith("7.73 GiB more on a process") and text.endswith("3.0 times the mean fit")
-
-
-def test_a_run_that_goes_on_with_two_processes_saves(train_flags, tmp_path):
-    """All processes write the header, which has the share of the EMA's first weights."""
-    flags = {
-        "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run",
-        "ema": "exponential:decay=0.9",
-    }  # fmt: skip
-    call_main("train.py", *train_flags(tmp_path, **flags))
-    in_processes(train_on, train_flags(tmp_path, **flags | {"max-steps": 2}))
-    assert read_record(step_folder(tmp_path, 2)).ema_start_share == pytest.approx(0.81)
 
 
 def test_a_parameter_without_a_gradient_is_named_before_the_first_step(train_flags, tmp_path):
@@ -470,7 +459,6 @@ def test_a_parameter_without_a_gradient_is_named_before_the_first_step(train_fla
         "vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run",
         "plugin": router, "router": "chain", "depth": 2,
     }  # fmt: skip
-    for accum in 1, 2:
-        changes = flags | {"accum-iter": accum, "global-batch-size": 8}
-        with pytest.raises(UserError, match=r"^blocks\.0\.moe\.gate\.before\.weight, blocks\.0"):
-            in_processes(train_on, train_flags(tmp_path, **changes))
+    changes = flags | {"accum-iter": 2, "global-batch-size": 8}
+    with pytest.raises(UserError, match=r"^blocks\.0\.moe\.gate\.before\.weight, blocks\.0"):
+        in_processes(train_on, train_flags(tmp_path, **changes))

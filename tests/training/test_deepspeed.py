@@ -25,9 +25,10 @@ from conftest import (
     call_main,
     expect_error,
     list_files,
+    main_of_torchrun,
     process_pool,
     relative_error,
-    run_script,
+    running_forked,
     state_of,
 )
 from safetensors.torch import load_file
@@ -84,11 +85,16 @@ torch.distributed.destroy_process_group = lambda: None
 """
 
 
-def train_several(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess:
-    """Runs several training commands in the same processes. The last may fail."""
+def train_several(folder: Path, commands: list[list[str]]) -> str:
+    """Runs several training commands in the same processes. The last has to fail.
+
+    Returns what they and torchrun print.
+    """
     program = folder / "several.py"
     program.write_text(f"{SEVERAL}\nrun_process(main)\n")
-    return run_script(program, processes=PROCESSES, check=False, COMMANDS=json.dumps(commands))
+    torchrun = main_of_torchrun, program, [], PROCESSES
+    with running_forked(*torchrun, COMMANDS=json.dumps(commands)) as process:
+        return process.stdout.read()
 
 
 @pytest.fixture(scope="session")
@@ -125,10 +131,8 @@ def alone():
 
 
 @pytest.fixture(scope="session")
-def trained(
-    flags, command, alone, tmp_path_factory
-) -> tuple[Path, Path, subprocess.CompletedProcess]:
-    """Folder of all runs, a damaged part of a checkpoint, and the launch of the runs.
+def trained(flags, command, alone, tmp_path_factory) -> tuple[Path, Path, str]:
+    """Folder of all runs, a damaged part of a checkpoint, and the output of the runs.
 
     The runs named "again-..." stop after two steps and are resumed. zero3 recomputes its
     activations. One process takes the first two steps of the run "grown" with ZeRO-3, and all
@@ -159,9 +163,9 @@ def trained(
     commands.append(command(results, "fp16", **branch, **{"precision": None, "max-steps": 3}))
     commands.append(command(results, "zero2", **{"run-name": "grown"}))
     commands.append(command(results, "zero3", resume=cut.parent.parent, **{"run-name": "other"}))
-    launch = train_several(results, commands)
-    assert f"error: {cut}" in launch.stderr, launch.stderr  # all commands before it succeeded
-    return results, cut, launch
+    output = train_several(results, commands)
+    assert f"error: {cut}" in output, output  # all commands before it succeeded
+    return results, cut, output
 
 
 @pytest.fixture(scope="session")
@@ -284,10 +288,10 @@ def test_deepspeed_resumes_on_more_processes_and_with_another_stage(finished):
 
 
 def test_a_damaged_part_is_reported_by_one_process_and_exit_code_2(trained):
-    _, cut, launch = trained
-    assert len(re.findall("^error: ", launch.stderr, re.MULTILINE)) == 1, launch.stderr
-    assert f"error: {cut}: damaged" in launch.stderr
-    assert re.findall(r"exitcode +: (-?\d+)", launch.stderr)[-1] == "2"  # printed by torchrun
+    _, cut, output = trained
+    assert len(re.findall("^error: ", output, re.MULTILINE)) == 1, output
+    assert f"error: {cut}: damaged" in output
+    assert re.findall(r"exitcode +: (-?\d+)", output)[-1] == "2"  # printed by torchrun
 
 
 def test_a_checkpoint_is_checked_on_the_device_although_cpu_offload_keeps_the_state_on_the_host():
@@ -389,7 +393,8 @@ def test_a_deepspeed_json_may_contain_auto_or_the_values_of_the_flags(tmp_path):
 def test_the_published_deepspeed_json_works_unchanged(tmp_path, capsys):
     path = tmp_path / "published.json"
     path.write_text(json.dumps(PUBLISHED))
-    call_main("train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}")
+    plan = "train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}"
+    call_main(*plan, "--depth=2")
     assert printed_values(capsys)["layout"] == "8 processes under ZeRO-2, fp16"
     line = expect_error(
         capsys, "train_deepspeed.py", "--dry-run", "--gpus=8", f"--deepspeed_config={path}",
@@ -459,7 +464,7 @@ def test_a_plan_accepts_auto_in_a_deepspeed_json(tmp_path, capsys):
     sizes = dict.fromkeys(("reduce_bucket_size", "stage3_max_live_parameters"), "auto")
     path = tmp_path / "auto.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
-    call_main("train_deepspeed.py", "--dry-run", f"--deepspeed_config={path}")
+    call_main("train_deepspeed.py", "--dry-run", "--depth=2", f"--deepspeed_config={path}")
     assert printed_values(capsys)["layout"] == "1 process under ZeRO-3, bf16"
 
 

@@ -18,6 +18,7 @@ from conftest import (
     config_of_command,
     expect_error,
     in_processes,
+    needs_gpu,
     only_run,
     relative_error,
     resident,
@@ -32,7 +33,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe
-from checkpoints import MODEL_FILE, config_of
+from checkpoints import MODEL_FILE, config_of, read_record
 from checkpoints.meta import build_meta
 from options.parts import Word
 from routers import ROUTERS, Context, TopKRouter
@@ -191,7 +192,7 @@ def test_four_processes_with_expert_parallelism_give_the_results_of_two(two, nam
     compare(two / name, two / f"{reference}-ddp")
 
 
-@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sharding_on_gpus_gives_the_losses_of_ddp(at_most, flags, tmp_path, optimizer):
     """Uses two GPUs if there are two."""
@@ -264,6 +265,9 @@ def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_any_layout(two, name)
 
 @pytest.mark.parametrize("again, whole", [("topk-again", "topk-ddp"), ("race-again", "race")])
 def test_a_resumed_run_on_two_processes_is_bit_identical(two, again, whole):
+    step = step_folder(two / again, STEPS)
+    # All processes write the header, which has the share of the EMA's first weights.
+    assert read_record(step).ema_start_share == pytest.approx(0.81)
     assert "resumed from" in (only_run(two / again) / "log.txt").read_text()
     assert_same_state(*(step_folder(two / name, STEPS) for name in (again, whole)))
 

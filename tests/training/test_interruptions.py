@@ -22,9 +22,10 @@ from conftest import (
     in_process,
     in_processes,
     kill_all,
+    main_of_torchrun,
     rows,
-    running,
     running_alone,
+    running_forked,
     step_folder,
     train_on,
     wait_for,
@@ -145,7 +146,7 @@ def stopped_grid(dist, arguments: list[str]) -> int:
 
         return unsignalled(*given, callback=signal_after_a_step, **options)
 
-    preview.generate = generate
+    preview.generate, signals.POLL_SECONDS = generate, 0.0  # each step polls
     return start.train(*parse_training("train.py", None, arguments), dist)
 
 
@@ -207,16 +208,6 @@ def test_processes_poll_once_in_many_fast_steps_and_in_each_slow_step():
     assert slow == 8 and steps_to_stop <= 2
 
 
-def workers(launcher: int) -> list[int]:
-    """Process ids of the training processes of a torchrun, by rank."""
-
-    def rank(pid: int) -> str:
-        lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        return dict(line.split("=", 1) for line in lines if "=" in line)["RANK"]
-
-    return sorted(children(launcher), key=rank)
-
-
 def test_two_processes_recover_from_a_killed_process_and_stop_together(flags, tmp_path):
     """One process is killed, and torchrun starts both again. Then a signal to one stops both.
 
@@ -225,12 +216,13 @@ def test_two_processes_recover_from_a_killed_process_and_stop_together(flags, tm
     results, shared = tmp_path / "r", partial(flags, shard=True)
     arguments = shared(results, **{"max-steps": UNTIL_STOPPED})
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # a new store for each start
-    with running("train.py", arguments, 2, ("--max-restarts=1",), **store) as process:
+    torchrun = main_of_torchrun, "train.py", arguments, 2, "--max-restarts=1"
+    with running_forked(*torchrun, **store) as process:
         wait_for(process, "saved ")
-        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        os.kill(children(process.pid)[1], signal.SIGKILL)  # rank 1
         resumed = wait_for(process, "resumed from ")
         output = wait_for(process, "step 00")
-        os.kill(workers(process.pid)[1], signal.SIGUSR1)
+        os.kill(children(process.pid)[1], signal.SIGUSR1)
         output += process.stdout.read()
         assert process.wait() == 1, output  # torchrun returns 1 for every failure
     step = saved_step(output)

@@ -92,7 +92,8 @@ def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys, monke
 
 
 def test_the_plan_assumes_images_for_a_cache_that_is_not_there(capsys):
-    call_main("train.py", "--dry-run", "--model", "DiT-Ti/2", "--latents-path", "no/latents")
+    small = "--model", "DiT-Ti/2", "--depth", 2
+    call_main("train.py", "--dry-run", *small, "--latents-path", "no/latents")
     text = capsys.readouterr().out
     assert "no/latents is not on this machine; assuming ImageNet's" in text and "fits" in text
 
@@ -108,7 +109,7 @@ def test_the_plan_counts_no_projectors_in_an_ema():
 
 
 def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than_the_data(capsys):
-    plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--max-steps", 1000)
+    plan = ("train.py", "--dry-run", "--model", "DiT-Ti/2", "--depth", 2, "--max-steps", 1000)
     call_main(*plan)
     assert (
         "after 1,000 steps 90% of EMA 0.9999 will still be the weights" in capsys.readouterr().out
