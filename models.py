@@ -231,6 +231,12 @@ class DiTConfig(Config):
         return 0.1 if has_labels or any(CONDITIONS[name].axes for name in names) else 0.0
 
     @property
+    def loss_weight(self) -> float:
+        """Weight of the routers' losses, by default that of the router."""
+        default = ROUTERS[self.router.name].loss_weight
+        return default if self.aux_loss_alpha is None else self.aux_loss_alpha
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """C, h, w."""
         return (self.in_channels, *sides(self.input_size))
@@ -270,6 +276,7 @@ WITHOUT_EFFECT = ("expert_backend", "aux_loss_alpha")
 MEANINGS = {
     "sparse_layers": "sparse_blocks", "mlp_type": "expert_mlp", "dense_mlp_type": "dense_mlp",
     "dense_mlp_ratio": "dense_ratio", "class_dropout_prob": "dropout",
+    "aux_loss_alpha": "loss_weight",
 }  # fmt: skip
 
 
@@ -592,10 +599,7 @@ class DiT(nn.Module):
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)
-        alpha = self.config.aux_loss_alpha
-        if alpha is None:
-            alpha = ROUTERS[self.config.router.name].loss_weight
-        loss = alpha * torch.stack([r.loss for r in routings]).sum()
+        loss = self.config.loss_weight * torch.stack([r.loss for r in routings]).sum()
         if has_tangent(x):  # tensors of torch.func must not outlive the transform
             return prediction, loss
         self.expert_load = torch.stack([routing.load.detach() for routing in routings])

@@ -143,6 +143,9 @@ class Router(Component, nn.Module):
 
         x: the router's input (N, T, F), see `select_input`
         context: what the block knows besides, by name; see `DiTBlock.forward`
+
+        Keep nothing for a later layer in an attribute: checkpointing computes a block again after
+        the later ones. Return it as `Routing.passed_on`.
         """
         return self.choose(self.score(x.flatten(0, 1)))
 

@@ -96,8 +96,8 @@ class CacheSettings:
 
     @property
     def names(self) -> str | None:
-        """Digest of the names of the images; of the files in a cache of version 0.1."""
-        return self.listing.get("names", self.listing.get("sha256"))
+        """Digest of the names of the images."""
+        return self.listing.get("names")
 
     @property
     def num_images(self) -> int:

@@ -87,11 +87,12 @@ class Word:
             if (key := key.replace("-", "_")) not in has:
                 known = ", ".join(has) or "no options"
                 raise UnknownOption(f"got {name}:{key}, but {name} has {known}")
-            is_tuple = typing.get_origin(has[key].hint) is tuple
-            if isinstance(text, str) and not is_tuple and len(value) == 1:
+            hint = has[key].hint
+            may_be_tuple = tuple in map(typing.get_origin, (hint, *typing.get_args(hint)))
+            if isinstance(text, str) and len(value) == 1 and typing.get_origin(hint) is not tuple:
                 value = value[0]
-            elif value == [""]:
-                value = []
+            elif isinstance(text, str) and not value and not may_be_tuple:
+                value = ""
             found[key] = has[key].read(value, f"{name}:{key}")
         return cls(name, found)
 
@@ -130,16 +131,20 @@ def split_word(word: str) -> tuple[str, dict[str, list[str]]]:
             piece = piece[named.end() :]
         if values is None:
             raise ValueError(f"got {word!r:.200}, expected {name}:OPTION=VALUE,OPTION=VALUE")
-        piece = piece.strip()
-        is_quoted = len(piece) > 1 and piece[0] == piece[-1] and piece[0] in QUOTES
-        values.append(piece[1:-1] if is_quoted else piece)
-    return name, options
+        values.append(piece.strip())
+    found = {key: [] if values == [""] else values for key, values in options.items()}
+    return name, {key: list(map(unquoted, values)) for key, values in found.items()}
+
+
+def unquoted(text: str) -> str:
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES
+    return text[1:-1] if is_quoted else text
 
 
 def spelled(value: Any) -> str:
     """Returns the text that `split_word` reads as this value of an option."""
     if isinstance(value, tuple):
-        return ",".join(map(spelled, value))
+        return ",".join(spelled(one) or "''" for one in value)
     text = str(value)
     if not re.search(r"""[,=:'"]|^\s|\s$""", text):
         return text
@@ -224,7 +229,7 @@ class Option:
             items = value if isinstance(value, list | tuple) else [value]
             items = [] if [*items] == ["none"] else items
             if not items and not self.each_once:
-                raise ValueError("got none, expected at least one")
+                raise ValueError("got none, expected at least one, whose weights are the model's")
             found = [Word.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None
@@ -273,8 +278,8 @@ def sides(size: Size) -> tuple[int, int]:
 
 @cache
 def options_of(kind: type) -> dict[str, Option]:
-    """Returns the options of a component or config class, by name. The help shows the default,
-    unless the default is None, False or empty."""
+    """Returns the options of a component or config class, by name. The help of a flag shows its
+    default, unless the default is None, False or empty."""
     hints, found = typing.get_type_hints(kind), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):

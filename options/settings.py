@@ -99,8 +99,10 @@ def differences(
     """
     for name in options_of(type(now)):
         meaning = (meanings or {}).get(name, name)
-        if getattr(was, meaning) != getattr(now, meaning):
-            yield name, difference(name, getattr(was, name), getattr(now, name))
+        meant = [getattr(config, meaning) for config in (was, now)]
+        if meant[0] != meant[1]:
+            said = [getattr(config, name) for config in (was, now)]
+            yield name, difference(name, *(meant if None in said or said[0] == said[1] else said))
 
 
 def difference(name: str, was: Any, now: Any) -> str:

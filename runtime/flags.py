@@ -151,8 +151,11 @@ def component_help(flags: Flags) -> str:
             for one in options_of(kind).values():
                 word = f"{one.name}={value_name(one.name, one)}"
                 has_range = any(getattr(one, limit) is not None for limit in LIMITS)
+                text = f"{one.help}; {one.expected()}" if has_range else one.help
+                if "default" not in text:
+                    text += f" (default: {one.default if one.default != () else 'empty'})"
                 lines += textwrap.wrap(
-                    f"{one.help}; {one.expected()}" if has_range else one.help, 100,
+                    text, 100,
                     initial_indent=f"      {word:<28} ", subsequent_indent=" " * 35,
                     break_on_hyphens=False,
                 )  # fmt: skip

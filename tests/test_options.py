@@ -33,6 +33,7 @@ class Sample(Component):
     names: tuple[str, ...] = option((), help="any number of words")
     limit: float | None = option(None, gt=0, help="a number, or none")
     file: str | None = option(None, help="text, or none")
+    numbers: tuple[float, ...] | None = option(None, help="any number of numbers, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ AWKWARD = ("", " x ", "a,b", "a=b", "a:b", "it's", '"', "None ", "0", "True", "x
     [
         {"pair": (0.0, 0.25), "names": (), "limit": 1e-8, "number": 1 / 3, "is_wide": True},
         *({"path": text, "file": text, "names": (text, "b", text)} for text in AWKWARD),
+        *({"names": names, "numbers": () if names else None} for names in ((), ("",), ("", ""))),
     ],
 )
 def test_a_component_is_equal_after_it_was_written_as_a_word(options):

@@ -59,7 +59,6 @@ FIRST_FLAGS = (  # what a newcomer needs
     "global_batch_size", "train_batch_size", "lr", "epochs", "max_steps", "run_name", "resume",
 )  # fmt: skip
 OF_DATA = ("num_classes", "input_size", "in_channels")  # fields of the model that the data set
-FITTED = (*OF_DATA, "image_size", "vae_path", "conditions")  # settings that follow from the data
 TYPED = ("objective", "image_size", "vae_path")  # settings that are fields of a Record
 NEEDS = {  # settings without effect unless another one is set
     "num_experts": (
@@ -210,6 +209,8 @@ class TrainConfig:
             for name, section in self.by_section.items()
         }
         if self.preset in PRESETS:  # weights may have any size
+            unset = {name for name in PRESETS[self.preset] if getattr(self.model, name) is None}
+            found["model"] |= dict.fromkeys(unset - idle, "None")  # not the preset's value
             found["model"] = {"model": self.preset, **found["model"]}
         return found
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.weights import as_user_error
+from latents.autoencoder import DEFAULT_VAE
 from latents.loading import BatchStream
 from latents.sources import Source, images_name, same_images
 from models import MEANINGS, WITHOUT_EFFECT
@@ -20,7 +21,7 @@ from options.settings import Settings, differences, spelling
 from presets import PRESETS
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import FITTED, TrainConfig, setting_names
+from training.config import OF_DATA, TrainConfig, fitted_conditions, setting_names
 from training.finetune import latent_changes
 from training.manifest import fault_of
 from training.run_folder import CONFIG_FILE, LOCK_FILE, branch_of, is_step_folder, named_folder
@@ -28,6 +29,7 @@ from training.sections import CommandFlags
 
 # A run cannot change what shapes its state: the model, and these, of components only the name.
 SHAPES_STATE = ("objective", "optimizer", "freeze", "train_router_only")
+MORE_STEPS = "a larger --max-steps adds steps"
 
 
 def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
@@ -69,6 +71,8 @@ def not_resumable(source: Path) -> UserError:
     expected = "expected a run with a checkpoint or RUN/checkpoints/STEP"
     if os.path.exists(source):
         advice = f"to start from weights: --finetune {source}"
+        if source.name == "checkpoints" and step_folders(source.parent):
+            advice = f"to go on: --resume {source.parent}"
         if os.path.isfile(source / LOCK_FILE):  # a run that ended before its first step
             advice = "to begin it again: its command"
         if os.path.isfile(source / CONFIG_FILE):  # a run that has saved nothing
@@ -144,6 +148,9 @@ def changed_settings(
                 shapes_state = name in SHAPES_STATE and is_other
             if name != "vae_path":  # it may have moved; `latent_changes` compares the weights
                 (refused if shapes_state else changes).append(line)
+    if before.images and not same_images(before.images, dataset.fingerprint):
+        names = map(images_name, (before.images, dataset.fingerprint))
+        changes.append("the images: was {}, is {}".format(*names))
     changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")
     changes += begun_and_ended("auxiliary loss", was.auxiliary, now.auxiliary, "anew")
     names, classes = before.class_names, tuple(dataset.classes)
@@ -178,14 +185,18 @@ def kept_settings(
 ) -> list[str]:
     """Returns a line on the settings that are kept from the run, because neither the command nor
     the data say them, and one on those that this version does not know."""
-    preset = PRESETS.get(config.preset, {})
-    new = TrainConfig.default(config.engine.script).changed(preset)
-    default = new.stored()
-    follow = FITTED if can_flip else (*FITTED, "flip")
+    new = TrainConfig.default(config.engine.script)
+    now, default = {"model": config.preset} | config.stored(), {"model": new.preset}
+    new = new.changed(PRESETS.get(config.preset, {}))
+    conditions = fitted_conditions(new, {"objective": config.step.objective}, config.shapes)
+    default |= new.stored() | {"conditions": [*conditions]}
+    default |= {"image_size": 256, "vae_path": DEFAULT_VAE}
+    follow = {*OF_DATA} | ({"image_size", "vae_path"} if config.data.latents_path else set())
+    follow |= set() if can_flip else {"flip"}
     kept = [
         f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in config.stored().items()
-        if name not in (*said, *follow) and value != default.get(name)
+        for name, value in now.items()
+        if name not in {*said, *follow} and value != default.get(name)
     ] + kept_options(config, said, new)
     unknown = before.settings.keys() - setting_names()
     notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
@@ -213,11 +224,9 @@ def words_of(value: Word | tuple[Word, ...] | None) -> tuple[Word, ...]:
 
 
 def data_changes(was: Record, now: Record) -> list[str]:
-    """Returns lines on the images, their latents and the images of a step, where they differ from
-    those of a checkpoint."""
+    """Returns lines on the latents, features and images of a step, where they differ from those of
+    a checkpoint."""
     lines = latent_changes(was, now)
-    if was.images and not same_images(was.images, now.images):
-        lines.append(f"the images: was {images_name(was.images)}, is {images_name(now.images)}")
     labels = {"features_sha256": "the network of the features",
               "global_batch_size": "the images of a step"}  # fmt: skip
     for name, label in labels.items():
@@ -240,7 +249,9 @@ def check_end(config: TrainConfig, before: Record, stream: BatchStream) -> None:
         )
 
 
-def nothing_to_do(folder: Path | None, stream: BatchStream, dist: Distributed) -> int:
+def nothing_to_do(
+    folder: Path | None, stream: BatchStream, changes: list[str], dist: Distributed
+) -> int:
     """Says that a run is finished; returns the exit code. A branch without steps is an error."""
     step, end = stream.start_step, stream.end_step
     if folder is None:
@@ -249,5 +260,7 @@ def nothing_to_do(folder: Path | None, stream: BatchStream, dist: Distributed) -
             f"its checkpoint, {step}"
         )
     if dist.is_main:
-        print(f"{folder} is finished: step {step} of {end}; a larger --max-steps adds steps")
+        print(f"{folder} is finished: step {step} of {end}; {MORE_STEPS}")
+        for line in changes:
+            print(f"without steps, this has no effect: {line}")
     return 0

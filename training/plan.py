@@ -19,6 +19,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
+from training.going_on import MORE_STEPS
 from training.memory import received_rows, state_bytes
 from training.sections import CommandFlags, DataConfig
 from training.setup import length_notes, open_dataset
@@ -49,12 +50,13 @@ def print_plan(
         **describe_memory(config, stream, memories),
         "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "
-        f"{config.step.accum_iter} micro-batches x {stream.micro_batch}), "
+        f"{pluralize(config.step.accum_iter, 'micro-batch')} x {stream.micro_batch}), "
         f"{steps * count / stream.num_images:.1f} epochs of {stream.num_images:,} images",
     }
     if before:
         is_finished = steps <= before.step
-        lines["goes on"] = f"after step {before.step:,}" + ": finished" * is_finished
+        lines["goes on"] = f"after step {before.step:,}"
+        lines["goes on"] += f": finished; {MORE_STEPS}" * is_finished
     else:
         notes = notes + length_notes(config, stream)
     for name, text in [*lines.items(), *(("note", note) for note in notes)]:
@@ -159,12 +161,14 @@ class AssumedImages(Source):
 
     shapes = {}
 
-    def __init__(self, image_size: Size, num_classes: int, like: DiTConfig | None, notes: list):
-        self.image_size, self.like, self.notes = image_size, like, notes
-        self.classes = [""] * num_classes
+    def __init__(
+        self, image_size: Size, num_classes: int, count: int, like: DiTConfig | None, notes: list
+    ):
+        self.image_size, self.count, self.like, self.notes = image_size, count, like, notes
+        self.classes, self.fingerprint = [""] * num_classes, {"count": count}
 
     def __len__(self) -> int:
-        return IMAGENET[0]
+        return self.count
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         if self.like:
@@ -180,22 +184,26 @@ class AssumedImages(Source):
 
 
 def open_planned(
-    data: DataConfig, said: Settings, like: TrainConfig | None, notes: list[str]
-) -> Source:
+    data: DataConfig, said: Settings, like: TrainConfig | None, notes: list[str],
+    before: Record | None = None,
+) -> Source:  # fmt: skip
     """Opens the data that the flags name, or stands in for missing ones.
 
     like: the config of the checkpoint or weights that the run begins from, if any
+    before: record of the checkpoint from which the run goes on, or None
     """
     path = data.latents_path or data.data_path
     is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
     if is_there:
         return open_dataset(data)
     missing = f"{path} is not on this machine" if path else "no --data-path"
-    notes.append(f"{missing}; assuming ImageNet's {IMAGENET[0]:,} images")
+    known = before and before.images.get("count")
+    count, whose = (known, "the run's") if known else (IMAGENET[0], "ImageNet's")
+    notes.append(f"{missing}; assuming {whose} {count:,} images")
     classes = said.get("num_classes", like.model.num_classes if like else IMAGENET[1])
     is_same_size = like and said.get("image_size") in (None, like.data.image_size)
     return AssumedImages(
-        data.image_size or 256, classes, like.model if is_same_size else None, notes
+        data.image_size or 256, classes, count, like.model if is_same_size else None, notes
     )
 
 

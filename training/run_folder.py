@@ -74,7 +74,8 @@ def new_folder(command: CommandFlags, config: TrainConfig) -> Path:
         if command.run_name:  # it may exist, without a checkpoint
             (folder := named_folder(command)).mkdir(exist_ok=True)
             return folder
-        found = [re.match(r"(\d{3,6})-(?:DiT|JiT)", name) for name in os.listdir(parent)]
+        form = re.compile(r"(\d{3,6})-\S+-(\d+E\d+A|dense)(-\w+)?")
+        found = map(form.fullmatch, os.listdir(parent))
         number = 1 + max((int(match[1]) for match in found if match), default=-1)
         while True:
             with suppress(FileExistsError):

@@ -206,7 +206,9 @@ class CommandFlags(Config):
         None, help="folder of the run folders (default: results, or that of the run of a branch)"
     )
     run_name: str | None = option(
-        None, help="name of the run folder (default: number, model and objective)"
+        None,
+        help="name of the run folder (default: number, model and objective); a run of this "
+        "name that has a checkpoint goes on",
     )
     resume: str | None = option(
         None, metavar="RUN",

@@ -69,7 +69,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     with naming_flags(flags):
         data = base.changed({n: v for n, v in said.items() if n in options_of(DataConfig)}).data
     if command.dry_run:
-        dataset = open_planned(data, said, base if before or weights else None, notes)
+        dataset = open_planned(data, said, base if before or weights else None, notes, before)
     else:
         dataset = setup.open_dataset(data, dist)
     with naming_flags(flags):
@@ -113,7 +113,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     elif weights:
         notes += finetune.weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
-        return going_on.nothing_to_do(folder, stream, dist)
+        return going_on.nothing_to_do(folder, stream, changes, dist)
     batches = setup.held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = setup.tensors_of(config)
     if before is None:

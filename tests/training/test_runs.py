@@ -42,8 +42,9 @@ from checkpoints import MODEL_FILE, read_record, step_folders
 from checkpoints.checkpoint import averages_of
 from checkpoints.meta import build_meta
 from latents.loading import BatchStream
-from models import DiT
+from models import MEANINGS, DiT, DiTConfig
 from options.parts import option
+from options.settings import differences
 from routers import ROUTERS
 from runtime.errors import UserError
 from runtime.tensor_file import write_tensors
@@ -62,6 +63,7 @@ from training.run_folder import (
     named_folder,
     new_folder,
     parent_folder,
+    write_config,
 )
 from training.saving import Saver
 from training.sections import CommandFlags
@@ -122,7 +124,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_without_a_name_gets_the_next_number(tmp_path):
     """Only names of this form count. Runs that start at once get different numbers."""
-    for name in ("007-DiT-S-2-8E2A", "041-JiT-B-16", "12-DiT-B-2", "099-notes", "DiT-900", "300"):
+    others = "12-DiT-B-2-dense", "099-DiTs", "DiT-900", "300"
+    for name in ("007-DiT-S-2-8E2A", "041-my-model-2E2A-flow_x", *others):
         (tmp_path / name).mkdir()
     config = config_of_command("--rf", "--model=DiT-Ti/2")
     command = CommandFlags(results_dir=str(tmp_path))
@@ -342,8 +345,11 @@ def test_other_images_or_latents_are_a_line_and_the_run_goes_on(
     config = Path(shutil.copytree(tiny_vae, tmp_path / "vae"), "config.json")
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.25}))
     now = {"data-path": data, "vae-path": tmp_path / "vae", "max-steps": 5}
+    capsys.readouterr()
+    call_main("train.py", *flags(copied, **now), "--dry-run")
+    assert "the images: was 41 images" in capsys.readouterr().out
     call_main("train.py", *flags(copied, **now))
-    norm, names = [line for line in changes_of(copied / "run") if "--" not in line][1:]
+    names, norm = [line for line in changes_of(copied / "run") if "--" not in line][1:]
     assert "scale 0.5, is " in norm and "scale 0.25" in norm and "41 images" in names
     assert steps_of(copied) == [1, 2, 3, 4, 5]
 
@@ -730,6 +736,7 @@ def test_resuming_drops_log_rows_of_later_steps_and_damaged_rows(tmp_path):
 
 def test_a_default_said_aloud_is_no_change(copied, flags, capsys):
     said = {"mlp-type": "swiglu", "sparse-layers": "0,1", "class-dropout-prob": 0.1}
+    said["aux-loss-alpha"] = 0.01
     call_main("train.py", *flags(copied, **said, **{"max-steps": 4}), "--dry-run")
     notes = capsys.readouterr().out
     assert "--max-steps: was 3, is 4" in notes and not any(name in notes for name in said)
@@ -900,6 +907,12 @@ def test_a_finished_run_has_nothing_to_do_on_a_full_disk(copied, flags, capsys):
     with file_size_limit(0):
         call_main("train.py", *flags(copied))
     assert "is finished: step 3" in capsys.readouterr().out
+    call_main("train.py", "--resume", copied / "run", "--lr", 1)
+    assert "without steps, this has no effect: --lr: was 0.001, is 1" in capsys.readouterr().out
+    call_main("train.py", "--resume", copied / "run", "--dry-run", "--data-path", "elsewhere")
+    plan = capsys.readouterr().out
+    assert "elsewhere is not on this machine; assuming the run's 40 images" in plan
+    assert "after step 3: finished; a larger --max-steps adds steps" in plan
     assert sorted(copied.rglob("*")) == before
 
 
@@ -960,3 +973,31 @@ def test_the_line_on_kept_settings_lists_numbers():
     config = TrainConfig.default().changed({"sparse_layers": [1, 3], "num_experts": 4})
     (line,) = going_on.kept_settings(config.record(), config, {"num_experts": 4})
     assert line.endswith(": --sparse-layers 1 3")
+
+
+def test_the_line_on_kept_settings_names_what_only_images_leave_open():
+    """The preset, the image size, the autoencoder and conditions, which latents would decide."""
+    values = {"model": "DiT-Ti/2", "image_size": 64, "vae_path": "pixels", "objective": "mean_flow"}
+    conditions = ["label", "size", "span"]  # the last is of the objective
+    config = TrainConfig.default().changed(values | {"conditions": conditions})
+    (line,) = going_on.kept_settings(config.record(), config, {})
+    for text in ("--model DiT-Ti/2", "--image-size 64", "--vae-path pixels", "--conditions label"):
+        assert text in line
+    latents = config.changed({"latents_path": "l", "conditions": ["label", "span"]})
+    (line,) = going_on.kept_settings(latents.record(), latents, {"model": "DiT-Ti/2"})
+    assert not any(flag in line for flag in ("--model", "--image", "--vae", "--conditions"))
+
+
+def test_a_changed_default_is_a_line_with_its_values():
+    """--dense-mlp-ratio is None in both: the experts of a token and two shared ones decide it."""
+    models = (DiTConfig(num_experts_per_tok=k, sparse_layers="every-second") for k in (2, 1))
+    lines = dict(differences(*models, MEANINGS))
+    assert lines["dense_mlp_ratio"] == "--dense-mlp-ratio: was 10.0, is 6.0"
+    assert lines.keys() == {"num_experts_per_tok", "dense_mlp_ratio"}
+
+
+def test_none_over_a_value_of_a_preset_is_in_the_config_of_the_run(tmp_path):
+    config = config_of_command("--model=JiT-B/16", "--patch-bottleneck=None", "--num-classes=10")
+    write_config(tmp_path, config, config.record())
+    again = config_of_command(f"--config={tmp_path / CONFIG_FILE}")
+    assert again.preset == config.preset and again.model.patch_bottleneck is None

@@ -31,6 +31,7 @@ from routers import Routing, expert_load
 from runtime.errors import run_main
 from runtime.flags import parse_config
 from runtime.tensor_file import write_tensors
+from tools.experiments.rows import read_log
 from tools.experiments.specialisation import middles
 
 
@@ -66,6 +67,7 @@ def main(config: ChoiceTablesConfig) -> None:
     images = CachedLatents(config.latents_path, "--latents-path")
     chosen, norm = evenly_spaced(len(images), config.num_images), images.norm
     for run in config.runs:
+        read_log(run)  # refuses a run that was changed
         checkpoint = read_checkpoint(run)
         images.norm = checkpoint.record.norm or norm
         model, names = build_model(checkpoint), list(checkpoint.record.class_names)
