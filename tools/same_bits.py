@@ -6,9 +6,9 @@ r"""Trains the runs of same_bits.yaml at two commits, and compares all tensors a
 The exit code is 1 if a run differs. Both commits run on this machine, from clones in --output, with
 this Python. Finished runs are kept in --output and not trained again. The script compares the
 weights, the EMAs and, under DDP, the training state of the last checkpoint, and the rows of
-log.jsonl except times and speeds. A commit before version 0.3 gets the flags of that time. A value
-that only one commit has is listed, but is not a difference. A commit takes about ten
-minutes on 2 CPU cores.
+log.jsonl except times and speeds. A commit before version 0.3 gets the commands in the spelling of
+that time. A value that only one commit has is listed, but is not a difference. A commit takes about
+ten minutes on 2 CPU cores.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -109,7 +109,10 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
     if not clone.exists():
         call("git", "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(clone))
         call("git", "checkout", "--quiet", "--detach", named.stdout.strip(), cwd=clone)
-    others = {} if understands_words(clone) else plan["until_0.2"]
+    if not understands_words(clone):
+        before = plan["until_0.2"]
+        plan = {**plan, "common": before["common"]}
+        runs = {name: before["runs"].get(name, commands) for name, commands in runs.items()}
     places = {"data": output / "images", "vae": clone / "assets" / "vae-fashion-mnist"}
     for name, images in (("latents", "images"), ("few", "few")):
         places[name] = folder / name
@@ -128,10 +131,7 @@ def train_all(runs: dict[str, str], plan: dict, commit: str, output: Path) -> Pa
                 places["results"] = run / "1"
             processes, script, flags = re.fullmatch(r"(\d*) ?(\w+)(.*)", command).groups()
             common = "" if script == "upcycle" else plan["common"]
-            text = f"{common} {plan[script]} {flags}"
-            for now, before in others.items():
-                text = text.replace(now, before)
-            words = shlex.split(text)
+            words = shlex.split(f"{common} {plan[script]} {flags}")
             words = [word.format_map(places) for word in words]  # the last value of a flag counts
             if "--finetune" in words:  # the weights determine the model
                 words = without(words, "--hidden-size", "--depth", "--num-heads", "--model")
