@@ -266,7 +266,9 @@ class TrainingLoop:
         values["lr"] = self.config.step.lr * self.rate
         values["images_per_sec"] = steps_per_second * stream.global_batch
         if self.dist.is_main:
-            macs = count_macs(self.config.model, model.experts_per_token)
+            step = self.config.step
+            passes = stream.micro_batch, step.precision  # as in the plan of the memory
+            macs = count_macs(self.config.model, model.experts_per_token, *passes)
             values |= speed_metrics(self.config, macs, values["images_per_sec"], self.dist)
         peaks = {"memory_gb": memory_in_use(self.dist.device)} | process_load(model)
         micro_batches = self.tracker.steps * self.config.step.accum_iter

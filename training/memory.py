@@ -1,27 +1,22 @@
 """What training needs on each process: bytes of weights, state and activations, and kept rows.
 
-Nothing is allocated: tensors are on the meta device or fake, see `checkpoints.costs.fake_pass`.
+Nothing is allocated: tensors are on the meta device or fake, see `checkpoints.costs.pass_costs`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from checkpoints.costs import NEEDS_DATA, fake_pass
+from checkpoints.costs import pass_costs
 from checkpoints.meta import meta_model
 from models import DiTConfig
-from runtime.devices import DTYPES, pinned_bytes
+from runtime.devices import pinned_bytes
 from training.auxiliary import PROJECTORS, is_of_model, projectors_of
 from training.config import TrainConfig
 from training.engine import Bytes, frozen_names, share_out
 from training.optimizers import hidden_matrices, planned_state
-from wrappers import KEPT_OPERATORS
 
 Shapes = Mapping[str, torch.Size]
 
@@ -99,83 +94,18 @@ def received_rows(config: TrainConfig, micro_batch: int) -> int:
     return micro_batch * tokens * model.num_experts_per_tok
 
 
-@contextmanager
-def saved_tensors() -> Iterator[set[torch.UntypedStorage]]:
-    """Collects the storages that autograd saves for the backward pass, including weights."""
-    kept: set[torch.UntypedStorage] = set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.add(tensor.untyped_storage())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
-class Outputs(TorchDispatchMode):
-    """Collects the storages of the outputs of `KEPT_OPERATORS`."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: set[torch.UntypedStorage] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        if func.name() in KEPT_OPERATORS:
-            tensors = [one for one in outputs if torch.is_tensor(one)]
-            self.storages.update(tensor.untyped_storage() for tensor in tensors)
-        return outputs
-
-
 def model_activations(config: DiTConfig, batch: int, precision: str, recomputed: str) -> int:
     """Computes `activation_bytes`; see `StepConfig.recomputed`.
 
     With checkpointing, the activations are the inputs of the blocks and all that one block saves.
     Selective checkpointing also keeps the outputs of some operators in the other blocks.
     """
-    outside, blocks = forward_bytes(config, batch, precision)
-    inputs, saved, kept = zip(*blocks, strict=True)
+    costs = pass_costs(config, batch, precision)
+    inputs, saved, kept = zip(*costs.blocks, strict=True)
     if recomputed == "nothing":
-        return outside + sum(saved)
+        return costs.outside + sum(saved)
     largest = max(saved)
-    total = outside + sum(inputs) + largest
+    total = costs.outside + sum(inputs) + largest
     if recomputed == "selective":
         total += sum(kept) - kept[saved.index(largest)]
     return total
-
-
-@cache
-def forward_bytes(
-    config: DiTConfig, batch: int, precision: str
-) -> tuple[int, list[tuple[int, int, int]]]:
-    """Returns the bytes that a forward pass saves outside of the blocks, and for each block those
-    of its input, of all that it saves, and of what `KEPT_OPERATORS` return.
-    """
-    places = []
-    autocast = torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32")
-    try:
-        with (
-            fake_pass(config, batch) as (forward, weights), ExitStack() as hooks, autocast,
-            saved_tensors() as saved, Outputs() as outputs,
-        ):  # fmt: skip
-
-            def note(block: nn.Module, inputs: tuple[Tensor, ...], *_: Tensor) -> None:
-                places.append((inputs[0].nbytes, {*saved}, {*outputs.storages}))
-
-            for block in meta_model(config).blocks:  # two notes for each: before and after it
-                hooks.enter_context(block.register_forward_pre_hook(note))
-                hooks.enter_context(block.register_forward_hook(note))
-            forward()
-    except NEEDS_DATA:  # the rows of top-k are about as many, K per token
-        return forward_bytes(replace(config, router="topk"), batch, precision)
-    of_weights = {weight.untyped_storage() for weight in weights.values()}
-    blocks, outside = [], saved - of_weights
-    for (size, *before), (_, *after) in zip(places[::2], places[1::2], strict=True):
-        of_block = [now - then - of_weights for now, then in zip(after, before, strict=True)]
-        blocks.append((size, *map(storage_bytes, of_block)))
-        outside -= of_block[0]
-    return storage_bytes(outside), blocks
-
-
-def storage_bytes(storages: set[torch.UntypedStorage]) -> int:
-    return sum(storage.nbytes() for storage in storages)

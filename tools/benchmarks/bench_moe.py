@@ -23,6 +23,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from checkpoints.costs import saved_tensors
 from moe import SparseMoEBlock, SwiGLU
 from moe_kernels.operators import kernels_for
 from options.parts import option
@@ -37,7 +38,6 @@ from tools.benchmarks.common import (
     open_processes,
     report,
 )
-from training.memory import saved_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
