@@ -142,12 +142,12 @@ def test_the_distance_of_equal_images_is_not_negative():
 
 
 def test_the_shipped_autoencoder_reconstructs_held_out_emoji_at_33_db():
-    """Uses every eighth held-out picture."""
+    """Uses every sixteenth held-out picture."""
     vae = load_autoencoder(str(ROOT / "assets" / "vae-emoji"), "cpu", torch.float32)
     images = open_images(str(ASSETS / "held-out.tar"), 64)
-    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 8)])
+    pixels = torch.stack([images[i, False][0]["image"] for i in range(0, len(images), 16)])
     error = ((vae.reconstruct(pixels).float() - pixels) / 255).square()
-    assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 33  # dB
+    assert -10 * error.mean(dim=(1, 2, 3)).log10().mean() >= 34  # dB
 
 
 def test_the_shipped_model_of_emoji_samples_people_in_few_steps(tmp_path):

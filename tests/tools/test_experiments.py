@@ -96,10 +96,14 @@ def config(latent_cache, tmp_path_factory) -> routers.ExperimentConfig:
 
 def test_all_arms_of_a_question_have_equal_compute(config):
     """Compares models of two blocks. The rest of a model is less than 2% of its compute."""
-    models = {}
+    models, same = {}, {}  # arms that differ only in learning rate and steps have the same model
     for question in QUESTIONS.values():
         assert question.reference in question.arms
-        models |= {arm: routers.train_config(config, arm).model for arm in question.arms}
+        for arm, flags in question.arms.items():
+            others = " ".join(re.sub(r"--(lr|max-steps) \S+", "", flags).split())
+            if others not in same:
+                same[others] = routers.train_config(config, arm).model
+            models[arm] = same[others]
     assert all(models[arm].router.name == arm for arm in QUESTIONS[2].arms)
     macs_of = functools.cache(count_macs)  # many arms train the same model
     macs = {arm: macs_of(model) for arm, model in models.items()}
@@ -131,9 +135,19 @@ def test_a_row_is_measured_once_and_not_mixed_with_rows_of_other_facts(tmp_path)
     assert len(measured) == 3
 
 
-def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
+@pytest.fixture(scope="module")
+def trained(config) -> routers.ExperimentConfig:
+    """The config, whose folder has runs of topk and race, as after a kill before their rows."""
+    with patch.object(routers.subprocess, "run", train_here):
+        for arm in ("topk", "race"):
+            routers.run_arm(config, arm, 0)
+    return config
+
+
+def test_experiment_runs_write_rows_and_are_not_repeated(trained, monkeypatch):
+    config = trained
     routers.check_protocol(config)
-    call_main("train.py", *routers.command_of(config, "topk", 0))  # so run_missing skips this run
+    monkeypatch.setattr(routers.subprocess, "run", None)  # a call would fail
     routers.run_missing(config, ["topk", "race"])
     rows = routers.finished_rows(config.output)
     assert sorted((row["arm"], row["seed"]) for row in rows) == [("race", 0), ("topk", 0)]
@@ -145,17 +159,12 @@ def test_experiment_runs_write_rows_and_are_not_repeated(config, monkeypatch):
     assert routers.arms_of(replace(config, arms=("race", "topk")), (1, 2)) == ["topk", "race"]
     assert (config.output / "question-2.png").stat().st_size > 1000
     assert "| race |" in (config.output / "tables.md").read_text()
-    monkeypatch.setattr(routers, "run_arm", None)  # a call would fail
+    monkeypatch.setattr(routers, "run_arm", None)
     routers.run_missing(config, ["topk", "race"])
-    monkeypatch.undo()
-    (config.output / "rows.jsonl").unlink()  # as after a kill before the rows are written
-    monkeypatch.setattr(routers.subprocess, "run", None)
-    routers.run_missing(config, ["topk", "race"])
-    assert sorted(row["arm"] for row in routers.finished_rows(config.output)) == ["race", "topk"]
     monkeypatch.undo()
     run = config.output / "runs" / "topk-0"
     shutil.rmtree(run / "checkpoints")  # as after a failed save
-    monkeypatch.setattr(routers.subprocess, "run", train_here)  # another process starts slowly
+    monkeypatch.setattr(routers.subprocess, "run", train_here)
     row = routers.row_of(config, "topk", 0, routers.run_arm(config, "topk", 0))
     monkeypatch.undo()
     assert step_folders(run) and row in routers.finished_rows(config.output)
@@ -182,11 +191,10 @@ def test_a_run_that_went_on_with_other_settings_gets_no_row(config, tmp_path, mo
     assert routers.finished_rows(tmp_path) == []
 
 
-def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_path):
+def test_runs_that_finish_at_the_same_time_have_rows(trained, monkeypatch, tmp_path):
     """Their multiply-adds are counted, which two threads cannot do at once."""
-    config = replace(config, output=tmp_path, jobs=2)
-    for arm in ("topk", "race"):
-        call_main("train.py", *routers.command_of(config, arm, 0))
+    config = replace(trained, output=tmp_path, jobs=2)
+    shutil.copytree(trained.output / "runs", tmp_path / "runs")
     monkeypatch.setattr(routers.subprocess, "run", None)  # a call would fail
     together, listed = threading.Barrier(2, timeout=60), routers.step_folders
     counted, threads = routers.count_macs, []
@@ -207,6 +215,8 @@ def test_runs_that_finish_at_the_same_time_have_rows(config, monkeypatch, tmp_pa
 
 
 def train_here(command: list, **_) -> SimpleNamespace:
+    """Trains in this process, because another process starts slowly."""
+    assert command[:2] == [sys.executable, ROOT / "train.py"]
     call_main("train.py", *command[2:])
     return SimpleNamespace(returncode=0)
 
@@ -402,16 +412,10 @@ def lines_of(text: str) -> list[Line]:
 @pytest.fixture(scope="module")
 def made_tables(tmp_path_factory) -> dict[str, list[Line]]:
     """Lines of the tables that one command prints, by question; "": all."""
-    output, made, save = tmp_path_factory.mktemp("tables"), {"": []}, Figure.savefig
-
-    def save_one_of_a_kind(figure: Figure, path: Path, **options) -> None:
-        """Rendering a figure takes longer than making it: that of a question, or of samples."""
-        if not any(output.glob(f"{path.stem.split('-')[0]}*.png")):
-            save(figure, path, **options)
-
+    output, made = tmp_path_factory.mktemp("tables"), {"": []}
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
-        patch.object(Figure, "savefig", save_one_of_a_kind),
+        patch.object(Figure, "savefig"),  # rendering a figure takes longer than making it
     ):
         call_main("tools.experiments.every_table", "--output", output)
     parts = re.split(r"^# (.*)$", printed.getvalue(), flags=re.MULTILINE)

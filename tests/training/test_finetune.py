@@ -85,13 +85,27 @@ def test_a_folder_without_classes_trains_unconditionally(flags, image_tree, tmp_
     assert all(torch.equal(more.state_dict[n], value) for n, value in stored.state_dict.items())
 
 
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """Sparse model for 16-pixel images. Its four classes differ from those of the image tree."""
-    model = randomised_preset(**SMALL)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints by the words of `BAD_FLAGS`."""
+    folder, sparse = tmp_path_factory.mktemp("files"), randomised_preset(**SMALL)
     names = ("class-3", "class-1", "horse", "class-0")
     info = {"class_names": names, "model": "DiT-Ti/2", "objective": "gaussian", "step": 9}
-    return save_checkpoint(model, tmp_path / "source.safetensors", **info)
+    paths = {
+        "SOURCE": save_checkpoint(sparse, folder / "source.safetensors", **info),
+        "DENSE": save_checkpoint(randomised(**DENSE), folder / "dense.safetensors"),
+        "CLASS": save_checkpoint(randomised(class_tokens=2), folder / "class.safetensors"),
+    }
+    for name in ("export", "run/checkpoints/0000001", "run/checkpoints/0000002"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(paths["SOURCE"], folder / name / "model.safetensors")
+    return paths | {"EXPORT": folder / "export", "GONE": folder / "run/checkpoints/0000009"}
+
+
+@pytest.fixture
+def source(files, tmp_path) -> Path:
+    """Sparse model for 16-pixel images. Its four classes differ from those of the image tree."""
+    return Path(shutil.copy(files["SOURCE"], tmp_path / "source.safetensors"))
 
 
 def test_fine_tuning_keeps_matching_weights_and_lists_the_rest(flags, source):
@@ -132,13 +146,9 @@ def test_cached_latents_name_the_autoencoder_and_not_the_weights(flags, source, 
     assert record.vae_path == read_settings("", latent_cache).vae_path
 
 
-@pytest.mark.parametrize("has_preset", [True, False])
-def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(
-    flags, source, tmp_path, has_preset
-):
-    """The source weights may have a size without a preset, and may be deleted."""
-    if not has_preset:
-        source = save_checkpoint(randomised(**DENSE), tmp_path / "dense.safetensors")
+def test_an_interrupted_fine_tuning_resumes_and_keeps_its_origin(flags, files, tmp_path):
+    """The source weights have a size without a preset, and are deleted."""
+    source = Path(shutil.copy(files["DENSE"], tmp_path))
     values = {"finetune": source, "run-name": "tuned"}
     run = flags(**values, **{"max-steps": 1})
     flags(**values)
@@ -179,7 +189,7 @@ def test_the_plan_of_a_run_has_its_classes_although_the_data_are_not_there(
 
 
 def test_published_and_diffusers_weights_are_fine_tuned_to_new_classes(flags, tmp_path):
-    model = randomised_preset()
+    model = randomised_preset(depth=2)
     torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
     run = flags(finetune=tmp_path / "published.pt", **{"num-classes": 4})
     assert "started from" in (run / "log.txt").read_text()
@@ -201,10 +211,10 @@ def test_training_changes_only_weights_that_are_not_frozen(flags, source):
 
 
 def test_published_weights_keep_the_number_of_heads_of_their_width(tmp_path):
-    model = randomised(hidden_size=768, num_heads=12, depth=1, num_experts=0)
+    model = randomised(hidden_size=128, num_heads=4, depth=1, num_experts=0)
     torch.save(to_published(model.state_dict(), model.config), tmp_path / "published.pt")
     opened = open_weights(str(tmp_path / "published.pt"), {})
-    assert opened.config.num_heads == 12
+    assert opened.config.num_heads == 4
 
 
 def test_freeze_patterns_match_parameters_and_modules():
@@ -301,15 +311,6 @@ def test_a_fine_tuned_run_resumes_after_its_source_was_trained_further(flags, so
 
 
 @pytest.mark.parametrize("changes, message", BAD_FLAGS, ids=[m for _, m in BAD_FLAGS])
-def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, source, changes, message, capsys):
-    dense = save_checkpoint(randomised(**DENSE), source.with_name("dense.safetensors"))
-    of_class = randomised(class_tokens=2)
-    of_class = save_checkpoint(of_class, source.with_name("class.safetensors"))
-    for folder in ("export", "run/checkpoints/0000001", "run/checkpoints/0000002"):
-        (source.parent / folder).mkdir(parents=True)
-        shutil.copy(source, source.parent / folder / "model.safetensors")
-    gone = source.parent / "run/checkpoints/0000009"
-    files = {"SOURCE": source, "DENSE": dense, "CLASS": of_class, "GONE": gone}
-    files["EXPORT"] = source.parent / "export"
+def test_wrong_fine_tuning_flags_are_one_line_errors(arguments, files, changes, message, capsys):
     changes = {name: files.get(str(value), value) for name, value in changes.items()}
     assert message in expect_error(capsys, "train.py", *arguments(**changes))

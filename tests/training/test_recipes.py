@@ -151,8 +151,8 @@ def test_every_recipe_names_its_command():
         assert f"--config config/recipes/{name}.yaml" in text, name
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_recipe_of_each_family_passes_a_dry_run(name, capsys):
+@pytest.mark.parametrize("name", ["diffmoe_b", "jitmoe_b16_e16"])  # of latents, of pixels
+def test_a_published_recipe_passes_a_dry_run(name, capsys):
     """With two blocks, which are planned in less time."""
     few = ("--depth", 2, "--class-tokens-start", 1) if name in JIT else ("--depth", 2)
     call_main("train.py", "--config", FOLDER / f"{name}.yaml", "--dry-run", "--gpus", 8, *few)

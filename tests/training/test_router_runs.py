@@ -1,13 +1,13 @@
 """Every router in a run: state, resuming, sampling, export, heat maps, and user-defined parts."""
 
-import json
 import math
 import re
-import shutil
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,22 +21,25 @@ from conftest import (
     expect_error,
     only_run,
     rows,
-    run_script,
     state_of,
     step_folder,
 )
 from test_training import break_losses
 
+import routers
 import training.step
 from analysis.counts import RoutingCounts
 from checkpoints import load_model
 from checkpoints.costs import count_macs
+from diffusion import objectives
 from options.parts import Word
 from routers import ROUTERS, TopKRouter
+from training import optimizers
 from training.config import parse_training
 from training.run_folder import CONFIG_FILE
 
 STEPS, BROKEN = 4, 3
+RESUMED = ("sigmoid", "expert_choice", "race", "prototype")  # batch_pool has the state of race
 MORE = {"expert_choice": ["--auxiliary", "sra", "dispersive"]}  # sra has weights of its own
 
 
@@ -55,7 +58,7 @@ def flags(train_flags):
 
 @pytest.fixture(scope="module")
 def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
-    """Folder with two runs per router, and the updates of each router (True if skipped).
+    """Folder with a run per router, two of `RESUMED`, and the updates of each (True if skipped).
 
     The runs in "whole" are uninterrupted. The runs in "two" stop after two steps, resume, and use
     gradient checkpointing. Each step has two micro-batches. The loss of the third step is infinite,
@@ -74,15 +77,18 @@ def trained(flags, tmp_path_factory) -> tuple[Path, dict]:
         for name in ROUTERS:
             run = partial(flags, name=name, accum_iter=2)
             call_main("train.py", *run(root / "whole"))
-            for steps in (2, STEPS):
+            for steps in (2, STEPS) if name in RESUMED else ():
                 again = {"max-steps": steps, "gradient-checkpointing": True}
                 call_main("train.py", *run(root / "two", **again))
     return root, seen
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_with_any_router_resumes_exactly_with_gradient_checkpointing(trained, name):
-    """Gradient checkpointing repeats the forward pass, which must not update a router again."""
+    """Gradient checkpointing repeats the forward pass, which must not update a router again.
+
+    test_runs.py and test_models.py have these tests of topk.
+    """
     root, _ = trained
     assert "resumed from" in (only_run(root / "two" / name) / "log.txt").read_text()
     whole, two = (step_folder(root / part / name, STEPS) for part in ("whole", "two"))
@@ -96,7 +102,8 @@ def test_a_run_with_any_router_resumes_exactly_with_gradient_checkpointing(train
 @pytest.mark.parametrize("name", ["sigmoid", "race", "batch_pool"])
 def test_router_state_is_updated_once_per_step_except_in_skipped_steps(trained, name):
     root, seen = trained
-    assert seen[name] == 2 * [step == BROKEN for step in range(1, STEPS + 1)]  # both runs
+    runs = 1 + (name in RESUMED)
+    assert seen[name] == runs * [step == BROKEN for step in range(1, STEPS + 1)]
     assert not seen["topk"] and not seen["expert_choice"] and not seen["prototype"]
     log = rows(root / "whole" / name)
     assert log[BROKEN - 1]["loss"] == "nan" and isinstance(log[-1]["loss"], float)
@@ -111,7 +118,7 @@ def test_router_state_is_updated_once_per_step_except_in_skipped_steps(trained, 
         assert torch.equal(last, states[-1][key.replace("/model/", "/ema/")])
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ["expert_choice", "race", "batch_pool", "prototype"])
 def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained, name, tmp_path):
     run, exported = only_run(trained[0] / "whole" / name), tmp_path / "exported"
     few = ("--num-sampling-steps", 2, "--cfg-scale", 2)
@@ -124,7 +131,7 @@ def test_a_trained_model_with_any_router_is_exported_sampled_and_mapped(trained,
     call_main("expert_data.py", "--ckpt", run, *few, "--images-per-class", 2, "--output", data)
     spent = RoutingCounts.load(data).experts_per_token
     assert spent.shape == (2, 16, 2) and spent.max() <= 4
-    if name in ("topk", "sigmoid", "prototype"):
+    if name == "prototype":
         assert (spent == 2).all()
     elif name == "expert_choice":
         assert np.allclose(spent.mean(1), 2) and spent.std() > 0
@@ -241,27 +248,29 @@ def test_a_checkpoint_of_a_router_whose_k_grows_is_resumed_and_sampled_with_the_
         assert model.experts_per_token == [k, k]
 
 
-PAGE_RUN = f"""
-import json, os, sys
-sys.path.append({str(ROOT / "tests")!r})
-from conftest import call_main
+@pytest.fixture
+def documented_parts():
+    """Appends each code block to the module that docs/architecture.md names, for one test."""
+    page, undo = (ROOT / "docs" / "architecture.md").read_text(), ExitStack()
+    places = {
+        "router": (routers, ROUTERS), "objective": (objectives, objectives.OBJECTIVES),
+        "optimizer": (optimizers, optimizers.OPTIMIZERS),
+    }  # fmt: skip
+    with undo:
+        for part, (module, table) in places.items():
+            section = page.split(f"## Add your own {part}")[1]
+            code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+            place = str(Path(module.__file__).relative_to(ROOT))
+            assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section
+            undo.enter_context(patch.dict(vars(module)))
+            undo.enter_context(patch.dict(table))
+            exec(compile(code, place, "exec"), vars(module))
+        yield
 
-for command in json.loads(os.environ["COMMANDS"]):
-    call_main(*command)
-"""
 
-
-def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, tmp_path):
-    """Each code block is appended to the file that docs/architecture.md names."""
-    ours = shutil.ignore_patterns(".*", "tests", "docs", "assets", "results", "data", "shared")
-    copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ours))
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    places = ("routers.py", "diffusion/objectives.py", "training/optimizers.py")
-    for part, place in zip(("router", "objective", "optimizer"), places, strict=True):
-        section = page.split(f"## Add your own {part}")[1]
-        code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
-        assert len(code.splitlines()) <= 30 and f"end of `{place}`" in section
-        (copy / place).write_text((copy / place).read_text() + "\n\n" + code)
+def test_the_documented_user_defined_parts_train_resume_and_sample(
+    documented_parts, train_flags, tmp_path
+):
     values = {
         "router": "mine", "objective": "flow_noise:clamp=0.1", "log-every": 1,
         "optimizer": "adafactor:weight_decay=0.1", "global-batch-size": 8,
@@ -269,14 +278,10 @@ def test_the_documented_user_defined_parts_train_resume_and_sample(train_flags, 
         "vae-path": "pixels", "image-size": 8,  # opens no autoencoder, which takes seconds
     }  # fmt: skip
 
-    def train(name: str, steps: int) -> list[str]:
-        return ["train.py", *train_flags(tmp_path / name, **values, **{"max-steps": steps})]
-
+    for name, steps in (("whole", 4), ("two", 2), ("two", 4)):
+        call_main("train.py", *train_flags(tmp_path / name, **values, **{"max-steps": steps}))
     draw = ["--sampler", "heun", "--num-sampling-steps", "2", "--output", tmp_path / "grid.png"]
-    commands = [train("whole", 4), train("two", 2), train("two", 4),
-                ["sample.py", "--ckpt", tmp_path / "two" / "run", *draw]]  # fmt: skip
-    (copy / "several.py").write_text(PAGE_RUN)
-    run_script(copy / "several.py", COMMANDS=json.dumps(commands, default=str))
+    call_main("sample.py", "--ckpt", tmp_path / "two" / "run", *draw)
     assert_same_state(step_folder(tmp_path / "two", 4), step_folder(tmp_path / "whole", 4))
     assert (tmp_path / "grid.png").stat().st_size > 100
     settings, _ = yaml.safe_load_all((tmp_path / "two" / "run" / CONFIG_FILE).read_text())
