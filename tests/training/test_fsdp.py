@@ -528,7 +528,7 @@ def memory(dist, *arguments: str) -> tuple[float, float]:
     """Planned bytes of the first process, and the measured peak of a step."""
     gc.collect()
     before = resident()
-    size = "--hidden-size=256", "--num-heads=4", "--depth=3", "--global-batch-size=4"
+    size = "--hidden-size=192", "--num-heads=4", "--depth=3", "--global-batch-size=4"
     engine, config = engine_of(dist, *size, *arguments)
     take_steps(dist, engine, config)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -547,7 +547,7 @@ def measure_and_train(dist, commands: list[list[str]]) -> dict:
         "memory": memory(dist),
         "memory accumulated": memory(dist, "--accum-iter=2"),
         "memory muon": memory(dist, *MUON),
-        "memory spread": memory(dist, "--expert-parallel=2"),
+        "memory spread": memory(dist, "--expert-parallel=2", "--hidden-size=256"),
         "steps": {
             "accumulated": collectives(dist, "--accum-iter=2"),
             "copies": collectives(dist, "--accum-iter=2", "--shard-size=1"),
