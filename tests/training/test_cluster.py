@@ -359,14 +359,20 @@ class CountedSlice:
         return self.file.counted(self.content[place])
 
 
+@pytest.fixture(scope="module")
+def first_step(train_flags, tmp_path_factory) -> Path:
+    results = tmp_path_factory.mktemp("first")
+    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run"}
+    call_main("train.py", *train_flags(results, **flags))
+    return step_folder(results, 1)
+
+
 @pytest.mark.parametrize("layout, readers", [({}, 1), ({"shard": True, "shard_size": 2}, 2)])
 def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
-    train_flags, tmp_path, monkeypatch, layout, readers
+    first_step, monkeypatch, layout, readers
 ):
-    """Eight fake ranks. tests/training/test_fsdp.py compares what the other copies receive."""
-    flags = {"vae-path": "pixels", "image-size": 8, "max-steps": 1, "run-name": "run"}
-    call_main("train.py", *train_flags(tmp_path, **flags))
-    folder = step_folder(tmp_path, 1)
+    """Four fake ranks. tests/training/test_fsdp.py compares what the other copies receive."""
+    folder = first_step
     stored = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     files, read, by_rank = [], [], []
 
@@ -378,10 +384,10 @@ def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
         monkeypatch.setattr(module, "open_safetensors", open_counted)
     monkeypatch.setattr(ddp.DDPEngine, "share_state", lambda *_: None, raising=False)
     config = TrainConfig.of_record(read_record(folder)).changed(layout)
-    for rank in range(8):
-        torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+    for rank in range(4):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
         try:
-            dist = FakeRank(rank, rank, 8, torch.device("cpu"))
+            dist = FakeRank(rank, rank, 4, torch.device("cpu"))
             config.engine.engine_class()(dist, config, ()).load_state(folder)
         finally:
             torch.distributed.destroy_process_group()

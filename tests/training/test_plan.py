@@ -120,7 +120,7 @@ def test_the_plan_warns_of_initial_weights_in_the_ema_and_of_a_batch_larger_than
 
 
 def test_without_a_gpu_the_plan_says_the_memory_of_this_machine_and_what_is_smaller(capsys):
-    pixels = ("--vae-path", "pixels", "--image-size", 64)
+    pixels = ("--vae-path", "pixels", "--image-size", 64, "--depth", 4)
     call_main("train.py", "--dry-run", *pixels, "--gpu-memory", 8)
     (fits,) = re.findall("fits +(.*)", capsys.readouterr().out)
     assert (
