@@ -81,7 +81,7 @@ def pass_costs(config: DiTConfig, batch: int, precision: str) -> PassCosts:
     try:
         with (
             FakeTensorMode(), fused_attention(), ExitStack() as hooks, autocast,
-            saved_tensors() as saved, Operators() as operators,
+            torch.enable_grad(), saved_tensors() as saved, Operators() as operators,
         ):  # fmt: skip
             weights = {
                 name: torch.empty(like.shape, dtype=like.dtype, requires_grad=like.requires_grad)

@@ -209,8 +209,9 @@ class TrainConfig:
             for name, section in self.by_section.items()
         }
         if self.preset in PRESETS:  # weights may have any size
-            unset = {name for name in PRESETS[self.preset] if getattr(self.model, name) is None}
-            found["model"] |= dict.fromkeys(unset - idle, "None")  # not the preset's value
+            unset = [name for name in PRESETS[self.preset] if getattr(self.model, name) is None]
+            # Not the preset's values:
+            found["model"] |= {name: "None" for name in unset if name not in idle}
             found["model"] = {"model": self.preset, **found["model"]}
         return found
 

@@ -148,7 +148,8 @@ def changed_settings(
                 shapes_state = name in SHAPES_STATE and is_other
             if name != "vae_path":  # it may have moved; `latent_changes` compares the weights
                 (refused if shapes_state else changes).append(line)
-    if before.images and not same_images(before.images, dataset.fingerprint):
+    is_known = before.images and dataset.fingerprint.get("names")  # a plan may assume its images
+    if is_known and not same_images(before.images, dataset.fingerprint):
         names = map(images_name, (before.images, dataset.fingerprint))
         changes.append("the images: was {}, is {}".format(*names))
     changes += begun_and_ended("EMA", was.ema, now.ema, "from these weights")

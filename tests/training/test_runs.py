@@ -912,6 +912,7 @@ def test_a_finished_run_has_nothing_to_do_on_a_full_disk(copied, flags, capsys):
     call_main("train.py", "--resume", copied / "run", "--dry-run", "--data-path", "elsewhere")
     plan = capsys.readouterr().out
     assert "elsewhere is not on this machine; assuming the run's 40 images" in plan
+    assert "the images: was" not in plan
     assert "after step 3: finished; a larger --max-steps adds steps" in plan
     assert sorted(copied.rglob("*")) == before
 
