@@ -9,7 +9,7 @@ Shape legend: D width, H expert width, E experts, R chosen rows, U rows of up_pr
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ class PassCosts(NamedTuple):
     blocks: list[tuple[int, int, int]]
 
 
-@cache
+@lru_cache(maxsize=64)
 def pass_costs(config: DiTConfig, batch: int, precision: str) -> PassCosts:
     """Measures a forward pass of `batch` images in training mode, with the attention of a GPU.
 

@@ -278,17 +278,12 @@ def sides(size: Size) -> tuple[int, int]:
 
 @cache
 def options_of(kind: type) -> dict[str, Option]:
-    """Returns the options of a component or config class, by name. The help of a flag shows its
-    default, unless the default is None, False or empty."""
+    """Returns the options of a component or config class, by name."""
     hints, found = typing.get_type_hints(kind), {}
     for one in fields(kind):
         if rules := one.metadata.get("option"):
-            default, help = one.default, rules.help
-            if str(default) not in ("None", "False", "()") and default is not MISSING:
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                help += "" if "default" in help else f" (default: {shown})"
             found[one.name] = replace(
-                rules, name=one.name, hint=hints[one.name], default=default, help=help
+                rules, name=one.name, hint=hints[one.name], default=one.default
             )
     return found
 

@@ -23,7 +23,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from options.parts import LIMITS, Option, options_of
+from options.parts import LIMITS, Option, options_of, spelled
 from options.settings import Flags, Settings, flags_of, read, spelling, word_for
 from runtime.errors import UserError, did_you_mean
 
@@ -95,7 +95,9 @@ def make_parser(flags: Flags, description: str | None, *, grouped: bool = True) 
         if (title := one.group) and grouped:
             group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         rules: dict[str, Any] = {"metavar": value_name(flag_name, one)}
-        rules["help"] = one.help.replace("%", "%%")
+        default = " ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+        is_shown = default is not MISSING and str(default) not in ("None", "False", "")
+        rules["help"] = (help_with(default, one) if is_shown else one.help).replace("%", "%%")
         kinds = typing.get_args(one.hint)
         if one.is_list:
             rules["nargs"] = "+" if kinds[-1] is ... else len(kinds)
@@ -131,6 +133,11 @@ def value_name(flag_name: str, one: Option) -> str | tuple[str, ...]:
     return "True|False" if bool in kinds else "N" if int in kinds else "X"
 
 
+def help_with(default: Any, one: Option) -> str:
+    """Returns the help of an option with its default, unless the help says it."""
+    return one.help if "default" in one.help else f"{one.help} (default: {default})"
+
+
 def about(word: str, flags: Flags) -> Flags:
     """Returns the flags whose name, group or components contain a word."""
     found, text = {}, word.lower().strip("-").replace("-", "_")
@@ -151,11 +158,9 @@ def component_help(flags: Flags) -> str:
             for one in options_of(kind).values():
                 word = f"{one.name}={value_name(one.name, one)}"
                 has_range = any(getattr(one, limit) is not None for limit in LIMITS)
-                text = f"{one.help}; {one.expected()}" if has_range else one.help
-                if "default" not in text:
-                    text += f" (default: {one.default if one.default != () else 'empty'})"
+                text = help_with(spelled(one.default) or "empty", one)
                 lines += textwrap.wrap(
-                    text, 100,
+                    f"{text}; {one.expected()}" if has_range else text, 100,
                     initial_indent=f"      {word:<28} ", subsequent_indent=" " * 35,
                     break_on_hyphens=False,
                 )  # fmt: skip

@@ -32,7 +32,6 @@ from safetensors.torch import load_file
 from checkpoints import Record, save_model
 from runtime.errors import printable, run_main
 from runtime.processes import LAUNCHER_VARIABLES, Distributed, close_distributed, run_process
-from sampling.generate import SamplerSettings
 from training.engines.state import read_state
 from training.manifest import MANIFEST_FILE, write_manifest
 
@@ -271,8 +270,9 @@ def short_previews():
     """Sample grids of runs in this process take four steps, not the 50 of their default."""
     from training import preview
 
+    short = functools.partial(preview.SamplerSettings, num_steps=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preview, "SamplerSettings", functools.partial(SamplerSettings, num_steps=4))
+        patch.setattr(preview, "SamplerSettings", short)
         yield
 
 

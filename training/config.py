@@ -196,22 +196,20 @@ class TrainConfig:
         return {name: getattr(self, name) for name in SECTIONS}
 
     def stored(self) -> Settings:
-        """Returns all settings by name, as a file has them."""
-        sections = self.by_section.values()
-        return {name: value for one in sections for name, value in stored(one).items()}
+        """Returns all settings by name, as a file has them; None only over a preset's value."""
+        sizes = PRESETS.get(self.preset, {})  # weights may have any size
+        unset = {name: "None" for name in sizes if getattr(self.model, name) is None}
+        return {k: v for one in self.by_section.values() for k, v in stored(one).items()} | unset
 
     def sections(self) -> dict[str, Settings]:
         """Returns the settings as a file has them, without those that have no effect."""
         now = self.stored()
         idle = {name for needed, names in NEEDS.items() if not now[needed] for name in names}
         found = {
-            name: {key: value for key, value in stored(section).items() if key not in idle}
-            for name, section in self.by_section.items()
+            name: {key: now[key] for key in options_of(kind) if key in now and key not in idle}
+            for name, kind in SECTIONS.items()
         }
-        if self.preset in PRESETS:  # weights may have any size
-            unset = [name for name in PRESETS[self.preset] if getattr(self.model, name) is None]
-            # Not the preset's values:
-            found["model"] |= {name: "None" for name in unset if name not in idle}
+        if self.preset in PRESETS:
             found["model"] = {"model": self.preset, **found["model"]}
         return found
 

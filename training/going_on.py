@@ -187,8 +187,9 @@ def kept_settings(
     """Returns a line on the settings that are kept from the run, because neither the command nor
     the data say them, and one on those that this version does not know."""
     new = TrainConfig.default(config.engine.script)
-    now, default = {"model": config.preset} | config.stored(), {"model": new.preset}
-    new = new.changed(PRESETS.get(config.preset, {}))
+    now, default = config.stored(), {"model": new.preset}
+    if config.preset in PRESETS:
+        now, new = {"model": config.preset, **now}, new.changed({"model": config.preset})
     conditions = fitted_conditions(new, {"objective": config.step.objective}, config.shapes)
     default |= new.stored() | {"conditions": [*conditions]}
     default |= {"image_size": 256, "vae_path": DEFAULT_VAE}

@@ -391,7 +391,7 @@ class TrainingLoop:
         self.save_last(step, least=min(step, self.stream.start_step + 1))
         self.log.text(
             f"stopped after step {step}; to go on from step {self.saved_step}: "
-            f"python {self.config.engine.script} --resume {shlex.quote(str(self.folder))}"
+            f"{self.config.engine.script} --resume {shlex.quote(str(self.folder))}"
         )
 
     def check_finite(self, step: int) -> None:

@@ -41,12 +41,13 @@ def print_plan(
     """
     model, steps, count = config.model, stream.end_step, stream.global_batch
     parameters, active = count_parameters(model)
+    macs = count_macs(model, (), stream.micro_batch, config.step.precision)
     memories = planned_memories(command.gpu_memory, node_size(config, stream.world_size))
     lines = {
         "model": f"{config.name}: {model.depth} blocks of width {model.hidden_size}, latents of "
         f"{' x '.join(map(str, model.latent_shape))}, {pluralize(model.num_classes, 'class')}",
         "parameters": f"{parameters:,} total, {active:,} active per token",
-        "compute": f"{count_macs(model):,} multiply-adds per image in a forward pass",
+        "compute": f"{macs:,} multiply-adds per image in a forward pass",
         **describe_memory(config, stream, memories),
         "disk": disk_use(config, steps)[1],
         "steps": f"{steps:,} of {count} images ({pluralize(stream.world_size, 'process')} x "

@@ -96,6 +96,7 @@ def test_help_has_a_table_of_components_with_their_options_defaults_and_ranges(h
         "scale=X lambda, a factor of the outputs of the routed experts (default: 1.0); a number "
         "above 0",
         "renormalize=True|False",
+        "(default: 0.9,0.999); 2 numbers",
         "precision={bf16,fp32}",
         "--ema power",
         "--auxiliary dispersive",

@@ -997,8 +997,10 @@ def test_a_changed_default_is_a_line_with_its_values():
     assert lines.keys() == {"num_experts_per_tok", "dense_mlp_ratio"}
 
 
-def test_none_over_a_value_of_a_preset_is_in_the_config_of_the_run(tmp_path):
+def test_none_over_a_value_of_a_preset_is_in_the_config_of_the_run_and_said_as_kept(tmp_path):
     config = config_of_command("--model=JiT-B/16", "--patch-bottleneck=None", "--num-classes=10")
     write_config(tmp_path, config, config.record())
     again = config_of_command(f"--config={tmp_path / CONFIG_FILE}")
     assert again.preset == config.preset and again.model.patch_bottleneck is None
+    (line,) = going_on.kept_settings(config.record(), config, {})
+    assert "--model JiT-B/16" in line and "--patch-bottleneck None" in line
