@@ -228,8 +228,6 @@ class Option:
                 return Word.parse(value, self.table)
             items = value if isinstance(value, list | tuple) else [value]
             items = [] if [*items] == ["none"] else items
-            if not items and not self.each_once:
-                raise ValueError("got none, expected at least one")
             found = [Word.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None

@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoints import Record, save_model
+from checkpoints.checkpoint import averages_of
 from runtime.errors import printable, run_main
 from runtime.processes import LAUNCHER_VARIABLES, Distributed, close_distributed, run_process
 from training.engines.state import read_state
@@ -626,6 +627,15 @@ def assert_same_values(a: dict[str, object], b: dict[str, object]) -> None:
     for name, value in b.items():
         same = torch.equal(a[name], value) if torch.is_tensor(value) else a[name] == value
         assert same, name
+
+
+def assert_unaveraged(step: Path) -> None:
+    """Asserts that a checkpoint has no average: its model file has the weights of its state."""
+    weights = load_file(step / "model.safetensors")
+    titles = {f"/model/{name}": value.flatten() for name, value in weights.items()}
+    state = {title: value for title, value in state_of(step).items() if title in titles}
+    assert [*averages_of(step)] == ["none"] and any("experts" in title for title in state)
+    assert_same_values({t: titles[t] for t in state}, {t: v.flatten() for t, v in state.items()})
 
 
 def assert_same_state(got: Path, want: Path) -> None:

@@ -117,4 +117,22 @@ def gamma_of(length: float) -> float:
     return np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max().item()
 
 
+class Weights(EMA):
+    """The weights themselves, which a checkpoint has instead of an average with --ema none."""
+
+    name = "none"
+
+    def decay_at(self, step: int) -> float:
+        return 0.0
+
+    def start(self, weights: Iterable[Tensor]) -> None:
+        self.averages, self.start_share = [weight.detach() for weight in weights], 0.0
+
+    def update(self, weights: Iterable[Tensor], step: int, skipped: Tensor | None = None) -> None:
+        pass
+
+    def exchange(self, weights: Iterable[Tensor]) -> None:
+        pass
+
+
 EMAS: dict[str, type[EMA]] = {"exponential": ExponentialEMA, "power": PowerEMA}

@@ -38,7 +38,7 @@ class Engine(Protocol):
     dist: Distributed
     config: TrainConfig
     model: DiT
-    emas: list[EMA]  # model.safetensors of a checkpoint holds the first one
+    emas: list[EMA]  # at least one; model.safetensors of a checkpoint holds the first
     copy_size: int  # processes that hold one copy of the model, and compute with it together
 
     def __init__(

@@ -212,7 +212,7 @@ def disk_use(config: TrainConfig, steps: int) -> tuple[float, str]:
     """Returns the bytes and a description of all checkpoints at the peak, while one is written and
     those that it replaces still exist."""
     average, state = 4 * count_parameters(config.model)[0], state_bytes(config)
-    checkpoint = state["weights"] + state["optimizer"] + len(config.ema) * average
+    checkpoint = state["weights"] + state["optimizer"] + max(1, len(config.ema)) * average
     written = -(-steps // config.run.ckpt_every)
     kept = min(written, config.run.keep_last or written)
     at_once = kept + (config.run.save_minutes > 0) + (kept < written)

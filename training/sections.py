@@ -69,8 +69,8 @@ class StepConfig(Config):
     )  # fmt: skip
     ema: tuple[Word, ...] = option(
         ("exponential",), table=EMAS,
-        help="moving averages of the weights; samples use the first one; exponential:decay=0 is "
-        "the weights themselves",
+        help="moving averages of the weights; samples use the first one, or with none the weights "
+        "themselves",
     )  # fmt: skip
     accum_iter: int = option(1, ge=1, help="micro-batches per optimizer step")
     precision: str = option(

@@ -22,6 +22,7 @@ import torch
 from conftest import (
     ROOT,
     TINY_MODEL,
+    assert_unaveraged,
     call_main,
     expect_error,
     list_files,
@@ -155,10 +156,14 @@ def trained(flags, command, alone, tmp_path_factory) -> tuple[Path, Path, str]:
             commands += [again(**{"max-steps": 2, "num-sample": 0}), again(**{"num-sample": 0})]
     recipe = results / "recipe.yaml"  # without a precision
     recipe.write_text("warmup-steps: 0\n")
-    for name, steps in (("fp16", 4), ("again-fp16", 2), ("again-fp16", 4)):
-        changes = {"run-name": name, "max-steps": steps, "precision": None, "config": recipe}
-        commands.append(command(results, "fp16", **changes))
-    commands.append(command(results, "zero2", **{"run-name": "bf16", "precision": "bf16"}))
+    fp16 = partial(command, results, "fp16", precision=None, config=recipe)
+    commands += [fp16(), fp16(**{"run-name": "again-fp16", "max-steps": 2})]
+    commands.append(fp16(resume=results / "again-fp16", **{"run-name": None}))
+    whole = results / "zero3" / "checkpoints" / "0000002"
+    commands.append(again(resume=whole, **{"run-name": "branch-zero3", "num-sample": 0}))
+    commands.append(
+        command(results, "zero2", **{"run-name": "bf16", "precision": "bf16", "ema": "none"})
+    )
     branch = {"run-name": "branch", "resume": results / "bf16" / "checkpoints" / "0000002"}
     commands.append(command(results, "fp16", **branch, **{"precision": None, "max-steps": 3}))
     commands.append(command(results, "zero2", **{"run-name": "grown"}))
@@ -213,18 +218,22 @@ def test_deepspeed_in_16_bits_stays_close_to_ddp(finished, precision):
     assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=0.05)
 
 
+def test_without_an_ema_a_checkpoint_has_the_master_weights(finished):
+    assert_unaveraged(finished("bf16") / STEP_4)
+
+
 @pytest.mark.gpu
 def test_a_run_that_changes_to_fp16_begins_with_the_configured_loss_scale(finished):
     _, _, metadata = stored_shards(finished("branch") / "checkpoints" / "0000003")
     assert metadata["scaler"]["cur_scale"] == 2 ** FP16["initial_scale_power"]
 
 
-@pytest.mark.parametrize("layout", ["fp16", "zero3"])
-def test_a_resumed_deepspeed_run_is_bit_identical(finished, layout):
-    """fp16 has ZeRO-2 and a loss scale."""
-    got, want = finished(f"again-{layout}"), finished(layout)
+@pytest.mark.parametrize("again", ["again-fp16", "again-zero3", "branch-zero3"])
+def test_a_resumed_deepspeed_run_is_bit_identical(finished, again):
+    """The first goes on by path, with ZeRO-2 and a loss scale; the second by its name."""
+    got, want = finished(again), finished(again.split("-")[1])
     assert "resumed from" in (got / "log.txt").read_text()
-    for a, b in zip(rows(got), rows(want), strict=True):
+    for a, b in zip(rows(got), rows(want)[-len(rows(got)) :], strict=True):
         for metric in ("step", "loss", "aux_loss", "grad_norm", "expert_load"):
             assert a[metric] == pytest.approx(b[metric], rel=EXACT, abs=0), metric
     for name, weight in ema_of(want).items():

@@ -14,6 +14,7 @@ import torch
 from conftest import (
     assert_same_state,
     assert_same_values,
+    assert_unaveraged,
     call_main,
     config_of_command,
     expect_error,
@@ -64,7 +65,7 @@ OTHERS = {
     "prototype": [*MUON, "--num_experts=4"],  # experts are not split: two on each process
 }  # fmt: skip
 CASES = {name: ["--accum-iter=2", f"--router={name}", *more] for name, more in OTHERS.items()} | {
-    "gates": ["--train-router-only", "--gradient-checkpointing"],
+    "gates": ["--train-router-only", "--gradient-checkpointing", "--ema", "none"],
     "bf16": ["--precision=bf16"],
 }
 SPREAD = ["--shard", "--expert-parallel=2"]
@@ -72,6 +73,8 @@ FOUR = {  # runs on four processes, with as many micro-batches in total as two p
     "prototype-2x2": [*SPREAD, "--shard-size=2"],  # two copies of the model
     "race-2x2": SPREAD,
 }  # fmt: skip
+LAYOUTS = {"ddp": [], "shard": ["--shard"], "spread": SPREAD}
+WHOLE = {"ddp": "topk-ddp", "shard": "race", "spread": "sigmoid-spread"}  # runs without a pause
 # On two processes. The others take four.
 SPREAD_ROUTERS = ("sigmoid", "expert_choice")
 
@@ -118,16 +121,24 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     # DDP takes a step with auxiliary losses, and a sharded run resumes.
     commands.append(flags(root / "passed", *auxiliary, max_steps=1))
     commands.append(flags(root / "passed", *auxiliary, "--shard"))
-    for name, more in (("topk", CASES["topk"]), ("race", race)):
-        for steps in (1, STEPS):
-            commands.append(flags(root / f"{name}-again", *more, max_steps=steps))
+    # Runs of one step go on by name and by path, and one branches.
+    for layout, whole in WHOLE.items():
+        more = [*CASES[whole.split("-")[0]], *LAYOUTS[layout]]
+        again = {how: root / f"{layout}-{how}" for how in ("name", "resume", "branch")}
+        commands += [flags(again[how], *more, max_steps=1) for how in ("name", "resume")]
+        commands.append(flags(again["name"], *more))
+        commands.append(
+            flags(None, *more, f"--resume={again['resume'] / 'run'}", **{"run-name": None})
+        )
+        step = again["name"] / "run" / "checkpoints" / "0000001"
+        commands.append(flags(again["branch"], *more, f"--resume={step}"))
     measured = in_processes(measure_and_train, commands)
 
     # Two processes took a step, and one resumes, or four with expert parallelism. The run in
     # spread-first goes the opposite way.
-    resumed = {"began-ddp": "topk", "gathered-2x2": "topk", "copies-2x2": "topk", "shrunk": "race"}
+    resumed = {"began-ddp": "ddp", "gathered-2x2": "ddp", "copies-2x2": "ddp", "shrunk": "shard"}
     for name, source in resumed.items():
-        shutil.copytree(root / f"{source}-again", root / name)
+        shutil.copytree(root / f"{source}-name", root / name)
         shutil.rmtree(step_folder(root / name, STEPS))
     commands = [
         flags(root / name, *CASES[name.removesuffix("-2x2")], "--accum-iter=1", *more)
@@ -154,6 +165,11 @@ def two(launched) -> Path:
 @pytest.fixture(scope="module")
 def measured(launched) -> list[dict]:
     return launched[1]
+
+
+@pytest.mark.parametrize("layout", ["gates", "gates-ddp"])
+def test_without_an_ema_a_checkpoint_has_the_weights_themselves(two, layout):
+    assert_unaveraged(step_folder(two / layout, STEPS))
 
 
 def compare(got: Path, want: Path, losses: float = 1e-6, weights: float = 1e-5) -> None:
@@ -263,13 +279,15 @@ def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_any_layout(two, name)
         assert relative_error(got[title], want[title]) < 1e-5, title
 
 
-@pytest.mark.parametrize("again, whole", [("topk-again", "topk-ddp"), ("race-again", "race")])
-def test_a_resumed_run_on_two_processes_is_bit_identical(two, again, whole):
-    step = step_folder(two / again, STEPS)
+@pytest.mark.parametrize("how", ["name", "resume", "branch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_on_two_processes_is_bit_identical(two, layout, how):
+    again, whole = two / f"{layout}-{how}", two / WHOLE[layout]
+    step = step_folder(again, STEPS)
     # All processes write the header, which has the share of the EMA's first weights.
     assert read_record(step).ema_start_share == pytest.approx(0.81)
-    assert "resumed from" in (only_run(two / again) / "log.txt").read_text()
-    assert_same_state(*(step_folder(two / name, STEPS) for name in (again, whole)))
+    assert "resumed from" in (only_run(again) / "log.txt").read_text()
+    assert_same_state(step, step_folder(whole, STEPS))
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 4), (7, 6), (7,)], ids=str)

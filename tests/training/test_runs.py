@@ -23,6 +23,7 @@ import yaml
 from conftest import (
     ROOT,
     assert_same_state,
+    assert_unaveraged,
     call_main,
     config_of_command,
     expect_error,
@@ -236,14 +237,19 @@ def test_emas_and_auxiliary_losses_are_the_list_that_a_command_says(copied, flag
     goes_on("--max-steps=4", "--ema", "power:length=0.1", "exponential:decay=0.9,warmup=True",
             "--auxiliary", "dispersive")  # fmt: skip
     goes_on("--max-steps=5", "--auxiliary", "none", "--ema", "power:length=0.1")
+    goes_on("--max-steps=6", "--ema", "none")
+    goes_on("--max-steps=7")
+    assert_unaveraged(step_folder(copied, 7))
+    goes_on("--max-steps=8", "--ema", "power:length=0.1")
     lines = [line for line in changes_of(copied / "run") if "--" not in line]
     assert lines == [
         "EMA power-0.1 begins from these weights", "auxiliary loss dispersive begins anew",
-        "EMA 0.9 ends", "auxiliary loss dispersive ends",
+        "EMA 0.9 ends", "auxiliary loss dispersive ends", "EMA power-0.1 ends",
+        "EMA power-0.1 begins from these weights",
     ]  # fmt: skip
-    folders = [step_folder(copied, step) for step in (3, 4, 5)]
+    folders = [step_folder(copied, step) for step in range(3, 9)]
     assert [[*averages_of(folder)] for folder in folders] == [
-        ["0.9"], ["power-0.1", "0.9"], ["power-0.1"]
+        ["0.9"], ["power-0.1", "0.9"], ["power-0.1"], ["none"], ["none"], ["power-0.1"]
     ]  # fmt: skip
     shares = [
         {name: read_record(path).ema_start_share for name, path in averages_of(folder).items()}
@@ -255,6 +261,9 @@ def test_emas_and_auxiliary_losses_are_the_list_that_a_command_says(copied, flag
         # The warm-up at step 4 is 5 / 14. The power average began after step 3.
         {"power-0.1": pytest.approx(power.decay_at(4)), "0.9": pytest.approx(0.9**3 * 5 / 14)},
         {"power-0.1": pytest.approx(power.decay_at(4) * power.decay_at(5))},
+        {"none": 0},
+        {"none": 0},
+        {"power-0.1": pytest.approx(power.decay_at(8))},
     ]
 
 

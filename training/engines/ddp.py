@@ -31,6 +31,7 @@ from runtime.processes import Distributed
 from runtime.tensor_file import Box
 from training.auxiliary import PROJECTORS, is_of_model, projectors_of
 from training.config import TrainConfig
+from training.ema import Weights
 from training.engine import Bytes, freeze, share_out
 from training.engines.layout import Place
 from training.engines.state import (
@@ -108,7 +109,7 @@ class DDPEngine:
             torch._dynamo.config.optimize_ddp = False
         wrap_blocks(self.model, recomputed=step.recomputed, compiled=step.compile)
         self.averaged = {n: w for n, w in self.local.items() if is_of_model(n)}  # by EMAs
-        self.emas = self.config.ema
+        self.emas = self.config.ema or [Weights()]
         for ema in self.emas:
             ema.start(self.averaged.values())
         # The tensors that the optimizer updates. An elementwise optimizer needs only local shards.

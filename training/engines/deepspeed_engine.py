@@ -15,6 +15,7 @@ from conditions import Conditions
 from runtime.processes import Distributed
 from runtime.tensor_file import Box
 from training.config import TrainConfig
+from training.ema import Weights
 from training.engines import zero
 from training.engines.state import (
     STATE_FILES,
@@ -55,7 +56,7 @@ class DeepSpeedEngine:
         for name, value in weights:
             self.set_weight(name, value)
         zero.publish_masters(self.engine.optimizer)
-        self.emas = config.ema
+        self.emas = config.ema or [Weights()]
         self.ema = self.emas[0]
         self.ema.start(self.shards.masters)
 
