@@ -144,8 +144,8 @@ class Router(Component, nn.Module):
         x: the router's input (N, T, F), see `select_input`
         context: what the block knows besides, by name; see `DiTBlock.forward`
 
-        Keep nothing for a later layer in an attribute: checkpointing computes a block again after
-        the later ones. Return it as `Routing.passed_on`.
+        What a later layer shall read is returned as `Routing.passed_on`, not kept in an attribute:
+        checkpointing computes a block again after the later ones.
         """
         return self.choose(self.score(x.flatten(0, 1)))
 

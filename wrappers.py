@@ -5,18 +5,23 @@
 Under gradient checkpointing, the backward pass computes a block again, completely or except for
 operators whose outputs were kept (torch's selective activation checkpointing). What the block draws
 at random is drawn again: torch keeps the state of its default generators, which the host holds also
-for a GPU. A `torch.Generator` of the block's own would draw other numbers.
+for a GPU. A block that computes something else the second time, because it reads what a later block
+has written or draws from a `torch.Generator` of its own, is an error: its calls 1, 2, 4, 8, ... are
+compared on the host.
 
 The recomputed call includes the hooks of a block, such as those that gather sharded weights, so it
 replaces `DiT.call`. A compiled graph does not include them, so it replaces the block's `forward`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -36,6 +41,9 @@ KEPT_OPERATORS = EXPERT_OPERATORS | {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flash_attn::_flash_attn_forward",
 }
+# Relative errors up to which a block computes the same the second time. A GPU may add outputs of
+# experts in another order, but not before the router.
+TOLERANCES = {"tokens": 0.1, "routing weights": 0.01, "expert load": 0.01}
 KEPT = {"nothing": (), "all": (), "selective": KEPT_OPERATORS}  # by what is recomputed
 
 
@@ -57,27 +65,66 @@ def wrap_blocks(model: DiT, *, recomputed: str = "nothing", compiled: bool = Fal
     # A graph may overwrite what its operators return, so the outputs of operators inside a graph
     # can be kept only by the graph itself.
     is_inside = compiled and recomputed == "selective" and not is_spread
+    calls: Counter[DiTBlock] = Counter()
     if recomputed != "nothing" and not is_inside:
-        model.call = lambda block, *inputs: recompute(options, block, block, *inputs)
+        model.call = lambda block, *inputs: recompute(options, calls, block, block, *inputs)
     for block in model.blocks if compiled else ():
-        eager = partial(recompute, options, block, block.forward) if is_inside else block.forward
-        block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
+        graph = eager = block.forward
+        if is_inside:
+            graph, eager = (partial(recompute, options, n, block, eager) for n in (None, calls))
+        block.forward = partial(compiled_or_eager, block, torch.compile(graph), eager)
 
 
 def recompute(
-    options: dict[str, Any], block: DiTBlock, forward: Callable, x: Tensor, c: Tensor,
-    context: Context = NOTHING, rotation: Tensor | None = None,
+    options: dict[str, Any], calls: Counter[DiTBlock] | None, block: DiTBlock, forward: Callable,
+    x: Tensor, c: Tensor, context: Context = NOTHING, rotation: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-    """Calls the forward of a block, whose activations are recomputed during training."""
+    """Calls the forward of a block, whose activations are recomputed during training.
+
+    calls: numbers of calls of the blocks so far; None: in a graph, which computes the same again
+    """
     if not (block.training and torch.is_grad_enabled()):
         return forward(x, c, context, rotation)
-    names = tuple(context)
+    names, before, is_checked = tuple(context), {}, False
+    if calls is not None and not isinstance(x, FakeTensor):
+        calls[block] += 1
+        is_checked = calls[block].bit_count() == 1
 
     def call(x: Tensor, c: Tensor, rotation: Tensor | None, *tensors: Tensor):
-        return forward(x, c, Context(dict(zip(names, tensors, strict=True))), rotation)
+        found = forward(x, c, Context(dict(zip(names, tensors, strict=True))), rotation)
+        if is_checked and not before:
+            before.update(traces_of(x, *found))
+        elif is_checked:
+            check_same(block, before, traces_of(x, *found))
+        return found
 
+    more = {"early_stop": False} if is_checked else {}  # to the end of `call`
     # The tensors of the context are arguments, so that autograd reports one changed in place.
-    return checkpoint(call, x, c, rotation, *context.values(), **options)
+    return checkpoint(call, x, c, rotation, *context.values(), **options, **more)
+
+
+@torch.no_grad()
+def traces_of(x: Tensor, output: Tensor, routing: Routing | None) -> dict[str, np.ndarray]:
+    """Returns what a block has computed, in few numbers: how far each token moves (N, T), and the
+    weights and load of its routing."""
+    found = {"tokens": (output - x).norm(dim=-1)}
+    if routing:
+        found |= {"routing weights": routing.weight, "expert load": routing.load}
+    return {name: values.float().cpu().numpy().copy() for name, values in found.items()}
+
+
+def check_same(block: DiTBlock, before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> None:
+    """Raises RuntimeError if a block has computed something else the second time."""
+    for name, values in before.items():
+        limit = TOLERANCES[name] * np.linalg.norm(values)
+        if values.shape == now[name].shape and not np.linalg.norm(values - now[name]) > limit:
+            continue
+        where = "a dense block" if block.moe is None else f"block {block.moe.gate.layer}"
+        raise RuntimeError(
+            f"gradient checkpointing: {where} computes other {name} the second time, expected the "
+            "same: it may depend only on its inputs and context, not on an attribute that a later "
+            "block writes (return Routing.passed_on), nor on a random generator of its own"
+        )
 
 
 def compiled_or_eager(

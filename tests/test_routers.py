@@ -1,6 +1,7 @@
 """Routers: chosen experts, weights, loss, gradients and state follow the papers' equations."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -461,6 +462,64 @@ def test_changing_a_tensor_of_the_context_in_place_is_an_error(monkeypatch, reco
     model = randomised()
     wrap_blocks(model, recomputed=recomputed)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_of(model)
+
+
+class Keeper(TopKRouter):
+    """Adds the logits of the previous layer, from an attribute, to its own."""
+
+    logits = 0.0
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        own = self.score(x.flatten(0, 1))
+        logits, Keeper.logits = own + Keeper.logits, own.detach()
+        return self.choose(logits)
+
+
+class Drawer(TopKRouter):
+    """Draws noise from a generator of its own."""
+
+    generator = torch.Generator()
+
+    def choose(self, logits: Tensor) -> Routing:
+        return super().choose(logits + torch.randn(logits.shape, generator=self.generator))
+
+
+class KeepingBlock(DiTBlock):
+    """Adds the tokens of the previous block, from an attribute, times a gate that starts at 0."""
+
+    tokens = None
+
+    def forward(self, x, c, context=NOTHING, rotation=None):
+        before = torch.zeros_like(x) if KeepingBlock.tokens is None else KeepingBlock.tokens
+        KeepingBlock.tokens = x.detach()
+        output, routing = super().forward(x, c, context, rotation)
+        gate = self.adaLN_modulation(c).chunk(6, dim=1)[2]
+        return output + gate.unsqueeze(1) * before, routing
+
+
+@pytest.mark.parametrize("kind, recomputed, is_compiled", [
+    *itertools.product((Keeper, Drawer, KeepingBlock), RECOMPUTED[1:], (False,)),
+    *itertools.product((Keeper, KeepingBlock), ("all",), (True,)),
+])  # fmt: skip
+def test_a_block_that_computes_something_else_the_second_time_is_an_error(
+    monkeypatch, quick_compile, kind, recomputed, is_compiled
+):
+    """Also in a later call. In the other compiled cases, torch raises an error."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(Keeper, "logits", 0.0)
+    monkeypatch.setattr(KeepingBlock, "tokens", None)
+    of_block = issubclass(kind, DiTBlock)
+    place = (vars(models), "DiTBlock") if of_block else (routers.ROUTERS, "topk")
+    monkeypatch.setitem(*place, kind)
+    torch.manual_seed(0)
+    model = DiT(**TINY_MODEL | {"depth": 3})
+    wrap_blocks(model, recomputed=recomputed, compiled=is_compiled)
+    if of_block:
+        gradients_of(model)  # the gates of adaLN-Zero hide what the blocks compute
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    with pytest.raises(RuntimeError, match="other (tokens|routing weights) the second time"):
         gradients_of(model)
 
 
