@@ -15,6 +15,7 @@ replaces `DiT.call`. A compiled graph does not include them, so it replaces the 
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
 )
 
 from models import DiT, DiTBlock
@@ -98,9 +100,9 @@ def recompute(
             check_same(block, before, traces_of(x, *found))
         return found
 
-    more = {"early_stop": False} if is_checked else {}  # to the end of `call`
     # The tensors of the context are arguments, so that autograd reports one changed in place.
-    return checkpoint(call, x, c, rotation, *context.values(), **options, **more)
+    with set_checkpoint_early_stop(False) if is_checked else nullcontext():
+        return checkpoint(call, x, c, rotation, *context.values(), **options)
 
 
 @torch.no_grad()
