@@ -75,6 +75,7 @@ FOUR = {  # runs on four processes, with as many micro-batches in total as two p
 }  # fmt: skip
 LAYOUTS = {"ddp": [], "shard": ["--shard"], "spread": SPREAD}
 WHOLE = {"ddp": "topk-ddp", "shard": "race", "spread": "sigmoid-spread"}  # runs without a pause
+AGAIN = {"ddp": ("name",), "shard": ("name", "branch"), "spread": ("resume",)}
 # On two processes. The others take four.
 SPREAD_ROUTERS = ("sigmoid", "expert_choice")
 
@@ -121,17 +122,21 @@ def launched(tmp_path_factory, flags) -> tuple[Path, list[dict]]:
     # DDP takes a step with auxiliary losses, and a sharded run resumes.
     commands.append(flags(root / "passed", *auxiliary, max_steps=1))
     commands.append(flags(root / "passed", *auxiliary, "--shard"))
-    # Runs of one step go on by name and by path, and one branches.
-    for layout, whole in WHOLE.items():
-        more = [*CASES[whole.split("-")[0]], *LAYOUTS[layout]]
-        again = {how: root / f"{layout}-{how}" for how in ("name", "resume", "branch")}
-        commands += [flags(again[how], *more, max_steps=1) for how in ("name", "resume")]
-        commands.append(flags(again["name"], *more))
-        commands.append(
-            flags(None, *more, f"--resume={again['resume'] / 'run'}", **{"run-name": None})
-        )
-        step = again["name"] / "run" / "checkpoints" / "0000001"
-        commands.append(flags(again["branch"], *more, f"--resume={step}"))
+    # Runs of one step go on by name or by path, or branch. test_runs.py has the others for DDP.
+    for layout, hows in AGAIN.items():
+        more = [*CASES[WHOLE[layout].split("-")[0]], *LAYOUTS[layout]]
+        step = root / f"{layout}-{hows[0]}" / "run" / "checkpoints" / "0000001"
+        for how in hows:
+            results = root / f"{layout}-{how}"
+            if how == "branch":
+                commands.append(flags(results, *more, f"--resume={step}"))
+                continue
+            commands.append(flags(results, *more, max_steps=1))
+            if how == "name":
+                commands.append(flags(results, *more))
+            else:
+                run = f"--resume={results / 'run'}"
+                commands.append(flags(None, *more, run, **{"run-name": None}))
     measured = in_processes(measure_and_train, commands)
 
     # Two processes took a step, and one resumes, or four with expert parallelism. The run in
@@ -279,8 +284,7 @@ def test_weights_of_auxiliary_losses_equal_those_of_ddp_in_any_layout(two, name)
         assert relative_error(got[title], want[title]) < 1e-5, title
 
 
-@pytest.mark.parametrize("how", ["name", "resume", "branch"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, how", [(name, how) for name in AGAIN for how in AGAIN[name]])
 def test_a_resumed_run_on_two_processes_is_bit_identical(two, layout, how):
     again, whole = two / f"{layout}-{how}", two / WHOLE[layout]
     step = step_folder(again, STEPS)
