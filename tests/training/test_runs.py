@@ -932,6 +932,8 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     step, full = loop.TrainingLoop.step, ExitStack()
 
     def start_step(self, number, micro_batches):
+        if self.saver.writing:
+            self.saver.writing.exception()  # wait: the limit is that of all threads
         full.close()
         if number + 1 in (2, 5):
             full.enter_context(file_size_limit(100))
