@@ -15,7 +15,6 @@ replaces `DiT.call`. A compiled graph does not include them, so it replaces the 
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    set_checkpoint_early_stop,
 )
 
 from models import DiT, DiTBlock
@@ -71,38 +69,38 @@ def wrap_blocks(model: DiT, *, recomputed: str = "nothing", compiled: bool = Fal
     if recomputed != "nothing" and not is_inside:
         model.call = lambda block, *inputs: recompute(options, calls, block, block, *inputs)
     for block in model.blocks if compiled else ():
-        graph = eager = block.forward
+        eager = block.forward
         if is_inside:
-            graph, eager = (partial(recompute, options, n, block, eager) for n in (None, calls))
-        block.forward = partial(compiled_or_eager, block, torch.compile(graph), eager)
+            eager = partial(recompute, options, calls, block, eager)
+        block.forward = partial(compiled_or_eager, block, torch.compile(eager), eager)
 
 
 def recompute(
-    options: dict[str, Any], calls: Counter[DiTBlock] | None, block: DiTBlock, forward: Callable,
+    options: dict[str, Any], calls: Counter[DiTBlock], block: DiTBlock, forward: Callable,
     x: Tensor, c: Tensor, context: Context = NOTHING, rotation: Tensor | None = None,
 ) -> tuple[Tensor, Routing | None]:  # fmt: skip
     """Calls the forward of a block, whose activations are recomputed during training.
 
-    calls: numbers of calls of the blocks so far; None: in a graph, which computes the same again
+    calls: numbers of calls of the blocks so far
     """
     if not (block.training and torch.is_grad_enabled()):
         return forward(x, c, context, rotation)
-    names, before, is_checked = tuple(context), {}, False
-    if calls is not None and not isinstance(x, FakeTensor):
-        calls[block] += 1
-        is_checked = calls[block].bit_count() == 1
+    names, before = tuple(context), None
 
     def call(x: Tensor, c: Tensor, rotation: Tensor | None, *tensors: Tensor):
+        nonlocal before
         found = forward(x, c, Context(dict(zip(names, tensors, strict=True))), rotation)
-        if is_checked and not before:
-            before.update(traces_of(x, *found))
-        elif is_checked:
+        if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+            return found  # a graph computes the same again
+        if before is None:
+            calls[block] += 1
+            before = traces_of(x, *found) if calls[block].bit_count() == 1 else {}
+        elif before:
             check_same(block, before, traces_of(x, *found))
         return found
 
     # The tensors of the context are arguments, so that autograd reports one changed in place.
-    with set_checkpoint_early_stop(False) if is_checked else nullcontext():
-        return checkpoint(call, x, c, rotation, *context.values(), **options)
+    return checkpoint(call, x, c, rotation, *context.values(), **options)
 
 
 @torch.no_grad()
@@ -147,7 +145,10 @@ def checkpoint_options(kept: Collection[str]) -> dict[str, Any]:
 
     kept: names of operators whose outputs are kept
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    options: dict[str, Any] = {
+        "use_reentrant": False, "preserve_rng_state": True,
+        "early_stop": False,  # so that the whole block can be compared
+    }  # fmt: skip
     if kept:
         policy = partial(keep_outputs, frozenset(kept))
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)

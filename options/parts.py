@@ -228,6 +228,8 @@ class Option:
                 return Word.parse(value, self.table)
             items = value if isinstance(value, list | tuple) else [value]
             items = [] if [*items] == ["none"] else items
+            if "none" in items:
+                raise ValueError("got none beside others, expected none alone")
             found = [Word.parse(item, self.table) for item in items]
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None

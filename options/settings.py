@@ -98,19 +98,21 @@ def differences(
     meanings: attributes that say what a field means if its default follows from others, by name
     """
     for name in options_of(type(now)):
-        meaning = (meanings or {}).get(name, name)
-        meant = [getattr(config, meaning) for config in (was, now)]
-        if meant[0] != meant[1]:
-            said = [getattr(config, name) for config in (was, now)]
-            yield name, difference(name, *(meant if None in said or said[0] == said[1] else said))
+        said, meant = (
+            [getattr(config, attribute) for config in (was, now)]
+            for attribute in (name, (meanings or {}).get(name, name))
+        )
+        if said[0] != said[1] and meant[0] != meant[1]:
+            yield name, difference(name, *(meant if None in said else said))
 
 
 def difference(name: str, was: Any, now: Any) -> str:
-    was, now = (
-        " ".join(map(str, value)) or "none" if isinstance(value, tuple) else value
-        for value in (was, now)
-    )
-    return f"{spelling(name)}: was {was!s:.300}, is {now!s:.300}"
+    return f"{spelling(name)}: was {in_words(was):.300}, is {in_words(now):.300}"
+
+
+def in_words(value: Any) -> str:
+    """Returns a value as a command gives it."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
 def spelling(name: str) -> str:

@@ -62,6 +62,7 @@ class AuxiliaryLoss(Component):
     name: ClassVar[str]  # in the log, and in `AUXILIARY_LOSSES`
     needs: ClassVar[tuple[str, ...]] = ()  # tensors of the batch that only this loss reads
     compares_images: ClassVar[bool] = False  # True: a micro-batch needs at least two images
+    reads_ema: ClassVar[bool] = False  # True: calls `Pass.ema_tokens`
 
     def block(self, depth: int) -> int | None:
         """Returns the index of the block whose tokens the loss reads, at the relative depth
@@ -169,6 +170,7 @@ class Sra(AuxiliaryLoss):
     """
 
     name = "sra"
+    reads_ema = True
     weight: float = option(
         0.2, help="weight of the alignment with the EMA's deeper block, arXiv 2505.02831", ge=0
     )

@@ -93,6 +93,8 @@ class TrainConfig:
         for one in self.auxiliary:
             if expected := one.check(self.objective, self.shapes):
                 raise ValueError(f"auxiliary: got {one.name}, which needs {expected}")
+            if one.reads_ema and not self.ema:
+                raise ValueError(f"auxiliary: got {one.name} with --ema none, expected an EMA")
         names = [ema.name for ema in self.ema]
         if len(set(names)) < len(names):
             raise ValueError(f"ema: got {', '.join(names)}, expected different averages")

@@ -17,7 +17,7 @@ from latents.loading import BatchStream
 from latents.sources import Source, images_name, same_images
 from models import MEANINGS, WITHOUT_EFFECT
 from options.parts import Word, options_of
-from options.settings import Settings, differences, spelling
+from options.settings import Settings, differences, in_words, spelling
 from presets import PRESETS
 from runtime.errors import UserError
 from runtime.processes import Distributed
@@ -39,7 +39,7 @@ def find_start(command: CommandFlags) -> tuple[Path | None, list[Path]]:
     A run that --run-name names goes on if it has a checkpoint, also if it began with --finetune or
     from a checkpoint of another run.
     """
-    named = named_folder(command) if command.run_name else None
+    named = None if command.run_name is None else named_folder(command)
     branch = branch_of(command)
     if command.finetune and command.resume:
         raise UserError("--resume: cannot be combined with --finetune")
@@ -161,8 +161,9 @@ def changed_settings(
         refused.append(f"the script: was {was.engine.script}, is {script}")
     if refused:
         raise UserError(
-            f"a run keeps what its state depends on: {'; '.join(refused)}; expected the same, or a "
-            "new run, which --finetune starts from the weights of this one"
+            f"a run keeps what its state depends on: {'; '.join(refused)}; expected the same, or "
+            "another --run-name for a new run, which --finetune can start from these weights if "
+            "their shapes stay"
         )
     return changes
 
@@ -196,7 +197,7 @@ def kept_settings(
     follow = {*OF_DATA} | ({"image_size", "vae_path"} if config.data.latents_path else set())
     follow |= set() if can_flip else {"flip"}
     kept = [
-        f"{spelling(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{spelling(name)} {in_words(value)}"
         for name, value in now.items()
         if name not in {*said, *follow} and value != default.get(name)
     ] + kept_options(config, said, new)

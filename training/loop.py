@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import Record
+from checkpoints import Record, step_folders
 from checkpoints.costs import count_macs, count_parameters
 from latents.autoencoder import Autoencoder
 from latents.loading import BatchStream, check_unreadable, read_batches
@@ -377,9 +377,11 @@ class TrainingLoop:
         self.save(step)
         self.finish_save()
         if self.saved_step < least:
+            again = f"go on from step {self.saved_step}: --resume {self.folder}"
+            if not step_folders(self.folder):
+                again = "begin again"
             raise UserError(
-                f"{self.save_failure}, and no later save will replace it: fix the cause and go on "
-                f"from step {self.saved_step}: --resume {self.folder}"
+                f"{self.save_failure}, and no later save will replace it: fix the cause and {again}"
             )
 
     def stop(self, step: int) -> None:

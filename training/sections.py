@@ -124,7 +124,7 @@ class DataConfig(ImagesConfig):
         help="in place of --val-path: fraction of the training images to hold out, the same ones "
         "in all runs on these images",
     )  # fmt: skip
-    val_images: int = option(1000, ge=1, help="number of held-out images to use")
+    val_images: int = option(1000, ge=20, help="number of held-out images to use")
     val_times: str = option(
         "uniform", choices=("uniform", "training"),
         help="distribution of the fixed times: uniform, which makes runs comparable, or training, "

@@ -246,6 +246,8 @@ def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp
         ([*train_flags(tmp_path, rf=True), "--auxiliary", "repa"],
          "got repa, which needs latents"),
         (["--auxiliary", "dispersive", "--global-batch-size", "1"], "micro-batches of one image"),
+        (["--auxiliary", "sra", "--ema", "none"], "got sra with --ema none, expected an EMA"),
+        (["--auxiliary", "sra", "none"], "got none beside others"),
     ):  # fmt: skip
         arguments = given if len(given) > 10 else [*flags(tmp_path), *given]
         assert message in expect_error(capsys, "train.py", *arguments)

@@ -545,10 +545,10 @@ def test_the_config_of_a_run_used_as_a_recipe_trains_the_same_weights(finished, 
     assert command.run_name is None and not said.keys() & {*OF_DATA}
 
 
-@pytest.mark.parametrize("name", ["../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
+@pytest.mark.parametrize("name", ["", "../out", "/tmp/out", "..", ".", "a\0b", "x" * 300, "a\nb"])
 def test_a_run_name_cannot_leave_the_results_folder(name):
     with pytest.raises(UserError, match="--run-name: got"):
-        named_folder(CommandFlags(run_name=name))
+        going_on.find_start(CommandFlags(run_name=name))
 
 
 def test_a_results_folder_that_cannot_be_created_is_a_one_line_error(flags, tmp_path, capsys):
@@ -955,6 +955,8 @@ def test_a_full_disk_does_not_stop_a_run_before_its_end(flags, tmp_path, monkeyp
     assert all(name in output.err for name in ("log.jsonl", "tensorboard", "samples-0000002.png"))
     with full, pytest.raises(UserError, match="step 5 .* from step 4"):
         call_main("train.py", *flags(tmp_path, **{"max-steps": 5}))
+    with full, pytest.raises(UserError, match="fix the cause and begin again"):
+        call_main("train.py", *flags(tmp_path / "new", **{"max-steps": 2, "ckpt-every": 2}))
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
@@ -982,9 +984,10 @@ def test_a_failed_sample_grid_is_a_warning_after_the_save(flags, tmp_path, monke
 
 
 def test_the_line_on_kept_settings_lists_numbers():
-    config = TrainConfig.default().changed({"sparse_layers": [1, 3], "num_experts": 4})
+    values = {"sparse_layers": [1, 3], "num_experts": 4, "ema": "none"}
+    config = TrainConfig.default().changed(values)
     (line,) = going_on.kept_settings(config.record(), config, {"num_experts": 4})
-    assert line.endswith(": --sparse-layers 1 3")
+    assert line.endswith(": --sparse-layers 1 3, --ema none")
 
 
 def test_the_line_on_kept_settings_names_what_only_images_leave_open():
@@ -1001,11 +1004,13 @@ def test_the_line_on_kept_settings_names_what_only_images_leave_open():
 
 
 def test_a_changed_default_is_a_line_with_its_values():
-    """--dense-mlp-ratio is None in both: the experts of a token and two shared ones decide it."""
-    models = (DiTConfig(num_experts_per_tok=k, sparse_layers="every-second") for k in (2, 1))
-    lines = dict(differences(*models, MEANINGS))
-    assert lines["dense_mlp_ratio"] == "--dense-mlp-ratio: was 10.0, is 6.0"
-    assert lines.keys() == {"num_experts_per_tok", "dense_mlp_ratio"}
+    """Two experts a token and two shared ones make 10. What only follows is no line."""
+    was = DiTConfig(sparse_layers="every-second")
+    lines = dict(differences(was, replace(was, num_experts_per_tok=1, depth=4), MEANINGS))
+    assert lines.keys() == {"num_experts_per_tok", "depth"}
+    lines = dict(differences(was, replace(was, dense_mlp_ratio=6), MEANINGS))
+    assert lines == {"dense_mlp_ratio": "--dense-mlp-ratio: was 10.0, is 6.0"}
+    assert not [*differences(was, replace(was, dense_mlp_ratio=10), MEANINGS)]
 
 
 def test_none_over_a_value_of_a_preset_is_in_the_config_of_the_run_and_said_as_kept(tmp_path):
