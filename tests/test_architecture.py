@@ -85,9 +85,24 @@ def test_no_module_or_script_imports_a_script():
 
 
 def test_training_knows_engines_only_by_their_protocol():
-    """Except where `EngineConfig` chooses one."""
-    for path in {*ROOT.glob("training/*.py")} - {ROOT / "training/sections.py"}:
-        assert not [name for name in imports_of(path) if name.startswith("training.engines")], path
+    """`engine_for` chooses one."""
+    chosen = {"training.engines", "training.engines.engine_for"}
+    for path in ROOT.glob("training/*.py"):
+        names = imports_of(path) - chosen
+        assert not [name for name in names if name.startswith("training.engines")], path
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """At the top or inside functions; a package counts as its __init__.py."""
+    paths = [path for module in ALLOWED_IMPORTS for path in files_of(module)]
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in paths}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    waiting = {name: imports_of(path) & modules.keys() - {name} for name, path in modules.items()}
+    for name, names in waiting.items():  # `from a.b import c` also names the package a.b
+        waiting[name] = {n for n in names if not any(one.startswith(f"{n}.") for one in names)}
+    while free := {name for name, names in waiting.items() if not names & waiting.keys()}:
+        waiting = {name: names for name, names in waiting.items() if name not in free}
+    assert not waiting
 
 
 @pytest.mark.parametrize("module", PURE)

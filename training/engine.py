@@ -2,7 +2,7 @@
 
 The engines in `training/engines/`: data parallelism (`DDPEngine`), FSDP2 (`FSDPEngine`), DeepSpeed.
 To add one, write a class with the methods of `Engine`, a field of `EngineConfig` that chooses it,
-and a branch in `EngineConfig.engine_class`. An engine calls `freeze` before it creates the
+and a branch in `training.engines.engine_for`. An engine calls `freeze` before it creates the
 optimizer, or rejects --freeze and --train-router-only.
 """
 

@@ -322,7 +322,8 @@ class TrainingLoop:
 
         try:
             grid = self.dist.run_on_all(
-                lambda: draw_preview(self), has_collectives=self.engine.copy_size > 1
+                lambda: draw_preview(self.engine, self.dataset, self.vae, self.requests),
+                has_collectives=self.engine.copy_size > 1,
             )
         except (OSError, UserError, ProcessError) as error:
             self.log.text(f"WARNING: no sample grid of step {step} ({error})")

@@ -19,6 +19,7 @@ from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely
 from training.config import TrainConfig
 from training.engine import Bytes, node_size
+from training.engines import engine_for
 from training.going_on import MORE_STEPS
 from training.memory import received_rows, state_bytes
 from training.sections import CommandFlags, DataConfig
@@ -72,7 +73,7 @@ def describe_memory(
     memories: where the process may run, such as "on a GPU, ", or "" if there is one choice: (usable
         GiB, description of the whole memory)
     """
-    engine, micro_batch = config.engine.engine_class(), stream.micro_batch
+    engine, micro_batch = engine_for(config.engine), stream.micro_batch
     gpu, host, layout = engine.memory(config, stream.world_size)
     total = sum(gpu.values())
     needed = total / GIB

@@ -173,20 +173,6 @@ class EngineConfig(Config):
     def script(self) -> str:
         return DEEPSPEED if self.deepspeed_config else TRAIN
 
-    def engine_class(self) -> type:
-        """Returns the engine, whose module takes seconds to import."""
-        if self.deepspeed_config:
-            from training.engines.deepspeed_engine import DeepSpeedEngine
-
-            return DeepSpeedEngine
-        if self.shard:
-            from training.engines.fsdp import FSDPEngine
-
-            return FSDPEngine
-        from training.engines.ddp import DDPEngine
-
-        return DDPEngine
-
 
 @dataclass(frozen=True, kw_only=True)
 class CommandFlags(Config):

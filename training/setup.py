@@ -20,6 +20,7 @@ from runtime.processes import ALONE, Distributed
 from runtime.progress import progress
 from training.config import TrainConfig
 from training.engine import frozen_names
+from training.engines import engine_for
 from training.sections import DataConfig
 
 
@@ -91,7 +92,7 @@ def remaining_steps(
     config: TrainConfig, trained: np.ndarray, done: int, dist: Distributed
 ) -> BatchStream:
     """Returns the steps after the first `done`, over the images with the indices `trained`."""
-    micro_batch = config.engine.engine_class().micro_batch(config, dist.world_size)
+    micro_batch = engine_for(config.engine).micro_batch(config, dist.world_size)
     for one in config.auxiliary:
         if one.compares_images and micro_batch < 2:
             raise UserError(

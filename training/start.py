@@ -29,6 +29,7 @@ from runtime.processes import (
 from training import finetune, going_on, setup
 from training.config import TrainConfig, training_flags
 from training.engine import new_weights
+from training.engines import engine_for
 from training.log import RunLog, import_wandb, warns_if_lost
 from training.loop import TrainingLoop
 from training.plan import open_planned, print_plan
@@ -83,7 +84,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         notes += finetune.check_source(config, weights)
     if command.dry_run:  # plan for these processes
         dist = replace(dist, world_size=command.gpus or read_environment().world_size)
-    of_engine = config.engine.engine_class().check(config, dist.world_size)
+    of_engine = engine_for(config.engine).check(config, dist.world_size)
     trained, held_out = split(dataset, config.data.val_share)
     stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
     if before:
@@ -137,7 +138,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         adapted, more = finetune.start_weights(weights, config, dataset)
         start, notes = adapted.items(), notes + more
     try:
-        engine = config.engine.engine_class()(dist, config, start)
+        engine = engine_for(config.engine)(dist, config, start)
         start = adapted = weights = None  # the engine holds the weights; free this copy
         if before:
             engine.load_state(step_folder)

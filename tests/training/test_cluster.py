@@ -38,7 +38,7 @@ from runtime.files import wait_for_file
 from runtime.processes import ALONE, Distributed, ProcessError
 from training import alarms
 from training.config import TrainConfig
-from training.engines import ddp, fsdp, state
+from training.engines import ddp, engine_for, fsdp, state
 from training.log import RunLog
 from training.plan import load_that_fits
 
@@ -388,7 +388,7 @@ def test_only_the_first_copy_of_the_model_reads_a_checkpoint(
         torch.distributed.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
         try:
             dist = FakeRank(rank, rank, 4, torch.device("cpu"))
-            config.engine.engine_class()(dist, config, ()).load_state(folder)
+            engine_for(config.engine)(dist, config, ()).load_state(folder)
         finally:
             torch.distributed.destroy_process_group()
         by_rank.append((len(files), sum(read)))

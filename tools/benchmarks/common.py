@@ -25,6 +25,7 @@ from runtime.devices import DTYPES, keep_freed_memory
 from runtime.processes import ALONE, Distributed, setup_distributed
 from training.config import TrainConfig
 from training.engine import new_weights
+from training.engines import engine_for
 from training.engines.ddp import DDPEngine
 from training.step import take_step
 
@@ -75,7 +76,7 @@ def open_processes() -> Distributed:
 
 def make_engine(config: TrainConfig, dist: Distributed) -> DDPEngine:
     """Makes the engine of train.py for a config, with new weights."""
-    return config.engine.engine_class()(dist, config, new_weights(config))
+    return engine_for(config.engine)(dist, config, new_weights(config))
 
 
 def draw_batch(engine: DDPEngine, images: int) -> Batch:
