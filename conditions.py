@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from options.parts import Registry
+
 Conditions = Tensor | Mapping[str, Tensor]  # labels (N,), or a tensor per condition, by name
 WAVES = 256  # number of sinusoids that represent one scalar
 
@@ -83,7 +85,6 @@ class EmbedderConfig(NamedTuple):
 class Condition(nn.Module):
     """Base class: embeds the named tensor (N, ...) into vectors (N, D) or tokens (N, L, D)."""
 
-    about = ""  # what it describes, for the help
     in_batch = True  # False: the objective or the sampler provides the tensor
     # What follows the name: ("WIDTH",) in "vector:768", ("LENGTH", "WIDTH") in "tokens:256x768".
     axes: tuple[str, ...] = ()
@@ -103,8 +104,6 @@ class Condition(nn.Module):
 class LabelEmbedder(Condition):
     """Embeds labels. With label dropout, the additional index num_classes means "no class"."""
 
-    about = "the class"
-
     def __init__(self, config: EmbedderConfig):
         super().__init__(config)
         self.num_classes = config.num_classes
@@ -122,35 +121,9 @@ class LabelEmbedder(Condition):
         return self.embedding_table(labels)
 
 
-class SizeEmbedder(Condition):
-    """Embeds the size and the crop of the original image (SDXL, Podell et al. 2023, arXiv
-    2307.01952, section 2.2).
-
-    The values (N, 4) are height and width of the original image, and top and left edge of the crop,
-    relative to the training image: (2, 2, 0, 0) is an original twice as large. The default
-    (1, 1, 0, 0) is an original of the training size. As in SDXL, guidance does not drop the size.
-    """
-
-    about = "the size of the original image and the position of the crop"
-
-    def __init__(self, config: EmbedderConfig):
-        super().__init__(config)
-        self.mlp = two_layers(4 * WAVES, config.hidden_size)
-
-    def default(self, count: int, device: torch.device) -> Tensor:
-        values = torch.zeros(count, 4, device=device)       # without a copy from the host
-        values[:, :2] = 1
-        return values
-
-    def forward(self, values: Tensor) -> Tensor:
-        waves = sinusoids(1000 * values.flatten(), WAVES)                   # (4 N, 256)
-        return self.mlp(waves.view(len(values), -1).to(self.mlp[0].weight.dtype))  # (N, D)
-
-
 class VectorEmbedder(Condition):
     """Embeds an image feature (N, F), such as a text or CLIP embedding; zeros mean no feature."""
 
-    about = "a cached feature, written vector:WIDTH"
     axes = ("WIDTH",)
 
     def __init__(self, config: EmbedderConfig):
@@ -168,35 +141,10 @@ class VectorEmbedder(Condition):
         return self.mlp(values.to(self.mlp[0].weight.dtype))                # (N, D)
 
 
-class SpanEmbedder(Condition):
-    """Embeds the time span t - r (N,) of a step (MeanFlow, Geng et al. 2025, arXiv 2505.13447).
-
-    The objective provides the span; the default is 0. The last layer starts at zero, so adding this
-    condition to a model that was trained without spans does not change its predictions at first.
-    """
-
-    about = "the time span; mean_flow adds this condition"
-    in_batch = False
-
-    def __init__(self, config: EmbedderConfig):
-        super().__init__(config)
-        self.time_scale = config.time_scale
-        self.mlp = two_layers(WAVES, config.hidden_size, last=ZeroLinear)
-
-    def default(self, count: int, device: torch.device) -> Tensor:
-        return torch.zeros(count, device=device)
-
-    def forward(self, span: Tensor) -> Tensor:
-        waves = sinusoids(span * self.time_scale, WAVES)                    # (N, 256)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))                 # (N, D)
-
-
-CONDITIONS: dict[str, type[Condition]] = {
-    "label": LabelEmbedder,
-    "size": SizeEmbedder,
-    "vector": VectorEmbedder,
-    "span": SpanEmbedder,
-}
+CONDITIONS = Registry(
+    {"label": LabelEmbedder, "vector": VectorEmbedder},
+    elsewhere={"size": "extras.size", "span": "extras.mean_flow"},
+)
 
 
 def split_condition(spec: str) -> tuple[str, tuple[int, ...]]:

@@ -74,8 +74,8 @@ class DiTConfig(Config):
     )
     conditions: tuple[str, ...] = option(
         ("label",),
-        help="inputs of the model other than the time: "
-        + "; ".join(f"{name} is {kind.about}" for name, kind in CONDITIONS.items()),
+        help="inputs of the model other than the time: label, the class; size, of the original "
+        "image and its crop; vector:WIDTH, a cached feature; span, the time span of mean_flow",
     )
     patch_size: int = option(
         2, help="side of a patch, in latent pixels (default: the preset's)", ge=1, group="model"

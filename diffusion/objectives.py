@@ -10,12 +10,11 @@ from torch import Tensor
 
 from diffusion.gaussian_diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import prediction_and_aux_loss
-from diffusion.mean_flow import MeanFlow
 from diffusion.objective import Conditions, Network, Objective
 from diffusion.rectified_flow import RectifiedFlow, XPredictionFlow
 from diffusion.samplers import SAMPLERS, Predict, Sampler, Times
 from diffusion.schedule import space_timesteps
-from options.parts import option
+from options.parts import Registry, option
 
 
 class Gaussian(Objective):
@@ -114,13 +113,12 @@ class GaussianV(Gaussian):
         return torch.cat([noise, v[:, x.shape[1] :]], dim=1)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {
+OBJECTIVES = Registry({
     "gaussian": Gaussian,
     "gaussian_v": GaussianV,
     "rectified_flow": RectifiedFlow,
     "flow_x": XPredictionFlow,
-    "mean_flow": MeanFlow,
-}
+}, elsewhere={"mean_flow": "extras.mean_flow"})  # fmt: skip
 
 
 def objective_named(objective: str | None, rf: bool | None) -> str | None:

@@ -100,16 +100,6 @@ def euler_maruyama(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: No
     return end + (2 * t * size) ** 0.5 * noise_fn(end) if r > 0 else end, velocity
 
 
-def mean_velocity(denoise: Predict, z: Tensor, t: float, r: float, noise_fn: NoiseFn) -> Moved:
-    """Steps from time t to the next time r by the mean velocity denoise(z, t, r).
-
-    One evaluation per step. With an exact network, any number of steps gives the exact result.
-    Geng et al. 2025, arXiv 2505.13447, equation 12.
-    """
-    velocity = velocity_at(denoise, z, t, r)
-    return z + (r - t) * velocity, velocity
-
-
 def chain_sampler(
     sample_loop: Callable[..., Tensor], denoise: Predict, z: Tensor, times: Times,
     callback: Callback = None, **options,
@@ -206,6 +196,3 @@ SAMPLERS: dict[str, dict[str, Sampler]] = {
         "unipc": Sampler(partial(multistep, UNIPC), 25),
     },
 }
-# Without r (r = t), a mean flow is a rectified flow, so the flow's samplers work too.
-MEAN = {"mean": Sampler(partial(integrate, mean_velocity), 4)}
-SAMPLERS["mean_flow"] = MEAN | SAMPLERS["rectified_flow"]

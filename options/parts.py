@@ -3,7 +3,7 @@
     class MyRouter(Router):                       # `Router` is a `Component`
         temperature: float = option(1.0, help="temperature of the softmax", gt=0)
 
-    ROUTERS["mine"] = MyRouter                    # a registry: {name: class}
+    ROUTERS["mine"] = MyRouter                    # a `Registry`: {name: class}
 
 A component is one word: "mine:temperature=0.5", with options after the colon. It is the same word
 in a command, a recipe, config.yaml and the metadata of a checkpoint. A config holds it as a `Word`:
@@ -20,13 +20,15 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-Registry = dict[str, type]
 Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 QUOTES = ("'", '"')
@@ -51,6 +53,45 @@ class UnknownOption(ValueError):
     """A word has an option that its component does not have."""
 
 
+class Registry(UserDict):
+    """Components by name. Assignment adds one, as a file of --plugin does.
+
+    elsewhere: names of modules that add further components, by the name of the component. A module
+        is imported when its component is first asked for, and adds nothing if it does not exist.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Any] | None = None, elsewhere: Mapping[str, str] | None = None
+    ):
+        super().__init__(entries)
+        self.elsewhere = {n: module for n, module in (elsewhere or {}).items() if exists(module)}
+        self.names = [*self.data, *self.elsewhere]  # their order, whichever module is imported
+
+    def __missing__(self, name: str) -> Any:
+        import_module(self.elsewhere[name])
+        return self.data[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self.data[name]
+        self.elsewhere.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or name in self.elsewhere
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in dict.fromkeys([*self.names, *self.data]) if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def exists(module: str) -> bool:
+    """Returns whether a module can be imported."""
+    with suppress(ModuleNotFoundError):  # of the package
+        return find_spec(module) is not None
+    return False
+
+
 @dataclass(frozen=True)
 class Word:
     """The word of a component: its name, and options."""
@@ -70,7 +111,7 @@ class Word:
         elif isinstance(text, str):
             name, said = split_word(text)
         else:
-            example = f"{next(iter(table))}:OPTION=VALUE"
+            example = f"{next(iter(table), 'NAME')}:OPTION=VALUE"
             raise ValueError(f"got {text!r:.200}, expected a word such as {example}")
         if name not in table:
             if "=" in name:  # of a list in one line, YAML splits the words

@@ -78,7 +78,7 @@ class SamplingConfig:
         help="sampler, here with its default number of steps; the first one is the default. "
         + "; ".join(
             f"{kind}: {', '.join(f'{name} {one.default_steps}' for name, one in table.items())}"
-            for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=False)
+            for kind, table in zip(("Gaussian diffusion", "flows"), SAMPLERS.values(), strict=True)
         ) + "; mean_flow: mean 4 and the samplers of flows",
     )  # fmt: skip
     num_sampling_steps: int | str | None = option(

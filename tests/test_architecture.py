@@ -10,7 +10,7 @@ LEAF = "checkpoints.layouts"  # `DiT.load_state_dict` imports it, and it imports
 # The modules that each top-level module or package may import. Add new modules here.
 ALLOWED_IMPORTS = {
     "options": "",
-    "conditions": "",
+    "conditions": "options",
     "presets": "",
     "moe_kernels": "",
     "routers": "options",
@@ -25,6 +25,7 @@ ALLOWED_IMPORTS = {
 for module in ("latents", "checkpoints", "sampling", "evaluation", "training"):
     ALLOWED_IMPORTS[module] = " ".join(ALLOWED_IMPORTS)  # all modules listed before this one
 ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
+ALLOWED_IMPORTS["extras"] = " ".join(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
 PURE = (
     "models", "presets", "initialization", "wrappers", "quantization", "conditions", "moe",

@@ -24,7 +24,7 @@ from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped,
 from routers import Routing, TopKRouter
 from runtime.errors import UserError
 from training.engines.fsdp import FSDPEngine
-from training.optimizers import Muon, hidden_matrices
+from training.optimizers import OPTIMIZERS, hidden_matrices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -271,7 +271,7 @@ def test_a_parameter_that_the_experts_share_is_counted_and_updated_once(low_rank
         "up_base": 2, "down_base": 1, "up_a": 1,
     }  # fmt: skip
     named = {n: w for n, w in model.named_parameters() if ".experts." in n}
-    (group,) = Muon().make(named, 1e-3, matrices).param_groups
+    (group,) = OPTIMIZERS["muon"]().make(named, 1e-3, matrices).param_groups
     assert len(group["params"]) == len(named) and "num_chunks" in group
 
 

@@ -357,7 +357,6 @@ def check_data(found: Settings, said: Settings) -> None:
 def fitted_conditions(base: TrainConfig, said: Settings, shapes: Shapes) -> tuple[str, ...]:
     """Returns the conditions with the widths of the data, and with those of the objective."""
     objective = OBJECTIVES[said.get("objective", base.step.objective).name]
-    of_others = {word for one in OBJECTIVES.values() for word in one.conditions}
     words = []
     for word in said.get("conditions", base.model.conditions):
         (name, shape) = split_condition(word)
@@ -367,7 +366,7 @@ def fitted_conditions(base: TrainConfig, said: Settings, shapes: Shapes) -> tupl
         fitted = spell_condition(name, shapes[name]) if shapes and CONDITIONS[name].axes else word
         if shape and word != fitted:
             raise ValueError(f"conditions: got {word}, expected {fitted} as in the data")
-        words += [fitted] if word not in of_others else []
+        words += [fitted] if CONDITIONS[name].in_batch or word in objective.conditions else []
     return (*words, *(word for word in objective.conditions if word not in words))
 
 

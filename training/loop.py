@@ -140,7 +140,8 @@ class TrainingLoop:
                 "is used instead"
             )
         precisions = {"--precision": config.step.precision}
-        precisions["--optimizer muon:precision"] = config.step.optimizer.options.get("precision")
+        optimizer = config.step.optimizer
+        precisions[f"--optimizer {optimizer.name}:precision"] = optimizer.options.get("precision")
         slow = [
             f"{flag} {name}"
             for flag, name in precisions.items()

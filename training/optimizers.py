@@ -20,8 +20,7 @@ from torch import nn
 from checkpoints.costs import FakeTensorMode
 from models import DiT, embedder_of
 from moe import SparseMoEBlock
-from options.parts import Component, option
-from runtime.devices import DTYPES
+from options.parts import Component, Registry, option
 from runtime.errors import reported_as
 
 State = dict[str, dict[str, object]]  # state of an optimizer, by parameter and name
@@ -76,41 +75,7 @@ class AdamW(Optimizer):
         )  # fmt: skip
 
 
-class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest; see training/muon.py."""
-
-    momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", ge=0, lt=1)
-    betas: tuple[float, float] = option(
-        (0.9, 0.95), help="betas of AdamW, for all other parameters", ge=0, lt=1
-    )
-    weight_decay: float = option(0.0, help="weight decay", ge=0)
-    precision: str = option(
-        "bf16", choices=("bf16", "fp32"), help="precision of the products that orthogonalise"
-    )
-
-    def make(
-        self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
-    ) -> torch.optim.Optimizer:
-        from training.muon import MuonAdamW
-
-        hidden = [name for name in named if matrices.get(name)]
-        groups = [
-            {"params": [named[name] for name in hidden],
-             "num_chunks": [matrices[name] for name in hidden], "momentum": self.momentum},
-        ]  # fmt: skip
-        # By device mesh, because a fused step requires DTensors of one mesh.
-        others: dict[object, list[nn.Parameter]] = {}
-        for name, weight in named.items():
-            if not matrices.get(name):
-                others.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
-        groups += [{"params": weights} for weights in others.values()]
-        return MuonAdamW(
-            [group for group in groups if group["params"]], lr=lr, betas=self.betas,
-            weight_decay=self.weight_decay, fused=True, dtype=DTYPES[self.precision],
-        )  # fmt: skip
-
-
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "muon": Muon}
+OPTIMIZERS = Registry({"adamw": AdamW}, elsewhere={"muon": "extras.muon"})
 
 FUSED = ("qkv.weight", "adaLN_modulation.1.weight")  # square matrices, one below the other
 # Parameters that are neither of a layer of torch nor declared by `Experts`. All others are vectors.

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from checkpoints import config_of
 from checkpoints.checkpoint import load_model
 from diffusion import OBJECTIVES
+from extras.auxiliary import Dispersive
 from models import DiT, DiTConfig
 from options.parts import Word
 from runtime.processes import ALONE
 from tools.benchmarks.common import make_engine, train_step
-from training.auxiliary import AUXILIARY_LOSSES, Dispersive, Pass
+from training.auxiliary import AUXILIARY_LOSSES, Pass
 from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine

@@ -13,6 +13,7 @@ from conftest import (
 from torch import nn
 
 from checkpoints import load_model, read_checkpoint
+from extras.muon import Muon
 from models import DiT
 from runtime.errors import UserError
 from training.ema import ExponentialEMA, PowerEMA
@@ -20,7 +21,6 @@ from training.lr_schedule import SCHEDULES, rate_factor
 from training.optimizers import (
     OPTIMIZERS,
     AdamW,
-    Muon,
     Optimizer,
     hidden_matrices,
     planned_state,
@@ -129,7 +129,7 @@ def test_muon_equals_a_reference_loop_over_matrices():
 def test_muon_gives_the_same_weights_in_small_and_large_batches(monkeypatch):
     found = []
     for largest in (1, 2**14, 2**25):  # elements: one matrix, a few, and all of one shape
-        monkeypatch.setattr("training.muon.CACHED", largest)
+        monkeypatch.setattr("extras.muon.CACHED", largest)
         model, named = make(qk_norm=True)
         optimizer = Muon(precision="fp32").make(named, 0.02, hidden_matrices(model))
         for step in range(3):

@@ -37,10 +37,10 @@ from training.engines.layout import Place
 from training.engines.state import (
     STATE_FILES,
     read_state,
+    rows_of,
     stored_boxes,
 )
 from training.memory import activation_bytes, copied_bytes, state_bytes
-from training.muon import rows_of
 from training.optimizers import hidden_matrices, planned_state
 from training.spikes import SpikeDetector
 from wrappers import wrap_blocks

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from checkpoints.weights import as_user_error, open_safetensors
 from runtime.errors import UserError
@@ -135,3 +136,8 @@ def stored_shards(
             raise ValueError(f"got {len(paths)} files of its state, expected {expected!s:.80}")
         numbers = {name: kept for one in metadata for name, kept in one["numbers"].items()}
     return shards, numbers, metadata[0]
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Returns the local shard of a DTensor, or a plain tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Muon: orthogonalised updates for hidden matrices, and AdamW for all other parameters.
+"""The optimizer `muon`: orthogonalised updates for hidden matrices, AdamW for all other parameters.
 
     matrices = {"params": [qkv, up, down], "num_chunks": [3, 1, 1], "momentum": 0.95}
     optimizer = MuonAdamW([matrices, {"params": others}], lr=1e-3, fused=True)
@@ -15,11 +15,16 @@ Shape legend: B parameters or shards in a batch, m x n the shape of a matrix
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+
+from options.parts import option
+from runtime.devices import DTYPES
+from training.engines.state import rows_of
+from training.optimizers import OPTIMIZERS, Optimizer
 
 # On the CPU, an exchange of shards gathers all of them, and DTensor would print a warning.
 logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
@@ -118,11 +123,6 @@ class MuonAdamW(torch.optim.AdamW):
             weight.mul_(kept).add_(move * (-group["lr"] * scale * taken))
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """Returns the local shard of a DTensor, or a plain tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def is_cut(weight: Tensor) -> bool:
     """Returns whether the matrices of a parameter (..., m, n) are sharded, along m or n."""
     placements = weight.placements if isinstance(weight, DTensor) else ()
@@ -142,3 +142,38 @@ def exchange(local: Tensor, like: DTensor, count: int, *, back: bool = False) ->
         local, like.device_mesh, before, shape=torch.Size((count, m, n)), stride=(m * n, n, 1)
     )
     return batch.redistribute(placements=after).to_local()
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for the rest; see `MuonAdamW`."""
+
+    momentum: float = option(0.95, help="Nesterov momentum of hidden matrices", ge=0, lt=1)
+    betas: tuple[float, float] = option(
+        (0.9, 0.95), help="betas of AdamW, for all other parameters", ge=0, lt=1
+    )
+    weight_decay: float = option(0.0, help="weight decay", ge=0)
+    precision: str = option(
+        "bf16", choices=("bf16", "fp32"), help="precision of the products that orthogonalise"
+    )
+
+    def make(
+        self, named: Mapping[str, nn.Parameter], lr: float, matrices: Mapping[str, int]
+    ) -> torch.optim.Optimizer:
+        hidden = [name for name in named if matrices.get(name)]
+        groups = [
+            {"params": [named[name] for name in hidden],
+             "num_chunks": [matrices[name] for name in hidden], "momentum": self.momentum},
+        ]  # fmt: skip
+        # By device mesh, because a fused step requires DTensors of one mesh.
+        others: dict[object, list[nn.Parameter]] = {}
+        for name, weight in named.items():
+            if not matrices.get(name):
+                others.setdefault(getattr(weight, "device_mesh", None), []).append(weight)
+        groups += [{"params": weights} for weights in others.values()]
+        return MuonAdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=self.betas,
+            weight_decay=self.weight_decay, fused=True, dtype=DTYPES[self.precision],
+        )  # fmt: skip
+
+
+OPTIMIZERS["muon"] = Muon
