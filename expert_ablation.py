@@ -20,7 +20,6 @@ from analysis.expert_config import (
     ExpertConfig,
     check_source,
     default_file,
-    open_prompts,
 )
 from options.parts import option
 from runtime.errors import UserError, print_safely, run_main
@@ -51,8 +50,8 @@ def parse_args() -> ExpertAblationConfig:
 
 def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     """Returns the model, what to measure and the settings."""
-    from analysis.ablation import checkpoint_outcome
     from evaluation.heldout import held_out_losses, latent_batches, open_held_out
+    from extras.ablation import checkpoint_outcome
     from runtime.progress import progress
     from sampling.generate import objective_of
     from sampling.pipeline import open_pipeline
@@ -87,7 +86,7 @@ def open_checkpoint(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
 
 def open_text_pipeline(config: ExpertAblationConfig) -> tuple[Any, Callable, dict]:
     """The same, for --pipeline."""
-    from analysis.prompts import prompts_outcome
+    from extras.prompts import open_prompts, prompts_outcome
 
     pipeline, prompts, settings = open_prompts(config)
     facts = asdict(settings) | {"pipeline": config.pipeline, "prompts": [p for _, p in prompts]}
@@ -102,8 +101,8 @@ def main(config: ExpertAblationConfig) -> None:
     output = config.output or default_file(config.ckpt, ABLATION_FILE)
     prepare_output("--output", output)
     print_safely(f"loading {config.ckpt or config.pipeline}")
-    from analysis.ablation import leave_one_out, load_ablation, save_ablation
     from analysis.sparse_layers import sparse_layers
+    from extras.ablation import leave_one_out, load_ablation, save_ablation
 
     model, measure, settings = (open_checkpoint if config.ckpt else open_text_pipeline)(config)
     rows = load_ablation(output, settings)[1] if output.exists() else []

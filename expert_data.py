@@ -21,7 +21,6 @@ from analysis.expert_config import (
     ExpertConfig,
     check_source,
     default_file,
-    open_prompts,
 )
 from options.parts import option
 from runtime.errors import print_safely, run_main
@@ -65,7 +64,7 @@ def count_checkpoint(config: ExpertDataConfig) -> RoutingCounts:
 
 
 def count_pipeline(config: ExpertDataConfig) -> RoutingCounts:
-    from analysis.prompts import count_prompts, describe_prompts
+    from extras.prompts import count_prompts, describe_prompts, open_prompts
 
     pipeline, prompts, settings = open_prompts(config, config.images_per_class or 1)
     print_safely(f"sampling {describe_prompts(pipeline, prompts)}")

@@ -68,7 +68,7 @@ def check_flags(config: ExpertReportConfig) -> None:
 
 def read_ablation(path: Path, data: Path, counts: RoutingCounts) -> list:
     """Reads the rows of expert_ablation.py about the model of the counts in `data`."""
-    from analysis.ablation import load_ablation
+    from extras.ablation import load_ablation
 
     settings, rows = load_ablation(path)
     pairs = {
@@ -123,7 +123,7 @@ def main(config: ExpertReportConfig) -> None:
     prepare_output("--output", output)
     all_counts = [RoutingCounts.load(file) for file in files]
     check_layers(files, all_counts)
-    from analysis.report import ReportedModel, report
+    from extras.report import ReportedModel, report
 
     titles = [counts.settings.get("run", counts.settings["model"]) for counts in all_counts]
     if len(set(titles)) < len(titles):

@@ -81,9 +81,8 @@ def without_experts(config: ExportConfig, checkpoint):
     """Returns the checkpoint without the experts that --drop-experts leaves out."""
     import torch
 
-    from analysis.ablation import least_damage, load_ablation
     from checkpoints import build_model
-    from checkpoints.adapting import drop_experts
+    from extras.ablation import drop_experts, least_damage, load_ablation
     from latents.autoencoder import weights_digest
     from runtime.devices import DTYPES
 
@@ -124,7 +123,7 @@ def main(config: ExportConfig) -> None:
     import torch
     from safetensors import SafetensorError
 
-    from checkpoints.quantized_weights import quantize_state_dict
+    from checkpoints.quantizers import quantizer
     from latents.autoencoder import PIXELS, load_autoencoder
     from runtime.devices import DTYPES
     from sampling import formats, pipeline
@@ -136,7 +135,7 @@ def main(config: ExportConfig) -> None:
     if config.drop_experts:
         checkpoint = without_experts(config, checkpoint)
         if config.quantize:
-            quantize_state_dict(checkpoint.state_dict, config.quantize, checkpoint.config)
+            quantizer(config.quantize).convert(checkpoint.state_dict, checkpoint.config)
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
     vae_path = vae_path and os.path.expanduser(vae_path)

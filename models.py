@@ -4,7 +4,7 @@
     prediction, aux_loss = model(x, t, y)
 
 What is done to a model stands elsewhere: its first weights (initialization.py), checkpointing and
-torch.compile (wrappers.py), quantised experts (quantization.py), sizes by name (presets.py).
+torch.compile (wrappers.py), sizes by name (presets.py).
 
 Shape legend:
     N batch, C latent channels, C' output channels (2C with learn_sigma, otherwise C),

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, build_model, config_of, read_checkpoint, save_model
-from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.costs import count_parameters
 from diffusion import OBJECTIVES
+from extras.upcycle import upcycle, upcycled_config
 from options.parts import option
 from presets import PRESETS
 from runtime.errors import reported_as, run_main

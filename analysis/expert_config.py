@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from options.parts import option, options_of, sides
+from options.parts import option, options_of
 from runtime.errors import UserError
 from runtime.flags import refuse_idle
 from sampling.sampling_config import CKPT_HELP, SamplingConfig
@@ -66,20 +65,3 @@ def check_source(config: ExpertConfig, of_checkpoints: tuple[str, ...]) -> None:
     if isinstance(config.num_sampling_steps, str):
         got = config.num_sampling_steps
         raise UserError(f"--num-sampling-steps: got {got}, expected a number with --pipeline")
-
-
-def open_prompts(config: ExpertConfig, images_per_prompt: int = 1) -> tuple[Any, list, Any]:
-    """Opens --prompts and --pipeline; returns pipeline, (group, prompt) pairs and settings."""
-    from analysis.prompts import PromptSettings, open_prompt_pipeline, read_prompts
-
-    prompts = read_prompts(config.prompts)
-    pipeline = open_prompt_pipeline(
-        config.pipeline, config.precision or "bf16", text_encoder=config.text_encoder,
-        quantize=config.quantize, offload=config.offload,
-    )  # fmt: skip
-    settings = PromptSettings(
-        num_steps=config.num_sampling_steps, cfg_scale=config.cfg_scale,
-        image_size=config.image_size and sides(config.image_size),
-        images_per_prompt=images_per_prompt, batch_size=config.batch_size or 1, seed=config.seed,
-    )  # fmt: skip
-    return pipeline, prompts, settings

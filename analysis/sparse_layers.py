@@ -3,26 +3,24 @@
     for layer in sparse_layers(pipeline.transformer):
         layer.listen(lambda output, routing: print(layer.name, routing.expert.bincount()))
 
-To add a transformer of diffusers, write a `GatedLayer` and add it to `TRANSFORMERS`.
+`TRANSFORMERS` has the transformers of diffusers; extras/transformers.py has examples.
 
 Shape legend:
-    N images of a batch, T tokens per image, S = N*T tokens, E experts, K experts per token,
-    C tokens per expert and image, R rows of a `Routing`, n numbers of an expert's weight
+    N images of a batch, T tokens per image, E experts, n numbers of an expert's weight
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from analysis.token_places import HiDreamPlaces, NucleusPlaces
 from models import DiT, DiTConfig
-from moe_kernels.quantized import QuantizedLinear, QuantizedStack, QuantizedWeight
-from routers import Routing, expert_load
+from moe_kernels.quantized import QuantizedWeight
+from options.parts import Registry
+from routers import Routing
 from runtime.errors import UserError
 
 
@@ -67,122 +65,13 @@ class DiTLayer:
         return (weight for weight in self.block.moe.experts.weights() if weight is not None)
 
 
-class GatedLayer:
-    """A layer of diffusers with a module `gate`, whose output determines the routing."""
-
-    module_name: str  # class of the layer in diffusers
-    places: type  # makes the `TokenPlaces` of a pipeline with such layers
-    extra_experts = 0
-
-    def __init__(self, name: str, module: nn.Module):
-        self.name, self.module = name, module
-
-    def routing(self, gated: Any) -> Routing:
-        """Converts the output of the gate; rows in any order."""
-        raise NotImplementedError
-
-    def quantize(self, kind: str) -> None:
-        """Replaces the experts' matrices by integers and scales; kind: int8 or int4."""
-        raise NotImplementedError
-
-    def listen(self, listener: Callable[[Tensor, Routing], None]) -> ExitStack:
-        gated: list[Any] = []
-        after = torch.compiler.disable(
-            lambda module, inputs, output: listener(output, self.routing(gated.pop()))
-        )
-        keep = torch.compiler.disable(lambda gate, inputs, output: gated.append(output))
-        hooks = ExitStack()
-        hooks.enter_context(self.module.gate.register_forward_hook(keep))
-        hooks.enter_context(self.module.register_forward_hook(after))
-        return hooks
-
-
-class HiDreamLayer(GatedLayer):
-    """`MOEFeedForwardSwiGLU`: softmax over the experts, top K, weights not renormalised."""
-
-    module_name, names = "MOEFeedForwardSwiGLU", ("w1", "w2", "w3")
-    places = HiDreamPlaces
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.module.experts)
-
-    def routing(self, gated: tuple[Tensor, Tensor, None]) -> Routing:
-        expert, weight, _ = gated  # (S, K) each
-        token = torch.arange(len(expert), device=expert.device).repeat_interleave(expert.shape[1])
-        load = expert_load(expert.flatten(), self.num_experts)
-        return Routing(
-            token, expert.flatten(), weight.flatten().float(), per_token=expert.shape[1],
-            loss=load.new_zeros(()), load=load,
-        )  # fmt: skip
-
-    def without(self, expert: int) -> RemovableHandle:
-        module = self.module.experts[expert]
-        return module.register_forward_hook(lambda module, inputs, rows: torch.zeros_like(rows))
-
-    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
-        for name in self.names:
-            yield torch.stack([getattr(expert, name).weight for expert in self.module.experts])
-
-    def quantize(self, kind: str) -> None:
-        for expert in self.module.experts:
-            for name in self.names:
-                setattr(expert, name, QuantizedLinear(getattr(expert, name), kind))
-
-
-class NucleusLayer(GatedLayer):
-    """`NucleusMoELayer`: each expert chooses C tokens of every image; a token's weights are
-    normalised to the sum `route_scale`."""
-
-    module_name, names = "NucleusMoELayer", ("gate_up_proj", "down_proj")
-    places = NucleusPlaces
-
-    @property
-    def num_experts(self) -> int:
-        return self.module.num_experts
-
-    def routing(self, logits: Tensor) -> Routing:
-        images, tokens, experts = logits.shape
-        scores = logits.float()
-        scores = scores.sigmoid() if self.module.use_sigmoid else scores.softmax(-1)
-        capacity = max(1, math.ceil(self.module.capacity_factor * tokens / experts))
-        weight, token = scores.to(logits.dtype).mT.topk(capacity)  # (N, E, C)
-        token = token + tokens * torch.arange(images, device=token.device)[:, None, None]
-        token, weight = (x.transpose(0, 1).flatten() for x in (token, weight))  # (R,)
-        total = weight.new_zeros(images * tokens).scatter_add_(0, token, weight)
-        weight = weight / (total[token] + 1e-12) * self.module.route_scale
-        expert = torch.arange(experts, device=token.device).repeat_interleave(images * capacity)
-        load = expert_load(expert, experts)
-        return Routing(
-            token, expert, weight.float(), per_token=0, loss=load.new_zeros(()), load=load,
-            is_even=True,
-        )  # fmt: skip
-
-    def without(self, expert: int) -> RemovableHandle:
-        def hook(experts: nn.Module, inputs: tuple, rows: Tensor) -> Tensor:
-            parts = list(rows.chunk(self.num_experts))  # all of equal size
-            parts[expert] = torch.zeros_like(parts[expert])
-            return torch.cat(parts)
-
-        return self.module.experts.register_forward_hook(hook)
-
-    def weights(self) -> Iterator[Tensor | QuantizedWeight]:
-        for name in self.names:
-            yield torch.stack(list(getattr(self.module.experts, name)))
-
-    def quantize(self, kind: str) -> None:
-        experts = self.module.experts
-        experts.use_grouped_mm = False  # it needs all experts in 16 bit at once
-        for name in self.names:
-            weight = getattr(experts, name)
-            delattr(experts, name)
-            setattr(experts, name, QuantizedStack(weight.detach(), kind))
-
-
-TRANSFORMERS = {
-    "HiDreamImageTransformer2DModel": HiDreamLayer,
-    "NucleusMoEImageTransformer2DModel": NucleusLayer,
-}
+# Functions from a transformer of diffusers, by class, to its sparse layers, in order.
+TRANSFORMERS = Registry(
+    elsewhere=dict.fromkeys(
+        ("HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel"),
+        "extras.transformers",
+    )
+)
 
 
 def sparse_layers(model: nn.Module) -> list[SparseLayer]:
@@ -195,17 +84,7 @@ def sparse_layers(model: nn.Module) -> list[SparseLayer]:
     if type(model).__name__ not in TRANSFORMERS:
         known = ", ".join(["DiT", *TRANSFORMERS])
         raise UserError(f"got a {type(model).__name__}, expected a model with experts: {known}")
-    return gated_layers(model)
-
-
-def gated_layers(transformer: nn.Module) -> list[GatedLayer]:
-    """Returns the sparse layers of a transformer of diffusers; [] for a dense one."""
-    kind = TRANSFORMERS[type(transformer).__name__]
-    return [
-        kind(name.rpartition(".")[0], module)
-        for name, module in transformer.named_modules()
-        if type(module).__name__ == kind.module_name
-    ]
+    return TRANSFORMERS[type(model).__name__](model)
 
 
 def weight_similarity(layer: SparseLayer) -> Tensor:

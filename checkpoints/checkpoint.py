@@ -23,9 +23,8 @@ from torch import Tensor
 
 from checkpoints.from_diffusers import find_diffusers, read_diffusers
 from checkpoints.layouts import to_stacked_layout
-from checkpoints.moe_dits import from_moe_dit, is_moe_dit
-from checkpoints.published import infer_config, recorded_in
-from checkpoints.quantized_weights import quantization_of, quantize_state_dict
+from checkpoints.published import READERS, infer_config, recorded_in
+from checkpoints.quantizers import quantizer, quantizer_of
 from checkpoints.record import METADATA_KEY, Record, with_overrides
 from checkpoints.weights import (
     MissingPlugin,
@@ -39,7 +38,6 @@ from latents.autoencoder import PIXELS
 from models import DiT, DiTConfig
 from options.settings import changed
 from presets import PRESETS
-from quantization import quantize_experts
 from runtime.errors import UserError, print_safely, reported_as
 from runtime.files import find_moved, hub_folder, parse_json
 from runtime.tensor_file import write_tensors
@@ -74,7 +72,8 @@ class Checkpoint:
     @property
     def quantization(self) -> str | None:
         """int8 or int4 if the expert weights are quantised, else None."""
-        return quantization_of(self.state_dict)
+        found = quantizer_of(self.state_dict)
+        return found and found.name
 
     def in_full_precision(self) -> "Checkpoint":
         """Returns this checkpoint, or refuses quantised experts."""
@@ -122,7 +121,7 @@ def read_checkpoint(
     """Reads the EMA weights and the record of a run folder, a step folder or a weight file.
 
     A weight file is ours (.safetensors) or a published file (.pt) of DiT-MoE, the official dense
-    DiT or a project in `moe_dits`: a bare state dict, or {"ema", "args", ...}. A folder may also
+    DiT or a project in `READERS`: a bare state dict, or {"ema", "args", ...}. A folder may also
     hold a DiT in diffusers' format, or the files that export.py writes. Any other path is a hub id,
     OWNER/NAME[@REVISION][:FILE]. Code in a file is never run.
 
@@ -144,7 +143,7 @@ def read_checkpoint(
     path, state_dict, record = while_replaced(named, read)
     with as_user_error(path, "a different model"):
         if quantize:
-            quantize_state_dict(state_dict, quantize, record.config)
+            quantizer(quantize).convert(state_dict, record.config)
         assemble(record.config, state_dict)  # raises if they do not fit
     record = replace(record, vae_path=find_vae(record, path))
     return Checkpoint(path, state_dict, record, source)
@@ -268,8 +267,8 @@ def read_file(
             config = with_overrides(record.config, overrides)
             return to_stacked_layout(state_dict), replace(record, config=config)
         fields, recorded, known = {}, recorded_in(arguments), {**arguments, **overrides}
-        if is_moe_dit(state_dict, known):
-            state_dict, fields, more = from_moe_dit(state_dict, known)
+        if reader := next((one for one in READERS.values() if one.is_for(state_dict, known)), None):
+            state_dict, fields, more = reader.read(state_dict, known)
             recorded |= more
         state_dict = to_stacked_layout(state_dict)
         config = infer_config(state_dict, arguments, overrides, fields)
@@ -292,8 +291,8 @@ def assemble(config: DiTConfig, state_dict: dict[str, Tensor]) -> DiT:
         raise ValueError(f"got {depth} blocks of width {width}, expected {config.depth}")
     with torch.device("meta"):
         model = DiT(config)
-        if kind := quantization_of(state_dict):
-            quantize_experts(model, kind)
+        if found := quantizer_of(state_dict):
+            found.replace_experts(model)
     for name, tensor in model.state_dict().items():
         got, expected = state_dict.get(name, tensor).dtype, tensor.dtype
         if got.is_floating_point != expected.is_floating_point:

@@ -1,17 +1,20 @@
 """Layouts of published files: DiT-MoE releases and the official dense DiT.
 
 `checkpoints.layouts.to_stacked_layout` converts weights to our layout, and `to_published` converts
-them back. `infer_config` infers the config from the shapes of the weights.
+them back. `infer_config` infers the config from the shapes of the weights. `READERS` read the files
+of other projects.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from checkpoints.layouts import FLASH_ATTENTION_NAMES
 from checkpoints.record import with_overrides
 from models import MEANINGS, WITHOUT_EFFECT, DiTConfig
-from options.parts import options_of
+from options.parts import Registry, options_of
 from presets import JIT_SIZES, PRESETS, SIZES
 
 HEADS = {size["hidden_size"]: size["num_heads"] for size in (*SIZES.values(), *JIT_SIZES.values())}
@@ -27,6 +30,25 @@ SAID = (
     "num_experts", "num_experts_per_tok", "n_shared_experts", "mlp_ratio", "dense_mlp_ratio",
     "qk_norm", "class_dropout_prob", "learn_sigma", *WITHOUT_EFFECT,
 )  # fmt: skip
+
+
+class Reader(NamedTuple):
+    """Reads the weight files of another project.
+
+    is_for(state_dict, known): whether the file is of this project; ValueError: a variant that is
+        not supported
+    read(state_dict, known): returns the weights in our layout (experts may be unstacked), fields of
+        DiTConfig, and fields of Record
+
+    known: what the file, flags or hints say, by name, such as num_heads or objective
+    """
+
+    is_for: Callable[[dict[str, Tensor], dict], bool]
+    read: Callable[[dict[str, Tensor], dict], tuple[dict[str, Tensor], dict, dict]]
+
+
+# Of other projects; the first one whose `is_for` holds reads a file.
+READERS = Registry(elsewhere={"moe_dits": "extras.moe_dits"})
 
 
 def recorded_in(arguments: dict) -> dict:

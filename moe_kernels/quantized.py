@@ -12,8 +12,7 @@ fp16 both represent exactly, so casting a model does not change its quantised we
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 GROUP = 32  # inputs that share a scale in int4
 LARGEST = {"int8": 127, "int4": 7}
@@ -83,39 +82,3 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
             q = (q + 8).unflatten(-1, (-1, 2)) @ q.new_tensor([1.0, 16.0])  # (O, I / 2)
         values.copy_(q)
     return result
-
-
-class QuantizedStack(nn.Module):
-    """In place of a parameter (E, I, O): stack[expert] is the dequantised matrix (I, O).
-
-    The matrix has the dtype of the scales, which `.to(dtype)` casts.
-    """
-
-    def __init__(self, weight: Tensor, kind: str):
-        super().__init__()
-        quantized = quantize(weight.mT, kind)
-        self.register_buffer("values", quantized.values)
-        self.register_buffer("scale", quantized.scale.to(weight.dtype))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, expert: int) -> Tensor:
-        weight = QuantizedWeight(self.values[expert], self.scale[expert])
-        return weight.to(self.scale.dtype).mT
-
-
-class QuantizedLinear(nn.Module):
-    """In place of a linear layer without bias; dequantises its weight in each call."""
-
-    def __init__(self, linear: nn.Linear, kind: str):
-        super().__init__()
-        self.stack = QuantizedStack(linear.weight.mT[None], kind)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantised weight (O, I)."""
-        return self.stack[0].mT
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)

@@ -18,10 +18,10 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import Tensor, nn
 
+from checkpoints.quantizers import quantizer
 from initialization import initialize
 from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
 from models import DiT
-from quantization import quantize_experts
 from runtime.files import read_json
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
 
@@ -76,7 +76,7 @@ class DiTMoETransformer(ModelMixin, ConfigMixin):
             for name in self.model.expert_parameters():
                 # diffusers may leave it uninitialised until loading
                 self.model.get_parameter(name).data.zero_()
-            quantize_experts(self.model, quantization)
+            quantizer(quantization).replace_experts(self.model)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the prediction and the auxiliary loss, see `models.DiT.forward`."""

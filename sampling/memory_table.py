@@ -1,15 +1,21 @@
 """Memory that sampling needs on the device and the host, computed without allocating the model."""
 
-import torch
+from collections.abc import Iterable
 
-from checkpoints.quantized_weights import weight_bytes
+import torch
+from torch import Tensor
+
+from checkpoints.quantizers import QUANTIZERS, quantizer
 from models import DiT, DiTConfig
 from moe import width_of
-from quantization import quantize_experts
 from runtime.devices import pinned_bytes
 from sampling.offload import block_bytes, type_of
 
 GB = 1e9
+
+
+def weight_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weights_in_memory(
@@ -24,7 +30,7 @@ def weights_in_memory(
     with torch.device("meta"):
         model = DiT(config).to(dtype)
         if kind:
-            quantize_experts(model, kind)
+            quantizer(kind).replace_experts(model)
         model.to(dtype)
     blocks = [list(block.state_dict().values()) for block in model.blocks]
     in_blocks = [weight_bytes([tensor]) for block in blocks for tensor in block]
@@ -52,7 +58,7 @@ def activation_bytes(config: DiTConfig, dtype: torch.dtype, images: int) -> int:
 def print_memory(config: DiTConfig, dtype: torch.dtype, images: int) -> None:
     """Prints the memory for unquantised, int8 and int4 weights, with and without offload."""
     print(f"{'experts':<10} {'offload':<8} {'GPU, GB':>9} {'host, GB':>9}")
-    for kind in (None, "int8", "int4") if config.num_experts else (None,):
+    for kind in (None, *QUANTIZERS) if config.num_experts else (None,):
         name = kind or f"{8 * dtype.itemsize} bit"
         try:
             rows = weights_in_memory(config, dtype, kind)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoints import Checkpoint, build_model, config_of, read_checkpoint
 from checkpoints.checkpoint import assemble
-from checkpoints.quantized_weights import describe, quantize_state_dict
+from checkpoints.quantizers import quantizer
 from checkpoints.record import NOTED_SHARE, with_overrides
 from diffusion import OBJECTIVES
 from diffusion.samplers import Callback
@@ -228,7 +228,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
             changed = with_overrides(guide.config, {"router": config.router})
             guide = replace(guide, record=replace(guide.record, config=changed))
         if config.quantize and guide.config.num_experts:
-            quantize_state_dict(guide.state_dict, config.quantize, guide.config)
+            quantizer(config.quantize).convert(guide.state_dict, guide.config)
         check_same_task(f"--guide-ckpt {guide.path}: cannot guide", config, guide, checkpoint)
     settings = resolve_settings(settings, checkpoint.config, guide and guide.config)
     for name in ("guided_channels", "guidance_interval"):
@@ -239,7 +239,7 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     build = build_offloaded if config.offload else build_model
     model = build(checkpoint, device, DTYPES[precision])
     if kind := checkpoint.quantization:
-        print(describe(model, kind))
+        print(quantizer(kind).describe(model))
     wrap_blocks(model, compiled=config.compile)
     checkpoint.state_dict.clear()  # free the fp32 weights
     keep_freed_memory(device)

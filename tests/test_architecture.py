@@ -18,7 +18,6 @@ ALLOWED_IMPORTS = {
     "initialization": "routers",
     "models": "conditions initialization moe moe_kernels options presets routers",
     "wrappers": "models moe_kernels routers",
-    "quantization": "moe moe_kernels",
     "diffusion": "options",
     "runtime": "options",
 }
@@ -28,7 +27,7 @@ ALLOWED_IMPORTS["analysis"] = ALLOWED_IMPORTS["evaluation"]
 ALLOWED_IMPORTS["extras"] = " ".join(ALLOWED_IMPORTS)
 ALLOWED_IMPORTS["tools"] = " ".join(ALLOWED_IMPORTS)
 PURE = (
-    "models", "presets", "initialization", "wrappers", "quantization", "conditions", "moe",
+    "models", "presets", "initialization", "wrappers", "conditions", "moe",
     "options", "routers", "moe_kernels", "diffusion",
 )  # fmt: skip
 FORBIDDEN = ("argparse", "torch.distributed", "pathlib", "os", "io", "shutil", "tempfile")

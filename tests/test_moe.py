@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import moe
 from checkpoints import Checkpoint, Record
-from checkpoints.adapting import drop_experts
 from checkpoints.costs import count_parameters
 from checkpoints.meta import build_meta
-from checkpoints.quantized_weights import quantize_state_dict
+from checkpoints.quantizers import quantizer
+from extras.ablation import drop_experts
 from models import DiT, DiTConfig
 from moe import Experts, ExpertWeights, SparseMoEBlock, SwiGLU, experts_grouped, experts_loop
 from routers import Routing, TopKRouter
@@ -287,7 +287,7 @@ def test_dropping_experts_keeps_what_they_share(low_rank):
 
 def test_experts_that_share_a_parameter_are_neither_quantised_nor_cut_over_processes(low_rank):
     with pytest.raises(UserError, match="--quantize: got int8 .*got LowRankExperts with .*up_base"):
-        quantize_state_dict(DiT(low_rank).state_dict(), "int8", low_rank)
+        quantizer("int8").convert(DiT(low_rank).state_dict(), low_rank)
     flags = "--shard", "--expert-parallel=2", "--gpus-per-node=2", "--global-batch-size=4"
     config = dataclasses.replace(config_of_command(*flags), model=low_rank)
     with pytest.raises(UserError, match="--expert-parallel: got 2, expected 1, .*0.*up_base"):

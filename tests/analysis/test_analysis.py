@@ -15,7 +15,6 @@ from matplotlib.image import imread
 from PIL import Image
 from test_models import randomised, tiny_batch
 
-from analysis.ablation import Ablation, expert_removed, load_ablation, save_ablation
 from analysis.counts import (
     RoutingCounts,
     choose_rows,
@@ -32,6 +31,7 @@ from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
 from diffusion import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
+from extras.ablation import Ablation, expert_removed, load_ablation, save_ablation
 from latents.cache import CachedLatents
 from latents.fonts import FONT, font_with
 from latents.image_grid import class_caption, image_grid

@@ -13,11 +13,11 @@ from conftest import call_main, expect_error, relative_error
 from diffusers import DiffusionPipeline
 from test_report import data_of, table_of
 
-from analysis.ablation import expert_removed, load_ablation
 from analysis.counts import RoutingCounts
-from analysis.prompts import PromptSettings, generate, open_prompt_pipeline, read_prompts
 from analysis.recorder import listen
 from analysis.sparse_layers import sparse_layers, weight_similarity
+from extras.ablation import expert_removed, load_ablation
+from extras.prompts import PromptSettings, generate, open_prompt_pipeline, read_prompts
 from moe_kernels.quantized import quantize
 from routers import Routing
 from runtime import files

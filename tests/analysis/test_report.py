@@ -14,10 +14,10 @@ from conftest import call_main, expect_error, open_browser
 from PIL import Image
 from test_analysis import random_counts
 
-from analysis import report
-from analysis.ablation import Ablation, save_ablation
 from analysis.counts import RoutingCounts
 from analysis.gallery import Gallery
+from extras import report
+from extras.ablation import Ablation, save_ablation
 
 ROUTER = "topk:input=modulated,gating=softmax,renormalize=False"
 

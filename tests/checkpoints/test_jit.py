@@ -15,8 +15,8 @@ from test_published_moe import FOLDER
 
 from checkpoints import load_model, read_checkpoint
 from checkpoints.layouts import to_stacked_layout
-from checkpoints.moe_dits import from_moe_dit
 from diffusion import OBJECTIVES, classifier_free_guidance, guidance_within
+from extras.moe_dits import from_moe_dit
 from models import DiT
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate

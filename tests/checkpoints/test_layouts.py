@@ -21,11 +21,11 @@ from diffusers import DiTTransformer2DModel
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model
-from checkpoints.adapting import upcycle, upcycled_config
 from checkpoints.costs import count_macs
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
+from extras.upcycle import upcycle, upcycled_config
 from latents.autoencoder import load_autoencoder
 from models import DiT, DiT_models, DiTConfig, select_layers
 from runtime import files

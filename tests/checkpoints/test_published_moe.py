@@ -28,11 +28,11 @@ from torch import Tensor
 
 from checkpoints import load_model, read_checkpoint
 from checkpoints.layouts import to_stacked_layout
-from checkpoints.moe_dits import from_moe_dit
 from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
+from extras.moe_dits import from_moe_dit
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.recorder import count_routing
 from checkpoints import config_of, load_model, read_checkpoint, save_model
-from checkpoints.quantized_weights import weight_bytes
+from extras.quantized import quantize_experts
 from models import DiT
 from moe_kernels.quantized import quantize
-from quantization import quantize_experts
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
+from sampling.memory_table import weight_bytes
 from sampling.pipeline import open_pipeline
 from sampling.sampling_config import SamplingConfig
 

@@ -30,9 +30,9 @@ from test_models import randomised, resolved
 from test_sampling import randomised_preset
 
 import moe_kernels.operators
-from analysis.ablation import Ablation, save_ablation
 from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
-from checkpoints.adapting import drop_experts, upcycled_config
+from extras.ablation import Ablation, drop_experts, save_ablation
+from extras.upcycle import upcycled_config
 from latents.autoencoder import AUTOENCODERS, weights_digest
 from options.parts import Word
 from options.settings import stored

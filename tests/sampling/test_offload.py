@@ -20,7 +20,7 @@ from torch import nn
 
 from analysis.recorder import count_routing
 from checkpoints import config_of
-from quantization import quantize_experts
+from extras.quantized import quantize_experts
 from runtime.devices import DTYPES
 from sampling.generate import SamplerSettings, generate
 from sampling.memory_table import weights_in_memory

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
+from extras.quantized import quantize_experts
 from models import DiT
 from options.parts import option
-from quantization import quantize_experts
 from runtime.devices import DTYPES
 from runtime.errors import UserError, run_main
 from runtime.files import prepare_output

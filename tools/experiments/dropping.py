@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.ablation import least_damage, load_ablation
 from analysis.sparse_layers import sparse_layers
 from checkpoints import Checkpoint, build_model
-from checkpoints.adapting import drop_experts
 from evaluation.heldout import held_out_losses, latent_batches, open_held_out
+from extras.ablation import drop_experts, least_damage, load_ablation
 from latents.sources import Batch
 from models import DiT
 from moe import Experts

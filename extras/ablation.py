@@ -9,6 +9,7 @@ Shape legend: n held-out images, N drawn images
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.sparse_layers import SparseLayer, sparse_layers
+from checkpoints import Checkpoint
+from checkpoints.meta import meta_model
 from latents.loading import evenly_spaced
 from runtime.errors import UserError, check_same
 from runtime.files import write_durably
@@ -24,6 +27,8 @@ from runtime.progress import progress
 from sampling.pipeline import SamplingPipeline, batches
 
 FORMAT = 1
+# Routers whose weights and buffers have one row per expert.
+LINEAR_ROUTERS = ("topk", "sigmoid", "expert_choice")
 
 
 class Outcome(NamedTuple):
@@ -91,6 +96,31 @@ def least_damage(rows: Sequence[Ablation], number: int, shape: tuple[int, int]) 
         sorted(range(experts), key=lambda expert: losses[layer, expert])[:number]
         for layer in range(layers)
     ]
+
+
+def drop_experts(source: Checkpoint, dropped: Sequence[Sequence[int]]) -> Checkpoint:
+    """Returns the model without some routed experts; the router chooses among the others.
+
+    dropped: experts of each sparse layer, the same number in each
+    The router must be a linear gate.
+    """
+    config, state_dict = source.config, dict(source.state_dict)
+    if not config.num_experts or config.router.name not in LINEAR_ROUTERS:
+        got = config.router.name if config.num_experts else "a dense model"
+        raise ValueError(f"router: got {got}, expected {', '.join(LINEAR_ROUTERS)}")
+    if (number := len(dropped[0])) > (most := config.num_experts - config.num_experts_per_tok):
+        raise ValueError(f"got {number} experts, expected at most {most}")
+    smaller = replace(config, num_experts=config.num_experts - number)
+    of_experts = {*meta_model(config).expert_parameters()}
+    for layer, gone in zip(config.sparse_blocks, dropped, strict=True):
+        kept = torch.tensor([i for i in range(config.num_experts) if i not in gone])
+        for name, weight in state_dict.items():
+            is_gate = name.startswith(f"blocks.{layer}.moe.gate.")
+            is_here = name.startswith(f"blocks.{layer}.moe.experts.")
+            if is_gate or is_here and name.removesuffix("_scale") in of_experts:
+                state_dict[name] = weight[kept]  # (E, ...)
+    record = replace(source.record, config=smaller)
+    return replace(source, state_dict=state_dict, record=record)
 
 
 def change(without: Outcome, whole: Outcome) -> tuple[float | None, float | None, float]:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from analysis.ablation import Ablation
 from analysis.counts import (
     RoutingCounts,
     choose_rows,
@@ -27,6 +26,7 @@ from analysis.counts import (
     mutual_information,
 )
 from analysis.gallery import surroundings
+from extras.ablation import Ablation
 
 FOLDER = Path(__file__).parent.parent / "assets" / "report"
 LARGEST_SIDE = 32  # cells of a map of the image; larger grids are joined in blocks

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.ablation import Outcome
 from analysis.counts import RoutingCounts
+from analysis.expert_config import ExpertConfig
 from analysis.recorder import RoutingRecorder
-from analysis.sparse_layers import TRANSFORMERS, gated_layers
+from analysis.sparse_layers import TRANSFORMERS, sparse_layers
+from extras.ablation import Outcome
+from options.parts import sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.files import hub_folder, read_json
@@ -86,7 +88,7 @@ def open_prompt_pipeline(
             )
     with reported_as(f"{message}: cannot be loaded", Exception):
         pipeline = DiffusionPipeline.from_pretrained(path, **options)
-    layers = gated_layers(pipeline.transformer)
+    layers = sparse_layers(pipeline.transformer)
     if not layers:
         raise UserError(f"{message}: its transformer is dense, expected experts")
     if quantize:
@@ -100,6 +102,21 @@ def open_prompt_pipeline(
             pipeline.enable_model_cpu_offload()
         return pipeline
     return pipeline.to(device)
+
+
+def open_prompts(config: ExpertConfig, images_per_prompt: int = 1) -> tuple[Any, list, Any]:
+    """Opens --prompts and --pipeline; returns pipeline, (group, prompt) pairs and settings."""
+    prompts = read_prompts(config.prompts)
+    pipeline = open_prompt_pipeline(
+        config.pipeline, config.precision or "bf16", text_encoder=config.text_encoder,
+        quantize=config.quantize, offload=config.offload,
+    )  # fmt: skip
+    settings = PromptSettings(
+        num_steps=config.num_sampling_steps, cfg_scale=config.cfg_scale,
+        image_size=config.image_size and sides(config.image_size),
+        images_per_prompt=images_per_prompt, batch_size=config.batch_size or 1, seed=config.seed,
+    )  # fmt: skip
+    return pipeline, prompts, settings
 
 
 def check_index(path: str, message: str, text_encoder: str | None) -> None:
@@ -146,13 +163,12 @@ def count_prompts(
     The groups are the classes of the counts.
     """
     groups = list(dict.fromkeys(group for group, _ in prompts))
-    kind = type(pipeline.transformer).__name__
     default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
     steps = (settings.num_steps or default) * pipeline.scheduler.order
     requests = batches(
         range(len(prompts)), settings.images_per_prompt, settings.seed, settings.batch_size
     )
-    with TRANSFORMERS[kind].places(pipeline) as places:
+    with sparse_layers(pipeline.transformer)[0].places(pipeline) as places:
         recorder = RoutingRecorder(pipeline.transformer, steps, len(groups), places)
 
         def end_step(pipe: Any, step: int, time: Tensor, values: dict) -> dict:

@@ -1,9 +1,6 @@
 """Reads the weight files of other published sparse DiTs: ProMoE, DiffMoE, its baselines, DSMoE and
 JiTMoE.
 
-    if is_moe_dit(state_dict, known):
-        state_dict, fields, recorded = from_moe_dit(state_dict, known)
-
 A file is recognised by the names and shapes of its weights. Architectural differences become
 DiTConfig fields. A reversed time axis, a target of opposite sign and other pairs of rotary
 positions are absorbed into the weights. docs/models.md lists what users have to pass.
@@ -17,7 +14,7 @@ import re
 import torch
 from torch import Tensor
 
-from checkpoints.published import HEADS
+from checkpoints.published import HEADS, READERS, Reader
 from conditions import sinusoids
 from latents.autoencoder import PIXELS
 from options.parts import Word
@@ -228,3 +225,6 @@ def from_jit(state_dict: dict[str, Tensor], known: dict) -> tuple[dict[str, Tens
     }  # fmt: skip
     layers = reorder_heads(layers, settings["num_heads"], JIT_PAIRS)
     return reverse_time(layers), fields, recorded
+
+
+READERS["moe_dits"] = Reader(is_moe_dit, from_moe_dit)
