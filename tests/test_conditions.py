@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run, relative_error
+from helpers import call_main, expect_error, only_run, relative_error
 from test_models import randomised
 from test_training import engine_of
 from torch import nn

@@ -15,7 +15,7 @@ from string import Template
 
 import pytest
 import torch
-from conftest import ROOT, call_main, command_line
+from helpers import ROOT, call_main, command_line
 
 from checkpoints import load_model
 from runtime import __version__
@@ -131,7 +131,8 @@ def check(script: str, *arguments: str) -> None:
 
 @pytest.mark.parametrize("pattern, count", [
     ("README.md", 15), ("docs/*.md", 150), ("assets/*/README.md", 20),
-    ("config/recipes/*.yaml", 90), ("*.py", 30), ("tools/**/*.py", 30),
+    ("config/recipes/*.yaml", 90), ("*.py", 30), ("tools/**/*.py", 20),
+    ("experiments/*.py", 6),
 ])  # fmt: skip
 def test_the_commands_in_docs_recipes_and_docstrings_are_valid(pattern, count, monkeypatch):
     """test_router_runs.py runs the commands of docs/architecture.md, which define a router."""

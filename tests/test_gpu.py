@@ -5,7 +5,7 @@ from functools import partial
 from statistics import fmean
 
 import pytest
-from conftest import call_main, needs_gpu, relative_error, rows, step_folder
+from helpers import call_main, needs_gpu, relative_error, rows, step_folder
 from test_sampling import randomised_preset
 
 from sampling.generate import SamplerSettings, generate

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, free_port, needs_gpu, run_script
+from helpers import ROOT, free_port, needs_gpu, run_script
 from packaging.requirements import Requirement
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, relative_error
+from helpers import TINY_MODEL, relative_error
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses import FakeTensorMode

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL, config_of_command, needs_gpu, needs_triton, relative_error
+from helpers import TINY_MODEL, config_of_command, needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import moe

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from conftest import SMALL, config_of_command
+from helpers import SMALL, config_of_command
 
 from checkpoints import config_of
 from diffusion import OBJECTIVES

@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import call_main, expect_error
+from helpers import call_main, expect_error
 
 from plot_run import PANELS, draw, read_rows
 

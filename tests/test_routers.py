@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL, relative_error
+from helpers import TINY_MODEL, relative_error
 from test_models import gradients_of, randomised
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map

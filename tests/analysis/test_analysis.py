@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, needs_gpu, save_checkpoint
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from helpers import call_main, expect_error, needs_gpu, save_checkpoint
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, expect_error
+from helpers import ROOT, TINY_MODEL, expect_error
 from safetensors.torch import save_file
 
 from checkpoints import Record, load_model, save_model

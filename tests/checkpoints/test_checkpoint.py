@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, relative_error, save_checkpoint
+from helpers import ROOT, TINY_MODEL, relative_error, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 import models

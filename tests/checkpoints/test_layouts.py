@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import (
+from diffusers import DiTTransformer2DModel
+from helpers import (
     ROOT,
     TINY_MODEL,
     assert_same_values,
@@ -17,7 +18,6 @@ from conftest import (
     relative_error,
     save_checkpoint,
 )
-from diffusers import DiTTransformer2DModel
 from test_models import randomised
 
 from checkpoints import Record, load_model, read_checkpoint, save_model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, needs_gpu, relative_error
+from helpers import ROOT, needs_gpu, relative_error
 from safetensors.torch import load_file
 
 from diffusion import OBJECTIVES, PerImageNoise, create_diffusion, space_timesteps

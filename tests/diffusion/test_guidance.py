@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call_main, expect_error, save_checkpoint
+from helpers import call_main, expect_error, save_checkpoint
 from PIL import Image, ImageChops
 from test_models import randomised
 

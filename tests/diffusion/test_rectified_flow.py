@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from helpers import ROOT, relative_error
 from safetensors.torch import load_file
 
 from diffusion import OBJECTIVES, RectifiedFlow

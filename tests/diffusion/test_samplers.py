@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import relative_error
+from helpers import relative_error
 from torch import Tensor
 
 from diffusion import (

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import needs_triton, relative_error
+from helpers import needs_triton, relative_error
 from test_models import randomised
 from test_moe import any_rows
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import ROOT, call_main, expect_error, in_processes
+from helpers import ROOT, call_main, expect_error, in_processes
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics

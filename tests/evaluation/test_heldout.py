@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, only_run, rows, save_checkpoint
+from helpers import call_main, expect_error, only_run, rows, save_checkpoint
 from test_models import randomised
 
 import diffusion

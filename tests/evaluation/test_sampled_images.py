@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     SMALL,
     assert_same_values,
     call_main,
@@ -24,10 +24,10 @@ from test_sampling import NAMES, randomised_preset
 from evaluate import EvaluateConfig, results_folder, settings_of
 from evaluation.image_sets import read_image
 from evaluation.sampled_images import sample_labels
+from experiments.samples import seeds_of_groups
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
 from sampling.pipeline import open_pipeline
-from tools.experiments.samples import seeds_of_groups
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 
@@ -184,10 +184,10 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
         "--sampler", "euler", "--batch-size", 6, "--num-images", 24, "--kid-subset-size", 24,
         "--groups", 1,
     ]  # fmt: skip
-    call_main("tools.experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
-    call_main("tools.experiments.samples", *flags, "--steps", 2, "--scales", 2,
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 1, 2)
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2,
               "--quantize", "none", "int4")  # fmt: skip
-    call_main("tools.experiments.samples", *flags, "--steps", 2, "--scales", 2,
+    call_main("experiments.samples", *flags, "--steps", 2, "--scales", 2,
               "--experts-per-token", 1, "--min-weights", 0, 0.9)  # fmt: skip
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     names = ("scale", "quantize", "experts_per_token", "min_weight")
@@ -206,5 +206,5 @@ def test_samples_of_an_experiment_have_the_kid_of_evaluate_and_are_measured_once
     kids = [value for name, value in metrics.items() if name.startswith("kid_e")]
     assert found[1]["groups"] == pytest.approx(kids, abs=1e-5)  # images of seed 24 on
     assert seeds_of_groups("flow-1", 2, 24) == [range(48, 72), range(72, 96)]
-    line = expect_error(capsys, "tools.experiments.samples", *flags, "--num-images", 23)
+    line = expect_error(capsys, "experiments.samples", *flags, "--num-images", 23)
     assert "--num-images: got 23" in line

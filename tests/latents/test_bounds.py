@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_process, resident
+from helpers import in_process, resident
 from PIL import Image, ImageOps
 
 from latents.images import FORMATS, read_rgb

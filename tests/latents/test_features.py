@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import call_main, expect_error, only_run, rows
+from helpers import call_main, expect_error, only_run, rows
 from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, rows
+from helpers import call_main, expect_error, rows
 from PIL import Image
 from torchvision.datasets import ImageFolder
 

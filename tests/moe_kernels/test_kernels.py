@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_gpu, needs_triton, relative_error
+from helpers import needs_gpu, needs_triton, relative_error
 
 from moe_kernels import torch_kernels
 from moe_kernels.experts import sort_rows

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, command_line, config_of_command, expect_error
+from helpers import ROOT, command_line, config_of_command, expect_error
 
 from options.parts import Component, Config, Word, option
 from runtime.errors import run_main

@@ -5,7 +5,7 @@ import sys
 from contextlib import nullcontext
 
 import pytest
-from conftest import ROOT, expect_error
+from helpers import ROOT, expect_error
 from test_plot_run import row, write_log
 from test_runs import file_size_limit
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script, running, wait_for
+from helpers import ROOT, run_script, running, wait_for
 
 from runtime.errors import printable
 from runtime.processes import setup_distributed

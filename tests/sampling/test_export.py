@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from helpers import (
     SMALL,
     assert_same_values,
     call_main,
@@ -21,8 +23,6 @@ from conftest import (
     relative_error,
     save_checkpoint,
 )
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 from safetensors.torch import load_file
 from test_layouts import DENSE

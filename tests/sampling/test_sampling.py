@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, expect_error, relative_error, save_checkpoint
+from helpers import call_main, expect_error, relative_error, save_checkpoint
 from PIL import Image, ImageFont
 from test_models import randomised
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-from conftest import (
+from helpers import (
     ROOT,
     call_main,
     in_processes,

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import config_of_command, expect_error
+from helpers import config_of_command, expect_error
 
 from runtime.errors import UserError
 from train import run

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     ROOT,
     TINY_MODEL,
     assert_unaveraged,
@@ -67,7 +67,7 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 import torch.distributed
-from conftest import call_main, command_line
+from helpers import call_main, command_line
 from runtime.processes import run_process
 
 if not torch.cuda.is_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from helpers import (
     assert_same_state,
     assert_same_values,
     assert_unaveraged,

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import (
+from helpers import (
     assert_same_state,
     call_main,
     children,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call_main, rows
+from helpers import call_main, rows
 
 from checkpoints import Record, config_of
 from runtime.errors import UserError

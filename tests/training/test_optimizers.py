@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     TINY_MODEL,
     call_main,
     expect_error,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, call_main, expect_error
+from helpers import ROOT, call_main, expect_error
 
 from checkpoints import config_of
 from training.config import TrainConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call_main
+from helpers import ROOT, call_main
 
 from checkpoints.costs import count_parameters
 from models import DiT

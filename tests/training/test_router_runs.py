@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import (
+from helpers import (
     ROOT,
     assert_same_state,
     assert_same_values,

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import (
+from helpers import (
     ROOT,
     assert_same_state,
     assert_unaveraged,

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     TINY_MODEL,
     call_main,
     expect_error,

@@ -11,7 +11,7 @@ twice the number of images in one pass. The time per step does not depend on the
 few steps suffice for a comparison.
 
 With --run, each row samples a batch from this run with one of --settings, without guidance, which
-compares rows of `tools.experiments.samples` at equal time. "ratios" compares its time with that of
+compares rows of `experiments.samples` at equal time. "ratios" compares its time with that of
 the first setting, for each of the --rounds.
 """
 

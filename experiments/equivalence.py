@@ -1,0 +1,150 @@
+r"""Tables of a question whose rule was fixed before its results: which arms equal one of them.
+
+    python -m experiments.equivalence --rows experiments/rows/learned_router.jsonl
+
+The name of an arm is NAME-RATE-STEPS. The rate of each NAME is the one with the lowest loss on the
+choosing images, with the choosing seeds. The other seeds give the paired differences from the
+reference, on the reporting images:
+    equivalent   the 90% interval lies within the margin: two one-sided t-tests at 5%
+    detected     not equivalent, and p below 5% in a t-test, after Holm's correction for all arms
+    share        (baseline - arm) / (baseline - reference), how much of the advantage of the
+                 reference the arm has, with its 95% interval
+"""
+
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+
+from pandas import DataFrame, Series
+
+from experiments.comparisons import (
+    equivalence_interval,
+    fieller_interval,
+    paired_tests,
+    test_cells,
+    with_error,
+)
+from experiments.rows import read_rows
+from options.parts import option
+from runtime.errors import UserError, reported_as, run_main
+from runtime.files import prepare_output, write_durably
+from runtime.flags import parse_config
+from tools.benchmarks.common import markdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquivalenceConfig:
+    rows: tuple[Path, ...] = option(help=".jsonl of runs")
+    reference: str = option("topk", help="name of the arm to which the others may be equivalent")
+    baseline: str = option(
+        "dense", help="name of the arm over which the reference has an advantage"
+    )
+    margin: float = option(0.0012, gt=0, help="largest difference of equivalent arms")
+    choosing_seeds: tuple[int, ...] = option((16, 17), help="seeds that only choose the rates")
+    output: Path = option(Path("results/tables"), help="folder of tables.md")
+
+
+def read_frame(rows: list[dict]) -> DataFrame:
+    """Returns the rows of runs with the columns name and rate."""
+    frame = DataFrame(rows)[["arm", "seed", "val_loss", "report_loss", "max_violation"]]
+    return frame.join(frame["arm"].str.extract(r"^(?P<name>.*)-(?P<rate>\d[\d.]*e-\d)-\d+$"))
+
+
+def rates_table(choosing: DataFrame) -> str:
+    """Returns a Markdown table of the losses on choosing images, by name and rate."""
+    losses = choosing.pivot_table("val_loss", "name", "rate", sort=False)
+    losses = losses[sorted(losses, key=float)]
+    seeds = choosing.pivot_table("val_loss", "name", "rate", aggfunc="count", fill_value=0)
+    lines = [["arm", "seeds", *losses, "chosen"]]
+    for name, values in losses.iterrows():
+        counts = ", ".join(f"{seeds.loc[name, rate]:.0f}" for rate in losses)
+        cells = ("" if isnan(value) else f"{value:.4f}" for value in values)
+        lines.append([name, counts, *cells, "" if values.isna().any() else values.idxmin()])
+    return markdown(lines)
+
+
+def chosen_rows(choosing: DataFrame, reporting: DataFrame) -> DataFrame:
+    """Returns the reporting rows of each name at its chosen rate."""
+    losses = choosing.pivot_table("val_loss", "name", "rate", sort=False)
+    chosen = losses.idxmin(axis=1)
+    return reporting[reporting["rate"] == reporting["name"].map(chosen)]
+
+
+def verdict(interval: tuple[float, float], margin: float, pairs: Series, holm: float) -> str:
+    if -margin < interval[0] and interval[1] < margin:
+        return "equivalent"
+    if holm < 0.05:
+        return "worse" if pairs.mean() > 0 else "better"
+    return "not decided"
+
+
+def equivalence_table(rows: DataFrame, reference: str, baseline: str, margin: float) -> str:
+    """Returns a Markdown table with a line for each name, tested if it has three or more pairs."""
+    losses = rows.pivot_table("report_loss", "seed", "name", sort=False)
+    violations = rows.groupby("name")["max_violation"]
+    others = [name for name in losses if name not in (reference, baseline)]
+    found = {name: (losses[name] - losses[reference]).dropna() for name in others}
+    found = {name: pairs for name, pairs in found.items() if len(pairs) > 2}
+    tests = paired_tests(DataFrame(found))
+    lines = [[
+        "arm", "seeds", "held-out loss", f"minus {reference}", "90% interval", "margin",
+        "p (Holm)", "detectable", "result", "share of the advantage", "MaxVio",
+    ]]  # fmt: skip
+    for name in losses:
+        pairs = (losses[name] - losses[reference]).dropna()
+        cells = [name, str(losses[name].count()), with_error(losses[name].dropna())]
+        cells.append("" if name == reference else with_error(pairs, "+"))
+        cells += tested_cells(name, found, tests, margin)
+        complete = losses[[baseline, reference, name]].dropna() if name in found else DataFrame()
+        cells.append(share_cell(complete, reference, baseline, name) if len(complete) > 2 else "")
+        values = violations.get_group(name).dropna()
+        cells.append(with_error(values, digits=2) if len(values) else "")
+        lines.append(cells)
+    return markdown(lines)
+
+
+def tested_cells(name: str, found: dict[str, Series], tests: DataFrame, margin: float) -> list[str]:
+    """Returns the cells from the interval to the result, empty for an arm that is not tested."""
+    if name not in found:
+        return [""] * 5
+    low, high = equivalence_interval(found[name])
+    result = verdict((low, high), margin, found[name], tests.loc[name, "holm"])
+    p, detectable = test_cells(tests, name, digits=4)
+    return [f"{low:+.4f} to {high:+.4f}", f"{margin:.4f}", p, detectable, result]
+
+
+def share_cell(losses: DataFrame, reference: str, baseline: str, name: str) -> str:
+    """Returns the share of the reference's advantage over the baseline, with its interval."""
+    gains = losses[baseline] - losses[name], losses[baseline] - losses[reference]
+    interval = fieller_interval(*gains)
+    limits = f"{interval[0]:.0%} to {interval[1]:.0%}" if interval else "no limits"
+    return f"{gains[0].mean() / gains[1].mean():.0%} ({limits})"
+
+
+def parse_args() -> EquivalenceConfig:
+    return parse_config(EquivalenceConfig, __doc__)
+
+
+def main(config: EquivalenceConfig) -> None:
+    prepare_output("--output", config.output / "tables.md")
+    names = " ".join(map(str, config.rows))
+    message = f"--rows: got {names}, expected rows of runs named NAME-RATE-STEPS"
+    rows = read_rows(config.rows)
+    with reported_as(message, LookupError):
+        frame = read_frame(rows)
+    is_choosing = frame["seed"].isin(config.choosing_seeds)
+    for flag, name in (("--reference", config.reference), ("--baseline", config.baseline)):
+        if name not in set(frame["name"]):
+            expected = ", ".join(frame["name"].dropna().unique())
+            raise UserError(f"{flag}: got {name}, expected one of {expected}")
+    text = rates_table(frame[is_choosing])
+    rows = chosen_rows(frame[is_choosing], frame[~is_choosing])
+    if {config.reference, config.baseline} <= set(rows["name"]):
+        table = equivalence_table(rows, config.reference, config.baseline, config.margin)
+        text = f"{text}\n{table}"
+    write_durably(config.output / "tables.md", text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(parse_args()))
