@@ -11,7 +11,7 @@ Formats:
     pipeline      a folder for diffusers' DiffusionPipeline.from_pretrained, including code
 
 --precision bf16 halves the size of the weights. --quantize int8 or int4 stores quantised experts,
-except in the published format. A local autoencoder is included as vae/.
+in the safetensors format only. A local autoencoder is included as vae/.
 
 --drop-experts N leaves out N experts of each layer: those whose removal raises the held-out loss
 least, as expert_ablation.py measured it. train.py --finetune trains the smaller model further.
@@ -136,6 +136,11 @@ def main(config: ExportConfig) -> None:
         checkpoint = without_experts(config, checkpoint)
         if config.quantize:
             quantizer(config.quantize).convert(checkpoint.state_dict, checkpoint.config)
+    if config.format == "pipeline" and checkpoint.quantization:
+        raise UserError(
+            f"--format pipeline: got experts in {checkpoint.quantization}, expected weights of 16 "
+            "or 32 bits; diffusers quantises what it loads (quantization_config)"
+        )
     record = checkpoint.record
     vae_path = config.vae_path or record.vae_path
     vae_path = vae_path and os.path.expanduser(vae_path)

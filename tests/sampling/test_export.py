@@ -171,11 +171,8 @@ assert (drawn[0].images == drawn[1].images.permute(0, 2, 3, 1).numpy()).all()
 
 
 def test_an_exported_pipeline_generates_the_same_images_as_sample_py(trained, tmp_path):
-    """The pipeline is loaded in a process without access to this repository.
-
-    test_quantized compares the pipeline of a rectified flow.
-    """
-    paths = {name: trained[name] for name in ("gaussian", "mean_flow")}
+    """The pipeline is loaded in a process without access to this repository."""
+    paths = {name: trained[name] for name in ("gaussian", "rectified_flow")}
     folders = [export(paths[name], tmp_path / name, "--format", "pipeline") for name in paths]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "hf")}
     environment.pop("PYTHONPATH", None)
