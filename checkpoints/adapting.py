@@ -1,8 +1,10 @@
-"""Adapts weights to other classes, conditions or image sizes, for --finetune.
+"""Adapts weights to other classes, conditions, image sizes or more modules, for --finetune.
 
 weights, notes = adapt(read_checkpoint("dense.pt"), config, class_names, seed=0)
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -21,7 +23,7 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 def adapt(
     source: Checkpoint, config: DiTConfig, class_names: list[str], seed: int
 ) -> tuple[Checkpoint, list[str]]:
-    """Adapts weights to a config with other classes, conditions or another input size.
+    """Adapts weights to a config with other classes, conditions, modules or another input size.
 
     seed: seed of newly initialised weights
     Returns the checkpoint and notes about the changed weights.
@@ -34,9 +36,13 @@ def adapt(
             rows, columns = config.grid
             notes.append(f"pos_embed: recomputed for {rows} x {columns} patches")
     if before.conditions != config.conditions:
-        state_dict = change_conditions(state_dict, before, config, seed)
-        drawn = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
-        notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {drawn}")
+        state_dict = without_changed(state_dict, before, config)
+        added = ", ".join(w for w in config.conditions if w not in before.conditions) or "none"
+        notes.append(f"conditions: {' '.join(config.conditions)}, new weights for {added}")
+    if drawn := draw_missing(state_dict, config, seed):
+        names = ", ".join(short_names(drawn, state_dict))
+        notes.append(f"{source.path} has no {names}: drawn as in a new model")
+    state_dict |= drawn
     had_null, has_null = before.dropout > 0, config.dropout > 0
     kept = kept_classes(source, config, class_names)
     is_same = kept == {row: row for row in range(before.num_classes)}
@@ -77,13 +83,11 @@ def kept_classes(source: Checkpoint, config: DiTConfig, class_names: list[str]) 
     return {row: places[name] for row, name in enumerate(class_names) if name in places}
 
 
-def change_conditions(
-    state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig, seed: int
+def without_changed(
+    state_dict: dict[str, Tensor], before: DiTConfig, config: DiTConfig
 ) -> dict[str, Tensor]:
-    """Draws the weights of new conditions as in a new model, and removes those of the others.
-
-    Such weights are the embedders, and those that only a model with the condition has, such as
-    cross-attention in its blocks.
+    """Removes the weights of conditions that only one of the configs has: their embedders, and
+    those that only a model with the condition has, such as cross-attention in its blocks.
     """
     changed = {split_condition(word)[0] for word in set(before.conditions) ^ set(config.conditions)}
     embedders = tuple(f"{embedder_of(name)}." for name in changed)
@@ -91,13 +95,29 @@ def change_conditions(
         meta_model(replace(config, conditions=one.conditions)).state_dict().keys()
         for one in (before, config)
     )
-    new = {name for name in has if name not in had or name.startswith(embedders)}
-    kept = {name: value for name, value in state_dict.items() if name not in new | (had - has)}
-    drawn: dict[str, Tensor] = {}
+    gone = {name for name in had if name not in has or name.startswith(embedders)}
+    return {name: value for name, value in state_dict.items() if name not in gone}
+
+
+def draw_missing(state_dict: dict[str, Tensor], config: DiTConfig, seed: int) -> dict[str, Tensor]:
+    """Draws the weights of a config that are not in `state_dict`, as in a new model."""
+    new, drawn = meta_model(config).state_dict().keys() - state_dict.keys(), {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name, value in initial_weights(config):
+        for name, value in initial_weights(config) if new else ():
             drawn |= {name: value} if name in new else {}
             if len(drawn) == len(new):
                 break
-    return kept | drawn
+    return drawn
+
+
+def short_names(new: Iterable[str], old: Iterable[str]) -> list[str]:
+    """Returns the outermost modules without an old weight, or the new weights, over all blocks."""
+    modules = {name[: dot.start()] for name in old for dot in re.finditer(r"\.", name)}
+    short = []
+    for name in new:
+        parts = name.split(".")
+        starts = (".".join(parts[: end + 1]) for end in range(len(parts)))
+        module = next((start for start in starts if start not in modules), name)
+        short.append(re.sub(r"^blocks\.\d+\.", "blocks.*.", module))
+    return list(dict.fromkeys(short))

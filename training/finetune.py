@@ -48,7 +48,7 @@ def open_weights(path: str, said: Settings) -> Checkpoint:
 def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     """Checks that a run can start from these weights; returns a note on what the flags change.
 
-    The flags may not change the shape of a weight that `adapt` does not replace.
+    The flags may add weights, but not remove or reshape one that `adapt` does not replace.
     """
     adapted = ("class_dropout_prob", "conditions", "num_classes", "input_size")
     found = [
@@ -65,7 +65,7 @@ def check_source(config: TrainConfig, source: Checkpoint) -> list[str]:
     kept = {name: getattr(source.config, name) for name in (*adapted, "absolute_positions")}
     with reported_as(message, ValueError):
         after = meta_model(replace(config.model, **kept))
-    if shapes_of(after.state_dict()) != shapes_of(source.state_dict):
+    if not shapes_of(source.state_dict).items() <= shapes_of(after.state_dict()).items():
         raise UserError(f"{message}: {'; '.join(found)}")
     return [f"{source.path} was trained with other settings: {'; '.join(found)}"]
 
