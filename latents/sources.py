@@ -93,6 +93,11 @@ class Source(Dataset):
     shapes: dict[str, tuple[int, ...]] = {"label": (), "size": (4,)}
     requested: Collection[str] = ()  # optional tensors that items contain
 
+    @classmethod
+    def is_here(cls, path: str) -> bool:
+        """Returns whether --dry-run opens the images; otherwise it assumes their number."""
+        return True
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -193,6 +198,7 @@ class ImageTree(Source):
 
     spelling = ".*"
     expected = "a folder of class folders with images"
+    is_here = staticmethod(os.path.exists)
 
     def __init__(self, path: str, image_size: Size):
         classes, self.left_out = find_classes(Path(path))
@@ -220,6 +226,10 @@ class HubImages(Source):
 
     spelling = "datasets:.*"
     expected = "a hub id or folder that datasets can load, and one of its splits, with images"
+
+    @classmethod
+    def is_here(cls, path: str) -> bool:  # a hub id may need a download
+        return os.path.isdir(path.removeprefix("datasets:").partition(":")[0])
 
     def __init__(self, path: str, image_size: Size):
         fix = "run: pip install -r requirements-extras.txt"
@@ -273,6 +283,10 @@ class GivenImages(Source):
     expected = "a dataset of (image, label) that train.run(data=...) passed to this process"
     flag = "data"
     datasets: dict[str, Dataset] = {}  # by --data-path
+
+    @classmethod
+    def is_here(cls, path: str) -> bool:
+        return path in cls.datasets
 
     def __init__(self, path: str, image_size: Size):
         if path not in self.datasets:
@@ -338,6 +352,10 @@ class ShardImages(Source):
     spelling = r".*\.tar"
     expected = "local shards of images, with labels for all images or for none"
 
+    @classmethod
+    def is_here(cls, path: str) -> bool:
+        return os.path.exists(expand_range(path)[0])
+
     def __init__(self, path: str, image_size: Size):
         self.shards, self.image_size = expand_range(path), image_size
         self.passed_over: Counter[str] = Counter()
@@ -397,12 +415,17 @@ class ShardImages(Source):
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
 
 
+def source_of(path: str) -> type[Source]:
+    """Returns the class that opens a --data-path."""
+    return next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
+
+
 def open_images(path: str, image_size: Size, flag: str | None = None) -> Source:
     """Opens images.
 
     flag: the flag that names them; None: --data-path, or the argument of `train.run`
     """
-    kind = next(kind for kind in SOURCES if re.fullmatch(kind.spelling, path, re.DOTALL))
+    kind = source_of(path)
     flag = flag or kind.flag
     got = path or "an empty path"
     with reported_as(f"{flag}: got {got}, expected {kind.expected}", OSError, ValueError):

@@ -239,8 +239,8 @@ def test_a_sequence_of_features_reaches_the_blocks_in_fine_tuning_guidance_and_s
     fields = {"num_classes": 8, "class_dropout_prob": 0.1}  # of no other test: shapes are kept
     source = randomised(**fields).eval()
     config = replace(source.config, conditions=("label", "tokens:3x6"))
-    adapted, (first, note) = adapt(as_checkpoint(source), config, [], seed=0)
-    assert "new weights for tokens:3x6" in note
+    adapted, (first, note, drawn) = adapt(as_checkpoint(source), config, [], seed=0)
+    assert "new weights for tokens:3x6" in note and "blocks.*.cross: drawn" in drawn
     kept = len(source.state_dict())
     assert f"{kept} of {kept + 2 + 2 * 4} weights are unchanged" in first
     model = DiT(config).eval()

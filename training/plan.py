@@ -10,7 +10,7 @@ from checkpoints import Record
 from checkpoints.costs import count_macs, count_parameters
 from latents.autoencoder import PIXELS, AutoencoderKL, open_autoencoder
 from latents.loading import BatchStream
-from latents.sources import GivenImages, Source, expand_range
+from latents.sources import Source, source_of
 from models import DiTConfig
 from moe import width_of
 from options.parts import Size
@@ -195,8 +195,8 @@ def open_planned(
     before: record of the checkpoint from which the run goes on, or None
     """
     path = data.latents_path or data.data_path
-    is_there = path and (path in GivenImages.datasets or Path(expand_range(path)[0]).exists())
-    if is_there:
+    is_here = os.path.exists if data.latents_path else source_of(path or "").is_here
+    if path and is_here(path):
         return open_dataset(data)
     missing = f"{path} is not on this machine" if path else "no --data-path"
     known = before and before.images.get("count")

@@ -6,9 +6,10 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, call_main, expect_error
+from helpers import ROOT, call_main, expect_error, run_script
 
 from checkpoints import config_of
 from training.config import TrainConfig
@@ -89,6 +90,33 @@ def test_the_plan_counts_the_images_of_a_range_of_shards(tmp_path, capsys, monke
     named = (*data, "--results-dir", tmp_path, "--run-name", "new")
     call_main("train.py", "--dry-run", *named, "--vae-path", ROOT / "assets" / "vae-emoji")
     assert "(2 processes x " in capsys.readouterr().out
+
+
+def test_the_plan_asks_a_source_of_a_plugin_for_its_size(tmp_path):
+    np.savez(tmp_path / "my.npz", images=np.zeros((48, 16, 16, 3), np.uint8), labels=[0, 1, 2] * 16)
+    plugin = tmp_path / "numbers.py"
+    plugin.write_text(
+        "import numpy as np\n"
+        "from PIL import Image\n"
+        "from latents import sources\n"
+        "class Numbers(sources.Source):\n"
+        "    spelling, expected = 'numbers:.*', 'an .npz file'\n"
+        "    def __init__(self, path, image_size):\n"
+        "        stored, self.image_size = np.load(path.removeprefix('numbers:')), image_size\n"
+        "        self.images, self.labels = stored['images'], stored['labels']\n"
+        "        self.classes = ['a', 'b', 'c']\n"
+        "    def name(self, index):\n"
+        "        return str(index)\n"
+        "    def read(self, index):\n"
+        "        return Image.fromarray(self.images[index])\n"
+        "sources.SOURCES = (Numbers, *sources.SOURCES)\n"
+    )
+    text = run_script(
+        "train.py", "--dry-run", "--plugin", plugin, "--data-path", f"numbers:{tmp_path}/my.npz",
+        "--vae-path", "pixels", "--image-size", 16, "--model", "DiT-Ti/2", "--depth", 2,
+        "--global-batch-size", 8, "--max-steps", 6,
+    ).stdout  # fmt: skip
+    assert "3 classes" in text and "1.0 epochs of 48 images" in text and "assuming" not in text
 
 
 def test_the_plan_assumes_images_for_a_cache_that_is_not_there(capsys):
