@@ -69,9 +69,14 @@ class Objective(Component, ABC):
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Returns the network's input (N, C, h, w) for data x and noise, at times t (N,)."""
 
-    @abstractmethod
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "time_quantile" in vars(cls) and "draw_times" not in vars(cls):
+            cls.draw_times = Objective.draw_times  # not those of a base class with other times
+
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
-        """Draws training times (N,) from torch's generator."""
+        """Draws training times (N,) from torch's generator, by `time_quantile`."""
+        return self.time_quantile(torch.rand(num_images, device=device))
 
     @abstractmethod
     def time_quantile(self, u: Tensor) -> Tensor:

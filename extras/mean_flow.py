@@ -100,7 +100,7 @@ class MeanFlow(RectifiedFlow):
         M is span_share * N, rounded up or down at random. The random number is drawn on the CPU, so
         that the host does not wait for a GPU.
         """
-        times = [self.draw_times(len(x), x.device) for _ in range(2)]
+        times = [RectifiedFlow.draw_times(self, len(x), x.device) for _ in range(2)]
         t, r = torch.maximum(*times), torch.minimum(*times)
         num_spans = int(self.span_share * len(x) + torch.rand((), device="cpu").item())  # M
         r = torch.cat([r[:num_spans], t[num_spans:]])

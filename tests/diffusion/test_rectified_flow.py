@@ -72,6 +72,22 @@ def test_training_times_have_the_distribution_set_by_the_flags(times, mean, std,
     torch.testing.assert_close(flow.time_quantile(below[::5000]), t[::5000], rtol=1e-5, atol=1e-6)
 
 
+class EarlyFlow(RectifiedFlow):
+    """Defines only the quantile function of its times."""
+
+    def time_quantile(self, u: torch.Tensor) -> torch.Tensor:
+        return u**3
+
+
+@pytest.mark.parametrize("kind", [*OBJECTIVES.values(), EarlyFlow], ids=[*OBJECTIVES, "early"])
+def test_the_drawn_times_of_an_objective_have_its_quantiles(kind):
+    torch.manual_seed(0)
+    drawn = kind().draw_times(50_000, torch.device("cpu")).sort().values
+    shares = torch.arange(0.05, 1, 0.1)
+    got = torch.searchsorted(drawn, kind().time_quantile(shares)) / len(drawn)
+    assert (got - shares).abs().max() < 1.63 / len(drawn) ** 0.5
+
+
 def test_the_flow_x_loss_is_the_data_error_divided_by_the_clamped_time():
     """JiT's loss (arXiv 2511.13720) with reversed time. The network has 2C output channels."""
     x, noise, t = (REFERENCE[name] for name in ("x_start", "noise", "t"))
