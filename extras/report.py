@@ -85,8 +85,8 @@ def pack(table: np.ndarray) -> dict:
 
 def tables_of(counts: RoutingCounts, ablation: list[Ablation]) -> dict[str, np.ndarray]:
     images, places = counts.settings["images"], on_small_grid
-    with np.errstate(invalid="ignore"):
-        weight = counts.weight_by_step.sum(0) / counts.by_step.sum(0)
+    rows, weights = counts.by_step.sum(0), counts.weight_by_step.sum(0)
+    weight = np.divide(weights, rows, out=np.full_like(weights, np.nan), where=rows > 0)
     per_token = counts.experts_per_token
     spent = per_token if np.ptp(per_token) > 0 else per_token[:0]
     tables = {

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from runtime.errors import UserError
 from runtime.files import read_json, write_durably
 
 MANIFEST_FILE = "manifest.json"
@@ -27,6 +28,11 @@ def fault_of(folder: Path) -> str | None:
         expected = {**read_json(folder / MANIFEST_FILE)}
     except (OSError, ValueError, TypeError) as error:
         return f"{MANIFEST_FILE} is missing or damaged ({error})"
+    if any(isinstance(size, dict) for size in expected.values()):  # with CRC-32s, before 0.3
+        raise UserError(
+            f"{folder} was saved by an earlier version, whose runs do not go on; its weights can "
+            "still be used, by sample.py --ckpt and by train.py --finetune"
+        )
     try:
         for name, size in expected.items():
             if (got := os.stat(folder / name).st_size) != size:

@@ -36,6 +36,9 @@ def table_of(data: dict, name: str) -> np.ndarray:
     return values.reshape(table["shape"])
 
 
+pytestmark = pytest.mark.filterwarnings("error:divide by zero:RuntimeWarning")
+
+
 def counts_with_gallery(**sizes) -> RoutingCounts:
     counts = random_counts(**sizes)
     torch.manual_seed(0)

@@ -863,8 +863,18 @@ def test_a_forged_state_is_a_one_line_error(copied, flags, forged, reason, capsy
 
 
 def test_a_forged_manifest_is_a_fault_and_no_traceback(copied):
-    (step_folder(copied, 3) / MANIFEST_FILE).write_text('{"a\\u0000": {}}')
+    (step_folder(copied, 3) / MANIFEST_FILE).write_text('{"a\\u0000": 1}')
     assert "cannot be read" in fault_of(step_folder(copied, 3))
+
+
+def test_a_manifest_of_an_earlier_version_is_named_as_such_and_not_as_damage(copied, flags, capsys):
+    for folder in step_folders(copied / "run"):
+        path = folder / MANIFEST_FILE
+        sizes = json.loads(path.read_text())
+        sizes = {name: {"bytes": size, "crc32": "0f0f0f0f"} for name, size in sizes.items()}
+        path.write_text(json.dumps(sizes))
+    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
+    assert "earlier version" in line and "--finetune" in line and "damaged" not in line
 
 
 def test_a_branch_from_a_damaged_checkpoint_names_it(copied, capsys):
