@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
-from helpers import SMALL, config_of_command
+from helpers import ROOT, SMALL, config_of_command
 
+import sample
 from checkpoints import config_of
 from diffusion import OBJECTIVES
 from models import DiT, DiT_models
@@ -198,3 +199,15 @@ def test_the_keyword_router_scale_is_answered_with_the_word(make):
         (ValueError, UserError), match='router_scale: unknown, expected router="sigmoid:scale='
     ):
         make(router="sigmoid", router_scale=3)
+
+
+def test_the_flags_of_training_and_sampling_are_those_of_the_list():
+    """A new flag fails until flags.txt has it; see CONTRIBUTING.md."""
+    listed = {"training": [], "sample.py": []}
+    for line in (ROOT / "tests" / "flags.txt").read_text().splitlines():
+        if line in listed:
+            flags = listed[line]
+        elif line.startswith("    "):
+            flags.append(line.strip())
+    assert sorted(listed["training"]) == sorted(training_flags())
+    assert sorted(listed["sample.py"]) == sorted(options_of(sample.SampleConfig))
