@@ -189,6 +189,8 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
     """
     # A run that still trains may save while the processes read its weights.
     ckpt, guide = dist.from_main(lambda: (newest_step(config.ckpt), newest_step(config.guide_ckpt)))
+    if dist.is_main and ckpt != config.ckpt:
+        print_safely(f"{config.ckpt}: evaluating step {int(Path(ckpt).name):,}")
     config = replace(config, ckpt=ckpt, guide_ckpt=guide)
     pipeline = open_pipeline(config)
     sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}

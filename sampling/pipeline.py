@@ -163,7 +163,11 @@ class SamplingPipeline:
 
 def open_pipeline(config: SamplingConfig) -> SamplingPipeline:
     """Loads the checkpoint of --ckpt, which flags must not contradict."""
-    return make_pipeline(config, open_checkpoint(config))
+    pipeline = make_pipeline(config, open_checkpoint(config))
+    settings = pipeline.settings
+    if settings.num_steps == 1 and settings.sampler in ("ddim", "ddpm"):  # it is step 0 of 1000
+        print_safely(f"note: {settings.sampler} with one step returns noise; use at least two")
+    return pipeline
 
 
 def open_checkpoint(config: SamplingConfig) -> Checkpoint:

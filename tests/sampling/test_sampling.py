@@ -425,3 +425,11 @@ def test_a_guide_of_the_same_kind_has_the_router_of_the_flag(tmp_path, tiny_vae)
     pipeline = open_pipeline(config)
     for model in (pipeline.model, pipeline.guide):
         assert model.blocks[0].moe.gate.inference == "count"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_one_step_of_the_chain_is_said_to_return_noise(checkpoints, sampler, capsys):
+    for steps in (1, 2):
+        config = dict(ckpt=checkpoints["gaussian"], sampler=sampler, num_sampling_steps=steps)
+        open_pipeline(SamplingConfig(**config))
+        assert ("returns noise" in capsys.readouterr().out) == (steps == 1)
