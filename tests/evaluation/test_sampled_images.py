@@ -127,6 +127,15 @@ def test_evaluate_rejects_a_folder_with_other_settings(single, checkpoint, tmp_p
         call_main("evaluate.py", "--ckpt", checkpoint, "--loss", "--output", tmp_path / "out")
 
 
+def test_evaluate_names_the_step_of_a_run_that_it_takes(single, checkpoint, tmp_path, capsys):
+    for step in ("0000002", "0000012"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        shutil.copy(checkpoint, tmp_path / "checkpoints" / step / "model.safetensors")
+    with pytest.raises(UserError, match="seed: got 1"):  # the folder is of another evaluation
+        call_main(*command(tmp_path, single, "--seed", 1))
+    assert f"{tmp_path}: evaluating step 12\n" in capsys.readouterr().out
+
+
 def test_the_default_evaluation_folder_is_named_by_the_run_and_the_settings(tmp_path):
     ckpt = str(tmp_path / "my.run" / "checkpoints" / "0000002")
     changes = {}, {"num_images": 9}, {"reference": Path("a.npz")}, {"kid_subset_size": 9}
