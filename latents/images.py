@@ -17,7 +17,6 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from latents.bounds import check_content, check_image
 from options.parts import Size, sides
 from runtime.errors import pluralize
 
@@ -149,18 +148,15 @@ def image_names(names: Iterable[str], others: Counter[str]) -> list[str]:
 def read_rgb(source: Path | str | io.BytesIO) -> Image.Image:
     """Reads the first frame of an image file as RGB.
 
-    The image is rotated according to its EXIF data, and transparent pixels become white. A JPEG of
-    more than 90 million pixels is read at half its size. Raises ValueError, with the reason, if the
-    image cannot be read or asks for too much, see `latents.bounds`, and OSError if the storage
-    failed.
+    The image is rotated according to its EXIF data, and transparent pixels become white. Raises
+    ValueError, with the reason, if Pillow cannot read the image or finds it too large, and OSError
+    if the storage failed.
     """
     try:
         file = source if isinstance(source, io.BytesIO) else open(source, "rb")  # noqa: SIM115
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about damaged metadata
-            check_content(file)
             with Image.open(file, formats=tuple(FORMATS)) as image:
-                check_image(image)
                 image.load()
                 return to_rgb(image)
     except UnidentifiedImageError:

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
-from latents.bounds import MAX_BYTES
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -409,7 +408,7 @@ class ShardImages(Source):
         shard, offset, num_bytes = self.places[index]
         with open(self.shards[shard], "rb") as file:
             file.seek(offset)
-            return read_rgb(io.BytesIO(file.read(min(num_bytes, MAX_BYTES + 1))))
+            return read_rgb(io.BytesIO(file.read(num_bytes)))
 
 
 SOURCES = (GivenImages, HubImages, ShardImages, ImageTree)  # the first match of `spelling` wins
