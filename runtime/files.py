@@ -2,11 +2,9 @@
 checked before work starts."""
 
 import atexit
-import errno
 import json
 import os
 import shutil
-import stat
 import tempfile
 import time
 import zipfile
@@ -154,18 +152,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_run_file(path: Path) -> BinaryIO:
-    """Opens a file of a run folder for appending, unbuffered; OSError for a link, which could lead
-    to somebody else's file, and for a pipe."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-    file = open(path, "a+b", buffering=0, opener=opener)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+def open_unbuffered(path: Path) -> BinaryIO:
+    """Opens a file for reading and appending; what is written goes to the system at once."""
+    return open(path, "a+b", buffering=0)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

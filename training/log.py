@@ -23,7 +23,7 @@ from tqdm import tqdm
 from latents.loading import BatchStream
 from runtime import __version__
 from runtime.errors import UserError, print_safely, printable, reported_as
-from runtime.files import open_run_file, write_durably
+from runtime.files import open_unbuffered, write_durably
 from runtime.progress import note_saved
 
 GROUPS = {  # TensorBoard group: pattern of metric names; all other metrics are in the group "loss"
@@ -58,9 +58,6 @@ class RunLog(AbstractContextManager):
         if not is_main:
             return
         rows, board = folder / "log.jsonl", folder / "tensorboard"
-        for path in (board, folder / "wandb", folder / "profile"):
-            if path.is_symlink():
-                raise UserError(f"{path}: got a link, expected a folder inside the run folder")
         self.wandb = None if wandb is None else begin_wandb(wandb, folder, settings)
         keep_rows(rows, self.start_step)
         for path in folder.glob("samples-*.png"):
@@ -68,8 +65,8 @@ class RunLog(AbstractContextManager):
             if step.isdecimal() and int(step) > self.start_step:
                 path.unlink()
         self.total_steps = total_steps
-        self.text_file = open_run_file(folder / "log.txt")
-        self.rows_file = open_run_file(rows)
+        self.text_file = open_unbuffered(folder / "log.txt")
+        self.rows_file = open_unbuffered(rows)
         self.board = SummaryWriter(board, purge_step=self.start_step + 1)
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
         for summary in hparams(
@@ -127,13 +124,12 @@ class RunLog(AbstractContextManager):
             for name, value in values.items() if name in SHOWN
         ]  # fmt: skip
         if step < self.total_steps:
-            with suppress(OverflowError):  # after the year 9999, as in a run without an end
-                left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
-                end = f"{datetime.now() + left:%a %d %b %H:%M}"
-                if step == self.start_step + 1:  # includes what happens only once
-                    parts.append(f"at most {left} left, ends by {end}")
-                else:
-                    parts.append(f"{left} left, ends {end}")
+            left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
+            end = f"{datetime.now() + left:%a %d %b %H:%M}"
+            if step == self.start_step + 1:  # includes what happens only once
+                parts.append(f"at most {left} left, ends by {end}")
+            else:
+                parts.append(f"{left} left, ends {end}")
         parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
@@ -209,7 +205,7 @@ def begin_wandb(project: str, folder: Path, settings: dict) -> Any:
     The run folder stores the id of the run. Steps that are repeated after resuming appear twice.
     """
     wandb = import_wandb()
-    with open_run_file(folder / "wandb-id") as file:
+    with open_unbuffered(folder / "wandb-id") as file:
         file.seek(0)
         number = file.read(64).decode() or secrets.token_hex(4)
         file.truncate(0)
@@ -242,7 +238,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 
     Changes after `last_step` itself are in no checkpoint, so the run goes on without them.
     """
-    with open_run_file(path) as file:
+    with open_unbuffered(path) as file:
         file.seek(0)
         whole = file.read()
     rows = []

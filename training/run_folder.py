@@ -26,7 +26,7 @@ import yaml
 
 from checkpoints import MODEL_FILE, Record, step_folders
 from runtime.errors import UserError, print_safely, reported_as
-from runtime.files import open_run_file, wait_for_file, write_durably
+from runtime.files import open_unbuffered, wait_for_file, write_durably
 from training.config import OF_DATA, TrainConfig
 from training.manifest import MANIFEST_FILE
 from training.sections import CommandFlags
@@ -133,7 +133,7 @@ def lock_folder(run: Path) -> BinaryIO:
     and NFS enforces it on all nodes. Do not open the file a second time: closing the second
     descriptor releases the lock. Without locks in the file system, prints a warning.
     """
-    file = open_run_file(run / LOCK_FILE)
+    file = open_unbuffered(run / LOCK_FILE)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
