@@ -12,16 +12,13 @@ from pathlib import Path
 
 from checkpoints import Record, read_record, step_folders
 from checkpoints.weights import as_user_error
-from latents.autoencoder import DEFAULT_VAE
 from latents.loading import BatchStream
 from latents.sources import Source, images_name, same_images
 from models import MEANINGS, WITHOUT_EFFECT
-from options.parts import Word, options_of
-from options.settings import Settings, differences, in_words, spelling
-from presets import PRESETS
+from options.settings import differences
 from runtime.errors import UserError
 from runtime.processes import Distributed
-from training.config import OF_DATA, TrainConfig, fitted_conditions, setting_names
+from training.config import TrainConfig, setting_names
 from training.finetune import latent_changes
 from training.manifest import fault_of
 from training.run_folder import CONFIG_FILE, LOCK_FILE, branch_of, is_step_folder, named_folder
@@ -89,7 +86,7 @@ def open_run(
 ) -> tuple[TrainConfig, Record, Path]:
     """Returns the settings, the record and the folder of the newest intact checkpoint.
 
-    notes: receives the damaged checkpoints
+    notes: receives the damaged checkpoints, and the settings that this version does not know
     """
     faults = []
     for step_folder in steps:
@@ -108,6 +105,8 @@ def open_run(
             "new run from its weights (--finetune), or use that version"
         )
     notes += faults
+    if unknown := before.settings.keys() - setting_names():
+        notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
     with as_user_error(step_folder, "cannot go on"):
         return TrainConfig.of_record(before), before, step_folder
 
@@ -182,50 +181,6 @@ def begun_and_ended(kind: str, was: Sequence, now: Sequence, how: str) -> list[s
     return lines + [f"{kind} {name} ends" for name in sorted(before - after)]
 
 
-def kept_settings(
-    before: Record, config: TrainConfig, said: Settings, *, can_flip: bool = True
-) -> list[str]:
-    """Returns a line on the settings that are kept from the run, because neither the command nor
-    the data say them, and one on those that this version does not know."""
-    new = TrainConfig.default(config.engine.script)
-    now, default = config.stored(), {"model": new.preset}
-    if config.preset in PRESETS:
-        now, new = {"model": config.preset, **now}, new.changed({"model": config.preset})
-    conditions = fitted_conditions(new, {"objective": config.step.objective}, config.shapes)
-    default |= new.stored() | {"conditions": [*conditions]}
-    default |= {"image_size": 256, "vae_path": DEFAULT_VAE}
-    follow = {*OF_DATA} | ({"image_size", "vae_path"} if config.data.latents_path else set())
-    follow |= set() if can_flip else {"flip"}
-    kept = [
-        f"{spelling(name)} {in_words(value)}"
-        for name, value in now.items()
-        if name not in {*said, *follow} and value != default.get(name)
-    ] + kept_options(config, said, new)
-    unknown = before.settings.keys() - setting_names()
-    notes = [f"kept from the run (not in this command): {', '.join(kept)}"] if kept else []
-    if unknown:
-        notes.append(f"ignored unknown settings of the checkpoint: {', '.join(sorted(unknown))}")
-    return notes
-
-
-def kept_options(config: TrainConfig, said: Settings, default: TrainConfig) -> list[str]:
-    """Returns the options that a run keeps of components that the command names without them: in a
-    new run they would be others."""
-    found = []
-    for title, section in config.by_section.items():
-        for name, flag in options_of(type(section)).items():
-            pair = (words_of(one) for one in (said.get(name), getattr(section, name)))
-            for word, now in zip(*pair, strict=False) if flag.table else ():
-                new = word.over(getattr(default.by_section[title], name)).complete(flag.table)
-                kept = {key: v for key, v in now.options.items() if v != new.options[key]}
-                found += [f"{spelling(name)} {Word(word.name, kept)}"] if kept else []
-    return found
-
-
-def words_of(value: Word | tuple[Word, ...] | None) -> tuple[Word, ...]:
-    return (value,) if isinstance(value, Word) else value or ()
-
-
 def data_changes(was: Record, now: Record) -> list[str]:
     """Returns lines on the latents, features and images of a step, where they differ from those of
     a checkpoint."""
@@ -252,9 +207,7 @@ def check_end(config: TrainConfig, before: Record, stream: BatchStream) -> None:
         )
 
 
-def nothing_to_do(
-    folder: Path | None, stream: BatchStream, changes: list[str], dist: Distributed
-) -> int:
+def nothing_to_do(folder: Path | None, stream: BatchStream, dist: Distributed) -> int:
     """Says that a run is finished; returns the exit code. A branch without steps is an error."""
     step, end = stream.start_step, stream.end_step
     if folder is None:
@@ -264,6 +217,4 @@ def nothing_to_do(
         )
     if dist.is_main:
         print(f"{folder} is finished: step {step} of {end}; {MORE_STEPS}")
-        for line in changes:
-            print(f"without steps, this has no effect: {line}")
     return 0

@@ -79,7 +79,6 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     origin, changes = going_on.began_with(command, before, folder), []
     if before:
         changes = going_on.changed_settings(before, base, config, command.script, dataset)
-        notes += going_on.kept_settings(before, config, said, can_flip=dataset.can_flip)
     elif weights:
         notes += finetune.check_source(config, weights)
     if command.dry_run:  # plan for these processes
@@ -114,7 +113,7 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     elif weights:
         notes += finetune.weights_notes(weights, record)
     if before and stream.start_step >= stream.end_step:
-        return going_on.nothing_to_do(folder, stream, changes, dist)
+        return going_on.nothing_to_do(folder, stream, dist)
     batches = setup.held_out_batches(config, dataset, vae, record, held_out, notes)
     dataset.requested = setup.tensors_of(config)
     if before is None:
