@@ -124,12 +124,13 @@ class RunLog(AbstractContextManager):
             for name, value in values.items() if name in SHOWN
         ]  # fmt: skip
         if step < self.total_steps:
-            left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
-            end = f"{datetime.now() + left:%a %d %b %H:%M}"
-            if step == self.start_step + 1:  # includes what happens only once
-                parts.append(f"at most {left} left, ends by {end}")
-            else:
-                parts.append(f"{left} left, ends {end}")
+            with suppress(OverflowError):  # a run without an end, whose first step is slow
+                left = timedelta(seconds=round((self.total_steps - step) / steps_per_second))
+                end = f"{datetime.now() + left:%a %d %b %H:%M}"
+                if step == self.start_step + 1:  # includes what happens only once
+                    parts.append(f"at most {left} left, ends by {end}")
+                else:
+                    parts.append(f"{left} left, ends {end}")
         parts.insert(0, f"step {step:07d}")
         self.text("  ".join(parts))
 
