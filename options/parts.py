@@ -33,7 +33,6 @@ Size = int | tuple[int, int]  # side of a square, or height and width
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 QUOTES = ("'", '"')
 TYPE_NAMES = {float: "a number", int: "an integer", bool: "True or False", str: "text"}
-MAX_VALUES = 10_000  # of a list, which a file may forge
 LIMITS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt),
     "le": ("at most", operator.le), "lt": ("below", operator.lt),
@@ -230,9 +229,6 @@ class Option:
 
         Raises ValueError, "NAME: got VALUE, expected ...", for a wrong type or value.
         """
-        if isinstance(value, list | tuple) and len(value) > MAX_VALUES:
-            got = f"got {len(value):,} values"
-            raise ValueError(f"{name or self.name}: {got}, expected at most {MAX_VALUES:,}")
         if Word in (self.hint, *typing.get_args(self.hint)):
             return self.read_words(value, name or self.name)
         allowed, found = self.choices, value

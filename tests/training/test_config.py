@@ -164,6 +164,8 @@ def test_a_command_says_a_thing_in_one_way(words, capsys):
         ("lr: 1e-3\nstep: {lr: 2e-3}", "lr: is given twice"),
         ("epochs: 5\nmax-steps: 9", "--max-steps"),
         (b"\xb8\x05 weights", "expected a YAML file in UTF-8"),
+        ("lr: [", "expected a YAML file in UTF-8"),
+        ("#" * 200_000, "more than 100,000 bytes"),
         ("run_name: café".encode("latin-1"), "expected a YAML file in UTF-8"),
     ],
 )

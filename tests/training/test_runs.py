@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -34,7 +33,6 @@ from helpers import (
     step_folder,
 )
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_models import Forgetful
 
@@ -48,11 +46,10 @@ from options.parts import option
 from options.settings import differences
 from routers import ROUTERS
 from runtime.errors import UserError
-from runtime.tensor_file import write_tensors
 from training import going_on, loop, preview, start
 from training.config import OF_DATA, TrainConfig, parse_training
 from training.engines.ddp import DDPEngine
-from training.engines.state import STATE_FILES, STATE_KEY
+from training.engines.state import STATE_FILES
 from training.log import RunLog
 from training.manifest import MANIFEST_FILE, fault_of
 from training.memory import state_bytes
@@ -793,27 +790,6 @@ def test_a_run_with_only_damaged_checkpoints_is_rejected_and_left_unchanged(copi
     damaged = step_folder(copied, 3)
     line = expect_error(capsys, "train.py", "--resume", only_run(copied))
     assert str(damaged) in line
-
-
-SPIKES = "expected a mean and a count"
-
-
-@pytest.mark.parametrize(("forged", "reason"), [
-    ({"spikes": {"mean": "x", "count": 1}}, SPIKES), ({"spikes": {"mean": 1.0}}, SPIKES),
-    ({"spikes": {"factor": 1.0}}, SPIKES), ({"spikes": [1]}, SPIKES),
-    ({"spikes": {"mean": math.inf, "count": 1}}, SPIKES),
-    ({"spikes": {"mean": 1.0, "count": -1}}, SPIKES), ({"scaler": {"scale": "x"}}, ""),
-    ({"numbers": {"pos_embed": 1}}, ""), ({"processes": {}}, ""),
-])  # fmt: skip
-def test_a_forged_state_is_a_one_line_error(copied, flags, forged, reason, capsys):
-    path = step_folder(copied, 3) / STATE_FILE
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    metadata[STATE_KEY] = json.dumps(json.loads(metadata[STATE_KEY]) | forged)
-    write_tensors(path, tensors, metadata)
-    list_files(path.parents[1])
-    line = expect_error(capsys, "train.py", *flags(copied, **{"max-steps": 4}))
-    assert str(path.parents[1]) in line and "damaged" in line and reason in line
 
 
 def test_a_forged_manifest_is_a_fault_and_no_traceback(copied):
