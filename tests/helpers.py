@@ -56,6 +56,7 @@ TINY_MODEL = dict(
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="how often a test kills its run")
     parser.addoption("--gpu", action="store_true", help="run only the GPU tests")
+    parser.addoption("--core", action="store_true", help="only the tests of the core's minute")
     parser.addoption("--fake", action="store_true", help="also run the slow tests on fake CUDA")
     parser.addoption("--report", type=Path, help="file to which each test appends a JSON line")
 
@@ -122,6 +123,14 @@ SLOWEST = (
     "test_recipes.py", "test_finetune.py", "test_offload.py", "test_prompts.py",
     "test_autoencoders.py", "test_published_moe.py", "test_own_data.py", "test_benchmarks.py",
 )  # fmt: skip
+# What --core leaves to the full suite: what launches processes, and what takes long.
+FULL_SUITE_ONLY = (
+    "test_fsdp.py", "test_deepspeed.py", "test_cluster.py", "test_kernels.py", "test_fake_cuda.py",
+    "test_interruptions.py", "test_processes.py", "test_long_runs.py", "test_docs.py",
+    "test_router_runs.py", "test_recipes.py", "test_finetune.py", "test_analysis.py",
+    "test_evaluation.py", "test_heldout.py", "test_sampled_images.py", "test_export.py",
+    "test_offload.py", "test_pressing_ctrl_c_again", "test_what_shapes_the_state",
+)  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -142,6 +151,10 @@ def pytest_collection_modifyitems(config, items) -> None:
         chosen = [item for item in items if names & {mark.name for mark in item.iter_markers()}]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+    if config.getoption("--core"):
+        left = [item for item in items if any(name in item.nodeid for name in FULL_SUITE_ONLY)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         items.sort(key=place_of)
 
