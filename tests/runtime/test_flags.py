@@ -227,34 +227,6 @@ def test_a_wrong_flag_is_a_one_line_error_with_exit_code_2(arguments, capsys):
     assert output.err.startswith("error: ") and output.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "suggested"),
-    [
-        ("--shared-experts 1", "--n-shared-experts"),
-        ("--num-exprts 4", "--num-experts"),
-        ("--batch-size 4", "--global-batch-size"),
-        ("--steps 4", "--warmup-steps or --max-steps"),
-        ("--weight-decay 1", "--optimizer adamw:weight_decay="),
-        ("--device cuda", "CUDA_VISIBLE_DEVICES="),
-        # Flags of version 0.2
-        ("--router-scale 2", "--router sigmoid:scale="),
-        ("--router-bias-step 0", "--router sigmoid:bias_step="),
-        ("--objective-mean 1", "--objective rectified_flow:mean="),
-        ("--optimizer-betas 0.9 0.95", "--optimizer adamw:betas="),
-        ("--optimizer-weight-decay 1", "--optimizer adamw:weight_decay="),
-        ("--ema-decay 0.9 0.99", "--ema exponential:decay="),
-        ("--ema-warmup True", "--ema exponential:warmup="),
-        ("--ema-length 0.1", "--ema power:length="),
-        ("--decay-share 0.2", "--lr-schedule trapezoid:decay_share="),
-        ("--lr-floor 0.1", "--lr-schedule cosine:lr_floor="),
-        ("--auxiliary-repa-weight 1", "--auxiliary repa:weight="),
-    ],
-)
-def test_an_unknown_flag_is_answered_with_what_was_meant(flags, suggested, capsys):
-    line = expect_error(capsys, "train.py", *flags.split(), "--data-path", "x")
-    assert flags.split()[0] in line and suggested in line
-
-
 def test_importing_train_imports_no_slow_packages():
     """What Ctrl-C would interrupt is imported before the run folder is created."""
     slow = "{'diffusers', 'torchvision', 'matplotlib', 'huggingface_hub.hf_api', 'training.loop'}"

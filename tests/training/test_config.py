@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import config_of_command, expect_error
+from helpers import config_of_command
 
 from runtime.errors import UserError
 from train import run
@@ -134,71 +134,6 @@ def test_a_later_alternative_replaces_an_earlier_one(recipe):
     assert (config.data.val_path, config.data.val_share) == (None, 0.5)
     kept = recipe("val-path: y\n", "--val-share", 0)  # says nothing about images
     assert kept.data.val_path == "y"
-
-
-@pytest.mark.parametrize("words", ["--epochs 5 --max-steps 9", "--latents-path x --data-path y",
-                                   "--val-share 0.1 --val-path x", "--rf True --objective gaussian",
-                                   "--rf False --objective flow_x"])  # fmt: skip
-def test_a_command_says_a_thing_in_one_way(words, capsys):
-    first, _, second, _ = words.split()
-    line = expect_error(capsys, "train.py", *words.split())
-    assert first.strip("-") in line and second.strip("-") in line
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("learning: 1", "--learning: unknown flag"),
-        ("router-scale: 2.5", "--router sigmoid:scale="),
-        ("router: {sigmoid: {scale: 2.5}}", "--router: got {'sigmoid'"),
-        ("ema: [exponential:decay=0.9,warmup=True]", "--ema: got 'warmup=True' without"),
-        ("ema: [{exponential: {decay: 0.9}}]", "--ema: got {'exponential'"),
-        ("auxiliary: [sra, sra]", "--auxiliary: got sra, sra"),
-        ("config: x", "the key config"),
-        ("run_name: x", "the key run_name"),
-        ("lr: x", "--lr: got 'x'"),
-        ("- 1", "YAML"),
-        ("image-size: [[256], [256]]", "--image-size: got"),
-        ("max-steps: [5, 5]", "--max-steps: got"),
-        ("lr: 1e-3\nlr: 2e-3", "lr: is given twice"),
-        ("lr: 1e-3\nstep: {lr: 2e-3}", "lr: is given twice"),
-        ("epochs: 5\nmax-steps: 9", "--max-steps"),
-        (b"\xb8\x05 weights", "expected a YAML file in UTF-8"),
-        ("lr: [", "expected a YAML file in UTF-8"),
-        ("#" * 200_000, "more than 100,000 bytes"),
-        ("run_name: café".encode("latin-1"), "expected a YAML file in UTF-8"),
-    ],
-)
-def test_an_error_in_a_recipe_is_one_line_with_its_path(text, words, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
-    line = expect_error(capsys, "train.py", "--config", recipe)
-    assert words in line and str(recipe) in line
-
-
-def test_a_recipe_that_is_a_folder_is_a_one_line_error(tmp_path, capsys):
-    assert "Is a directory" in expect_error(capsys, "train.py", "--config", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "--num_experts 0 --router race", "--num_experts 0 --aux-loss-alpha 1",
-        "--num_experts 0 --n-shared-experts 1", "--num_experts 0 --num-experts-per-tok 1",
-        "--num_experts 0 --sparse-layers 6",
-        "--model DiT-S/2 --conditions vector", "--model DiT-S/2 --auxiliary sra sra",
-        "--shard True --precision fp16", "--max-steps 5 --shard-size 2", "--max-steps 5 --gpus 2",
-        "--max-steps 5 --num-classes 5", "--max-steps 5 --image-size 18",
-        "--lr 1 --model JiT-B/16",
-    ],
-)  # fmt: skip
-def test_a_flag_without_effect_or_that_data_contradict_is_refused(
-    command, image_tree, tiny_vae, capsys
-):
-    words = command.split()
-    data = () if "--image-size" in command else ("--image-size", 16)
-    data += ("--data-path", image_tree, "--vae-path", tiny_vae)
-    assert words[2] in expect_error(capsys, "train.py", *words, *data)
 
 
 @pytest.mark.parametrize(
