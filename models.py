@@ -541,8 +541,12 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
     def patches_of(self, x: Tensor) -> Tensor:
-        """Returns the patches (N, P, D) of tokens x (N, T, D)."""
-        return x[:, x.shape[1] - self.config.num_patches :]
+        """Returns the patches (N, P, D) of tokens x (N, T, D), where class tokens come first."""
+        patches, extra = self.config.num_patches, self.config.class_tokens
+        if x.shape[1] not in (patches, patches + extra):
+            raise ValueError(f"got {x.shape[1]} tokens, expected {patches} patches after 0 or "
+                             f"{extra} class tokens; other tokens require another patches_of")
+        return x[:, x.shape[1] - patches :]
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:
         """Predicts what the objective defines, such as the noise, and with learn_sigma the variance

@@ -487,3 +487,12 @@ def test_rms_norm_with_weights_in_bf16_computes_in_fp32():
     want = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight.float()
     assert got.dtype == torch.float32 and relative_error(got, want) < 1e-6
     assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_token_that_the_model_does_not_know_is_refused():
+    model = randomised(0.2)
+    model.blocks[-1].register_forward_hook(
+        lambda block, inputs, output: (nn.functional.pad(output[0], (0, 0, 0, 1)), *output[1:])
+    )
+    with pytest.raises(ValueError, match="17 tokens, expected 16 patches"):
+        model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2]))
