@@ -513,10 +513,10 @@ class PrototypeRouter(Router):
         if self.unconditional_expert:
             unconditional = context.get("no_class", unconditional)
         with torch.autocast(x.device.type, enabled=False):
-            images, x = len(x), x.flatten(0, 1).float().contiguous()        # (S, F)
+            shape, x = x.shape[:2], x.flatten(0, 1).float().contiguous()    # (S, F)
             prototypes = self.weight.float()  # cast once: gradients of both uses add up in fp32
             z = F.normalize(x, dim=-1) @ F.normalize(prototypes, dim=-1).t()  # (S, E)
-            z = z.unflatten(0, (images, -1))                                # (N, T, E)
+            z = z.unflatten(0, shape)                                       # (N, T, E)
             choose = self.choose_experts if self.choice == "token" else self.choose_tokens
             *rows, loss = choose(x, z, unconditional, prototypes)
         return Routing(*rows, loss, expert_load(rows[1], self.num_experts + 1))

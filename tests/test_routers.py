@@ -552,3 +552,11 @@ def test_sharding_finds_the_tensors_of_a_context():
     assert dataclasses.is_dataclass(context)
     (found,) = tree_leaves(tree_map(torch.ones_like, context))
     assert torch.equal(found, torch.ones(1))
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, "prototype:choice=expert"])
+def test_a_layer_in_evaluation_takes_an_empty_batch(router):
+    moe = randomised(0.2, router=router).eval().blocks[-1].moe
+    x = torch.zeros(0, 16, moe.gate.weight.shape[1])
+    y, routing = moe(x, Context({"no_class": torch.zeros(0, dtype=torch.bool)}))
+    assert y.shape == x.shape and len(routing.token) == 0
