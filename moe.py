@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moe_kernels.experts import compute_experts
 from moe_kernels.forward_mode import has_tangent
-from moe_kernels.gated_linear import GatedLinear
+from moe_kernels.gated_linear import gated_linear
 from moe_kernels.quantized import QuantizedWeight
 from options.parts import Word
 from routers import NOTHING, ROUTERS, Context, Routing
@@ -38,11 +38,11 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
-        self.down_proj = GatedLinear(intermediate_size, hidden_size, bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to (..., D)."""
-        return self.down_proj(self.gate_proj(x), self.up_proj(x))
+        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj)
 
 
 class GeluMLP(nn.Module):

@@ -195,6 +195,51 @@ def test_swiglu_gradients_are_exact_and_checkpointing_keeps_no_tensor():
     assert relative_error(mlp.down_proj.weight.grad, want[3]) < 1e-6
 
 
+def test_a_linear_layer_computes_what_its_type_says():
+    """What hooks, adapters and FLOP counters of other projects rely on."""
+    torch.manual_seed(0)
+    model = DiT(**TINY_MODEL, mlp_type="swiglu_bias").eval()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.1)
+        want, seen = model(x, t, y)[0], []
+
+        def compare(layer, inputs, output):
+            assert torch.equal(output, F.linear(*inputs, layer.weight, layer.bias))
+            seen.append(layer)
+
+        hooks = [layer.register_forward_hook(compare) for layer in layers]
+        assert relative_error(model(x, t, y)[0], want) < 1e-6
+        assert set(seen) == set(layers)
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:  # as accelerate puts a layer on another device for its call
+            layer.forward = lambda x, call=layer.forward: 0 * call(x)
+        assert not model(x, t, y)[0].any()
+
+
+def test_lora_of_peft_on_every_linear_layer_is_merged_exactly():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = DiT(**TINY_MODEL).eval()
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    before = model(x, t, y)[0]
+    for layers in ["down_proj"], "all-linear":
+        settings = peft.LoraConfig(target_modules=layers, init_lora_weights=False)
+        adapted = peft.get_peft_model(model, settings).eval()
+        want = adapted(x, t, y)[0]
+        assert relative_error(want, before) > 1e-3
+        with adapted.disable_adapter():
+            assert relative_error(adapted(x, t, y)[0], before) < 1e-6
+        model = adapted.merge_and_unload()
+        assert relative_error(model(x, t, y)[0], want) < 1e-5
+        before = want
+
+
 def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():
     torch.manual_seed(0)
     experts, logits = Experts(8, 6, 3, "loop").double(), torch.randn(4, 3)

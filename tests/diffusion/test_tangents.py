@@ -8,10 +8,11 @@ import torch
 from helpers import needs_triton, relative_error
 from test_models import randomised
 from test_moe import any_rows
+from torch import nn
 
 from moe import Experts, ExpertWeights, experts_grouped, experts_loop
 from moe_kernels import forward_mode, operators, torch_kernels
-from moe_kernels.gated_linear import GatedLinear
+from moe_kernels.gated_linear import gated_linear
 from routers import ROUTERS
 from wrappers import wrap_blocks
 
@@ -76,9 +77,11 @@ def test_triton_experts_have_the_same_tangents_as_pytorch(kind, monkeypatch):
 
 def test_a_gated_linear_layer_has_the_tangent_of_its_formula():
     torch.manual_seed(0)
-    layer = GatedLinear(HIDDEN, WIDTH, bias=False).double()
+    layer = nn.Linear(HIDDEN, WIDTH, bias=False).double()
     gate, up, gate_t, up_t = torch.randn(4, 7, HIDDEN).double()
-    _, got = torch.func.jvp(layer, (gate, up), (gate_t, up_t))
+    _, got = torch.func.jvp(
+        lambda gate, up: gated_linear(gate, up, layer), (gate, up), (gate_t, up_t)
+    )
     slope = gate.sigmoid() * (1 + gate * (1 - gate.sigmoid()))
     want = (slope * gate_t * up + gate * gate.sigmoid() * up_t) @ layer.weight.T
     assert relative_error(got, want) < 1e-12
