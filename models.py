@@ -483,6 +483,7 @@ class DiT(nn.Module):
         check_names(fields, DiTConfig)
         self.config = config = config or DiTConfig(**fields)
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.front_tokens = config.class_tokens  # tokens that may stand in front of the patches
         self.expert_load: Tensor | None = None
         self.observed: Tensor | None = None
         self.router_metrics: dict[str, Tensor] = {}
@@ -541,11 +542,14 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
     def patches_of(self, x: Tensor) -> Tensor:
-        """Returns the patches (N, P, D) of tokens x (N, T, D), where class tokens come first."""
-        patches, extra = self.config.num_patches, self.config.class_tokens
-        if x.shape[1] not in (patches, patches + extra):
-            raise ValueError(f"got {x.shape[1]} tokens, expected {patches} patches after 0 or "
-                             f"{extra} class tokens; other tokens require another patches_of")
+        """Returns the patches (N, P, D) of tokens x (N, T, D): all, or those behind front_tokens.
+
+        Raises ValueError for any other number of tokens, whose places are not known.
+        """
+        patches, front = self.config.num_patches, self.front_tokens
+        if x.shape[1] not in (patches, patches + front):
+            raise ValueError(f"got {x.shape[1]} tokens, expected {patches} patches, alone or "
+                             f"behind {front}; others in front of them set model.front_tokens")
         return x[:, x.shape[1] - patches :]
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:

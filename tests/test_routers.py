@@ -297,6 +297,7 @@ def test_tokens_that_are_no_patches_are_counted_apart():
     """Three tokens join in front of the patches before the second block."""
     torch.manual_seed(0)
     model, y = randomised(router="expert_choice").eval(), torch.tensor([0, 1, 1])
+    model.front_tokens = 3
     joining = model.blocks[1].register_forward_pre_hook(
         lambda block, inputs: (torch.cat([torch.randn(3, 3, 32), inputs[0]], 1), *inputs[1:])
     )
