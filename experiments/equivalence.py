@@ -46,7 +46,9 @@ class EquivalenceConfig:
 
 def read_frame(rows: list[dict]) -> DataFrame:
     """Returns the rows of runs with the columns name and rate."""
-    frame = DataFrame(rows)[["arm", "seed", "val_loss", "report_loss", "max_violation"]]
+    frame = DataFrame(rows)[
+        ["arm", "seed", "val_loss", "report_loss", "max_violation", "curve", "val_bins"]
+    ]
     return frame.join(frame["arm"].str.extract(r"^(?P<name>.*)-(?P<rate>\d[\d.]*e-\d)-\d+$"))
 
 
@@ -121,6 +123,28 @@ def share_cell(losses: DataFrame, reference: str, baseline: str, name: str) -> s
     return f"{gains[0].mean() / gains[1].mean():.0%} ({limits})"
 
 
+def lead_tables(rows: DataFrame, reference: str) -> str:
+    """Returns two Markdown tables of each arm minus the reference on the choosing images: by the
+    step of the training, at four steps of the curve and its end, and by the bin of the times."""
+    curves = DataFrame({k: dict(rows.at[k, "curve"]) for k in rows.index}).T
+    bins = DataFrame({k: dict(enumerate(rows.at[k, "val_bins"])) for k in rows.index}).T
+    steps = [*curves.columns[[len(curves.columns) * k // 10 for k in (2, 4, 6, 8)]], "end"]
+    curves["end"] = rows["val_loss"]
+    edges = [f"t < {(k + 1) / len(bins.columns):.1f}" for k in bins]
+    tables = []
+    for values, shown, names in ((curves, steps, steps), (bins, list(bins), edges)):
+        lines = [["arm", *map(str, names)]]
+        values = values.astype(float).join(rows[["name", "seed"]])
+        for name in rows["name"].unique():
+            if name != reference:
+                pairs = (values[values["name"] == one].set_index("seed")[shown]
+                         for one in (name, reference))  # fmt: skip
+                minus = next(pairs) - next(pairs)
+                lines.append([name, *(with_error(minus[key].dropna(), "+") for key in shown)])
+        tables.append(markdown(lines))
+    return "\n".join(tables)
+
+
 def parse_args() -> EquivalenceConfig:
     return parse_config(EquivalenceConfig, __doc__)
 
@@ -141,7 +165,7 @@ def main(config: EquivalenceConfig) -> None:
     rows = chosen_rows(frame[is_choosing], frame[~is_choosing])
     if {config.reference, config.baseline} <= set(rows["name"]):
         table = equivalence_table(rows, config.reference, config.baseline, config.margin)
-        text = f"{text}\n{table}"
+        text = f"{text}\n{table}\n{lead_tables(rows, config.reference)}"
     write_durably(config.output / "tables.md", text)
     print(text, end="")
 

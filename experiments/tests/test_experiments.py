@@ -359,6 +359,9 @@ def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds
         of_arm = of_arm * (8 if name == "wide" else 1)
         best = "4e-3" if name == "bad" else "8e-3"
         run = {"max_violation": math.nan if name == "dense" else 0.5}
+        # The lead of every arm is halved from one step of the curve to the next.
+        run["curve"] = [[step, 2 + shift * 2 ** (1 - step)] for step in range(10)]
+        run["val_bins"] = [1.0, 1 + shift]
         for rate in ("4e-3", "8e-3"):
             arm, worse = f"{name}-{rate}-400", 0.01 * (rate != best)
             for seed in (16, 17):  # their reporting losses count for nothing
@@ -377,7 +380,12 @@ def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds
     assert lines[0] == "| arm | seeds | 4e-3 | 8e-3 | chosen |"
     assert "| topk | 2, 2 | 0.7400 | 0.7300 | 8e-3 |" in lines
     assert "| bad | 2, 2 | 0.7340 | 0.7440 | 4e-3 |" in lines
-    cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[8:]}
+    tested, steps, bins = "\n".join(lines).split("\n\n")[1:]
+    cells = {line.split(" | ")[0][2:]: line.split(" | ") for line in tested.splitlines()}
+    shift = shifts["bad"]
+    halved = " | ".join(f"{shift * 2 ** (1 - step):+.4f} ± 0.0000" for step in (2, 4, 6, 8))
+    assert f"| bad | {halved} |" in steps
+    assert f"| bad | +0.0000 ± 0.0000 | {shift:+.4f} ± 0.0000 |" in bins
     assert [cells[name][8] for name in ("same", "bad", "wide")] == [
         "equivalent", "worse", "not decided",
     ]  # fmt: skip
