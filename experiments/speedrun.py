@@ -6,7 +6,6 @@ the rules.
         --output results/race
     python -m experiments.speedrun results/race/runs/1-fast-fp32-400-0/config.yaml $data \
         --report-path data/reporting-latents --output results/again
-    python -m experiments.speedrun --verify results/race/runs/1-fast-fp32-400-[0-2] $data
 
 An entry is a recipe with all settings, or an arm of experiments/arms.yaml; flags of train.py
 may follow in the same quotes. With each seed, the reference and all entries train once, each from
@@ -31,19 +30,19 @@ from pathlib import Path
 import torch
 from pandas import DataFrame
 
-from checkpoints import Record, build_model, read_checkpoint
+from checkpoints import build_model, read_checkpoint
 from diffusion.rectified_flow import RectifiedFlow
 from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import arm_flags
 from experiments.comparisons import with_error
 from experiments.routers import ema_decay_of
-from experiments.rows import add_row, read_lines, read_log
+from experiments.rows import add_row
 from latents.cache import CachedLatents
 from latents.loading import available_cores
-from latents.sources import images_name, same_images
+from latents.sources import same_images
 from options.parts import option
-from options.settings import differences, spelling
-from runtime.errors import UserError, check_same, reported_as, run_main
+from options.settings import spelling
+from runtime.errors import UserError, reported_as, run_main
 from runtime.files import check_new_folder, write_durably
 from runtime.flags import parse_config
 from tools.benchmarks.common import matrix_peaks, report
@@ -55,8 +54,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OF_ARMS = "--model DiT-Ti/2 --objective rectified_flow --global-batch-size 128 --warmup-steps 50"
 PATHS = "latents_path", "val_path", "report_path"
 OBJECTIVES = ("rectified_flow", "flow_x")  # whose networks give a velocity at a time
-TOLERANCE = 1e-4  # of a loss that another machine computes again; seeds differ by 4e-4
-ROUNDED = 1  # second, to which the rows of a log round the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +64,6 @@ class SpeedrunConfig:
     )  # fmt: skip
     reference: str = option("published-ema-fp32-800", help="entry whose loss is the target")
     seeds: int = option(3, ge=1, help="runs per entry, with seeds 0, 1, ...")
-    verify: tuple[Path, ...] = option(
-        (), metavar="RUN", help="verify these runs of a race, and train nothing"
-    )
     latents_path: str = option(group="data", help="training latents, from cache_latents.py")
     val_path: str = option(help="latents of the choosing images, whose loss decides")
     report_path: str | None = option(
@@ -227,89 +221,14 @@ def table(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
     return lines
 
 
-def verify(config: SpeedrunConfig, run: Path) -> str:
-    """Checks that a run and its row are what they claim; returns a line for the screen.
-
-    Refuses a run that changed or was not finished, one on other images, one whose checkpoint is not
-    of its config.yaml, and one whose log or checkpoint contradicts the row.
-    """
-    rows = read_lines(run.parent.parent / "rows.jsonl")
-    own = [row for row in rows if row["run"] == run.name]
-    if len(own) != 1:
-        raise UserError(f"{run}: got {len(own)} rows in {run.parent.parent}, expected one")
-    (row,), log, record = own, read_log(run), read_checkpoint(run).record
-    dataset = CachedLatents(config.latents_path)
-    first = next(one["run"] for one in rows if one["entry"] == row["entry"])
-    trained, of_first = (
-        resolved(["--config", str(one / "config.yaml"), "--latents-path", config.latents_path],
-                 dataset)
-        for one in (run, run.with_name(first))
-    )  # fmt: skip
-    check_entry(trained, str(run))
-    check_equal(f"{run}: is of the entry of {first}, but", of_first, trained, "global_seed")
-    check_record(run, record, trained, dataset)
-    steps, last = [line["step"] for line in log], trained.run.max_steps
-    if [steps[:1], steps[-1:], record.step] != [[1], [last], last] or steps != sorted({*steps}):
-        raise UserError(
-            f"{run}: got log rows of the steps {steps} and a checkpoint of step {record.step}, "
-            f"expected rows from step 1 to {last}, in order, and the checkpoint of step {last}"
-        )
-    logged = log[-1]["time"] - log[0]["time"]
-    if row["seconds"] < logged - ROUNDED:
-        raise UserError(
-            f"{run}: got {row['seconds']:.1f} s in its row, expected at least the {logged} s "
-            "between the first and the last row of its log"
-        )
-    found = {"seed": trained.run.global_seed, "images": last * trained.engine.global_batch_size}
-    check_same(f"{run}, its row", {name: row[name] for name in found}, found)
-    for name, path in (("loss", config.val_path), ("report_loss", config.report_path)):
-        if path is None or name not in row:
-            continue
-        if not abs((loss := race_loss(run, path)) - row[name]) <= TOLERANCE:
-            raise UserError(
-                f"{run}: got the {name} {row[name]:.6f} in its row, expected {loss:.6f}, the loss "
-                f"of its checkpoint on {path}"
-            )
-    return f"{run}: verified, {last} steps, loss {row['loss']:.4f}, {row['seconds']:.1f} s"
-
-
-def check_record(run: Path, record: Record, trained: TrainConfig, data: CachedLatents) -> None:
-    """Refuses a checkpoint of other settings than config.yaml, of other images, or from weights."""
-    if record.initialized_from or record.facts.get("began_with"):
-        origin = record.facts.get("began_with") or record.initialized_from["path"]
-        raise UserError(f"{run}: began from {origin}, expected new weights")
-    if not same_images(record.images, data.fingerprint):
-        got = images_name(record.images or {})
-        raise UserError(f"{run}: got {got}, expected {images_name(data.fingerprint)}")
-    if record.vae_sha256 != data.vae_sha256:
-        raise UserError(
-            f"{run}: got latents of the autoencoder {str(record.vae_sha256)[:12]}, expected "
-            f"{data.vae_sha256[:12]}"
-        )
-    # The digests above replace the paths; a record has no back end.
-    ignored = "latents_path", "vae_path", "expert_backend"
-    saved = TrainConfig.of_record(record)
-    check_equal(f"{run}: its config.yaml is not that of its checkpoint:", saved, trained, *ignored)
-
-
-def check_equal(message: str, was: TrainConfig, now: TrainConfig, *ignored: str) -> None:
-    for section, part in now.by_section.items():
-        for name, line in differences(getattr(was, section), part):
-            if name not in ignored:
-                raise UserError(f"{message} {line}")
-
-
 def parse_args() -> SpeedrunConfig:
     return parse_config(SpeedrunConfig, __doc__)
 
 
 def main(config: SpeedrunConfig) -> None:
     check_data(config)
-    if config.verify:
-        print(*(verify(config, run) for run in config.verify), sep="\n")
-        return
     if not config.entries:
-        raise UserError("got no entry, expected recipes or arms, or --verify RUN")
+        raise UserError("got no entry, expected recipes or arms")
     config = replace(config, output=config.output.resolve())
     check_new_folder("--output", config.output)
     dataset = CachedLatents(config.latents_path)
