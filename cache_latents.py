@@ -7,7 +7,8 @@ r"""Encodes all images once and stores their posteriors, for training without an
 
 The cache holds mean and log-variance in fp16, for each image and its mirror image. After an
 interruption, run the same command again to write the missing shards. --features also stores
-features of the images: ImageNet at 256 x 256, with 256 tokens of 768 features, needs 1 TB.
+features of the images: ImageNet at 256 x 256, with 256 tokens of 768 features, needs 1 TB. Captions
+are stored with the latents.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -34,6 +35,7 @@ from latents.cache import (
     begin_cache,
     lock_cache,
     settings_of,
+    write_captions,
     write_shard,
 )
 from latents.features import FeatureNetwork, load_features
@@ -171,6 +173,7 @@ def prepare(
     sizes = bytes_of(settings, networks.vae)
     parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
     missing = begin_cache(folder, settings)
+    write_captions(folder, images.captions)
     for note in size_notes(images):
         print_safely(f"note: {note}")
     if not (sheet := folder / "images.png").exists():

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
 
@@ -37,6 +38,7 @@ from latents.autoencoder import (
     NoiseFn,
     sample_latents,
 )
+from latents.captions import Captions
 from latents.sources import (
     Batch,
     Source,
@@ -49,6 +51,7 @@ from runtime.files import check_new_folder, find_moved, read_json, write_durably
 from runtime.tensor_file import write_tensors
 
 INDEX_FILE = "index.json"
+CAPTIONS_FILE = "captions.safetensors"
 FEATURES = ("vector", "tokens")  # features of a network: pooled, and per token
 REQUIRED = ("labels", "moments")
 MAX_SHARDS = 99_999  # shards are named by five digits
@@ -71,6 +74,7 @@ class CacheSettings:
     classes: tuple[str, ...]
     features: dict = field(default_factory=dict)  # see `settings_of`
     tensors: tuple[str, ...] = ("labels", "moments")  # names in a shard
+    captions: str | None = None  # digest of the captions in `CAPTIONS_FILE`
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
@@ -135,6 +139,7 @@ def settings_of(
         classes=tuple(images.classes),
         features=dict(features),
         tensors=(*REQUIRED, "size", *(name for name in FEATURES if name in features)),
+        captions=images.captions.sha256,
     )
 
 
@@ -143,6 +148,28 @@ def read_settings(flag: str, folder: Path) -> CacheSettings:
     message = f"{flag}: got {folder}, expected a folder that cache_latents.py wrote"
     with reported_as(message, OSError, ValueError, TypeError, UserError):
         return CacheSettings(**read_json(folder / INDEX_FILE))
+
+
+def write_captions(folder: Path, captions: Captions) -> None:
+    """Writes the captions of all images of a cache, if they have any."""
+    if captions and not (path := folder / CAPTIONS_FILE).is_file():
+        tensors = {"text": torch.tensor(captions.text), "ends": torch.tensor(captions.ends)}
+        with reported_as(f"--output: cannot write {path}", OSError):
+            write_tensors(path, tensors, {})
+
+
+def read_captions(flag: str, folder: Path, settings: CacheSettings) -> Captions:
+    """Reads the captions of a cache, which has them if its index records them."""
+    if settings.captions is None:
+        return Captions.of([None] * settings.num_images)
+    path = folder / CAPTIONS_FILE
+    message = f"{flag}: got {path}, expected the captions that cache_latents.py wrote"
+    with reported_as(message, SafetensorError, OSError, ValueError):
+        with safe_open(path, "np") as file:
+            captions = Captions(file.get_tensor("text"), file.get_tensor("ends"))
+        if captions.sha256 != settings.captions:
+            raise ValueError("their digest differs from the one in the index")
+    return captions
 
 
 def check_shard(tensors: Batch, settings: CacheSettings, count: int) -> None:
@@ -210,6 +237,10 @@ class CachedLatents(Source):
 
     def __len__(self) -> int:
         return self.settings.num_images
+
+    @cached_property
+    def captions(self) -> Captions:
+        return read_captions(self.flag, self.folder, self.settings)
 
     def __reduce__(self) -> tuple:
         # A spawned worker process maps the files again.

@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
+from latents.captions import METADATA
 from options.parts import Size, sides
 from runtime.errors import pluralize
 
@@ -135,13 +136,13 @@ def is_visible(name: str) -> bool:
 
 
 def image_names(names: Iterable[str], others: Counter[str]) -> list[str]:
-    """Returns the visible names with an image suffix, and counts the others by suffix."""
-    images = []
-    for name in filter(is_visible, names):
-        if (suffix := os.path.splitext(name)[1].lower()) in IMAGE_SUFFIXES:
-            images.append(name)
-        else:
-            others[suffix or "without a suffix"] += 1
+    """Returns the visible names with an image suffix, and counts the others by suffix, without
+    those of captions."""
+    names = list(filter(is_visible, names))
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    captions = {os.path.splitext(name)[0] + ".txt" for name in images}.union(METADATA)
+    for name in {*names}.difference(images, captions):
+        others[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
     return images
 
 

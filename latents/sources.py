@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
+from latents.captions import MAX_CAPTION, Captions, caption_column, captions_of_files
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -132,6 +133,16 @@ class Source(Dataset):
             sha.update(b"%b\0%d\n" % (os.fsencode(self.name(index).removeprefix(self.root)), label))
         return {"count": len(self), "names": sha.hexdigest()}
 
+    def read_captions(self) -> Iterable[str | Sequence[str] | None]:
+        """Returns the captions of each image: one a line, a list, or None."""
+        return [None] * len(self)
+
+    @cached_property
+    def captions(self) -> Captions:
+        """The captions of each image."""
+        with reported_as(f"{self.flag}: captions", OSError, ValueError, ImportError):
+            return Captions.of(self.read_captions())
+
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
         """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
         index, flip = key
@@ -215,12 +226,16 @@ class ImageTree(Source):
     def read(self, index: int) -> Image.Image:
         return read_rgb(self.name(index))
 
+    def read_captions(self) -> Iterable[str | Sequence[str] | None]:
+        return captions_of_files([os.fsdecode(path) for path in self.paths], self.root)
+
 
 class HubImages(Source):
     """Dataset of the package `datasets`: "datasets:ID_OR_FOLDER[:SPLIT]"; default split: train.
 
     The images are the first image column. The labels are the first ClassLabel column, or a column
-    named label or labels. Without such a column, all images are one class.
+    named label or labels. Without such a column, all images are one class. The captions are a
+    column named text, caption or prompt, of texts or lists of texts.
     """
 
     spelling = "datasets:.*"
@@ -249,6 +264,7 @@ class HubImages(Source):
             raise ValueError(f"it has no image column, only {', '.join(columns)}")
         self.image_column = images[0]
         self.rows = rows.cast_column(images[0], datasets.Image(decode=False))
+        self.caption_column = caption_column(columns)
         named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
         plain = [name for name in ("label", "labels") if name in columns]
         if named:
@@ -268,14 +284,20 @@ class HubImages(Source):
         content = stored["bytes"]
         return read_rgb(stored["path"] if content is None else io.BytesIO(content))
 
+    def read_captions(self) -> Iterable[str | Sequence[str] | None]:
+        column = self.caption_column
+        return [None] * len(self) if column is None else self.rows[column]
+
 
 class GivenImages(Source):
-    """Map-style dataset of (image, label) passed from Python: `train.run(data=dataset)`.
+    """Map-style dataset of (image, label) or (image, label, caption) passed from Python:
+    `train.run(data=dataset)`.
 
     An image is a Pillow image, an array (H, W, 3) uint8, or a tensor (1 or 3, H, W), uint8 or
     floating-point in [0, 1]. Labels are numbers or names. They are `dataset.targets` or, without
     that attribute, the labels of all items, which are read once. The class names are
-    `dataset.classes`, or the labels.
+    `dataset.classes`, or the labels. A caption is a text, a list of texts or None;
+    `dataset.captions`, if there, saves reading all items for them.
     """
 
     spelling = "python:.*"
@@ -309,10 +331,24 @@ class GivenImages(Source):
             self.classes, self.labels = number_labels(labels, one_class="images")
 
     def label(self, index: int) -> object:
+        return self.item(index)[1]
+
+    def item(self, index: int) -> Sequence:
         item = self.dataset[index]
-        if not isinstance(item, tuple | list) or len(item) != 2:
+        if not isinstance(item, tuple | list) or len(item) not in (2, 3):
             raise ValueError(f"item {index} is a {type(item).__name__}")
-        return item[1]
+        return item
+
+    def read_captions(self) -> Iterable[str | Sequence[str] | None]:
+        if (captions := getattr(self.dataset, "captions", None)) is not None:
+            if len(captions) != len(self):
+                raise ValueError(
+                    f"got {len(captions)}, expected one for each of {len(self)} images"
+                )
+            return captions
+        if len(self.item(0)) == 2:
+            return [None] * len(self)
+        return ((*self.item(index), None)[2] for index in range(len(self)))
 
     def name(self, index: int) -> str:
         return f"{self.path}, item {index}"
@@ -344,8 +380,8 @@ class ShardImages(Source):
     """WebDataset shards on local disks, "NAME-{000..031}.tar".
 
     The label of an image KEY.jpg is in KEY.cls, a number or a name. Without any labels, all images
-    are one class. The shards are indexed once for random access: streaming would neither allow a
-    run to resume at any step nor shuffle a complete epoch.
+    are one class. Its captions are in KEY.txt, one a line. The shards are indexed once for random
+    access: streaming would neither allow a run to resume at any step nor shuffle a complete epoch.
     """
 
     spelling = r".*\.tar"
@@ -362,15 +398,16 @@ class ShardImages(Source):
         self.left_out = [f"{count:,} {kind}" for kind, count in self.passed_over.items()]
         if not samples:
             raise ValueError("; ".join(["no images", *self.left_out]))
-        places, labels = zip(*samples, strict=True)
+        places, labels, captions = zip(*samples, strict=True)
+        self.captions = Captions.of(captions)
         self.places = np.array(places)  # (images, 3): shard, offset, bytes
         folder = Path(self.shards[0]).parent
         self.root = os.path.join(folder, "")
         self.classes, self.labels = number_labels(labels, one_class=folder.resolve().name)
 
-    def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None]]:
-        """Lists ((shard, offset, bytes), label in the file) for the images of a shard."""
-        places, labels = {}, {}
+    def index(self, shard: int) -> list[tuple[tuple[int, int, int], str | None, str | None]]:
+        """Lists ((shard, offset, bytes), label, captions) for the images of a shard."""
+        places, labels, captions = {}, {}, {}
         try:
             with (
                 open(self.shards[shard], "rb") as file,
@@ -394,11 +431,14 @@ class ShardImages(Source):
                                 f"expected a label of at most {MAX_LABEL:,}"
                             )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
+                    elif extension == "txt":
+                        text = tar.extractfile(member).read(MAX_CAPTION)
+                        captions[folder, key] = text.decode(errors="replace")
                     elif name.lower().endswith(IMAGE_SUFFIXES):
                         self.passed_over["images with a dot before their suffix"] += 1
         except tarfile.TarError as error:
             raise ValueError(f"{self.shards[shard]}: {error}") from None
-        return [(place, labels.get(key)) for key, place in places.items()]
+        return [(place, labels.get(key), captions.get(key)) for key, place in places.items()]
 
     def name(self, index: int) -> str:
         shard, offset, _ = self.places[index]
