@@ -48,9 +48,13 @@ def draw_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     is_meta = next(model.parameters()).is_meta
     routers = [module for module in model.modules() if isinstance(module, Router)]
     in_routers = {module for router in routers for module in router.modules()}
+    optional = [module for module in model.modules() if getattr(module, "drawn_last", False)]
+    in_optional = {module for one in optional for module in one.modules()}
     # Routers last: the same seed gives the same other weights (except with `prototype`, whose extra
-    # expert draws too).
-    for prefix, module in sorted(model.named_modules(), key=lambda pair: pair[1] in in_routers):
+    # expert draws too). After them, what is optional.
+    places = [(module in in_optional, module in in_routers) for module in model.modules()]
+    modules = zip(places, model.named_modules(), strict=True)
+    for _, (prefix, module) in sorted(modules, key=lambda one: one[0]):
         if is_meta:
             module.to_empty(device="cpu", recurse=False)
         own = dict(module.named_parameters(prefix, recurse=False))

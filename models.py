@@ -30,6 +30,7 @@ from conditions import (
     Conditions,
     EmbedderConfig,
     TimestepEmbedder,
+    TokenSequence,
     ZeroLinear,
     split_condition,
 )
@@ -73,7 +74,8 @@ class DiTConfig(Config):
     conditions: tuple[str, ...] = option(
         ("label",),
         help="inputs of the model other than the time: label, the class; size, of the original "
-        "image and its crop; vector:WIDTH, a cached feature; span, the time span of mean_flow",
+        "image and its crop; text, its caption; vector:WIDTH or tokens:LENGTHxWIDTH, cached "
+        "features; span, the time span of mean_flow",
     )
     patch_size: int = option(
         2, help="side of a patch, in latent pixels (default: the preset's)", ge=1, group="model"
@@ -225,6 +227,11 @@ class DiTConfig(Config):
         return 0.1 if has_labels or any(CONDITIONS[name].axes for name in names) else 0.0
 
     @property
+    def has_sequence(self) -> bool:
+        """Whether the blocks attend to the tokens of a condition."""
+        return any(CONDITIONS[split_condition(word)[0]].is_sequence for word in self.conditions)
+
+    @property
     def loss_weight(self) -> float:
         """Weight of the routers' losses, by default that of the router."""
         default = ROUTERS[self.router.name].loss_weight
@@ -356,6 +363,32 @@ class Attention(nn.Module):
         return self.proj(x.flatten(2))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens of an image to the tokens of the conditions (PixArt-alpha,
+    Chen et al. 2023, arXiv 2310.00426), whose output starts at zero."""
+
+    drawn_last = True  # so that the same seed gives the same other weights
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_norm, self.k_norm = qk_norm(self.head_dim), qk_norm(self.head_dim)
+        self.proj = ZeroLinear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Maps x (N, T, D) to (N, T, D), with tokens (N, L, D) and their mask (N, L)."""
+        q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))         # (N, T, heads, d)
+        kv = self.kv(tokens).unflatten(-1, (2, self.num_heads, self.head_dim))
+        k, v = kv.unbind(2)                                                  # each (N, L, heads, d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, mask)                    # (N, T, heads, d)
+        return self.proj(x.flatten(2))
+
+
 def rotary_positions(
     head_dim: int, grid: tuple[int, int], device: torch.device, num_class_tokens: int = 0
 ) -> Tensor:
@@ -401,6 +434,12 @@ class DiTBlock(nn.Module):
         self.attn = Attention(
             config.hidden_size, config.num_heads, qk_norm if config.qk_norm else nn.Identity
         )
+        self.cross_attn = None
+        if config.has_sequence:
+            self.norm_cross = NORMS[config.norm](config.hidden_size)
+            self.cross_attn = CrossAttention(
+                config.hidden_size, config.num_heads, qk_norm if config.qk_norm else nn.Identity
+            )
         self.norm2 = NORMS[config.norm](config.hidden_size, eps=config.mlp_norm_eps)
         self.moe = self.mlp = None
         if layer in config.sparse_blocks:
@@ -431,9 +470,10 @@ class DiTBlock(nn.Module):
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
         context: what the block and its router read besides, by name: "time" (N, D), embedded;
-            "no_class" (N,), true for an image without a class; each condition, embedded: (N, D), or
-            tokens (N, L, D); and what routers before it passed on. "classes" (N,) are the labels,
-            in [0, num_classes], or 0 without labels. Its router also finds "unmodulated", the
+            "no_class" (N,), true for an image without a class; each condition, embedded: (N, D);
+            with sequences among them, all their tokens, "sequence" (N, L, D) and "sequence_mask"
+            (N, L); and what routers before it passed on. "classes" (N,) are the labels, in
+            [0, num_classes], or 0 without labels. Its router also finds "unmodulated", the
             normalised tokens (N, T, D) without shift and scale.
         rotation: (T, d), see `rotary_positions`, or None
         """
@@ -441,6 +481,9 @@ class DiTBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         h = modulate(self.norm1(x), shift_msa, scale_msa)                   # (N, T, D)
         x = x + gate_msa.unsqueeze(1) * self.attn(h, rotation)
+        if self.cross_attn is not None:
+            h = self.norm_cross(x)
+            x = x + self.cross_attn(h, context["sequence"], context["sequence_mask"])
         normed = self.norm2(x)
         h = modulate(normed, shift_mlp, scale_mlp)                          # (N, T, D)
         if self.moe is None:
@@ -561,7 +604,8 @@ class DiT(nn.Module):
         y: labels (N,) in [0, num_classes]; or a mapping from the names of conditions to tensors
             (N, ...). The label num_classes means "no class" and requires class_dropout_prob > 0.
             Every condition except the label has a default. Other names are ignored, but the
-            label always decides the routers' "no_class".
+            label always decides the routers' "no_class", except in a model of sequences without
+            the label, where it is an image without any token.
 
         Returns the prediction (N, C', h, w) and the auxiliary loss, a scalar to add to the training
         loss: aux_loss_alpha times the sum of the router losses; 0 for a dense model.
@@ -572,15 +616,25 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed  # (N, P, D)
         y = {"label": y} if isinstance(y, Tensor) else y
         c = time = self.t_embedder(t * self.config.time_scale)              # (N, D)
-        embedded: dict[str, Tensor] = {}                          # (N, D), or tokens (N, L, D)
+        embedded: dict[str, Tensor] = {}                                    # (N, D)
+        sequences: list[TokenSequence] = []
         for name, condition in self.conditions.items():
             values = y[name] if name in y else condition.default(len(x), x.device)
-            embedded[name] = condition(values)
-            c = c + embedded[name] if embedded[name].dim() == 2 else c
+            found = condition(values)
+            if condition.is_sequence:
+                sequences.append(found)
+            embedded[name] = found.vector if condition.is_sequence else found
+            c = c + embedded[name]
         classes = torch.zeros(len(x), dtype=torch.int64, device=x.device)   # (N,)
         if "label" in y:
             classes = y["label"]
         no_class = classes == self.config.num_classes                       # (N,)
+        if sequences:
+            tokens = torch.cat([one.tokens for one in sequences], dim=1)    # (N, L, D)
+            mask = torch.cat([one.mask for one in sequences], dim=1)        # (N, L)
+            embedded |= {"sequence": tokens, "sequence_mask": mask}
+            if "label" not in self.conditions:  # only the null tokens
+                no_class = mask.sum(dim=1) == len(sequences)
         context = {"time": time, "classes": classes, "no_class": no_class}
         context = Context(context | embedded)
         rotation = None

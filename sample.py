@@ -2,6 +2,7 @@ r"""Samples images from a DiT-MoE checkpoint, as a grid and, optionally, as one 
 
     python sample.py --ckpt results/RUN
     python sample.py --ckpt results/RUN --class-labels cat dog --experts
+    python sample.py --ckpt results/RUN --prompt "a large red circle" "a small blue square"
     python sample.py --model DiT-XL/2 --ckpt published.pt --vae-path VAE --image-size 256 \
         --cfg-scale 1.5
 
@@ -31,7 +32,7 @@ class SampleConfig(SamplingConfig):
         (), group="images", metavar="LABEL",
         help="class numbers or names (default: the first 16 classes, or eight of ImageNet)",
     )  # fmt: skip
-    images_per_class: int = option(1, ge=1, help="number of images per class")
+    images_per_class: int = option(1, ge=1, help="number of images per class, or per prompt")
     output: Path = option(
         Path("samples/sample.png"), suffixes=(".png",),
         help="PNG file of the grid, with at most 400 images per class",
@@ -106,6 +107,13 @@ def main(config: SampleConfig) -> None:
     pipeline = open_pipeline(config)
     names = pipeline.class_names
     classes = pipeline.labels_of(config.class_labels)
+    if prompts := pipeline.prompts:  # a row for each
+        repeated = [prompt for prompt in prompts for _ in range(config.images_per_class)]
+        pipeline = pipeline.prompted(repeated, config.negative_prompt)
+        if len(classes) not in (0, 1, len(prompts)):
+            got = f"--class-labels: got {len(classes)}"
+            raise UserError(f"{got}, expected one, or one for each of {len(prompts)} prompts")
+        classes = (classes or [None]) * (len(prompts) if len(classes) < 2 else 1)
     classes = classes or (IMAGENET_LABELS if len(names) == 1000 else range(min(len(names), 16)))
     num_images = len(classes) * config.images_per_class
     print_safely(f"sampling {pluralize(num_images, 'image')}: {pipeline.describe()}")
@@ -123,12 +131,15 @@ def main(config: SampleConfig) -> None:
         for picture in () if images else pictures.values():
             picture(state)
 
+    def name_of(seed: int, label: int | None) -> str:
+        return file_name(seed, label or 0, "prompt" if label is None else names[label])
+
     start, images, captions = time.perf_counter(), [], []
     requests = batches(classes, config.images_per_class, config.seed, config.batch_size)
     if config.output_dir:
         earlier = {path.name for path in config.output_dir.glob("*-class-*.png")}
         pairs = [pair for request in requests for pair in zip(*request, strict=True)]
-        replaced = earlier & {file_name(seed, label, names[label]) for label, seed in pairs}
+        replaced = earlier & {name_of(seed, label) for label, seed in pairs}
         if earlier:
             found = f"{config.output_dir} has {pluralize(len(earlier), 'image')} of earlier calls"
             print(f"note: {found}; this call replaces {len(replaced)} of them", flush=True)
@@ -136,10 +147,11 @@ def main(config: SampleConfig) -> None:
         for labels, seeds in requests:
             batch = pipeline.images(labels, seeds, watch)
             images += batch  # each (3, H, W) uint8
-            captions += class_captions(pipeline.model, names, labels)
+            shown = repeated[len(captions) : len(captions) + len(labels)] if prompts else None
+            captions += shown or class_captions(pipeline.model, names, labels)
             if config.output_dir:
                 for image, label, seed in zip(batch, labels, seeds, strict=True):
-                    write_png(image, config.output_dir / file_name(seed, label, names[label]))
+                    write_png(image, config.output_dir / name_of(seed, label))
     for path, picture in pictures.items():
         picture.save(path, pipeline, captions)
         if len(picture.shown) < num_images:

@@ -13,7 +13,7 @@ BATCH_SIZE = 32  # default with --ckpt
 # Flags of SamplingConfig that apply to a pipeline of diffusers too.
 OF_PIPELINES = {
     "num_sampling_steps", "cfg_scale", "image_size", "precision", "quantize", "offload", "seed",
-    "batch_size",
+    "batch_size", "prompts",
 }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def check_source(config: ExpertConfig, of_checkpoints: tuple[str, ...]) -> None:
     if config.pipeline is not None and config.prompts is None:
         raise UserError("--pipeline: got no --prompts, expected a file with a prompt a line")
     if config.pipeline is None:
-        refuse_idle(config, ("prompts", "text_encoder"), "with --ckpt")
+        refuse_idle(config, ("text_encoder",), "with --ckpt")
         return
     of_sampling = [name for name in options_of(SamplingConfig) if name not in OF_PIPELINES]
     refuse_idle(config, (*of_sampling, *of_checkpoints), "with --pipeline")

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
+from conditions import split_condition
 from diffusion import OBJECTIVES
 from latents.autoencoder import LatentNorm
+from latents.words import Words
 from models import DiTConfig
 from options.parts import Size, Word, convert
 from options.settings import check_names, flags_of, in_file, over, read, stored
@@ -39,6 +41,7 @@ class Record:
     vae_sha256: str | None = None  # digest of the autoencoder's weights, if latents were cached
     latents_norm: dict | None = None  # normalisation of the training latents, see `LatentNorm`
     class_names: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # of the condition "text", see `latents.words`
     initialized_from: dict | None = None  # {"path", ...}: the weights that the run started from
     settings: dict = field(default_factory=dict)  # the other settings of the run, by name
     facts: dict = field(default_factory=dict)  # facts that are no settings, such as the version
@@ -61,10 +64,19 @@ class Record:
         if self.class_names and len(self.class_names) != self.config.num_classes:
             got, expected = len(self.class_names), self.config.num_classes
             raise ValueError(f"class_names: got {got}, expected {expected}")
+        shapes = dict(map(split_condition, self.config.conditions))
+        if self.words and len(self.words) != (expected := shapes.get("text", (0, 0))[1]):
+            raise ValueError(f"words: got {len(self.words)}, expected {expected}")
         if self.model and MODEL_NAME.fullmatch(self.model) is None:
             raise ValueError(f"model: got {self.model!r:.80}, expected a name such as DiT-S/2")
         if not isinstance((self.initialized_from or {"path": ""}).get("path"), str):
             raise ValueError("initialized_from: got no path, expected one")
+
+    @property
+    def vocabulary(self) -> Words | None:
+        """The words of the condition "text"."""
+        length, _ = dict(map(split_condition, self.config.conditions)).get("text", (0, 0))
+        return Words(self.words, length) if self.words else None
 
     @property
     def norm(self) -> LatentNorm | None:

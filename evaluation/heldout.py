@@ -119,6 +119,8 @@ def open_held_out(
     check_networks(images, pipeline.vae.weights_sha256, record.facts.get("features_sha256"), flag)
     images.norm = pipeline.vae.norm  # replaces the norm of a cache
     images.requested = list(pipeline.model.conditions)
+    if (words := record.vocabulary) and images.captions:
+        images.use_words(words)
     facts = {"images": data_path or latents_path}
     indices, path = np.arange(len(images)), pipeline.checkpoint.path
     if same_images(images.fingerprint, record.images):
@@ -161,7 +163,8 @@ def latent_batches(
     if missing := [name for name in conditions if name not in images.shapes]:
         raise UserError(
             f"held-out images: got no {missing[0]}, expected the conditions of the model: "
-            f"{', '.join(conditions)}; a cache stores features (cache_latents.py --features)"
+            f"{', '.join(conditions)}; a cache stores features (cache_latents.py --features), and "
+            "captions stand beside the images"
         )
     label_of = range(len(class_names))
     if set(images.classes) <= set(class_names):

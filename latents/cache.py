@@ -244,16 +244,18 @@ class CachedLatents(Source):
 
     def __reduce__(self) -> tuple:
         # A spawned worker process maps the files again.
-        return type(self), (self.folder,), {"requested": self.requested}
+        return type(self), (self.folder,), {"requested": self.requested, "words": self.words}
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
-        index, flip = key
+    def __getitem__(self, key: tuple) -> tuple[Batch, list[str]]:
+        index, flip, draw = (*key, 0.0)[:3]
+        text, flip = self.text_of(index, flip, draw)
         shard, row = divmod(index, self.settings.shard_images)
         left_out = set(ON_REQUEST).difference(self.requested)
         tensors = self.shards[shard].items()
         views = {name: values[row] for name, values in tensors if name not in left_out}
         label = views.pop("labels").long()
-        return {"label": label, **{name: view[int(flip)] for name, view in views.items()}}, []
+        seen = {name: view[int(flip)] for name, view in views.items()}
+        return {"label": label, **seen, **text}, []
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
         channels, *size = self.settings.latent_shape

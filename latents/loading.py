@@ -19,7 +19,8 @@ FEW_UNREADABLE, MOST_UNREADABLE = 10, 0.01  # number, and fraction, of unreadabl
 
 @dataclass
 class BatchStream:
-    """Micro-batches of one rank, from `start_step` to `end_step`: lists of (index, flip).
+    """Micro-batches of one rank, from `start_step` to `end_step`: lists of (index, flip), or with
+    `draws` of (index, flip, number in [0, 1)), which chooses among an image's captions.
 
     The images form one endless sequence of epochs. (seed, epoch) determine the order of an epoch
     and the half of its images that is mirrored. Step s takes global batch number s; in it,
@@ -37,6 +38,7 @@ class BatchStream:
     start_step: int = 0
     end_step: int = 1
     flip: bool = True
+    draws: bool = False
 
     @property
     def num_images(self) -> int:
@@ -47,7 +49,7 @@ class BatchStream:
         """Number of images per optimizer step."""
         return self.micro_batch * self.accumulation * self.world_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+    def __iter__(self) -> Iterator[list[tuple]]:
         first, end = self.start_step * self.accumulation, self.end_step * self.accumulation
         for micro_step in range(first, end):
             start, keys = (micro_step * self.world_size + self.rank) * self.micro_batch, []
@@ -55,7 +57,10 @@ class BatchStream:
                 epoch, offset = divmod(position, self.num_images)
                 order, flips = shuffle(self.num_images, self.seed, epoch)
                 index = int(self.indices[order[offset]])
-                keys.append((index, bool(flips[offset]) and self.flip))
+                key = index, bool(flips[offset]) and self.flip
+                if self.draws:
+                    key += (np.random.default_rng([self.seed, 1, position]).random(),)
+                keys.append(key)
             yield keys
 
 

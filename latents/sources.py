@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latents.autoencoder import Autoencoder, LatentNorm, NoiseFn, open_autoencoder
-from latents.captions import MAX_CAPTION, Captions, caption_column, captions_of_files
+from latents.captions import MAX_CAPTION, SIDES, Captions, caption_column, captions_of_files
 from latents.images import (
     IMAGE_SUFFIXES,
     center_crop_arr,
@@ -43,6 +43,7 @@ from latents.images import (
     to_rgb,
     to_uint8,
 )
+from latents.words import Words
 from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.processes import Distributed
@@ -66,8 +67,9 @@ class Source(Dataset):
     """Base class of training data: of images, and of `CachedLatents`, which redefine the methods.
 
     An item of images has "image" (3, H, W) uint8, cropped, "label" and "size" (4,), see
-    `SizeEmbedder`. The next readable image replaces an unreadable one, the same on every rank and
-    worker; of held-out images a held-out one, of training images a training one.
+    `SizeEmbedder`, and if requested "text", see `Words`. The next readable image replaces an
+    unreadable one, the same on every rank and worker; of held-out images a held-out one, of
+    training images a training one.
 
     A subclass for images is created from (path, image_size) and raises OSError or ValueError for an
     unsuitable path. It implements `name(index)` and `read(index)`, which returns an RGB image or
@@ -86,10 +88,11 @@ class Source(Dataset):
     vae_path: str | None = None  # autoencoder of cached latents; None for images
     vae_sha256: str | None = None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None = None  # digest of the network that computed cached features
+    words: Words | None = None  # of the captions, that the model knows
     norm: LatentNorm | None = None  # None for images, until the autoencoder is read
     root = ""  # common folder of all names, if any
     is_held_out: np.ndarray | None = None  # (images,) bool
-    # Shapes of the tensors of an item, except "image".
+    # Shapes of the tensors of an item, except "image"; of "text" the length and number of words.
     shapes: dict[str, tuple[int, ...]] = {"label": (), "size": (4,)}
     requested: Collection[str] = ()  # optional tensors that items contain
 
@@ -143,9 +146,29 @@ class Source(Dataset):
         with reported_as(f"{self.flag}: captions", OSError, ValueError, ImportError):
             return Captions.of(self.read_captions())
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Batch, list[str]]:
-        """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable."""
-        index, flip = key
+    def use_words(self, words: Words) -> None:
+        """Sets the words that the condition "text" consists of."""
+        self.words = words
+        self.shapes = {**self.shapes, "text": (words.length, len(words.names))}
+
+    def text_of(self, index: int, flip: bool, draw: float) -> tuple[Batch, bool]:
+        """Returns {"text": words} if requested, and whether the image is mirrored: not if its
+        caption tells left from right.
+
+        draw: number in [0, 1) that chooses one of the captions
+        """
+        if "text" not in self.requested:
+            return {}, flip
+        captions = self.captions[index] or [""]
+        caption = captions[int(draw * len(captions))]
+        return {"text": self.words.numbers(caption)}, flip and not SIDES.search(caption)
+
+    def __getitem__(self, key: tuple) -> tuple[Batch, list[str]]:
+        """Returns the tensors of image (index, flip), and ["name (reason)"] if it is unreadable.
+
+        A key may have a third part, see `text_of`.
+        """
+        index, flip, draw = (*key, 0.0)[:3]
         fault, num_faults = "", 0
         for other in chain(range(index, len(self)), range(index)):
             if self.is_held_out is not None and self.is_held_out[other] != self.is_held_out[index]:
@@ -160,8 +183,9 @@ class Source(Dataset):
                     raise UserError(message) from None
                 fault, num_faults = fault or f"{name} ({reason})", num_faults + 1
                 continue
-            pixels = np.asarray(image)[:, :: -1 if flip else 1]  # (H, W, 3)
-            item = {
+            text, is_mirrored = self.text_of(other, flip, draw)
+            pixels = np.asarray(image)[:, :: -1 if is_mirrored else 1]  # (H, W, 3)
+            item = text | {
                 "image": torch.tensor(pixels.copy()).permute(2, 0, 1),
                 "label": torch.tensor(int(self.labels[other])),
                 "size": torch.tensor(size_and_crop(original.size, self.image_size)),

@@ -34,21 +34,25 @@ flash_attn_func, flash_attention_fault = load_flash_attention()
 MOST_CHANNELS = 256  # of a head, in flash-attn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Returns the attention (N, T, heads, d) of q (N, T, heads, d) to k and v (N, L, heads, d).
 
-    On CUDA in half precision, flash-attn computes it if installed, except under torch.func.jvp.
+    On CUDA in half precision, flash-attn computes it if installed, except with a mask or under
+    torch.func.jvp.
+
+    mask: (N, L) bool, true where k and v are attended to; None: everywhere
     """
     is_half_on_gpu = v.is_cuda and v.dtype in (torch.bfloat16, torch.float16)
     # Compute plain matrix products under torch.func.jvp: fused attention has no jvp.
     by_products = products_are_faster(v) or has_tangent(q, k, v)
     fits = v.shape[-1] <= MOST_CHANNELS
-    if flash_attn_func is not None and is_half_on_gpu and fits and not by_products:
+    if flash_attn_func is not None and is_half_on_gpu and fits and mask is None and not by_products:
         fixed_order = torch.are_deterministic_algorithms_enabled()
         return flash_attn_func(q, k, v, deterministic=fixed_order)
     q, k, v = (rows.transpose(1, 2) for rows in (q, k, v))                  # (N, heads, T or L, d)
     compute = attention_by_products if by_products else F.scaled_dot_product_attention
-    return compute(q, k, v).transpose(1, 2)
+    mask = None if mask is None else mask[:, None, None]                    # (N, 1, 1, L)
+    return compute(q, k, v, mask).transpose(1, 2)
 
 
 def products_are_faster(v: Tensor) -> bool:
@@ -68,11 +72,13 @@ def fused_attention() -> Iterator[None]:
         few_tokens = kept
 
 
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of q (N, heads, T, d) to k and v (N, heads, L, d) as two batched matrix products.
 
     Up to 256 tokens on a CPU, the backward pass of PyTorch's scaled_dot_product_attention takes two
     to five times as long. This version keeps the T x L weights of each head for that pass.
     """
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)  # (N, heads, T, L)
-    return weights @ v
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)                  # (N, heads, T, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v

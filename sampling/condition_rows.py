@@ -1,4 +1,4 @@
-"""Values of --conditions: numbers for all images, or a file with one row per image.
+"""Values of --conditions: numbers for all images, or a file with one row per image; and of prompts.
 
     rows = read_conditions(("size=1,1,0,0", "vector=captions.npy"), model)
     conditions = rows_for(rows, seeds=[5, 6], first_seed=5)      # {"size": (2, 4), ...}
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latents.words import Words
 from models import DiT
-from runtime.errors import UserError, reported_as
+from runtime.errors import UserError, print_safely, reported_as
+from sampling.sampling_config import SamplingConfig
 
 
 def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
@@ -22,7 +24,8 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
     words: NAME=NUMBERS, NAME=FILE.npy, or NAME=FILE.npz with an array called NAME
     """
     known = {name: one for name, one in model.conditions.items() if one.in_batch}
-    known.pop("label", None)
+    for given_by_another_flag in ("label", "text"):
+        known.pop(given_by_another_flag, None)
     found: dict[str, Tensor] = {}
     for word in words:
         name, _, text = word.partition("=")
@@ -48,6 +51,34 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
             raise UserError(f"--conditions: got {name} with inf or nan, expected finite numbers")
         found[name] = rows
     return found
+
+
+def read_prompts(config: SamplingConfig, words: Words | None) -> list[str]:
+    """Returns the prompts of --prompt or --prompts, if any.
+
+    words: that the model knows; None for a model without the condition text
+    """
+    given = {f"--{name.replace('_', '-')}": getattr(config, name)
+             for name in ("prompt", "prompts", "negative_prompt")}  # fmt: skip
+    said = [flag for flag, value in given.items() if value not in (None, ())]
+    if said and words is None:
+        raise UserError(
+            f"{said[0]}: the model has no condition text, expected --class-labels; to add text, "
+            "train with --finetune and --conditions label text"
+        )
+    if config.prompt and config.prompts:
+        raise UserError("--prompts: cannot be combined with --prompt")
+    prompts = list(config.prompt)
+    if path := config.prompts:
+        with reported_as(f"--prompts: cannot read {path}", OSError, UnicodeDecodeError):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts: {path} has no prompts, expected one a line")
+    for prompt in (*prompts, config.negative_prompt or ""):
+        if unknown := words and words.unknown(prompt):
+            print_safely(f"note: unknown words are no words: {', '.join(unknown):.200}")
+    return prompts
 
 
 def read_rows(name: str, text: str) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from checkpoints.quantizers import quantizer
 from initialization import initialize
 from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, LatentNorm, Pixels
+from latents.words import Words
 from models import DiT
 from runtime.files import read_json
 from sampling.generate import SamplerSettings, generate, parse_labels, seeds_of
@@ -110,6 +111,7 @@ class DiTMoEPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         conditions: Mapping[str, Tensor] | None = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> ImagePipelineOutput:
         """Generates one image per label.
 
@@ -121,11 +123,24 @@ class DiTMoEPipeline(DiffusionPipeline):
         output_type: "pil"; "np" (N, H, W, 3) or "pt" (N, 3, H, W), both in [0, 1]
         conditions: tensors of conditions besides the class, by name, with one row per label; a
             tensor without this first dimension applies to all images
+        prompt: one text, or one per image, for a model with the condition text; "" is no text
         """
         info = self.transformer.config.info
-        if class_labels is None and len(self.class_names) == 1:
+        model = self.transformer.model
+        if prompt is not None:
+            if "text" not in model.conditions:
+                raise ValueError("prompt: the model has no condition text, expected class_labels")
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            words = Words(tuple(info["words"]), model.conditions["text"].length)
+            conditions = {**(conditions or {}), "text": words.rows(prompts)}
+            if class_labels is None:
+                labels = [None] * len(prompts)
+        elif "text" in model.conditions and "label" not in model.conditions:
+            raise ValueError('prompt: is required by a model of text ("" for no text)')
+        if class_labels is None and prompt is None and len(self.class_names) == 1:
             class_labels = [0]
-        labels = parse_labels(class_labels, self.class_names, "class_labels")
+        if prompt is None or class_labels is not None:
+            labels = parse_labels(class_labels, self.class_names, "class_labels")
         count = len(labels)
         seeds: Sequence[int] = range(seed, seed + count)
         if isinstance(generator, torch.Generator):

@@ -163,14 +163,24 @@ def checked_conditions(model: DiT, given: Mapping[str, Tensor], count: int) -> d
     return checked
 
 
+def no_class(config: DiTConfig) -> int:
+    """Returns the label of an image without a class."""
+    if "label" not in config.conditions:
+        return 0  # which the model does not read
+    if not config.dropout:
+        raise UserError("labels: got none, expected a class: the model was trained without dropout")
+    return config.num_classes
+
+
 @torch.no_grad()  # not inference_mode: weights that FSDP gathers in it could not be trained later
 def generate(
     model: DiT,
-    labels: Sequence[int],
+    labels: Sequence[int | None],
     seeds: Sequence[int],
     settings: SamplerSettings,
     *,
     conditions: Mapping[str, Tensor] | None = None,
+    negative: Mapping[str, Tensor] | None = None,
     guide: DiT | None = None,
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
@@ -182,16 +192,20 @@ def generate(
     precision of the model. With guidance the model gets the batch [conditional; unconditional];
     without guidance, or with a `guide`, only the conditional half.
 
+    labels: None for no class
     conditions: tensors (N, ...), or (...) for all images, of further conditions, by name; missing
         ones get their default
+    negative: the same for the unconditional half, in place of null values
     guide: weaker model to guide by, or None
     callback: called after each step, see `diffusion.samplers`
     progress: show a progress bar
     """
     config = model.config
     settings = resolve_settings(settings, config, guide and guide.config)
-    if wrong := [label for label in labels if not 0 <= label < config.num_classes]:
+    known = range(config.num_classes)
+    if wrong := [label for label in labels if label is not None and label not in known]:
         raise UserError(f"labels: got {wrong[0]}, expected 0 to {config.num_classes - 1}")
+    labels = [no_class(config) if label is None else label for label in labels]
     device = next(model.parameters()).device
     y = {"label": torch.tensor(labels, device=device)}  # (N,)
     y |= checked_conditions(model, conditions or {}, len(labels))
@@ -200,6 +214,7 @@ def generate(
     null_y, second = y, guide
     if guide is None and settings.cfg_scale != 1:
         null_y = {**y, **without_conditions(model.conditions, y)}
+        null_y |= checked_conditions(model, negative or {}, len(labels))
         if model.depends_on_batch and not objective.guides_in_one_batch:
             second = model
     denoise = classifier_free_guidance(

@@ -23,13 +23,13 @@ from options.settings import spelling
 from presets import PRESETS
 from runtime.devices import DTYPES, keep_freed_memory
 from runtime.errors import UserError, check_same, pluralize, print_safely
-from sampling.condition_rows import read_conditions, rows_for
+from sampling.condition_rows import read_conditions, read_prompts, rows_for
 from sampling.generate import SamplerSettings, generate, parse_labels, resolve_settings, seeds_of
 from sampling.offload import offload_blocks
 from sampling.sampling_config import MODEL_FLAGS, SamplingConfig
 from wrappers import wrap_blocks
 
-Labels = Sequence[int | str] | Tensor
+Labels = Sequence[int | str] | Sequence[None] | Tensor
 Seeds = Sequence[int] | Tensor | torch.Generator
 # Fields of SamplingConfig that can be changed per call.
 CALL_SETTINGS = (
@@ -50,6 +50,27 @@ class SamplingPipeline:
     guide_path: Path | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)  # see `rows_for`
     first_seed: int = 0
+    prompts: Sequence[str] = ()  # of the condition text
+    negative: Mapping[str, Tensor] = field(default_factory=dict)  # see `generate`
+
+    def prompted(self, prompts: Sequence[str], negative: str | None = None) -> "SamplingPipeline":
+        """Returns a pipeline that draws from prompts; the image i after the first gets prompt i
+        modulo their number.
+
+        negative: text in place of no text in the predictions that guide
+        """
+        words, settings = self.checkpoint.record.vocabulary, self.settings
+        if words is None:
+            raise UserError("prompt: the model has no condition text, expected classes")
+        found = replace(self, prompts=prompts)
+        if prompts:
+            found.conditions = {**self.conditions, "text": words.rows(prompts)}
+        if negative is not None:
+            if self.guide or settings.cfg_scale == 1:
+                with_what = "with --guide-ckpt" if self.guide else "without guidance"
+                raise UserError(f"--negative-prompt: has no effect {with_what}")
+            found.negative = {"text": words.rows([negative])[0]}
+        return found
 
     @property
     def class_names(self) -> list[str]:
@@ -80,7 +101,8 @@ class SamplingPipeline:
         networks = {"checkpoint": self.model} | ({"guide": self.guide} if self.guide else {})
         found = {name: weights_digest(network) for name, network in networks.items()}
         found["vae"] = self.vae.weights_sha256
-        found |= {n: hashlib.sha256(v.numpy()).hexdigest() for n, v in self.conditions.items()}
+        rows = {**self.conditions, **{f"negative_{n}": v for n, v in self.negative.items()}}
+        found |= {n: hashlib.sha256(v.numpy()).hexdigest() for n, v in rows.items()}
         return {f"{name}_sha256": digest for name, digest in found.items()}
 
     def describe(self) -> str:
@@ -123,7 +145,7 @@ class SamplingPipeline:
     ) -> Tensor:  # fmt: skip
         """Samples one latent for each label and seed; returns (N, C, h, w) fp32.
 
-        labels: classes by number or name
+        labels: classes by number or name, or only None for no class
         seeds: one seed per image, or a generator that draws the seeds
         callback: called after each step, see `diffusion.samplers`
         conditions: tensors (N, ...) of further conditions, by name, see `generate`;
@@ -133,17 +155,21 @@ class SamplingPipeline:
         Raises UserError if the model's output is not finite.
         """
         chosen = self.with_settings(**settings).settings if settings else self.settings
-        numbers = parse_labels(labels, self.class_names, "labels")
-        if not numbers:
+        is_without = isinstance(labels, list | tuple) and labels and {*labels} == {None}
+        numbers = labels if is_without else parse_labels(labels, self.class_names, "labels")
+        if not len(numbers):
             raise UserError("labels: got none, expected at least one")
         if callback is not None and not callable(callback):
             raise UserError(f"callback: got {callback!r:.80}, expected a function of a dict")
         seeds = seeds_of(seeds, len(numbers))
         if conditions is None:
             conditions = rows_for(self.conditions, seeds, self.first_seed)
+        names = self.model.conditions
+        if "text" in names and "label" not in names and "text" not in conditions:
+            raise UserError('the model draws from text: pass --prompt TEXT ("" for no text)')
         latents = generate(
-            self.model, numbers, seeds, chosen, conditions=conditions, guide=self.guide,
-            callback=callback, progress=sys.stderr.isatty(),
+            self.model, numbers, seeds, chosen, conditions=conditions, negative=self.negative,
+            guide=self.guide, callback=callback, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not latents.isfinite().all():
             raise UserError("the model's output is not finite; try --precision bf16 or fp32")
@@ -251,9 +277,14 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         model, vae, checkpoint, settings, conditions=read_conditions(config.conditions, model),
         first_seed=config.seed,
     )  # fmt: skip
-    if guide is None:
-        return pipeline
-    return replace(pipeline, guide=build(guide, device, DTYPES[precision]), guide_path=guide.path)
+    if guide is not None:
+        guide_model = build(guide, device, DTYPES[precision])
+        pipeline = replace(pipeline, guide=guide_model, guide_path=guide.path)
+    words = checkpoint.record.vocabulary
+    prompts, negative = read_prompts(config, words), config.negative_prompt
+    if "text" in model.conditions and not prompts and "label" in model.conditions:
+        print("note: the model also draws from text (--prompt); without it, images have no text")
+    return pipeline.prompted(prompts, negative) if prompts or negative is not None else pipeline
 
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:

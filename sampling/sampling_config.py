@@ -1,6 +1,7 @@
 """Flags of the scripts that sample from a checkpoint."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffusion import OBJECTIVES, SAMPLERS
 from diffusion.objectives import objective_named
@@ -134,6 +135,17 @@ class SamplingConfig:
         "one row per image; after the last row, the rows repeat (default: zeros, which mean no "
         "feature, and size=1,1,0,0, an original of the training size)",
     )  # fmt: skip
+    prompt: tuple[str, ...] = option(
+        (), metavar="TEXT",
+        help="texts, one per image, for a model with the condition text; after the last one, they "
+        'repeat; "" is no text',
+    )  # fmt: skip
+    prompts: Path | None = option(
+        None, metavar="FILE", help="file with one prompt per line, in place of --prompt"
+    )
+    negative_prompt: str | None = option(
+        None, metavar="TEXT", help="text in place of no text in the predictions that guide"
+    )
     plugin: tuple[str, ...] = option(
         (), metavar="FILE.py",
         help="Python files to import, which define components of your own, such as a router",

@@ -185,7 +185,7 @@ def data_changes(was: Record, now: Record) -> list[str]:
     """Returns lines on the latents, features and images of a step, where they differ from those of
     a checkpoint."""
     lines = latent_changes(was, now)
-    labels = {"features_sha256": "the network of the features",
+    labels = {"features_sha256": "the network of the features", "captions_sha256": "the captions",
               "global_batch_size": "the images of a step"}  # fmt: skip
     for name, label in labels.items():
         old, new = was.facts.get(name), now.facts.get(name)

@@ -77,7 +77,7 @@ class AdamW(Optimizer):
 
 OPTIMIZERS = Registry({"adamw": AdamW}, elsewhere={"muon": "extras.muon"})
 
-FUSED = ("qkv.weight", "adaLN_modulation.1.weight")  # square matrices, one below the other
+FUSED = ("kv.weight", "adaLN_modulation.1.weight")  # square matrices, one below the other; also qkv
 # Parameters that are neither of a layer of torch nor declared by `Experts`. All others are vectors.
 OTHERS = {".gate.weight": 0, ".gate.hidden": 1, "class_tokens.positions": 0}
 

@@ -1,5 +1,6 @@
 """The data of a run: the images or latents, what encodes them, the held-out ones, and the steps."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,6 +15,7 @@ from latents.autoencoder import Autoencoder, load_autoencoder
 from latents.cache import FEATURES, CachedLatents, check_networks, open_data
 from latents.loading import BatchStream, evenly_spaced
 from latents.sources import Batch, Source, open_on_all, same_images
+from latents.words import Words
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, reported_as
 from runtime.processes import ALONE, Distributed
@@ -35,11 +37,43 @@ def open_dataset(data: DataConfig, dist: Distributed = ALONE) -> Source:
     return open_on_all(data.data_path, data.image_size or 256, dist)
 
 
+def read_words(
+    dataset: Source, trained: np.ndarray, conditions: Iterable[str], begun: Record | None,
+    notes: list[str], dist: Distributed = ALONE,
+) -> None:  # fmt: skip
+    """Prepares the condition "text", if it is among the conditions: the captions of the dataset and
+    the words that the model knows, which stay those of the weights that the run begins with.
+
+    trained: indices of the training images
+    begun: record of these weights
+    notes: receives a note on images without a caption, and on unknown words
+    """
+    if "text" not in {word.partition(":")[0] for word in conditions}:
+        return
+    dataset.captions = captions = dist.from_main(lambda: dataset.captions)
+    if not captions:
+        return
+    count = len(captions)
+    known = begun and begun.vocabulary
+    with reported_as(dataset.flag, ValueError):
+        dataset.use_words(known or dist.from_main(partial(Words.of, captions, trained)))
+    if len(missing := captions.missing):
+        notes.append(
+            f"{len(missing):,} of {pluralize(count, 'image')} have no caption, such as "
+            f"{dataset.name(missing[0])}; they are trained as no text"
+        )
+    notes.append(
+        f"text: {pluralize(len(dataset.words.names), 'word')}, at most {dataset.words.length} of a "
+        f"caption{' (those of the weights)' if known else ''}; other words are no words"
+    )
+
+
 def inputs_of(
     config: TrainConfig, dataset: Source, dist: Distributed
 ) -> tuple[Autoencoder | None, Record]:
     """Returns the autoencoder, if needed, and a record of the settings and the data."""
-    facts = dist.gather((dataset.fingerprint, dataset.classes, dataset.vae_sha256))
+    captions = dataset.words and dataset.captions.sha256
+    facts = dist.gather((dataset.fingerprint, dataset.classes, dataset.vae_sha256, captions))
     if others := [rank for rank, one in enumerate(facts) if one != facts[0]]:
         got = f"other images or latents on rank {others[0]} than on rank 0"
         raise UserError(f"{dataset.flag}: got {got}, expected the same on every machine")
@@ -59,12 +93,15 @@ def inputs_of(
             )
         digest, dataset.norm = got, vae.norm
     has_features = bool(set(FEATURES).intersection(tensors_of(config)))
+    facts = {"features_sha256": dataset.features_sha256} if has_features else {}
+    facts |= {"captions_sha256": captions} if captions else {}
     return vae, config.record(
         # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
         vae_path=vae.path if vae else dataset.vae_path, vae_sha256=digest,
         images=dataset.fingerprint, class_names=dataset.classes,
         latents_norm=dataset.norm.to_dict(),
-        facts={"features_sha256": dataset.features_sha256} if has_features else {},
+        words=dataset.words.names if dataset.words else (),
+        facts=facts,
     )  # fmt: skip
 
 
@@ -104,7 +141,7 @@ def remaining_steps(
         trained, micro_batch=micro_batch, accumulation=config.step.accum_iter,
         rank=dist.rank, world_size=dist.world_size, seed=config.run.global_seed,
         start_step=done, end_step=config.total_steps(len(trained), global_batch),
-        flip=config.data.flip,
+        flip=config.data.flip, draws="text" in tensors_of(config),
     )  # fmt: skip
 
 
@@ -127,6 +164,8 @@ def held_out_batches(
         if same_images(images.fingerprint, record.images):
             notes.append(f"{data.val_path} has the training images, so val_loss is not held out")
         check_networks(images, record.vae_sha256, record.facts.get("features_sha256"), flag)
+        if dataset.words and images.captions:
+            images.use_words(dataset.words)
         images.norm = dataset.norm  # instead of the norm stored in the cache of --val-path
         held_out = np.arange(len(images))
     images.requested = [split_condition(word)[0] for word in config.model.conditions]

@@ -73,6 +73,10 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
         dataset = open_planned(data, said, base if before or weights else None, notes, before)
     else:
         dataset = setup.open_dataset(data, dist)
+    trained, held_out = split(dataset, data.val_share)
+    begun = before or weights and weights.record
+    conditions = said.get("conditions", base.model.conditions)
+    setup.read_words(dataset, trained, conditions, begun, notes, dist)
     with naming_flags(flags):
         config = base.fitted(said, dataset)
     setup.check_model(config)
@@ -84,7 +88,6 @@ def train(command: CommandFlags, said: Settings, dist: Distributed) -> int:
     if command.dry_run:  # plan for these processes
         dist = replace(dist, world_size=command.gpus or read_environment().world_size)
     of_engine = engine_for(config.engine).check(config, dist.world_size)
-    trained, held_out = split(dataset, config.data.val_share)
     stream = setup.remaining_steps(config, trained, before.step if before else 0, dist)
     if before:
         going_on.check_end(config, before, stream)

@@ -1,0 +1,138 @@
+"""Text: words of captions as a condition, in training, fine-tuning, sampling and export."""
+
+import pytest
+import torch
+from helpers import call_main, expect_error, only_run
+from PIL import Image
+
+from checkpoints import read_checkpoint
+from conditions import drop_conditions
+from latents.captions import Captions
+from latents.loading import BatchStream
+from latents.sources import open_images
+from latents.words import Words
+from models import DiT
+from sampling.pipeline import open_pipeline
+from sampling.sampling_config import SamplingConfig
+
+SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}
+
+
+def model_of(*conditions: str, **fields) -> DiT:
+    model = DiT(**SIZES, num_classes=5, num_experts=4, conditions=conditions, **fields)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    (folder := tmp_path / "images").mkdir()
+    for index in range(12):
+        colour = [*colours][index % 3]
+        Image.new("RGB", (16, 16), colours[colour]).save(folder / f"{index:02}.png")
+        text = f"a {colour} picture" if index else ""
+        (folder / f"{index:02}.txt").write_text(text)
+    return folder
+
+
+def test_an_unknown_word_is_no_word_and_a_word_of_one_image_is_unknown():
+    words = Words.of(Captions.of(["a red circle", "a red square, lonely", "A circle"]), range(3))
+    assert set(words.names) == {"a", "red", "circle"} and words.length == 3
+    assert torch.equal(words.numbers("A flurble RED lonely circle"), words.numbers("a red circle"))
+
+
+def test_padding_does_not_count_and_without_text_the_router_has_no_class():
+    model, x, t = model_of("text:6x9"), torch.randn(2, 4, 8, 8), torch.rand(2)
+    seen = {}
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.update(inputs[2]))
+    text = torch.tensor([[1, 2, 0, 0, 0, 0], [0] * 6])
+    with torch.no_grad():
+        first = model(x, t, {"text": text})[0]
+        assert seen["no_class"].tolist() == [False, True]
+        model.text_embedder.table.weight[0] += 9  # of padding
+        model.text_embedder.positions[:, 2:] += 9
+        assert torch.equal(model(x, t, {"text": text})[0], first)
+        assert not torch.allclose(model(x, t, {"text": text.flip(0)})[0], first)
+
+
+def test_text_and_label_are_dropped_together_and_alone():
+    torch.manual_seed(0)
+    y = {"label": torch.zeros(4000, dtype=torch.long), "text": torch.ones(4000, 6).long()}
+    dropped = drop_conditions(model_of("label", "text:6x9").conditions, y, 0.1)
+    no_label, no_text = dropped["label"] == 5, ~dropped["text"].any(1)
+    for share in (no_label & no_text, no_label & ~no_text, ~no_label & no_text):
+        assert 0.06 < share.float().mean() < 0.13
+    words = dropped["text"][~no_text]
+    assert 0.85 < words.float().mean() < 0.95 and (words.diff(dim=1) <= 0).all()
+
+
+def test_one_of_several_captions_is_drawn_and_left_is_not_mirrored(tmp_path):
+    pixels = Image.new("RGB", (16, 16))
+    pixels.paste((255, 0, 0), (0, 0, 8, 16))
+    for name, text in (("0", "red left\nred"), ("1", "red")):
+        pixels.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    images = open_images(str(tmp_path), 16)
+    images.use_words(Words(("red", "left"), 2))
+    images.requested = ["text"]
+    seen = {tuple(images[0, True, draw][0]["text"].tolist()) for draw in (0.0, 0.9)}
+    assert seen == {(1, 2), (1, 0)}
+    assert images[0, True, 0.0][0]["image"][0, 0, 0] == 255  # as stored
+    assert images[0, True, 0.9][0]["image"][0, 0, 0] == 0
+    first, again, other = (
+        [*BatchStream(range(8), 4, end_step=2, seed=seed, draws=True)] for seed in (0, 0, 1)
+    )
+    resumed = [*BatchStream(range(8), 4, start_step=1, end_step=2, draws=True)]
+    assert first == again != other and first[1:] == resumed
+
+
+def test_a_class_model_takes_text_and_draws_from_prompts(captioned, train_flags, tmp_path, capsys):
+    flags = {"data-path": captioned, "max-steps": 2, "rf": True, "num-sample": 2,
+             "global-batch-size": 8}  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path / "classes", **flags))
+    base = only_run(tmp_path / "classes")
+    line = expect_error(capsys, "sample.py", "--ckpt", base, "--prompt", "a red picture")
+    assert "--prompt: the model has no condition text" in line
+    command = train_flags(tmp_path / "text", **{**flags, "model": None, "finetune": base})
+    capsys.readouterr()
+    call_main("train.py", *command, "--conditions", "label", "text", "--run-name", "text")
+    assert "1 of 12 images have no caption" in capsys.readouterr().out
+    run = tmp_path / "text" / "text"
+    record = read_checkpoint(run).record
+    assert record.config.conditions == ("label", "text:3x5")
+    assert set(record.words) == {"a", "picture", "red", "green", "blue"}
+    (captioned / "01.txt").write_text("another picture")
+    call_main("train.py", "--resume", run, "--max-steps", 3)
+    assert "the captions: was" in capsys.readouterr().out
+    pipeline = open_pipeline(
+        SamplingConfig(ckpt=str(run), num_sampling_steps=2, prompt=("red", "blue"), cfg_scale=2.0)
+    )
+    for weight in pipeline.model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    drawn = pipeline.latents([None, None], [0, 1])
+    again = pipeline.prompted(["red", "flurble blue"]).latents([None, None], [0, 1])
+    assert torch.equal(drawn, again)
+    other = pipeline.prompted(["red", "red"]).latents([None, None], [0, 1])
+    assert not torch.allclose(drawn[1], other[1])
+    negative = pipeline.prompted(["red", "blue"], "green").latents([None, None], [0, 1])
+    assert not torch.allclose(drawn, negative)
+    (tmp_path / "prompts.txt").write_text("a red picture\nblue\n")
+    call_main("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--prompts",
+              tmp_path / "prompts.txt", "--images-per-class", 2,
+              "--output", tmp_path / "grid.png")  # fmt: skip
+
+
+def test_a_model_of_text_alone_is_not_drawn_without_a_prompt(
+    captioned, train_flags, tmp_path, capsys
+):
+    flags = {"data-path": captioned, "max-steps": 1, "rf": True, "num-sample": 2,
+             "global-batch-size": 4}  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path, **flags), "--conditions", "text",
+              "--run-name", "text", "--router", "prototype")  # fmt: skip
+    run = tmp_path / "text"
+    line = expect_error(capsys, "sample.py", "--ckpt", run, "--num-sampling-steps", 1,
+                        "--output", tmp_path / "grid.png")  # fmt: skip
+    assert "pass --prompt TEXT" in line
