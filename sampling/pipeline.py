@@ -155,7 +155,7 @@ class SamplingPipeline:
         Raises UserError if the model's output is not finite.
         """
         chosen = self.with_settings(**settings).settings if settings else self.settings
-        is_without = isinstance(labels, list | tuple) and labels and {*labels} == {None}
+        is_without = isinstance(labels, list | tuple) and all(one is None for one in labels)
         numbers = labels if is_without else parse_labels(labels, self.class_names, "labels")
         if not len(numbers):
             raise UserError("labels: got none, expected at least one")
