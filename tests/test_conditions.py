@@ -188,7 +188,7 @@ def test_a_sequence_of_features_reaches_the_blocks_in_fine_tuning_guidance_and_s
     source = randomised(**fields).eval()
     config = replace(source.config, conditions=("label", "tokens:3x6"))
     adapted, (first, note, drawn) = adapt(as_checkpoint(source), config, [], seed=0)
-    assert "new weights for tokens:3x6" in note and "blocks.*.cross: drawn" in drawn
+    assert "new weights for tokens:3x6" in note and "blocks.*.cross_attn: drawn" in drawn
     kept = len(source.state_dict())
     assert f"{kept} of {len(adapted.state_dict)} weights are unchanged" in first
     model = DiT(config).eval()
