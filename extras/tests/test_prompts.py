@@ -294,7 +294,7 @@ def test_wrong_pipelines_and_prompts_are_one_line_errors(pipelines, tmp_path, ca
         ((), "got neither of --ckpt and --pipeline"),
         (("--ckpt", "x", "--pipeline", "y"), "got both of --ckpt and --pipeline"),
         (("--pipeline", root / "nucleus"), "got no --prompts"),
-        (("--ckpt", "x", *prompts), "--prompts: has no effect with --ckpt"),
+        (("--ckpt", "x", "--text-encoder", "y"), "--text-encoder: has no effect with --ckpt"),
         (("--pipeline", root / "nucleus", *prompts, "--ema", "0.9"), "--ema: has no effect"),
         (("--pipeline", root / "nucleus", "--prompts", empty), "has no prompts"),
         (("--pipeline", root / "nucleus", "--prompts", tmp_path / "tab.txt"), "line 1"),
