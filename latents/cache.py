@@ -80,23 +80,8 @@ class CacheSettings:
         for name, hint in get_type_hints(type(self)).items():
             with reported_as(name, ValueError):
                 object.__setattr__(self, name, convert(getattr(self, name), hint))
-        with reported_as("listing", ValueError):
-            counts = convert(self.listing.get("count"), int), self.shard_images, len(self.classes)
-            convert(self.names, str)
-        if min(*sides(self.image_size), *self.latent_shape, *counts) < 1:
-            raise ValueError("got a size or a number below 1")
         if (shards := -(-self.num_images // self.shard_images)) > MAX_SHARDS:
             raise ValueError(f"got {shards:,} shards, expected at most {MAX_SHARDS:,}")
-        with reported_as("norm", ValueError, TypeError):
-            if len(self.norm) < 2:
-                raise ValueError(f"got {self.norm!s:.80}, expected shift and scale")
-            LatentNorm(**self.norm).check_channels(self.latent_shape[0])
-        unknown = set(self.tensors) - {*REQUIRED, "size", *FEATURES}
-        if unknown or not set(REQUIRED).issubset(self.tensors):
-            raise ValueError(f"tensors: got {list(self.tensors)}")
-        for name in FEATURES & self.features.keys():
-            with reported_as(name, ValueError):
-                convert(self.features[name], tuple[int, ...])
 
     @property
     def names(self) -> str | None:

@@ -265,30 +265,14 @@ def test_images_of_a_source_of_ones_own_are_cached(cache_flags, image_tree, tmp_
     assert len(CachedLatents(tmp_path / "own")) == 40
 
 
-LIES = {  # field of index.json: wrong values
-    "image_size": [0, "big", [16, 16, 16], None], "latent_shape": [[4, 8], [4, 8, -8], 4],
-    "norm": [{}, {"shift": 0}, {"shift": 0, "scale": 0}, {"shift": [1, 2], "scale": 1}, [], "x"],
-    "vae_path": [None, 3], "vae_sha256": [None, ["a"]], "flip": [2, "perhaps", False],
-    "shard_images": [0, -1, 1.5, 1], "classes": [[], ["a"], [1, 2, 3, 4], None],
-    "listing": [{}, {"count": 0, "names": "x"}, {"count": 41, "names": "x"}, [], {"count": 40},
-                {"count": 10**12, "names": "x"}],
-    "features": [[], {"vector": "x"}, {"vector": [3]}, {}],
-    "tensors": [["labels"], ["labels", "moments", "../../x"], 3], "more": [1],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LIES)
-def test_a_lie_in_the_index_of_a_latent_cache_is_an_error_when_it_is_opened(
-    name, latent_cache, tmp_path
-):
-    lying = shutil.copytree(latent_cache, tmp_path / "lying", copy_function=os.link)
-    index = json.loads((lying / "index.json").read_text())
-    (lying / "index.json").unlink()
-    for value in LIES[name]:
-        (lying / "index.json").write_text(json.dumps(index | {name: value}))
-        with pytest.raises(UserError, match="^--latents-path: ") as caught:
-            CachedLatents(lying)
-        assert "\n" not in str(caught.value), value
+def test_a_damaged_index_of_a_latent_cache_is_an_error(cache, tmp_path):
+    damaged = shutil.copytree(cache, tmp_path / "damaged")
+    index = damaged / "index.json"
+    content = json.loads(index.read_text())
+    for text in (index.read_text()[:-9], "[]", json.dumps(content | {"flip": "perhaps"})):
+        index.write_text(text)
+        with pytest.raises(UserError, match="^--latents-path: got .*, expected a folder"):
+            CachedLatents(damaged)
 
 
 def test_a_lie_in_a_latent_shard_is_an_error_when_the_cache_is_opened(cache, tmp_path):
