@@ -107,8 +107,7 @@ class Condition(nn.Module):
         return values
 
     def in_training(self, values: Tensor) -> Tensor:
-        """Returns the values (N, ...) that training sees; the base class returns them as they are.
-        """
+        """Returns the values (N, ...) that training sees; the base class changes nothing."""
         return values
 
     def default(self, count: int, device: torch.device) -> Tensor:

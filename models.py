@@ -591,8 +591,8 @@ class DiT(nn.Module):
         """
         patches, front = self.config.num_patches, self.front_tokens
         if x.shape[1] not in (patches, patches + front):
-            raise ValueError(f"got {x.shape[1]} tokens, expected {patches} patches, alone or "
-                             f"behind {front}; others in front of them set model.front_tokens")
+            raise ValueError(f"got {x.shape[1]} tokens, expected {patches} patches, or {front} "
+                             "front_tokens and the patches; set model.front_tokens for others")
         return x[:, x.shape[1] - patches :]
 
     def forward(self, x: Tensor, t: Tensor, y: Conditions) -> tuple[Tensor, Tensor]:

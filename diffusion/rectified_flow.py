@@ -41,9 +41,8 @@ class RectifiedFlow(Objective):
         return (1 - time) * x + time * noise
 
     def draw_times(self, num_images: int, device: torch.device) -> Tensor:
-        if self.times == "logit-normal":  # from normal numbers, as the published script
-            return self.time_of(torch.randn(num_images, device=device))
-        return RectifiedFlow.time_quantile(self, torch.rand(num_images, device=device))
+        draw = torch.rand if self.times == "uniform" else torch.randn
+        return self.time_of(draw(num_images, device=device))
 
     def time_quantile(self, u: Tensor) -> Tensor:
         return self.time_of(u if self.times == "uniform" else torch.special.ndtri(u))

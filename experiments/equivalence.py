@@ -124,23 +124,21 @@ def share_cell(losses: DataFrame, reference: str, baseline: str, name: str) -> s
 
 
 def lead_tables(rows: DataFrame, reference: str) -> str:
-    """Returns two Markdown tables of each arm minus the reference on the choosing images: by the
-    step of the training, at four steps of the curve and its end, and by the bin of the times."""
-    curves = DataFrame({k: dict(rows.at[k, "curve"]) for k in rows.index}).T
-    bins = DataFrame({k: dict(enumerate(rows.at[k, "val_bins"])) for k in rows.index}).T
-    steps = [*curves.columns[[len(curves.columns) * k // 10 for k in (2, 4, 6, 8)]], "end"]
-    curves["end"] = rows["val_loss"]
-    edges = [f"t < {(k + 1) / len(bins.columns):.1f}" for k in bins]
+    """Returns two Markdown tables of each arm minus the reference on the choosing images: at four
+    steps of the training and its end, and by the bin of the times."""
+    curves = rows["curve"].map(dict).apply(Series)
+    steps = [*curves.columns[[len(curves.columns) * k // 10 for k in (2, 4, 6, 8)]]]
+    bins = rows["val_bins"].apply(Series)
+    width = 1 / len(bins.columns)
+    bins.columns = [f"t {k * width:.1f} to {(k + 1) * width:.1f}" for k in bins]
     tables = []
-    for values, shown, names in ((curves, steps, steps), (bins, list(bins), edges)):
-        lines = [["arm", *map(str, names)]]
-        values = values.astype(float).join(rows[["name", "seed"]])
+    for losses in (curves[steps].assign(end=rows["val_loss"]), bins):
+        of_arm = losses.set_index([rows["name"], rows["seed"]])
+        lines = [["arm", *map(str, losses)]]
         for name in rows["name"].unique():
             if name != reference:
-                pairs = (values[values["name"] == one].set_index("seed")[shown]
-                         for one in (name, reference))  # fmt: skip
-                minus = next(pairs) - next(pairs)
-                lines.append([name, *(with_error(minus[key].dropna(), "+") for key in shown)])
+                minus = (of_arm.loc[name] - of_arm.loc[reference]).dropna()
+                lines.append([name, *(with_error(minus[key], "+") for key in minus)])
         tables.append(markdown(lines))
     return "\n".join(tables)
 

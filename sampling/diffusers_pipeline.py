@@ -132,14 +132,16 @@ class DiTMoEPipeline(DiffusionPipeline):
                 raise ValueError("prompt: the model has no condition text, expected class_labels")
             prompts = [prompt] if isinstance(prompt, str) else prompt
             words = Words(tuple(info["words"]), model.conditions["text"].length)
-            conditions = {**(conditions or {}), "text": words.rows(prompts)}
-            if class_labels is None:
-                labels = [None] * len(prompts)
+            rows = words.rows(prompts)
+            text = rows[0] if isinstance(prompt, str) else rows  # one text is of all images
+            conditions = {**(conditions or {}), "text": text}
         elif "text" in model.conditions and "label" not in model.conditions:
             raise ValueError('prompt: is required by a model of text ("" for no text)')
-        if class_labels is None and prompt is None and len(self.class_names) == 1:
-            class_labels = [0]
-        if prompt is None or class_labels is not None:
+        if class_labels is None and prompt is not None:
+            labels = [None] * len(prompts)
+        else:
+            if class_labels is None and len(self.class_names) == 1:
+                class_labels = [0]
             labels = parse_labels(class_labels, self.class_names, "class_labels")
         count = len(labels)
         seeds: Sequence[int] = range(seed, seed + count)
