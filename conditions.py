@@ -186,7 +186,7 @@ class SequenceEmbedder(Condition):
 
     def forward(self, values: Tensor) -> TokenSequence:
         tokens, mask = self.embed(values)
-        null = self.null.to(tokens.dtype).expand(len(tokens), -1, -1)       # (N, 1, D)
+        null = self.null.to(tokens.dtype).expand(tokens.shape[0], -1, -1)   # (N, 1, D)
         tokens = torch.cat([null, tokens + self.positions.to(tokens.dtype)], dim=1)
         tokens = F.layer_norm(tokens, tokens.shape[-1:])                    # (N, 1 + L, D)
         mask = F.pad(mask, (1, 0), value=True)                              # (N, 1 + L)

@@ -619,13 +619,13 @@ class DiT(nn.Module):
         embedded: dict[str, Tensor] = {}                                    # (N, D)
         sequences: list[TokenSequence] = []
         for name, condition in self.conditions.items():
-            values = y[name] if name in y else condition.default(len(x), x.device)
+            values = y[name] if name in y else condition.default(x.shape[0], x.device)
             found = condition(values)
             if condition.is_sequence:
                 sequences.append(found)
             embedded[name] = found.vector if condition.is_sequence else found
             c = c + embedded[name]
-        classes = torch.zeros(len(x), dtype=torch.int64, device=x.device)   # (N,)
+        classes = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # (N,)
         if "label" in y:
             classes = y["label"]
         no_class = classes == self.config.num_classes                       # (N,)
@@ -651,7 +651,7 @@ class DiT(nn.Module):
             if routing is not None:
                 context = context | (routing.passed_on or {})
                 routings.append(routing)
-                rates.append(len(routing.token) / (x.shape[0] * x.shape[1]))
+                rates.append(routing.token.shape[0] / (x.shape[0] * x.shape[1]))
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)

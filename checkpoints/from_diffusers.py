@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints.diffusers_layout import config_from_exported, from_exported
 from checkpoints.record import Record, with_overrides
 from checkpoints.weights import as_user_error, check_weights, read_pickle, read_tensors
 from models import DiTConfig, position_embedding
 from runtime.errors import reported_as
 from runtime.files import read_json
 
-OWN_CLASS = "DiTMoETransformer"  # see sampling/diffusers_pipeline.py
+EXPORTED_CLASS = "DiTMoETransformer2DModel"  # see sampling/exported/
+OLD_CLASS = "DiTMoETransformer"  # of export.py until version 0.3
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 # Diffusers' name -> ours, outside the blocks and (after "transformer_blocks.N.") inside them.
@@ -57,7 +59,11 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
         weights = read_pickle(folder / "diffusion_pytorch_model.bin")
     with as_user_error(folder, "not a DiT in diffusers' format"):
         check_weights(weights)
-        if config["_class_name"] == OWN_CLASS:
+        if config["_class_name"] == EXPORTED_CLASS:
+            record = exported_record(folder, config)
+            weights = from_exported(weights, record.config)
+            return weights, replace(record, config=with_overrides(record.config, overrides))
+        if config["_class_name"] == OLD_CLASS:
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
             values = {"config": config["dit"], **(config.get("info") or {})}
             record = Record.from_dict(values)
@@ -67,6 +73,19 @@ def read_diffusers(folder: Path, overrides: dict) -> tuple[dict[str, Tensor], Re
             return weights, Record(config=with_overrides(fields, overrides), objective="gaussian")
         kinds = " or ".join(DIFFUSERS_CLASSES)
         raise ValueError(f"its class is {config['_class_name']!s:.80}, expected {kinds}")
+
+
+def exported_record(folder: Path, config: dict) -> Record:
+    """Returns the record of an exported transformer, with facts of its pipeline, if any."""
+    index = folder.parent / "model_index.json"
+    pipeline = read_json(index) if index.is_file() else {}
+    facts = pipeline.get("record") or {}
+    fields = config_from_exported(config) | facts.get("config", {})
+    names = pipeline.get("id2label") or {}
+    names = tuple(names[str(number)] for number in range(len(names)))
+    words = tuple(pipeline.get("words") or ())
+    facts = {**facts, "config": fields, "class_names": names, "words": words}
+    return Record.from_dict(facts)
 
 
 def from_diffusers(weights: dict[str, Tensor], config: dict) -> tuple[dict[str, Tensor], dict]:

@@ -1,7 +1,7 @@
 """Exports checkpoints for publication, one writer function per format, with a model card."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,15 @@ import torch
 
 from checkpoints import MODEL_FILE, Checkpoint, save_model
 from checkpoints.costs import count_macs, count_parameters
+from checkpoints.diffusers_layout import to_exported
 from checkpoints.published import to_published
 from checkpoints.weights import write_pickle
-from conditions import CONDITIONS, split_condition
 from diffusion import OBJECTIVES
-from latents.autoencoder import AUTOENCODERS, CONFIG_FILE, PIXELS
-from options.parts import options_of
-from options.settings import stored
-from routers import ROUTERS
+from latents.autoencoder import PIXELS, VAE_FOLDER, LatentNorm, load_autoencoder
+from options.parts import Word, options_of
 from runtime.errors import printable
-from runtime.files import read_json
+from sampling.generate import SamplerSettings, resolve_settings
 
-ROOT = Path(__file__).parent.parent
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
 PRIVATE = re.compile(  # settings with paths or names of the user
     "path$|_dir$|_config$|^run_name$|^resume$|^finetune$|^wandb$"
@@ -75,29 +72,59 @@ def typed_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes a pipeline of diffusers, including code.
+    """Writes a pipeline of diffusers with its code, two files that need no other of ours.
 
     vae/ must already be in the folder, except for a model of pixels.
     """
-    from sampling.diffusers_pipeline import DiTMoETransformer, write_index
+    from sampling.exported.pipeline_dit_moe import DiTMoEPipeline
+    from sampling.exported.transformer_dit_moe import DiTMoETransformer2DModel
 
-    config, objective = checkpoint.config, checkpoint.record.objective
-    kinds = {config.router.name: ROUTERS[config.router.name]}
-    kinds |= {objective.name: OBJECTIVES[objective.name]} if objective else {}
-    kinds |= {n: CONDITIONS[n] for n, _ in map(split_condition, config.conditions)}
-    if (described := folder / "vae" / CONFIG_FILE).exists():
-        name = read_json(described)["_class_name"]
-        kinds[name] = AUTOENCODERS[name]
-    copied = copy_code("sampling.diffusers_pipeline", folder)
-    for name, kind in kinds.items():
-        if kind.__module__ not in copied:
-            raise ValueError(f"got {name} of a --plugin, which a pipeline does not contain")
-    model = {k: v for k, v in stored(checkpoint.config).items() if k != "expert_backend"}
+    weights, fields = to_exported(checkpoint.state_dict, checkpoint.config)
     with torch.device("meta"):
-        transformer = DiTMoETransformer(model, typed_facts(checkpoint), checkpoint.quantization)
-    transformer.model.load_state_dict(checkpoint.state_dict, assign=True)
-    transformer.save_pretrained(folder / "transformer")
-    write_index(folder)
+        transformer = DiTMoETransformer2DModel(**fields)
+    transformer.load_state_dict(weights, assign=True)
+    record, config = checkpoint.record, checkpoint.config
+    objective = record.objective or Word("gaussian").complete(OBJECTIVES)
+    found = resolve_settings(SamplerSettings(str(objective)), config)
+    vae, norm = None, record.norm or LatentNorm()
+    if (folder / VAE_FOLDER).exists():
+        autoencoder = load_autoencoder(str(folder / VAE_FOLDER), "cpu", torch.float32, record.norm)
+        vae, norm = autoencoder.model, autoencoder.norm
+    facts = {k: v for k, v in typed_facts(checkpoint).items() if k not in ("class_names", "words")}
+    of_training = {"class_dropout_prob": config.dropout, "aux_loss_alpha": config.aux_loss_alpha}
+    DiTMoEPipeline(
+        transformer, scheduler_of(objective, config.learn_sigma), vae,
+        id2label=dict(enumerate(record.class_names)) or None,
+        words=list(record.words) or None,
+        objective=objective.name,
+        guidance_scale=found.cfg_scale,
+        num_inference_steps=found.num_steps,
+        guidance_channels=found.guided_channels,
+        guidance_interval=list(found.guidance_interval),
+        noise_scale=objective.options.get("noise_scale", 1.0),
+        velocity_clamp=objective.options.get("clamp", 0.05),
+        latents_shift=norm.to_dict()["shift"],
+        latents_scale=norm.to_dict()["scale"],
+        record={**facts, "config": of_training},
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def scheduler_of(objective: Word, learn_sigma: bool):
+    """Returns diffusers' scheduler that computes the objective's first sampler."""
+    import diffusers
+
+    options = objective.options
+    if objective.name in ("rectified_flow", "flow_x", "mean_flow"):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=options["shift"])
+    if objective.name not in ("gaussian", "gaussian_v"):
+        raise ValueError(f"objective: got {objective.name}, which the pipeline cannot sample")
+    return diffusers.DDPMScheduler(
+        beta_schedule=options["schedule"],
+        variance_type="learned_range" if learn_sigma else "fixed_large",
+        prediction_type="v_prediction" if objective.name == "gaussian_v" else "epsilon",
+        timestep_spacing="linspace",
+        clip_sample=False,
+    )
 
 
 FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -105,51 +132,6 @@ FORMATS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "published": write_published,
     "pipeline": write_pipeline,
 }
-
-
-# Matches an import: (indentation, module, first imported name).
-IMPORT = re.compile(r"^( *)from (\w[\w.]*) import (\w*)", re.MULTILINE)
-# Of the custom operators of an exported module: PyTorch destroys an operator when another one gets
-# its name, and a process may import several exports and this repository.
-NAMESPACE = '"".join(c if c.isalnum() else "_" for c in __name__)'
-
-
-def copy_code(entry: str, folder: Path) -> Collection[str]:
-    """Copies a module, and all modules of this repository that it imports, for diffusers.
-
-    From the hub, diffusers downloads only pipeline.py, the files that pipeline.py names in
-    `from .NAME import`, and one file per component folder. Module a.b is therefore copied to
-    dit_moe_a_b.py next to pipeline.py, which names all copies (see `write_index`). Returns the
-    names of the modules.
-    """
-    found, texts = [entry], {}
-
-    def rewrite(match: re.Match) -> str:
-        indent, module, name = match.groups()
-        path = ROOT / module.replace(".", "/")
-        if not path.is_dir() and not path.with_suffix(".py").is_file():  # of another package
-            return match[0]
-        if (path / f"{name}.py").is_file():  # a module of a package
-            found.append(f"{module}.{name}")
-            return f"{indent}from . import {flat_name(found[-1])} as {name}"
-        found.append(module)
-        return f"{indent}from .{flat_name(module)} import {name}"
-
-    while found:
-        module = found.pop()
-        if module not in texts:
-            path = ROOT / module.replace(".", "/")
-            file = path.with_suffix(".py")
-            source = file if file.is_file() else path / "__init__.py"
-            text = IMPORT.sub(rewrite, source.read_text())
-            texts[module] = text.replace('"dit_moe::', f'{NAMESPACE} + "::')
-    for module, text in texts.items():
-        (folder / f"{flat_name(module)}.py").write_text(text)
-    return texts
-
-
-def flat_name(module: str) -> str:
-    return "dit_moe_" + module.replace(".", "_")
 
 
 LOAD = """from checkpoints import load_model  # from the DiT-MoE repository
@@ -161,7 +143,7 @@ USAGE = {
     "pipeline": """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
-images = pipeline(class_labels=[{label!r}], seed=0).images""",
+images = pipeline({label!r}).images""",
 }
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from helpers import call_main, expect_error, only_run
 from PIL import Image
 
@@ -13,8 +12,6 @@ from latents.loading import BatchStream
 from latents.sources import open_images
 from latents.words import Words
 from models import DiT
-from options.settings import stored
-from sampling.diffusers_pipeline import DiTMoEPipeline, DiTMoETransformer
 from sampling.pipeline import open_pipeline
 from sampling.sampling_config import SamplingConfig
 
@@ -139,18 +136,3 @@ def test_a_model_of_text_alone_is_not_drawn_without_a_prompt(
     line = expect_error(capsys, "sample.py", "--ckpt", run, "--num-sampling-steps", 1,
                         "--output", tmp_path / "grid.png")  # fmt: skip
     assert "pass --prompt TEXT" in line
-
-
-def test_a_prompt_of_the_exported_pipeline_is_of_all_images(tiny_vae):
-    model = model_of("label", "text:3x2")
-    info = {"objective": "rectified_flow", "words": ["red", "blue"]}
-    transformer = DiTMoETransformer(stored(model.config), info)
-    transformer.model.load_state_dict(model.state_dict())
-    pipeline = DiTMoEPipeline(transformer, AutoencoderKL.from_pretrained(tiny_vae))
-    options = {"num_inference_steps": 2, "output_type": "np"}
-    one, each, other = (
-        pipeline([0, 1], prompt=prompt, **options).images
-        for prompt in ("red", ["red", "red"], ["blue", "red"])
-    )
-    assert (one == each).all() and (one[1] == other[1]).all() and (one[0] != other[0]).any()
-    assert pipeline(prompt="red", **options).images.shape == one[:1].shape

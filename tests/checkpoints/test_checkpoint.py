@@ -21,7 +21,7 @@ from checkpoints import (
     read_record,
     step_folders,
 )
-from checkpoints.from_diffusers import OWN_CLASS
+from checkpoints.from_diffusers import OLD_CLASS
 from models import DiT
 from options import settings
 from routers import ROUTERS, TopKRouter
@@ -107,7 +107,7 @@ def test_an_option_of_the_router_overrides_that_of_a_checkpoint_or_pipeline(tmp_
     folder = tmp_path / "pipe" / "transformer"
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    stored = {"_class_name": OWN_CLASS, "dit": settings.stored(model.config)}
+    stored = {"_class_name": OLD_CLASS, "dit": settings.stored(model.config)}
     (folder / "config.json").write_text(json.dumps(stored))
     for path in (save_checkpoint(model, tmp_path / "model.safetensors"), tmp_path / "pipe"):
         options = load_model(path, router="sigmoid:scale=3").config.router.options
