@@ -651,7 +651,7 @@ class DiT(nn.Module):
             if routing is not None:
                 context = context | (routing.passed_on or {})
                 routings.append(routing)
-                rates.append(routing.token.shape[0] / (x.shape[0] * x.shape[1]))
+                rates.append(routing.token.shape[0] / torch.sym_max(1, x.shape[0] * x.shape[1]))
         prediction = self.unpatchify(self.final_layer(self.patches_of(x), c))  # (N, C', h, w)
         if not routings:
             return prediction, torch.zeros((), device=x.device)

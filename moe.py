@@ -218,7 +218,7 @@ def experts_grouped(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tens
     parameters = [parameter for parameter in weights[:3] if parameter is not None]
     y = compute_experts(x, token, expert, weight, parameters)               # (S, D)
     if weights.down_bias is not None:  # add weight * down_bias for each row
-        combine = weight.new_zeros(len(x), len(weights.down_bias))          # (S, E)
+        combine = weight.new_zeros(x.shape[0], len(weights.down_bias))      # (S, E)
         combine = combine.index_put((token, expert), weight, accumulate=True)
         y = y + combine.to(x.dtype) @ weights.down_bias.to(x.dtype)
     return y

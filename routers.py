@@ -174,7 +174,7 @@ def expert_load(expert: Tensor, num_experts: int) -> Tensor:
     """
     counts = torch.zeros(num_experts, device=expert.device)
     counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=counts.dtype))
-    return counts * (num_experts / max(1, len(expert)))
+    return counts * (num_experts / torch.sym_max(1, expert.shape[0]))
 
 
 def gate_scores(logits: Tensor, gating: str) -> Tensor:
@@ -222,7 +222,7 @@ class TopKRouter(Router):
 
 def token_choice(expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Returns the rows of tokens with K experts each, given expert and weight (S, K)."""
-    token = torch.arange(len(expert), device=expert.device).unsqueeze(1).expand_as(expert)
+    token = torch.arange(expert.shape[0], device=expert.device).unsqueeze(1).expand_as(expert)
     return token.flatten(), expert.flatten(), weight.flatten(), expert.shape[1]
 
 
@@ -509,7 +509,7 @@ class PrototypeRouter(Router):
         return ("training", "evaluation") if self.choice == "expert" else ()
 
     def forward(self, x: Tensor, context: Context) -> Routing:
-        unconditional = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # (N,)
+        unconditional = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)  # (N,)
         if self.unconditional_expert:
             unconditional = context.get("no_class", unconditional)
         with torch.autocast(x.device.type, enabled=False):
@@ -529,7 +529,7 @@ class PrototypeRouter(Router):
         weight, expert = z.flatten(0, 1).topk(self.num_experts_per_tok, dim=-1, sorted=False)
         loss = z.new_zeros(())
         if self.training:
-            chosen = torch.zeros(len(expert), self.num_experts, device=x.device)
+            chosen = torch.zeros(expert.shape[0], self.num_experts, device=x.device)
             chosen = chosen.scatter(1, expert, 1.0).where(~is_unconditional, 0.0)  # (S, E)
             loss = self.contrastive_loss(prototypes, x, chosen)
         weight = weight.where(~is_unconditional, 1 / self.num_experts_per_tok)
@@ -554,7 +554,7 @@ class PrototypeRouter(Router):
         rows = (token[kept], expert[kept], weight.flatten()[kept])
         # The tokens of images without a class follow, as rows of the extra expert, number E.
         token = unconditional.repeat_interleave(tokens).nonzero().squeeze(1)
-        extra_rows = (token, torch.full_like(token, experts), weight.new_ones(len(token)))
+        extra_rows = (token, torch.full_like(token, experts), weight.new_ones(token.shape[0]))
         return *(torch.cat(pair) for pair in zip(rows, extra_rows, strict=True)), 0, loss
 
     def contrastive_loss(self, prototypes: Tensor, x: Tensor, chosen: Tensor) -> Tensor:

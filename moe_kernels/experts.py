@@ -33,7 +33,7 @@ def compute_experts(
     they are used. Quantised parameters have no backward pass.
     """
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
-    rows = sort_rows(token, expert, len(x), len(parameters[0]))
+    rows = sort_rows(token, expert, x.shape[0], len(parameters[0]))
     if isinstance(parameters[0], QuantizedWeight):
         if has_tangent(x, weight):
             raise NotImplementedError("quantised experts have no derivatives")
@@ -54,11 +54,12 @@ def sort_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int) 
     start (S + 1,)   the rows of token s have the new indices place[start[s]:start[s + 1]]
     end (E,)         the rows of expert e are source[end[e - 1]:end[e]]
     """
-    numbers = torch.arange(max(len(token), num_tokens + 1, num_experts), device=token.device)
+    num_rows = token.shape[0]  # len() would specialise a traced graph to this number
+    numbers = torch.arange(num_rows + num_tokens + 1 + num_experts, device=token.device)
     # A radix sort of one-byte keys needs only one pass.
     kind = torch.uint8 if num_experts <= 256 else torch.int32
     in_order, order = expert.to(kind).sort(stable=True)
-    place = torch.empty_like(order).scatter(0, order, numbers[: len(order)])
+    place = torch.empty_like(order).scatter(0, order, numbers[:num_rows])
     start = torch.searchsorted(token.contiguous(), numbers[: num_tokens + 1])
     end = torch.searchsorted(in_order, numbers[:num_experts].to(kind), right=True).int()
     return [token[order], place, start, end]

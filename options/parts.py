@@ -103,8 +103,12 @@ class Word:
         return f"{self.name}:{text}" if text else self.name
 
     @classmethod
-    def parse(cls, text: "str | Word", table: Registry) -> "Word":
-        """Reads text such as "muon:betas=0.9,0.95,momentum=0.9", or checks a `Word`."""
+    def parse(cls, text: "str | Word | Mapping", table: Registry) -> "Word":
+        """Reads text such as "muon:betas=0.9,0.95,momentum=0.9", or checks a `Word`, which may be
+        the mapping that dataclasses.asdict makes of it.
+        """
+        if isinstance(text, Mapping) and {*text} == {"name", "options"}:
+            text = cls(**text)
         if isinstance(text, Word):
             name, said = text.name, text.options
         elif isinstance(text, str):

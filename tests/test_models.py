@@ -4,12 +4,14 @@ import importlib.util
 import itertools
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_MODEL, relative_error
+from helpers import TINY_MODEL, assert_same_values, relative_error
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -323,6 +325,41 @@ def compiled(quick_compile):
         return model
 
     return make
+
+
+@pytest.mark.parametrize("fields", [
+    {"num_experts": 0}, *({"router": name} for name in ROUTERS),
+    {"expert_backend": "loop"}, {"router": "prototype:choice=expert"},
+], ids=str)  # fmt: skip
+def test_an_exported_graph_takes_any_batch_size(fields):
+    model = randomised(**fields).eval()
+
+    def inputs(number: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(number, 4, 8, 8), torch.rand(number), torch.arange(number) % 11
+
+    count = torch.export.Dim("count", min=1, max=64)
+    shapes = {"x": {0: count}, "t": {0: count}, "y": {0: count}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it does not keep `DiT.expert_load`
+        traced = torch.export.export(model, inputs(3), dynamic_shapes=shapes).module()
+        for number in (1, 2, 5):
+            some = inputs(number)
+            assert torch.equal(traced(*some)[0], model(*some)[0])
+    assert model(*inputs(0))[0].shape == (0, 8, 8, 8)
+
+
+class HubDiT(DiT, PyTorchModelHubMixin):
+    def __init__(self, **fields):
+        super().__init__(**fields)
+
+
+def test_the_mixin_of_the_hub_saves_and_loads_a_model(tmp_path):
+    fields = {"router": "topk:renormalize=true", "sparse_layers": (1,), "input_size": (8, 4)}
+    model = HubDiT(**vars(randomised(**fields).config))
+    model.save_pretrained(tmp_path)
+    loaded = HubDiT.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert_same_values(loaded.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize(
