@@ -324,6 +324,8 @@ class ClassTokens(nn.Module):
     A token is the embedding of the class plus a learned position. It is not rotated.
     """
 
+    matrices = {"positions": 0}  # see `training.optimizers.hidden_matrices`
+
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.positions = nn.Parameter(torch.empty(1, count, hidden_size))
@@ -342,6 +344,8 @@ class Attention(nn.Module):
 
     qk_norm: makes the norm of the queries and keys of each head, from its width
     """
+
+    matrices = {"qkv.weight": 3}  # one below the other
 
     def __init__(
         self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
@@ -368,6 +372,7 @@ class CrossAttention(nn.Module):
     Chen et al. 2023, arXiv 2310.00426), whose output starts at zero."""
 
     drawn_last = True  # so that the same seed gives the same other weights
+    matrices = {"kv.weight": 2}
 
     def __init__(
         self, hidden_size: int, num_heads: int, qk_norm: Callable[[int], nn.Module] = nn.Identity
@@ -426,6 +431,8 @@ class DiTBlock(nn.Module):
 
     Its feed-forward layer is sparse (`moe`) or dense (`mlp`); the other attribute is None.
     """
+
+    matrices = {"adaLN_modulation.1.weight": 6}
 
     def __init__(self, config: DiTConfig, layer: int = 0):
         super().__init__()

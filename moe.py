@@ -17,7 +17,7 @@ Shape legend:
 
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,10 +138,6 @@ class Experts(nn.Module):
             else:
                 nn.init.uniform_(weight, -bound, bound)
 
-    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Any, ...]:
-        """Returns the inputs of `forward`. Expert parallelism begins to send rows here."""
-        return x, routing
-
     def forward(
         self, x: Tensor, routing: Routing, weights: ExpertWeights | None = None
     ) -> Tensor:
@@ -155,10 +151,7 @@ class Experts(nn.Module):
     def weights(self) -> ExpertWeights:
         up = "gate_up" if hasattr(self, "gate_up_proj") else "up"
         names = (f"{up}_proj", "down_proj", f"{up}_bias", "down_bias")
-        return ExpertWeights(*map(self.weight, names))
-
-    def weight(self, name: str) -> Tensor | QuantizedWeight | None:
-        return getattr(self, name, None)
+        return ExpertWeights(*(getattr(self, name, None) for name in names))
 
 
 def check_declared(experts: nn.Module, num_experts: int) -> None:
@@ -275,8 +268,7 @@ class SparseMoEBlock(nn.Module):
         """
         routing = self.gate(self.gate.select_input(x, context), context)
         x = cast_as_autocast(x)  # cast once for routed and shared experts
-        inputs = self.experts.dispatch(x.flatten(0, 1), routing)
-        # Rows may travel to other processes while the shared expert computes.
-        shared = None if self.shared_experts is None else self.shared_experts(x)
-        y = self.experts(*inputs).view_as(x)                                # (N, T, D)
-        return y if shared is None else y + shared, routing
+        y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing

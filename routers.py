@@ -109,6 +109,7 @@ class Router(Component, nn.Module):
     extra_experts = 0  # number of experts in addition to the E routed experts
     weight_std = None  # standard deviation of the initial W; None: uniform, as in nn.Linear
     varies_in = ()  # modes in which the number of rows varies: "training", "evaluation"
+    matrices = {"weight": 0}  # see `training.optimizers.hidden_matrices`
     depends_on_batch = False  # whether an image's rows in eval mode depend on the other images
 
     def __post_init__(self):
@@ -356,6 +357,8 @@ class RaceRouter(ThresholdRouter):
     The paper's second loss, of an output of each layer that predicts the diffusion target, is
     omitted, because a router does not receive the target.
     """
+
+    matrices = {"weight": 0, "hidden": 1}
 
     momentum: float = option(
         0.99, help="momentum of the threshold's moving average", ge=0, le=1

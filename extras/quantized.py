@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from checkpoints.meta import meta_model
 from checkpoints.quantizers import QUANTIZERS, quantizer_of
 from models import DiT, DiTConfig
-from moe import Experts, SparseMoEBlock
+from moe import Experts, ExpertWeights, SparseMoEBlock
 from moe_kernels.quantized import KINDS, QuantizedWeight, quantize
 from runtime.errors import UserError, reported_as
 
@@ -35,10 +35,12 @@ class QuantizedExperts(Experts):
             else:
                 self.register_parameter(name, parameter)
 
-    def weight(self, name: str) -> Tensor | QuantizedWeight | None:
-        if name.endswith("_bias"):
-            return super().weight(name)
-        return QuantizedWeight(getattr(self, name), getattr(self, f"{name}_scale"))
+    def weights(self) -> ExpertWeights:
+        stored, up = super().weights(), "gate_up" if hasattr(self, "gate_up_proj") else "up"
+        return stored._replace(
+            up_proj=QuantizedWeight(stored.up_proj, getattr(self, f"{up}_proj_scale")),
+            down_proj=QuantizedWeight(stored.down_proj, self.down_proj_scale),
+        )
 
 
 def matrices_to_quantize(experts: Experts) -> list[str]:

@@ -1,5 +1,6 @@
 """The experts: the output and every gradient of each back end are correct."""
 
+import copy
 import dataclasses
 import itertools
 import weakref
@@ -238,6 +239,35 @@ def test_lora_of_peft_on_every_linear_layer_is_merged_exactly():
         model = adapted.merge_and_unload()
         assert relative_error(model(x, t, y)[0], want) < 1e-5
         before = want
+
+
+def test_lora_of_peft_trains_the_stacked_experts(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model, target = DiT(**TINY_MODEL).eval(), torch.randn(2, 4, 8, 8)
+    batch = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    base, before = copy.deepcopy(model), model(*batch)[0]
+    names = ["moe.experts.gate_up_proj", "moe.experts.down_proj"]
+    settings = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+    adapted = peft.get_peft_model(model, settings)
+    assert torch.equal(adapted(*batch)[0], before)
+    trained = {n: w for n, w in adapted.named_parameters() if w.requires_grad}
+    assert len(trained) == 2 * 2 * TINY_MODEL["depth"]
+    optimizer, losses = torch.optim.Adam(trained.values(), lr=0.01), []
+    for _ in range(5):
+        loss = F.mse_loss(adapted(*batch)[0][:, :4], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(weight.grad.any() for weight in trained.values())
+    want = adapted(*batch)[0]
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(loaded(*batch)[0], want)
+    assert relative_error(loaded.merge_and_unload()(*batch)[0], want) < 1e-6
 
 
 def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():

@@ -77,39 +77,30 @@ class AdamW(Optimizer):
 
 OPTIMIZERS = Registry({"adamw": AdamW}, elsewhere={"muon": "extras.muon"})
 
-FUSED = ("kv.weight", "adaLN_modulation.1.weight")  # square matrices, one below the other; also qkv
-# Parameters that are neither of a layer of torch nor declared by `Experts`. All others are vectors.
-OTHERS = {".gate.weight": 0, ".gate.hidden": 1, "class_tokens.positions": 0}
-
 
 def hidden_matrices(model: DiT) -> dict[str, int]:
     """Returns the number of hidden matrices in each parameter that is no vector.
 
-    A weight (m, n) can contain several of equal size, one below the other: 2 (gate and up), 3
-    (queries, keys and values), 6 (the modulations of a block). For a weight (E, m, n), this is the
-    number per expert. It is 0 for embeddings, gates, the first and the last layer.
+    The weight (m, n) of a linear layer is one, or as many of equal size, one below the other, as a
+    module around it declares in `matrices`: 3 (queries, keys and values), 6 (the modulations of a
+    block). For a weight (E, m, n), which `Experts` declares, this is the number per expert. It is 0
+    for embeddings, gates, the first and the last layer. Other parameters of a module of its own are
+    vectors, unless declared.
     """
     hidden = ("t_embedder.", "blocks.", *(f"{embedder_of(name)}." for name in model.conditions))
-    declared: dict[str, int] = {}
-    layers: dict[str, nn.Module] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, SparseMoEBlock):
-            counts = {**module.experts.per_expert, **module.experts.shared}
-            declared |= {f"{prefix}.experts.{name}": count for name, count in counts.items()}
-        elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
-            layers[f"{prefix}.weight"] = module
     found: dict[str, int] = {}
-    for name, weight in model.named_parameters():
-        if name in declared:
-            count = declared[name] or None
-        elif name in layers:
-            count = int(isinstance(layers[name], nn.Linear) and name.startswith(hidden))
-            count *= len(weight) // weight.shape[1] if name.endswith(FUSED) else 1
-        else:
-            count = next((count for end, count in OTHERS.items() if name.endswith(end)), None)
-        if count is not None:
-            found[name] = count
-    return found
+    declared: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        counts = getattr(module, "matrices", {})
+        if isinstance(module, SparseMoEBlock):
+            sizes = {**module.experts.per_expert, **module.experts.shared}
+            counts = {f"experts.{name}": count for name, count in sizes.items() if count}
+        elif isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+            name = f"{prefix}.weight"
+            found[name] = int(isinstance(module, nn.Linear) and name.startswith(hidden))
+        declared |= {f"{prefix}.{name}": count for name, count in counts.items()}
+    found |= declared
+    return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
 def planned_state(

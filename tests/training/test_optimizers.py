@@ -149,11 +149,13 @@ def test_the_model_lists_its_matrices_and_how_many_are_fused_in_each_weight():
     # Parameters of a layer of one's own are vectors, and kernels of a convolution no matrices.
     model.blocks[0].table = nn.Parameter(torch.zeros(6, 32))
     model.blocks[0].convolution = nn.Conv2d(32, 32, 3)
+    model.blocks[0].pair = nn.Sequential(nn.Linear(32, 48))
+    model.blocks[0].pair.matrices = {"0.weight": 2}
     found = hidden_matrices(model)
     block = {k.removeprefix("blocks.0."): cut for k, cut in found.items() if "blocks.0" in k}
     assert block == {
         "attn.qkv.weight": 3, "attn.proj.weight": 1, "adaLN_modulation.1.weight": 6,
-        "moe.gate.weight": 0, "convolution.weight": 0,
+        "moe.gate.weight": 0, "convolution.weight": 0, "pair.0.weight": 2,
         "moe.gate.predictor.0.weight": 1, "moe.gate.predictor.2.weight": 1,
         "moe.experts.gate_up_proj": 2, "moe.experts.down_proj": 1,
         "moe.shared_experts.gate_proj.weight": 1, "moe.shared_experts.up_proj.weight": 1,

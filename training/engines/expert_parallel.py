@@ -3,13 +3,11 @@
     counts = [2, 2, 2, 2]                              # routed experts of each process
     keep_experts(experts, counts, rank)                # experts: a `moe.Experts`
     spread(experts, group, counts)                     # experts exchange rows
-    inputs = experts.dispatch(x, routing)              # begins to send rows
-    y = experts(*inputs)                               # waits for the rows from other processes
+    y = experts(x, routing)
 
 A process sorts its rows by expert and sends each row, with its weight, to the process that holds
 the expert, which computes it and sends the result back. No row is dropped. The host waits for the
-numbers of rows, unless `Routing.is_even`. Between `dispatch` and `forward` the shared expert
-computes; in the backward pass, its gradients are computed while those of the rows travel.
+numbers of rows, unless `Routing.is_even`.
 
 The last process stores the extra expert of a router (`Router.extra_experts`) and sends the weights
 to all processes, each of which computes the rows of its own tokens.
@@ -20,14 +18,12 @@ Shape legend:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, Work
+from torch.distributed import ProcessGroup
 
 from moe import ExpertWeights
 from moe_kernels.experts import sort_rows
@@ -45,20 +41,11 @@ def keep_experts(experts: nn.Module, counts: Sequence[int], rank: int) -> None:
             setattr(experts.get_submodule(owner), name, kept)
 
 
-class Sent(NamedTuple):
-    """Rows on their way to other processes."""
-
-    rows: list[Tensor]  # see `sort_rows`
-    packed: Tensor  # (R, D + 1), with their weights
-    exchange: "Exchange"
-    local: Tensor  # (R',), local experts of the received rows
-
-
 def spread(
     experts: nn.Module, group: ProcessGroup, counts: Sequence[int], extra: int = 0,
     *, has_equal_batches: bool = True,
 ) -> None:  # fmt: skip
-    """Replaces the methods of a layer's experts by ones that exchange rows.
+    """Replaces the forward pass of a layer's experts by one that exchanges rows.
 
     `experts.load` becomes the largest number of received rows per sent row; the mean is 1.
 
@@ -69,9 +56,10 @@ def spread(
     experts.is_spread, experts.load, groups[group.group_name] = True, 0.0, group
 
     @torch.compiler.disable  # the host waits for numbers of rows
-    def dispatch(x: Tensor, routing: Routing) -> tuple[Tensor | None, Routing, Sent]:
+    def forward(x: Tensor, routing: Routing) -> Tensor:
+        """Returns the weighted sums of the rows of each token of x (S, D); (S, D)."""
         if not extra:
-            return None, routing, send(x, routing)
+            return compute_elsewhere(x, routing)
         is_extra = routing.expert >= sum(counts)
         there, here = (mask.nonzero().squeeze(1) for mask in (~is_extra, is_extra))
         token, expert, weight = routing.token, routing.expert - sum(counts), routing.weight
@@ -79,19 +67,13 @@ def spread(
         # A row of weight 0: ranks without extra rows must join the backward collective too.
         local = (F.pad(t[here], (0, 1)) for t in (token, expert, weight))
         rest = routing.loss, routing.load
-        return x, Routing(*local, 0, *rest), send(x, Routing(*routed, *rest))
-
-    @torch.compiler.disable
-    def forward(x: Tensor | None, routing: Routing, sent: Sent) -> Tensor:
-        """Computes the received rows, and those of x (S, D) for the extra experts; returns the
-        weighted sum of the rows of each token (S, D)."""
-        if x is None:
-            return compute_received(routing, sent)
+        y = compute_elsewhere(x, Routing(*routed, *rest))
         weights = (p if p is None else FromLast.apply(p[-extra:], group) for p in experts.weights())
-        return compute(x, routing, ExpertWeights(*weights)) + compute_received(routing, sent)
+        return compute(x, Routing(*local, 0, *rest), ExpertWeights(*weights)) + y
 
-    def send(x: Tensor, routing: Routing) -> Sent:
-        """Begins to send the routed rows of x (S, D)."""
+    def compute_elsewhere(x: Tensor, routing: Routing) -> Tensor:
+        """Sends the routed rows of x (S, D) to the processes of their experts and computes the
+        received ones; returns the sums (S, D) of this process's rows by token."""
         token, expert, weight = routing.token, routing.expert, routing.weight.to(x.dtype)
         if not routing.per_token:
             token, order = token.sort(stable=True)
@@ -104,30 +86,23 @@ def spread(
             of_source = end.new_full((len(counts), num_local), each)  # (P, L)
         else:
             of_source, sent, got = exchange_counts(end, counts, num_local, group)
+        experts.load = max(experts.load, sum(got) / max(1, len(token)))
         # The local expert of each received row. Rows are ordered by source process, then by expert.
         local = torch.arange(num_local, device=x.device).repeat(len(counts))  # (P * L,)
         local = local.repeat_interleave(of_source.flatten(), output_size=sum(got))  # (R',)
         weight = torch.empty_like(weight).scatter(0, place, weight)  # (R,) by expert
         packed = torch.cat([gather_rows(x, rows), weight[:, None]], dim=1)  # (R, D + 1)
-        experts.load = max(experts.load, sum(got) / max(1, len(token)))
-        exchange = Exchange(sent, got, group)
-        return Sent(rows, BeginExchange.apply(packed, exchange), exchange, local)
-
-    def compute_received(routing: Routing, sent: Sent) -> Tensor:
-        """Computes the received rows; returns the sums (S, D) of this process's rows by token."""
-        rows, packed, exchange, local = sent
-        packed = EndExchange.apply(packed, exchange)  # (R', D + 1)
+        packed = AllToAll.apply(packed, sent, got, group)  # (R', D + 1)
         received, weight = packed[:, :-1].contiguous(), packed[:, -1]  # (R', D), (R',)
         if empty := not len(received):  # add a row: kernels need at least one
             received = torch.cat([received, received.new_zeros(1, received.shape[1])])
             weight, local = torch.cat([weight, weight.new_zeros(1)]), local.new_zeros(1)
         token = torch.arange(len(received), device=received.device)
-        routing = Routing(token, local, weight, 1, routing.loss, routing.load)
-        y = compute(received, routing)  # (R', D)
-        y = all_to_all(y[:0] if empty else y, exchange.opposite())  # (R, D)
+        y = compute(received, Routing(token, local, weight, 1, routing.loss, routing.load))
+        y = AllToAll.apply(y[:0] if empty else y, got, sent, group)  # (R, D)
         return combine_rows(y, rows)  # (S, D)
 
-    experts.dispatch, experts.forward = dispatch, forward
+    experts.forward = forward
 
 
 def exchange_counts(
@@ -142,7 +117,6 @@ def exchange_counts(
     of_expert = end.diff(prepend=end.new_zeros(1))  # (E,)
     received = [num_local] * len(counts)
     of_source = exchange_rows(of_expert, list(counts), received, group.group_name)
-    wait_for_rows()
     of_source = of_source.view(len(counts), num_local)  # (P, L)
     totals = torch.stack([part.sum() for part in of_expert.split(list(counts))])  # (P,)
     sent, got = torch.stack([totals, of_source.sum(1)]).tolist()
@@ -150,35 +124,24 @@ def exchange_counts(
 
 
 groups: dict[str, ProcessGroup] = {}  # by name, for `exchange_rows`
-exchanges: list[Work] = []  # that have begun
 
 
 @torch.library.custom_op("dit_moe::exchange", mutates_args=())
 def exchange_rows(rows: Tensor, sent: list[int], got: list[int], group: str) -> Tensor:
-    """Begins to send sent[p] rows to process p and to receive got[p] rows from it, in the order of
-    processes; see `wait_for_rows`.
+    """Sends sent[p] rows to process p and receives got[p] rows from it, in the order of processes.
 
     An operator, so that selective checkpointing can keep its output, see wrappers.py.
 
     group: a name in `groups`
     """
     out = rows.new_empty(sum(got), *rows.shape[1:])
-    exchange = torch.distributed.all_to_all_single(
-        out, rows.contiguous(), got, sent, group=groups[group], async_op=True
-    )
-    exchanges.append(exchange)
+    torch.distributed.all_to_all_single(out, rows.contiguous(), got, sent, group=groups[group])
     return out
 
 
 @exchange_rows.register_fake
 def _(rows, sent, got, group):
     return rows.new_empty(sum(got), *rows.shape[1:])
-
-
-def wait_for_rows() -> None:
-    """Waits for all exchanges; on a GPU, the stream waits and not the host."""
-    while exchanges:
-        exchanges.pop().wait()
 
 
 class FromLast(torch.autograd.Function):
@@ -205,69 +168,25 @@ class FromLast(torch.autograd.Function):
         return FromLast.apply(tangent, ctx.group)
 
 
-@dataclass
-class Exchange:
-    """An exchange of rows: sent[p] to and got[p] from process p, in the order of processes."""
-
-    sent: list[int]
-    got: list[int]
-    group: ProcessGroup
-    arriving: Tensor | None = None  # without values until the exchange ends
-
-    def opposite(self) -> "Exchange":
-        return Exchange(self.got, self.sent, self.group)
-
-    def begin(self, rows: Tensor) -> Tensor:
-        return exchange_rows(rows, self.sent, self.got, self.group.group_name)
-
-
-class BeginExchange(torch.autograd.Function):
-    """Begins an exchange of rows, which it returns for `EndExchange`; in the backward pass, ends
-    that of the gradients."""
+class AllToAll(torch.autograd.Function):
+    """`exchange_rows` with gradients, which return to where the rows came from."""
 
     @staticmethod
-    def forward(rows: Tensor, exchange: Exchange) -> Tensor:
-        exchange.arriving = exchange.begin(rows)
-        return rows
+    def forward(rows: Tensor, sent: list[int], got: list[int], group: ProcessGroup) -> Tensor:
+        return exchange_rows(rows, sent, got, group.group_name)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        pass
+        _, *ctx.exchange = inputs
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        wait_for_rows()
-        return grad, None
+        sent, got, group = ctx.exchange
+        return AllToAll.apply(grad, got, sent, group), None, None, None
 
     @staticmethod
-    def jvp(ctx, tangent: Tensor, _: None) -> Tensor:
-        return tangent
-
-
-class EndExchange(torch.autograd.Function):
-    """Returns the rows that have arrived; in the backward pass, begins to send their gradients."""
-
-    @staticmethod
-    def forward(rows: Tensor, exchange: Exchange) -> Tensor:
-        wait_for_rows()
-        arrived, exchange.arriving = exchange.arriving, None
-        return arrived
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        _, ctx.exchange = inputs
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        return ctx.exchange.opposite().begin(grad), None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, _: None) -> Tensor:
-        return all_to_all(tangent, ctx.exchange)
-
-
-def all_to_all(rows: Tensor, exchange: Exchange) -> Tensor:
-    return EndExchange.apply(BeginExchange.apply(rows, exchange), exchange)
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return AllToAll.apply(tangent, *ctx.exchange)
 
 
 class GatherRows(torch.autograd.Function):
