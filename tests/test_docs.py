@@ -16,6 +16,7 @@ from string import Template
 import pytest
 import torch
 from helpers import ROOT, call_main, command_line
+from PIL import Image
 
 from checkpoints import load_model
 from runtime import __version__
@@ -27,6 +28,7 @@ SHORTER = {  # settings of the examples that train
     "global_batch_size=64": "global_batch_size=8",
     "cfg_scale=2.5))": "cfg_scale=2.5, num_sampling_steps=5))",
     "names[-1]))": "names[-1], num_sampling_steps=5))",
+    "num_inference_steps=20": "num_inference_steps=2",
 }
 
 
@@ -44,6 +46,8 @@ def workspace(tmp_path_factory, image_tree, train_flags):
         "max-steps": 2, "ema": "exponential:decay=0.997", "rf": True,
     }  # fmt: skip
     call_main("train.py", *train_flags(root / "results", **values))
+    exported = ("--format", "pipeline", "--samples", 0, "--output", root / "results" / "pipeline")
+    call_main("export.py", "--ckpt", root / "results" / "demo", *exported)
     return root
 
 
@@ -55,7 +59,7 @@ def test_python_examples_in_the_docs_run_and_have_at_most_ten_lines(workspace, m
         assert blocks
         for code in blocks:
             if code.startswith("from pathlib import Path\n\nimport torch") or "ROUTERS" in code:
-                continue  # the training loop and the router, which other tests run
+                continue  # the training loops and the router, which other tests run
             assert len(code.splitlines()) <= 10, code
             for long, short in SHORTER.items():
                 code = code.replace(long, short)
@@ -89,6 +93,30 @@ def test_the_documented_training_loop_saves_a_model_that_sample_py_opens(monkeyp
     biases = [b.moe.gate.e_score_correction_bias for b in loaded.blocks]
     assert all(bias.any() for bias in biases)  # the routers were updated
     assert (tmp_path / "dog.png").is_file()
+
+
+def test_the_documented_fine_tuning_adapts_a_model_that_sample_py_opens(monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    text = (ROOT / "docs" / "python.md").read_text()
+    (code,) = re.findall(r"## Fine-tune with peft\n.*?```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "my-pictures" / "food-fruit").mkdir(parents=True)
+    for number in range(2):
+        image = Image.effect_noise((72, 64), 50 + number).convert("RGB")
+        image.save(tmp_path / "my-pictures" / "food-fruit" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    values: dict = {}
+    exec(compile(code.replace(", 100", ", 3"), "docs/python.md", "exec"), values)
+    flags = ("--class-labels", "food-fruit", "--output", "fruit.png")
+    call_main("sample.py", "--ckpt", "results/my-fruit.safetensors", *flags)
+    assert (tmp_path / "fruit.png").is_file()
+    old = load_model("assets/demo-emoji").state_dict()
+    new = load_model("results/my-fruit.safetensors").state_dict()
+    changed = {name for name, weight in old.items() if not torch.equal(new[name], weight)}
+    assert old.keys() == new.keys() and changed
+    parts = ("attn", "shared_experts", "adaLN_modulation", "embedder.mlp", "final_layer")
+    assert {next((p for p in parts if p in name), name) for name in changed} == {*parts}
 
 
 def shell_of(path: Path) -> list[str]:

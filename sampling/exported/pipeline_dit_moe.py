@@ -178,7 +178,7 @@ class DiTMoEPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         scheduler = self.scheduler
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and self.is_flow:
-            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
         else:
             spacing = scheduler.config.get("timestep_spacing")
             if isinstance(scheduler, DDIMScheduler) and spacing == "linspace":
