@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     PipelineQuantizationConfig,
     TorchAoConfig,
+    UniPCMultistepScheduler,
 )
 from helpers import (
     assert_same_values,
@@ -197,6 +198,17 @@ def test_diffusers_schedulers_sample_what_our_samplers_do(case, tmp_path, tiny_v
     ))  # fmt: skip
     want = ours.latents([2, 0], range(7, 9))
     assert relative_error(got, want) < 1e-5
+
+
+def test_a_solver_of_another_order_converges_to_the_same_latents(pipeline):
+    def draw(steps: int) -> torch.Tensor:
+        options = {"output_type": "latent", "generator": seeded(0, 2)}
+        return pipeline(["Cat", 0], num_inference_steps=steps, **options).images
+
+    want, coarse = draw(200), draw(20)
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, **options)
+    assert relative_error(draw(20), want) < relative_error(coarse, want) / 2
 
 
 def test_classes_are_given_as_numbers_names_lists_or_tensors(pipeline):
