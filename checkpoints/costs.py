@@ -154,12 +154,4 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         return sdpa_flop_count(q.shape, k.shape, v.shape)
 
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return {**flop_registry, torch.ops.dit_moe.experts: flops_of_experts, flash: attention}
-
-
-def flops_of_experts(
-    x: Tensor, weight: Tensor, parameters: Sequence[Tensor], *_: Any, **__: Any
-) -> int:
-    """Returns the FLOPs of `moe_kernels.operators.experts_forward`."""
-    (rows,), (_, u, d), (_, _, h) = weight.shape, *(one.shape for one in parameters[:2])
-    return 2 * rows * d * (u + h)
+    return {**flop_registry, flash: attention}

@@ -21,9 +21,11 @@ import functools
 import importlib.util
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels import torch_kernels
 from moe_kernels.quantized import QuantizedWeight
@@ -167,6 +169,23 @@ def backward(ctx, grad: Tensor | None, _: Tensor | None) -> tuple:
 
 
 experts_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+@register_flop_formula(torch.ops.dit_moe.experts, get_raw=True)
+def flops_of_experts(
+    x: Tensor, weight: Tensor, parameters: list[Tensor], *_: Any, **__: Any
+) -> int:
+    """Returns the FLOPs of `experts_forward`, also for torch's FlopCounterMode."""
+    (rows,), (_, u, d), (_, _, h) = weight.shape, *(one.shape for one in parameters[:2])
+    return 2 * rows * d * (u + h)
+
+
+@register_flop_formula(torch.ops.dit_moe.experts_backward, get_raw=True)
+def flops_of_backward(
+    grad: Tensor, inputs: list[Tensor], parameters: list[Tensor], rows: list[Tensor],
+    with_parameters: bool, **_: Any,
+) -> int:  # fmt: skip
+    return (1 + with_parameters) * flops_of_experts(grad, inputs[1], parameters)
 
 
 def expert_of_rows(source: Tensor, end: Tensor) -> Tensor:

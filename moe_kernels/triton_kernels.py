@@ -1,7 +1,7 @@
 """The steps of `moe_kernels.operators` as Triton kernels, without host sync or loop over experts.
 
 Each function has the name and the result of its counterpart in `torch_kernels`. The kernels run on
-every CUDA GPU that Triton supports. With `TRITON_INTERPRET=1`, set before this module is imported,
+every CUDA GPU that Triton supports. With `TRITON_INTERPRET=1`, set before Triton is imported,
 they run on CPU tensors, for tests.
 
 Shape legend: S tokens, D width, H expert width, E experts, R rows, I and O input and output width

@@ -64,8 +64,7 @@ def pytest_addoption(parser) -> None:
 def pytest_configure(config) -> None:
     """Hides the GPU from the tests and the processes they start, unless --gpu is given.
 
-    torch has not looked for a GPU at this point. Without a GPU, Triton interprets its kernels; it
-    reads the environment variable when it is imported.
+    torch has not looked for a GPU at this point.
     """
     for line in (
         "gpu: runs with and without --gpu", "needs_gpu: runs only with --gpu", "needs_triton",
@@ -74,7 +73,6 @@ def pytest_configure(config) -> None:
         config.addinivalue_line("markers", line)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: torch finds no GPU")
     # Nothing of the user's shell or home reaches the tests, and their processes share no cache.

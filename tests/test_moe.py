@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY_MODEL, config_of_command, needs_gpu, needs_triton, relative_error
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 from checkpoints import Checkpoint, Record
@@ -393,3 +394,21 @@ def test_a_parameter_of_experts_is_declared(monkeypatch, shape, declared, messag
     monkeypatch.setattr(moe, "Experts", Scaled)
     with pytest.raises(ValueError, match=f"Scaled.*{message}"):
         SparseMoEBlock(32, 4, 2)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mlp_type": "gelu"}, {"mlp_type": "swiglu_bias"}], ids=str)
+def test_counters_of_flops_see_what_each_back_end_computes(fields):
+    def count(backend: str) -> tuple[int, int]:
+        torch.manual_seed(0)
+        layer = SparseMoEBlock(8, num_experts=4, num_experts_per_tok=2, mlp_ratio=2.0,
+                               expert_backend=backend, **fields)  # fmt: skip
+        x = torch.randn(2, 6, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            y = layer(x, {})[0]
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    of_bias = 2 * 12 * 4 * 8 if fields else 0  # grouped adds biases by a product (S, E) (E, D)
+    forward, backward = count("loop")
+    assert count("grouped") == (forward + of_bias, backward + 2 * of_bias)
