@@ -587,7 +587,7 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
     def patches_of(self, x: Tensor) -> Tensor:
-        """Returns the patches (N, P, D) of tokens x (N, T, D): all, or those behind front_tokens.
+        """Returns the patches (N, P, ...) of tokens (N, T, ...): all, or those behind front_tokens.
 
         Raises ValueError for any other number of tokens, whose places are not known.
         """
