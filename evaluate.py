@@ -18,6 +18,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,10 +177,17 @@ def open_extractor(config: EvaluateConfig, dist: Distributed) -> torch.nn.Module
     return load_extractor(config.backbone, config.inception_weights, dist.device)
 
 
-def newest_step(path: str | None) -> str | None:
-    """Returns the newest step folder of a run, and other paths as they are."""
-    steps = step_folders(Path(path)) if path else []
-    return str(find_weights(Path(path)).parent) if steps else path
+def at_newest_steps(config: EvaluateConfig) -> EvaluateConfig:
+    """Names the newest step folders of runs, which may save while they are read; prints the one of
+    --ckpt."""
+    found = {}
+    for name in ("ckpt", "guide_ckpt"):
+        path = getattr(config, name)
+        if path and step_folders(Path(path)):
+            found[name] = str(find_weights(Path(path)).parent)
+    if "ckpt" in found:
+        print_safely(f"{config.ckpt}: evaluating step {int(Path(found['ckpt']).name):,}")
+    return replace(config, **found)
 
 
 def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
@@ -187,11 +195,7 @@ def evaluate_checkpoint(config: EvaluateConfig, dist: Distributed) -> None:
 
     The main process computes the metrics.
     """
-    # A run that still trains may save while the processes read its weights.
-    ckpt, guide = dist.from_main(lambda: (newest_step(config.ckpt), newest_step(config.guide_ckpt)))
-    if dist.is_main and ckpt != config.ckpt:
-        print_safely(f"{config.ckpt}: evaluating step {int(Path(ckpt).name):,}")
-    config = replace(config, ckpt=ckpt, guide_ckpt=guide)
+    config = dist.from_main(partial(at_newest_steps, config))
     pipeline = open_pipeline(config)
     sampling = {name: v for name, v in asdict(pipeline.settings).items() if v is not None}
     settings = settings_of(pipeline, config) | sampling
@@ -245,6 +249,7 @@ def evaluate_images(config: EvaluateConfig, dist: Distributed) -> None:
 
 def evaluate_loss(config: EvaluateConfig) -> None:
     """Computes the held-out loss of --ckpt."""
+    config = at_newest_steps(config)
     pipeline = open_pipeline(config)
     images, indices, facts = open_held_out(
         pipeline, config.data_path, config.latents_path, config.num_images

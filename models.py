@@ -476,12 +476,7 @@ class DiTBlock(nn.Module):
 
         x: tokens (N, T, D)
         c: conditioning vectors (N, D), the sum of the embeddings of the time and the conditions
-        context: what the block and its router read besides, by name: "time" (N, D), embedded;
-            "no_class" (N,), true for an image without a class; each condition, embedded: (N, D);
-            with sequences among them, all their tokens, "sequence" (N, L, D) and "sequence_mask"
-            (N, L); and what routers before it passed on. "classes" (N,) are the labels, in
-            [0, num_classes], or 0 without labels. Its router also finds "unmodulated", the
-            normalised tokens (N, T, D) without shift and scale.
+        context: what the block and its router read besides
         rotation: (T, d), see `rotary_positions`, or None
         """
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)               # 6 x (N, D)
@@ -592,7 +587,7 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
     def patches_of(self, x: Tensor) -> Tensor:
-        """Returns the patches (N, P, D) of tokens x (N, T, D): all, or those behind front_tokens.
+        """Returns the patches (N, P, ...) of tokens (N, T, ...): all, or those behind front_tokens.
 
         Raises ValueError for any other number of tokens, whose places are not known.
         """

@@ -264,7 +264,7 @@ class SparseMoEBlock(nn.Module):
         """Returns y (N, T, D) and the routing.
 
         x: tokens (N, T, D)
-        context: what the router reads besides, by name; see `DiTBlock.forward`
+        context: what the router reads besides
         """
         routing = self.gate(self.gate.select_input(x, context), context)
         x = cast_as_autocast(x)  # cast once for routed and shared experts

@@ -35,7 +35,17 @@ GATINGS = ("softmax", "sigmoid", "identity")
 # MutableMapping that write raise the error of `__setitem__`.
 @dataclass(frozen=True, eq=False)
 class Context(MutableMapping[str, Tensor]):
-    """Tensors by name that a block and its router read besides the tokens; see `DiTBlock.forward`.
+    """Tensors by name that a block and its router read besides the tokens.
+
+        time           (N, D), the embedded time
+        classes        (N,) labels in [0, num_classes], or 0 without labels
+        no_class       (N,) true for an image without a class, or, without labels, without a token
+        label, size, and each other condition of the model: (N, D), embedded
+        sequence       (N, L, D) tokens of all conditions that are sequences, such as a text
+        sequence_mask  (N, L)
+        unmodulated    (N, T, D), for routers: the normalised tokens without shift and scale
+
+    and what routers before have passed on (`Routing.passed_on`).
 
     It is read-only: the backward pass may compute blocks again, the last one first, and would find
     what another block has written. `context | {name: tensor}` is a new context.
@@ -143,7 +153,7 @@ class Router(Component, nn.Module):
         """Routes the tokens.
 
         x: the router's input (N, T, F), see `select_input`
-        context: what the block knows besides, by name; see `DiTBlock.forward`
+        context: what the block knows besides
 
         What a later layer shall read is returned as `Routing.passed_on`, not kept in an attribute:
         checkpointing computes a block again after the later ones.

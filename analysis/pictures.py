@@ -84,7 +84,7 @@ class ExpertPicture:
         if not model.config.num_experts:
             raise UserError("--experts: got a dense model, expected one with experts")
         self.num_experts = model.config.experts_per_layer
-        self.grid, self.num_patches = model.config.grid, model.config.num_patches
+        self.grid, self.patches_of = model.config.grid, model.patches_of
         self.recorded_steps = set(evenly_spaced(num_steps, FRAMES))
         self.numbers = model.config.sparse_blocks
         self.layers = some_layers(len(self.numbers)) if layers is None else layers
@@ -96,7 +96,7 @@ class ExpertPicture:
     def note(self, layer: int, x: Tensor, routing: Routing) -> None:
         if layer in self.layers and layer not in self.experts:  # only the first call of a step
             experts = strongest_experts(routing, num_tokens=x.shape[0] * x.shape[1])
-            self.experts[layer] = experts.view(x.shape[:2])[:, -self.num_patches :]
+            self.experts[layer] = self.patches_of(experts.view(x.shape[:2]))
 
     def __call__(self, state: dict) -> None:
         if state["step"] in self.recorded_steps:

@@ -31,7 +31,11 @@ emoji)
     ;;
 esac
 steps=${DEMO_STEPS:-$steps}
-[ "$steps" -ge 100 ] || sampling_steps=5 shown=1 counted=1
+# The images are not mirrored: all shoes of Fashion-MNIST face the same side, and flags have letters.
+images="$images --flip False" data="--latents-path $latents"
+if [ "$steps" -lt 100 ]; then  # read few images, and do not encode all of them first
+    data=$images sampling_steps=5 shown=1 counted=1
+fi
 if grep -qs '^version: 0\.[12]\.' "$out/config.yaml"; then
     echo "error: $out is of a version before 0.3 and cannot go on: delete or rename it, and start again" >&2
     exit 2
@@ -43,9 +47,8 @@ from runtime.devices import lacks_instructions
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 print('fp32' if lacks_instructions(device, torch.bfloat16) else 'bf16')")
 
-# The images are not mirrored: all shoes of Fashion-MNIST face the same side, and flags have letters.
-python cache_latents.py $images --flip False --output "$latents"
-python train.py --latents-path "$latents" --config config/recipes/fast.yaml $train \
+[ "$steps" -lt 100 ] || python cache_latents.py $images --output "$latents"
+python train.py $data --config config/recipes/fast.yaml $train \
     --max-steps "$steps" --model DiT-Ti/2 --num_experts 8 --num_experts_per_tok 2 --precision "$precision" \
     --optimizer "muon:precision=$precision" --results-dir results --run-name "${out#results/}" \
     --log-every 20 --num-sample 20 --sample-cfg-scale 2.5
@@ -81,8 +84,8 @@ The pictures, all in $out:
     run.png        losses, speed, expert load      expert_report.html, heatmap_class.png, _timestep
 Try next:
     python sample.py --ckpt $out --class-labels $one --images-per-class 16 --seed 1000
-    python train.py --latents-path $latents --model DiT-Ti/2 --rf --router expert_choice \\
-        --global-batch-size 64 --max-steps 400 --lr 2e-3 --ema exponential:decay=0.99 \\
-        --run-name expert-choice
+    python train.py $data --model DiT-Ti/2 \\
+        --rf --router expert_choice --global-batch-size 64 --max-steps 400 --lr 2e-3 \\
+        --ema exponential:decay=0.99 --run-name expert-choice
     python plot_run.py $out results/expert-choice
 EOF

@@ -229,6 +229,8 @@ def test_a_short_demo_samples_little_and_makes_only_what_is_older_than_its_check
     run = partial(python_commands, demo_script, tmp_path)
     whole, _ = run()
     short, _ = run(DEMO_STEPS="20")
+    assert "cache_latents.py" in str(whole) and "cache_latents.py" not in str(short)
+    short.insert(1, whole[1])
     for words, fewer in zip(whole, short, strict=True):
         for flag in {"--max-steps", "--num-sampling-steps", "--images-per-class"} & {*words}:
             assert int(fewer[fewer.index(flag) + 1]) < int(words[words.index(flag) + 1])

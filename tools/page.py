@@ -424,18 +424,21 @@ def launch(config: SamplingConfig):
         sides = [replace(config, ema=ema), *configs[1:]]
         session = request.session_hash
         stops[session] = stopping = threading.Event()
-        yield gr.skip()  # gradio empties the view if a generator yields nothing
+        shown = None
 
         def is_read() -> bool:
             messages = page._queue.pending_messages_per_session.get(session)
             return messages is None or messages.empty()
 
         try:
-            yield from forming(partial(draw, sides, given), stopping, is_read)
+            for shown in forming(partial(draw, sides, given), stopping, is_read):
+                yield shown
         except UserError as error:
             raise gr.Error(page_error(error), print_exception=False) from None
         finally:
             stops.pop(session, None)
+        if shown is None:  # stopped: gradio empties the view if a generator yields nothing
+            yield gr.skip()  # not before each drawing: gradio keeps what it skips
 
     def answer_live(values: dict, request: gr.Request) -> Iterator[dict]:
         yield from answer(values, request) if values[controls["live"]] else [gr.skip()]

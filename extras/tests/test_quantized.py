@@ -1,6 +1,7 @@
 """Quantised experts: rounding errors, accuracy, exported files and errors."""
 
 import pytest
+import test_moe
 import torch
 from helpers import SMALL, call_main, expect_error, relative_error, save_checkpoint
 from safetensors.torch import load_file
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.recorder import count_routing
 from checkpoints import config_of, load_model, read_checkpoint, save_model
+from checkpoints.quantizers import quantizer
 from extras.quantized import quantize_experts
 from models import DiT
 from moe_kernels.quantized import quantize
@@ -19,6 +21,7 @@ from sampling.pipeline import open_pipeline
 from sampling.sampling_config import SamplingConfig
 
 KINDS = ("int8", "int4")
+low_rank = test_moe.low_rank
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -83,6 +86,11 @@ def test_quantised_predictions_stay_close_and_the_back_ends_agree(router, mlp_ty
         assert relative_error(half, got[0]) < 0.05
         for a, b in zip(got, want, strict=True):
             assert 0 < relative_error(a, b) < bound
+
+
+def test_experts_that_share_a_parameter_are_not_quantised(low_rank):
+    with pytest.raises(UserError, match="--quantize: got int8 .*got LowRankExperts with .*up_base"):
+        quantizer("int8").convert(DiT(low_rank).state_dict(), low_rank)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -222,3 +222,21 @@ def test_models_that_cannot_be_compared_are_refused(tmp_path, capsys):
         line = expect_error(capsys, "expert_report.py", "--data", *files, *flags)
         assert f"{flags[0]}: has no effect with several --data" in line
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_wrong_arguments_of_a_report_are_one_line_errors(tmp_path, capsys):
+    data, file, old, other = (
+        tmp_path / n for n in ("counts.npz", "file", "old.npz", "other.jsonl")
+    )
+    random_counts().save(data)
+    file.touch()
+    np.savez(old, by_class=np.ones((3, 2, 4)))
+    save_ablation(other, {}, [Ablation(0, 64, None, None, 0.1)])
+    for arguments, message in (
+        (("--data", old), "got format 1, expected 3: run expert_data.py again"),
+        (("--data", data, "--layers", "1"), "--layers: has no effect without --only"),
+        (("--data", data, "--output", tmp_path / "x.pdf"), "expected .html without --only"),
+        (("--data", data, "--ablation", file), "not the file of expert_ablation.py"),
+        (("--data", data, "--ablation", other), "has experts of another model"),
+    ):
+        assert message in expect_error(capsys, "expert_report.py", *arguments)

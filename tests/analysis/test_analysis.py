@@ -8,12 +8,12 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from helpers import call_main, expect_error, needs_gpu, save_checkpoint
+from helpers import call_main, expect_error, needs_gpu
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
-from test_models import randomised, tiny_batch
+from test_models import randomised
 
 from analysis.counts import (
     RoutingCounts,
@@ -29,13 +29,8 @@ from analysis.heatmap import VIEWS, class_map, name_cells, step_map
 from analysis.pictures import DARKEST, ExpertPicture, expert_colours, strongest_experts
 from analysis.recorder import RoutingRecorder
 from checkpoints import Record, save_model
-from diffusion import RectifiedFlow
-from evaluation.heldout import held_out_loss, latent_batches
-from extras.ablation import Ablation, expert_removed, load_ablation, save_ablation
-from latents.cache import CachedLatents
 from latents.fonts import FONT, font_with
 from latents.image_grid import class_caption, image_grid
-from latents.loading import evenly_spaced
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
@@ -283,50 +278,6 @@ def test_heat_maps_and_tables_are_made_from_a_checkpoint(checkpoint, tmp_path, c
     assert numbers.count("\n") == 3 and numbers in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("router", ["topk", "expert_choice"])
-def test_an_expert_left_out_is_an_expert_whose_last_matrix_is_zero(router):
-    model, inputs = random_model(router=router), tiny_batch()
-    whole = model(*inputs)[0]
-    with expert_removed(model, 1, 2):
-        without = model(*inputs)[0]
-    assert torch.equal(model(*inputs)[0], whole)
-    model.blocks[1].moe.experts.down_proj[2] = 0
-    assert torch.equal(without, model(*inputs)[0]) and not torch.equal(without, whole)
-
-
-def test_experts_are_left_out_one_by_one_and_an_interrupted_command_continues(
-    tiny_vae, latent_cache, tmp_path, capsys
-):
-    model, path = random_model(num_classes=4), tmp_path / "model.safetensors"
-    facts = dict(objective="rectified_flow", vae_path=str(tiny_vae), image_size=16)
-    save_checkpoint(model, path, **facts)
-    flags = (
-        "--ckpt", path, "--latents-path", latent_cache, "--num-images", 20, "--num-pictures", 2,
-        "--num-sampling-steps", 1, "--output", tmp_path / "rows.jsonl",
-    )  # fmt: skip
-    call_main("expert_ablation.py", *flags)
-    settings, rows = load_ablation(tmp_path / "rows.jsonl")
-    assert [(row.layer, row.expert) for row in rows] == [(i, j) for i in (0, 1) for j in range(4)]
-    cache = CachedLatents(latent_cache, "--latents-path")
-    chosen = evenly_spaced(len(cache), 20)
-    batches = list(latent_batches(cache, chosen, None, list("abcd"), batch_size=20))
-    before = held_out_loss(model, RectifiedFlow(), batches).mean
-    model.blocks[1].moe.experts.down_proj[2] = 0
-    change = held_out_loss(model, RectifiedFlow(), batches).mean - before
-    assert rows[6].loss == pytest.approx(change, abs=1e-7) and rows[6].pictures > 0
-    assert rows[6].loss_error > 0
-    marked = [rows[0]._replace(pictures=0.5), *rows[1:3]]  # a row that is there is not computed
-    save_ablation(tmp_path / "rows.jsonl", settings, marked)
-    call_main("expert_ablation.py", *flags)
-    assert load_ablation(tmp_path / "rows.jsonl")[1] == [*marked, *rows[3:]]
-    assert "seed: got 1, expected 0" in expect_error(capsys, "expert_ablation", *flags, "--seed", 1)
-    flags = (*flags, "--cfg-scale", 2)
-    (tmp_path / "rows.jsonl").unlink()
-    call_main("expert_ablation.py", *flags)
-    line = expect_error(capsys, "expert_ablation", *flags, "--guide-ckpt", path)
-    assert "guide_sha256: got" in line and "delete it, or use another --output" in line
-
-
 def test_a_gallery_has_the_images_with_the_largest_weights_in_any_batches():
     torch.manual_seed(0)
     weights, pictures = torch.rand(2, 40, 4, 3), torch.randint(0, 256, (40, 3, 8, 8)).byte()
@@ -431,8 +382,6 @@ def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
     random_counts().save(data)
     file.touch()
     np.savez(old, by_class=np.ones((3, 2, 4)))
-    other = tmp_path / "other.jsonl"
-    save_ablation(other, {}, [Ablation(0, 64, None, None, 0.1)])
     for arguments, message in (
         (("--data", file), "not the counts of expert_data.py (it is not an .npz file"),
         (("--data", data, "--layers", "2"), "got 2, expected some of 0, 1, the blocks"),
@@ -441,14 +390,6 @@ def test_wrong_heat_map_arguments_are_one_line_errors(tmp_path, capsys):
         (("--data", data, "--output", tmp_path / "heat.xyz"), "--output: got"),
     ):
         assert message in expect_error(capsys, "heatmap_timestep.py", *arguments)
-    for arguments, message in (
-        (("--data", old), "got format 1, expected 3: run expert_data.py again"),
-        (("--data", data, "--layers", "1"), "--layers: has no effect without --only"),
-        (("--data", data, "--output", tmp_path / "x.pdf"), "expected .html without --only"),
-        (("--data", data, "--ablation", file), "not the file of expert_ablation.py"),
-        (("--data", data, "--ablation", other), "has experts of another model"),
-    ):
-        assert message in expect_error(capsys, "expert_report.py", *arguments)
     line = expect_error(capsys, "expert_data.py", "--ckpt", "x", "--output", "counts.txt")
     assert "--output: got" in line and ".npz" in line
 

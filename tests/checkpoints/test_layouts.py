@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import time
-from itertools import product
 
 import pytest
 import torch
@@ -13,19 +12,15 @@ from helpers import (
     ROOT,
     TINY_MODEL,
     assert_same_values,
-    call_main,
-    expect_error,
     relative_error,
-    save_checkpoint,
 )
 from test_models import randomised
 
-from checkpoints import Record, load_model, read_checkpoint, save_model
+from checkpoints import load_model, read_checkpoint, save_model
 from checkpoints.costs import count_macs
 from checkpoints.from_diffusers import from_diffusers
 from checkpoints.published import to_published
 from checkpoints.weights import read_pickle
-from extras.upcycle import upcycle, upcycled_config
 from latents.autoencoder import load_autoencoder
 from models import DiT, DiT_models, DiTConfig, select_layers
 from runtime import files
@@ -178,73 +173,6 @@ def test_weights_in_the_hub_cache_are_loaded_with_their_revision(monkeypatch, tm
     assert torch.equal(stored.state_dict["pos_embed"], model.pos_embed)
 
 
-def dense_checkpoint(layout: str, folder):
-    """Saves a random dense model in a layout and returns the checkpoint that is read from it."""
-    if layout == "diffusers":
-        random_diffusers_model().save_pretrained(folder)
-        return read_checkpoint(folder)
-    model = randomised(**DENSE, depth=3, mlp_type=layout if layout.startswith("swiglu") else "gelu")
-    if layout == "official":
-        torch.save(model.state_dict(), folder / "DiT.pt")
-        return read_checkpoint(folder / "DiT.pt", num_heads=2)
-    return read_checkpoint(save_checkpoint(model, folder / "model.safetensors"))
-
-
-def built(state_dict, config, **changes) -> DiT:
-    model = DiT(**{**vars(config), **changes})
-    model.load_state_dict(state_dict)
-    return model
-
-
-def upcycled(dense: DiT, **options) -> DiT:
-    config = upcycled_config(dense.config, num_experts=4, **options)
-    return built(upcycle(dense.state_dict(), config), config)
-
-
-UPCYCLED = {
-    "copies": dict(num_experts=4, num_experts_per_tok=2),
-    "one layer": dict(num_experts=5, num_experts_per_tok=3, n_shared_experts=0, layers=(2,)),
-    "halves": dict(num_experts=8, num_experts_per_tok=4, split=2, layers=(1, 2)),
-    "quarters": dict(num_experts=4, num_experts_per_tok=4, split=4),
-}
-MLPS = ("ours", "swiglu", "swiglu_bias")  # layouts of models with different MLPs
-
-
-@pytest.mark.parametrize(
-    "layout, kind",
-    [*product(MLPS, UPCYCLED), ("official", "copies"), ("diffusers", "copies")],
-)
-def test_upcycling_keeps_the_function_of_a_dense_model(layout, kind, tmp_path):
-    fields = UPCYCLED[kind]
-    stored = dense_checkpoint(layout, tmp_path)
-    want = predict(built(stored.state_dict, stored.config))
-    config = upcycled_config(stored.config, **fields)
-    state_dict = upcycle(stored.state_dict, config, split=fields.get("split", 1))
-    sparse = built(state_dict, config, expert_backend="grouped")
-    assert relative_error(predict(sparse), want) < 1e-5
-    assert config.router.options["renormalize"] and config.expert_mlp == stored.config.dense_mlp
-    kinds = [block.moe is not None for block in sparse.blocks]
-    assert kinds == [layer in fields.get("layers", range(3)) for layer in range(3)]
-    assert sparse.expert_load.shape == (sum(kinds), fields["num_experts"])
-
-
-def test_upcycling_without_renormalisation_changes_the_function():
-    dense = randomised(**DENSE)
-    assert relative_error(predict(upcycled(dense, renormalize=False)), predict(dense)) > 1e-3
-
-
-def test_upcycled_copies_of_an_expert_diverge_in_training():
-    sparse = upcycled(randomised(**DENSE)).train()
-    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
-    prediction, aux_loss = sparse(*inputs())
-    (prediction.square().mean() + aux_loss).backward()
-    assert all(weight.grad is not None for weight in sparse.parameters())
-    optimizer.step()
-    experts = sparse.blocks[0].moe.experts.up_proj
-    assert not torch.equal(experts[0], experts[1])
-    assert sparse.blocks[0].moe.shared_experts.fc2.weight.abs().sum() > 0
-
-
 def test_sparse_layers_are_selected_by_name_or_number():
     assert select_layers("all", 4) == (0, 1, 2, 3)
     assert select_layers("every-second", 5) == (1, 3)
@@ -253,24 +181,3 @@ def test_sparse_layers_are_selected_by_name_or_number():
     for wrong, depth in (("4", 4), ("shallow", 4), ("", 4), ((4,), 4), ("every-second", 1)):
         with pytest.raises(ValueError, match=re.escape(f"got {wrong!r}, expected all, every-")):
             DiTConfig(sparse_layers=wrong, depth=depth)
-
-
-def test_upcycle_py_writes_a_model_and_reports_that_the_function_is_kept(tmp_path, capsys):
-    model = randomised(**DENSE, depth=4)
-    facts = dict(objective="rectified_flow", class_names=tuple("abcdefghij"))
-    dense, sparse = tmp_path / "dense.safetensors", tmp_path / "sparse"
-    save_checkpoint(model, dense, step=5, settings={"lr": 1e-4}, **facts)
-    flags = ("--num_experts", 4, "--layers", "deep-half", "--n-shared-experts", 1)
-    call_main("upcycle.py", "--ckpt", dense, "--output", sparse, *flags)
-    assert "same function as the dense model" in capsys.readouterr().out
-    stored = read_checkpoint(sparse)
-    assert stored.config.router.options["renormalize"] and stored.config.sparse_blocks == (2, 3)
-    assert stored.config.n_shared_experts == 1
-    origin = {"path": str(dense), "step": 5}
-    name = read_checkpoint(dense).record.model_name
-    want = Record(config=stored.config, step=0, model=name, initialized_from=origin, **facts)
-    assert stored.record == want
-    assert relative_error(predict(load_model(sparse)), predict(model)) < 1e-5
-    again = ("upcycle.py", "--ckpt", sparse, "--output", tmp_path / "no")
-    assert "num_experts: got 4, expected 0" in expect_error(capsys, *again)
-    assert "--output: got" in expect_error(capsys, *again[:2], dense, "--output", sparse)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from helpers import (
@@ -19,7 +18,6 @@ from helpers import (
     assert_same_values,
     call_main,
     expect_error,
-    relative_error,
     save_checkpoint,
 )
 from PIL import Image
@@ -28,10 +26,7 @@ from test_layouts import DENSE
 from test_models import randomised, resolved
 from test_sampling import randomised_preset
 
-from checkpoints import Checkpoint, Record, build_model, load_model, read_checkpoint
-from extras.ablation import Ablation, drop_experts, save_ablation
-from extras.upcycle import upcycled_config
-from latents.autoencoder import weights_digest
+from checkpoints import Checkpoint, Record, load_model, read_checkpoint
 from options.parts import Word
 from routers import ROUTERS
 from sampling.formats import model_card
@@ -214,68 +209,6 @@ def test_a_model_of_pixels_is_exported_without_an_autoencoder(train_flags, tmp_p
     assert np.abs(drawn[0] - np.asarray(Image.open(want[0])) / 255).max() < 2 / 255
 
 
-@pytest.mark.parametrize("router", ["topk", "sigmoid", "expert_choice"])
-def test_a_model_without_some_experts_routes_as_if_their_gate_never_chose_them(router):
-    model = randomised(router=router, num_experts_per_tok=1)
-    source = Checkpoint(Path("model"), model.state_dict(), Record(config=model.config))
-    with pytest.raises(ValueError, match="got 4 experts, expected at most 3"):
-        drop_experts(source, 2 * [[0, 1, 2, 3]])
-    smaller = build_model(drop_experts(source, [[1, 3], [0, 2]]))
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
-    with torch.no_grad():
-        whole = model.eval()(x, t, y)[0]
-        for block, gone in zip(model.blocks, ([1, 3], [0, 2]), strict=True):
-            gate, kept = block.moe.gate, [i for i in range(4) if i not in gone]
-            score, choices = gate.score, torch.full((4,), -torch.inf)
-            choices[kept] = 0
-            gate.score = lambda x, score=score, choices=choices: score(x) + choices
-            if router == "sigmoid":
-                gate.e_score_correction_bias += choices
-            if router == "expert_choice":  # the experts that are left take all rows
-                gate.num_experts_per_tok = 2
-        got, want = smaller(x, t, y)[0], model(x, t, y)[0]
-    assert relative_error(got, want) < 1e-6 < relative_error(whole, want)
-
-
-def test_the_experts_with_the_least_damage_are_dropped_and_the_rest_is_trained_further(
-    trained, tmp_path, train_flags, capsys, monkeypatch
-):
-    path, file = trained["rectified_flow"], tmp_path / "ablation.jsonl"
-    before = read_checkpoint(path)
-    digest = weights_digest(build_model(read_checkpoint(path), dtype=torch.bfloat16))
-    measured = {"checkpoint_sha256": digest, "precision": "bf16"}
-    damage = [[0.3, 0.1, 0.2, 0.4], [0.1, 0.4, 0.3, 0.2]]
-    rows = [Ablation(i, j, damage[i][j], 0.1, 0.5) for i in (0, 1) for j in range(4)]
-    save_ablation(file, measured, rows)
-    flags = ("--drop-experts", 1, "--ablation", file)
-    out = export(path, tmp_path / "out", *flags)
-    after = read_checkpoint(out)
-    assert after.config.num_experts == 3
-    small = read_checkpoint(export(path, tmp_path / "small", *flags, "--quantize", "int8"))
-    assert small.config.num_experts == 3 and small.quantization == "int8"
-    for layer, kept in enumerate(([0, 2, 3], [1, 2, 3])):
-        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
-            name = f"blocks.{layer}.moe.{name}"
-            assert torch.equal(after.state_dict[name], before.state_dict[name][kept])
-    flags = {"max-steps": 1, "finetune": out, "model": None, "num_experts": None, "rf": True}
-    call_main("train.py", *train_flags(tmp_path, **flags, **{"run-name": "tuned"}))
-    assert read_checkpoint(tmp_path / "tuned").config.num_experts == 3
-    command = ("export", "--ckpt", path, "--output", tmp_path / "no", "--ablation", file)
-    assert "no effect without --drop-experts" in expect_error(capsys, *command)
-    dense = save_checkpoint(randomised(num_experts=0), tmp_path / "dense.safetensors")
-    line = expect_error(capsys, *command[:2], dense, *command[3:-2], "--drop-experts", 1)
-    assert "--drop-experts: has no effect on a dense model" in line
-    assert "got 9, expected at most 2" in expect_error(capsys, *command, "--drop-experts", 9)
-    save_ablation(file, measured, rows[:6])  # it was interrupted
-    line = expect_error(capsys, *command, "--drop-experts", 1)
-    assert "got an ablation of 6 experts, expected 2 layers x 4" in line
-    save_ablation(file, {"checkpoint_sha256": "another"}, rows)
-    assert "other weights" in expect_error(capsys, *command, "--drop-experts", 1)
-    monkeypatch.chdir(tmp_path)
-    line = expect_error(capsys, *command[:-2], "--drop-experts", 1)
-    assert "results/expert_ablation.jsonl does not exist" in line and "--ckpt" in line
-
-
 def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, monkeypatch):
     """diffusers downloads pipeline.py, the files that it imports, and the file that
     model_index.json names for each component."""
@@ -306,29 +239,11 @@ def test_a_pipeline_downloaded_from_the_hub_has_all_its_code(trained, tmp_path, 
     assert count == 9 and len([*out.rglob("*.py")]) == 2
 
 
-@pytest.fixture
-def upcycled(tmp_path) -> Path:
-    """Checkpoint of an upcycled dense model with random weights, as after training."""
-    config = upcycled_config(randomised(**DENSE, num_classes=4).config, num_experts=4)
-    facts = dict(objective="rectified_flow", class_names=NAMES)
-    return save_checkpoint(randomised(**vars(config)), tmp_path / "up.safetensors", **facts)
-
-
-def test_an_upcycled_model_is_exported_as_a_pipeline(upcycled, tmp_path, tiny_vae):
-    out = export(upcycled, tmp_path / "out", "--format", "pipeline", "--vae-path", tiny_vae)
-    assert_same_weights(read_checkpoint(out), read_checkpoint(upcycled))
-    pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
-    got, want = pipeline.transformer, load_model(upcycled).eval()
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([1, 4]))
-    with torch.no_grad():
-        assert relative_error(got(*inputs)[0], want(*inputs)[0]) < 1e-6
-    half = DiffusionPipeline.from_pretrained(out, trust_remote_code=True, dtype=torch.half)
-    assert half.transformer.dtype == half.vae.dtype == torch.half
-
-
 def test_models_that_a_format_cannot_express_are_not_exported(
-    upcycled, tmp_path, trained, capsys, monkeypatch
+    tmp_path, trained, capsys, monkeypatch
 ):
+    sums = randomised(router="topk:renormalize=True"), tmp_path / "sums.safetensors"
+    sums = save_checkpoint(*sums, objective="rectified_flow")
     rotary = save_checkpoint(randomised(**DENSE, rope=True), tmp_path / "rope.safetensors")
     wide = save_checkpoint(randomised(**DENSE, input_size=(8, 32)), tmp_path / "wide.safetensors")
     shifted = save_checkpoint(
@@ -336,12 +251,12 @@ def test_models_that_a_format_cannot_express_are_not_exported(
         objective="rectified_flow:shift=3",
     )  # fmt: skip
     for path, flags, message in (
-        (upcycled, ("--format", "published"), "router: got topk:"),
+        (sums, ("--format", "published"), "router: got topk:"),
         (rotary, ("--format", "published"), "rope: got True"),
         (trained["mean_flow"], ("--format", "published"), "objective: got mean_flow, expected"),
         (wide, ("--format", "published"), "input_size: got (8, 32), expected a square"),
         (shifted, ("--format", "published"), "shift=3.0, expected 1.0"),
-        (upcycled, ("--format", "pipeline"), "--vae-path: is required"),
+        (sums, ("--format", "pipeline"), "--vae-path: is required"),
         (trained["gaussian"], ("--scores", tmp_path / "none"), "--scores: got"),
         (trained["gaussian"], ("--rf",), "--objective: got rectified_flow, but"),
     ):

@@ -20,7 +20,7 @@ from torch import nn
 
 from analysis.recorder import count_routing
 from checkpoints import config_of
-from extras.quantized import quantize_experts
+from checkpoints.quantizers import quantizer
 from runtime.devices import DTYPES
 from sampling.generate import SamplerSettings, generate
 from sampling.memory_table import weights_in_memory
@@ -49,7 +49,7 @@ def test_offloaded_blocks_give_bit_identical_latents(precision, kind):
     for model in (plain, offloaded):
         model.register_parameter("own", nn.Parameter(torch.ones(2)))  # of an edited model
         if kind:
-            quantize_experts(model, kind)
+            quantizer(kind).replace_experts(model)
     plain.to(DEVICE, DTYPES[precision])
     offload_blocks(offloaded, DEVICE, DTYPES[precision])
     assert offloaded.own.dtype == DTYPES[precision] and offloaded.own.device.type == DEVICE.type

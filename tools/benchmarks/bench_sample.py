@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from extras.quantized import quantize_experts
+from checkpoints.quantizers import quantizer
 from models import DiT
 from options.parts import option
 from runtime.devices import DTYPES
@@ -60,7 +60,7 @@ def measure(config: SampleBenchmarkConfig, precision: str, device: torch.device)
         torch.manual_seed(0)
         model = DiT(config.dit_config(backend)).eval()
         if kind != "none":
-            quantize_experts(model, kind)
+            quantizer(kind).replace_experts(model)
         model.to(device, DTYPES[precision])
         wrap_blocks(model, compiled=config.compile)
         functions[backend, kind] = lambda model=model: generate(model, list(seeds), seeds, settings)

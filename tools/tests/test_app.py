@@ -1,5 +1,6 @@
 """The demo page in a real browser: it shows the images and steps that a visitor chooses."""
 
+import gc
 import io
 import json
 import socket
@@ -299,6 +300,20 @@ def test_a_value_without_a_hash_is_an_error_that_names_its_control(server, confi
     address = f"http://127.0.0.1:{config.port}/gradio_api/queue/data?session_hash=nobody"
     with urlopen(address, timeout=60) as events:
         assert any(b"EMA: got {'a': 1}" in line for line in events)
+
+
+def test_the_server_keeps_no_pictures_of_earlier_drawings(server, config):
+    from gradio import HTML
+
+    numbers, address = [], f"http://127.0.0.1:{config.port}/gradio_api/queue/data?session_hash="
+    for seed in range(4):
+        content = json.dumps(request_of(config, Seed=seed)).encode()
+        assert post(config, "queue/join", content, "application/json") == 200
+        with urlopen(f"{address}nobody", timeout=60) as events:
+            assert any(b"process_completed" in line for line in events)
+        gc.collect()
+        numbers.append(sum(isinstance(one, HTML) for one in gc.get_objects()))
+    assert numbers[1:] == numbers[:1] * 3
 
 
 def test_the_server_rejects_uploads_and_limits_its_queue(visit, config, calls, monkeypatch):
