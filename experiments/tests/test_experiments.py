@@ -54,6 +54,7 @@ from experiments.sample_tables import (
     read_samples,
 )
 from experiments.samples import border_contrast
+from experiments.shifted_images import shifted
 from experiments.specialisation import bits, call, count_choices
 from experiments.training_tables import (
     at_equal_time,
@@ -108,7 +109,10 @@ def test_all_arms_of_a_question_have_equal_compute(config):
     macs_of = functools.cache(count_macs)  # many arms train the same model
     macs = {arm: macs_of(model) for arm, model in models.items()}
     assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
-    of_width = {models[arm].hidden_size: macs[arm] for arm in ("topk", "topk-256-4e-3-203")}
+    of_width = {
+        models[arm].hidden_size: macs[arm]
+        for arm in ("topk", "topk-256-4e-3-203", "topk-8e-3-1600")
+    }
     shares = {arm: n / of_width[models[arm].hidden_size] for arm, n in macs.items()}
     assert {arm: share for arm, share in shares.items() if abs(share - 1) > 0.05} == {}
     dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
@@ -781,6 +785,59 @@ def test_a_table_gives_experts_by_class_and_position_and_no_class_its_own(config
         assert routing.loss == 0 and routing.per_token == 2
     chosen[0].weight.sum().backward()
     assert gate.weight.grad.abs().sum() > 0
+
+
+def test_a_warm_gate_has_the_choice_of_its_table_and_then_that_of_topk(plugins):
+    generator = torch.Generator().manual_seed(0)
+    router, topk = plugins.WarmRouter(**SIZES, classes=3, after=2), TopKRouter(**SIZES)
+    router.reset_parameters()
+    topk.load_state_dict({"weight": router.weight})
+    context = Context({"classes": torch.tensor([3, 0])})
+    for step in range(4):
+        x = torch.randn(2, 16, 8, generator=generator)
+        got, want = router(x, context), topk(x, context)
+        if step < 2:
+            assert torch.equal(got.expert.view(2, 16, 2), router.table[context["classes"]])
+            assert got.loss == 0
+        else:
+            assert torch.equal(got.expert, want.expert) and got.loss == want.loss
+        scores = router.score(x.flatten(0, 1)).softmax(dim=-1)
+        assert torch.equal(got.weight, scores[got.token, got.expert])
+        router.update(got.observed, skipped=True)  # changes nothing
+        router.update(got.observed, skipped=False)
+
+
+@pytest.mark.parametrize("name", ["embedded", "biased"])
+def test_places_start_as_topk_and_then_act_by_class_and_position(plugins, name):
+    """On one class and one position alone, as a table does."""
+    model = {"hidden_size": 16, "depth": 1, "num_heads": 2, "input_size": 8, "num_classes": 3}
+    generator, routed = torch.Generator().manual_seed(0), []
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
+    for router in ("topk", f"{name}:classes=3"):
+        torch.manual_seed(0)
+        made = DiT(**model, router=router).eval()
+        made.blocks[0].moe.gate.register_forward_hook(lambda _, inputs, out: routed.append(out))
+        made(x, t, torch.tensor([0, 3]))
+    assert torch.equal(routed[0].expert, routed[1].expert)
+    assert torch.equal(routed[0].weight, routed[1].weight)
+    with torch.no_grad():
+        made.blocks[0].moe.gate.places[3, 5] += torch.arange(
+            made.blocks[0].moe.gate.places.shape[2]
+        )
+    made(x, t, torch.tensor([0, 3]))
+    before, after = (one.weight.view(2, 16, 2) for one in routed[1:])
+    differs = (before != after).any(dim=2)
+    assert differs.nonzero().tolist() == [[1, 5]]  # adaLN-Zero: no attention yet
+
+
+def test_images_are_shifted_around_by_their_names():
+    pixels = np.arange(12).reshape(3, 4)
+    moved = [shifted(pixels, f"bag/{number}.png") for number in range(500)]
+    places = [tuple(np.argwhere(one == 0)[0]) for one in moved]
+    assert {*places} == {(row, column) for row in range(3) for column in range(4)}
+    row, column = places[7]
+    assert np.array_equal(moved[7], np.roll(pixels, (row, column), (0, 1)))
+    assert np.array_equal(moved[7], shifted(pixels, "bag/7.png"))
 
 
 def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path):
