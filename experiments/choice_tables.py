@@ -43,24 +43,29 @@ class ChoiceTablesConfig:
 
 
 @torch.no_grad()
-def count_by_class_and_position(model: DiT, latents: Tensor, labels: Tensor) -> Tensor:
-    """Counts the choices of a model on latents (N, C, h, w): (L, C + 1, T, E)."""
+def count_by_class_and_position(
+    model: DiT, latents: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the counts of the choices of a model on latents (N, C, h, w), and the sums of their
+    weights: (L, C + 1, T, E)."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     layers, tokens = len(config.sparse_blocks), config.num_patches
     shape = layers, config.num_classes + 1, tokens, config.num_experts
-    counts = torch.zeros(shape, dtype=torch.int64)
+    counts, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     for y in (labels, torch.full_like(labels, config.num_classes)):
 
         def count(layer: int, _: Tensor, routing: Routing, y: Tensor = y) -> None:
             expert = routing.expert.view(len(y), tokens, -1)  # (N, T, K)
             places = y[:, None, None], torch.arange(tokens)[:, None], expert
             counts[layer].index_put_(places, torch.tensor(1), accumulate=True)
+            weight = routing.weight.view_as(expert)
+            weights[layer].index_put_(places, weight, accumulate=True)
 
         with listen(model, count):
             for time in middles(spans=False):
                 noise = torch.randn(latents.shape, generator=generator)
                 model((1 - time) * latents + time * noise, time.expand(len(y)), y)
-    return counts
+    return counts, weights
 
 
 def main(config: ChoiceTablesConfig) -> None:
@@ -73,7 +78,7 @@ def main(config: ChoiceTablesConfig) -> None:
         model, names = build_model(checkpoint), list(checkpoint.record.class_names)
         batches = latent_batches(images, chosen, None, names, batch_size=250)
         counts = sum(
-            count_by_class_and_position(model, one["latents"], one["label"]) for one in batches
+            count_by_class_and_position(model, one["latents"], one["label"])[0] for one in batches
         )
         experts = counts.topk(model.config.num_experts_per_tok, dim=-1).indices  # (L, C + 1, T, K)
         write_tensors(run / "choices.safetensors", {"experts": experts}, {})

@@ -11,11 +11,16 @@ reference, on the reporting images:
                  reference the arm has, with its 95% interval
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
 from pandas import DataFrame, Series
+from scipy import stats
+from scipy.optimize import curve_fit
 
 from experiments.comparisons import (
     equivalence_interval,
@@ -41,14 +46,18 @@ class EquivalenceConfig:
     )
     margin: float = option(0.0012, gt=0, help="largest difference of equivalent arms")
     choosing_seeds: tuple[int, ...] = option((16, 17), help="seeds that only choose the rates")
-    output: Path = option(Path("results/tables"), help="folder of tables.md")
+    steps: tuple[int, ...] = option((), help="steps of the table of leads (default: four)")
+    decaying: tuple[str, ...] = option((), help="arms whose lead is fitted by an exponential")
+    decays_from: int = option(120, ge=0, help="first step of the fits")
+    output: Path = option(Path("results/tables"), help="folder of tables.md and the figure")
 
 
 def read_frame(rows: list[dict]) -> DataFrame:
     """Returns the rows of runs with the columns name and rate."""
-    frame = DataFrame(rows)[
-        ["arm", "seed", "val_loss", "report_loss", "max_violation", "curve", "val_bins"]
-    ]
+    frame = DataFrame(rows)
+    if "report_loss" not in frame:  # without other images, those of the curve
+        frame["report_loss"] = frame["val_loss"]
+    frame = frame[["arm", "seed", "val_loss", "report_loss", "max_violation", "curve", "val_bins"]]
     return frame.join(frame["arm"].str.extract(r"^(?P<name>.*)-(?P<rate>\d[\d.]*e-\d)-\d+$"))
 
 
@@ -80,14 +89,18 @@ def verdict(interval: tuple[float, float], margin: float, pairs: Series, holm: f
     return "not decided"
 
 
-def equivalence_table(rows: DataFrame, reference: str, baseline: str, margin: float) -> str:
-    """Returns a Markdown table with a line for each name, tested if it has three or more pairs."""
+def equivalence_table(
+    rows: DataFrame, reference: str, baseline: str, margin: float, least: int = 3
+) -> str:
+    """Returns a Markdown table with a line for each name, tested if it has `least` pairs."""
     losses = rows.pivot_table("report_loss", "seed", "name", sort=False)
     violations = rows.groupby("name")["max_violation"]
     others = [name for name in losses if name not in (reference, baseline)]
     found = {name: (losses[name] - losses[reference]).dropna() for name in others}
-    found = {name: pairs for name, pairs in found.items() if len(pairs) > 2}
+    found = {name: pairs for name, pairs in found.items() if len(pairs) >= least}
     tests = paired_tests(DataFrame(found))
+    advantage = (losses[baseline] - losses[reference]).dropna()
+    own = paired_tests(DataFrame({baseline: advantage if len(advantage) >= least else []}))
     lines = [[
         "arm", "seeds", "held-out loss", f"minus {reference}", "90% interval", "margin",
         "p (Holm)", "detectable", "result", "share of the advantage", "MaxVio",
@@ -96,7 +109,10 @@ def equivalence_table(rows: DataFrame, reference: str, baseline: str, margin: fl
         pairs = (losses[name] - losses[reference]).dropna()
         cells = [name, str(losses[name].count()), with_error(losses[name].dropna())]
         cells.append("" if name == reference else with_error(pairs, "+"))
-        cells += tested_cells(name, found, tests, margin)
+        if name == baseline:  # a test of its own
+            cells += ["", "", *test_cells(own, name, digits=4), ""]
+        else:
+            cells += tested_cells(name, found, tests, margin)
         complete = losses[[baseline, reference, name]].dropna() if name in found else DataFrame()
         cells.append(share_cell(complete, reference, baseline, name) if len(complete) > 2 else "")
         values = violations.get_group(name).dropna()
@@ -123,24 +139,87 @@ def share_cell(losses: DataFrame, reference: str, baseline: str, name: str) -> s
     return f"{gains[0].mean() / gains[1].mean():.0%} ({limits})"
 
 
-def lead_tables(rows: DataFrame, reference: str) -> str:
-    """Returns two Markdown tables of each arm minus the reference on the choosing images: at four
-    steps of the training and its end, and by the bin of the times."""
-    curves = rows["curve"].map(dict).apply(Series)
-    steps = [*curves.columns[[len(curves.columns) * k // 10 for k in (2, 4, 6, 8)]]]
+def leads_of(rows: DataFrame, losses: DataFrame, reference: str) -> dict[str, DataFrame]:
+    """Returns the losses of each name minus those of the reference, one line per pair of seeds.
+
+    losses: of the rows, in columns of any kind
+    """
+    of_arm = losses.set_index([rows["name"], rows["seed"]])
+    names = [name for name in rows["name"].unique() if name != reference]
+    return {name: (of_arm.loc[name] - of_arm.loc[reference]).dropna() for name in names}
+
+
+def curves_of(rows: DataFrame) -> DataFrame:
+    """Returns the losses on the choosing images, in a column for each step."""
+    return rows["curve"].map(dict).apply(Series)
+
+
+def lead_tables(rows: DataFrame, reference: str, steps: Sequence[float] = ()) -> str:
+    """Returns two Markdown tables of each arm minus the reference on the choosing images: at
+    `steps` of the training (default: four) and its end, and by the bin of the times."""
+    curves = curves_of(rows)
+    steps = [*steps] or [*curves.columns[[len(curves.columns) * k // 10 for k in (2, 4, 6, 8)]]]
     bins = rows["val_bins"].apply(Series)
     width = 1 / len(bins.columns)
     bins.columns = [f"t {k * width:.1f} to {(k + 1) * width:.1f}" for k in bins]
     tables = []
     for losses in (curves[steps].assign(end=rows["val_loss"]), bins):
-        of_arm = losses.set_index([rows["name"], rows["seed"]])
         lines = [["arm", *map(str, losses)]]
-        for name in rows["name"].unique():
-            if name != reference:
-                minus = (of_arm.loc[name] - of_arm.loc[reference]).dropna()
-                lines.append([name, *(with_error(minus[key], "+") for key in minus)])
+        for name, minus in leads_of(rows, losses, reference).items():
+            lines.append([name, *(with_error(minus[key], "+") for key in minus)])
         tables.append(markdown(lines))
     return "\n".join(tables)
+
+
+def fit_decay(lead: Series) -> np.ndarray:
+    """Fits a + b exp(-(step - first) / length) to a lead by step; returns a, b and length."""
+    steps = lead.index.to_numpy(float) - lead.index[0]
+    start = lead.iloc[-1], lead.iloc[0] - lead.iloc[-1], steps[-1] / 3
+    bounds = [-np.inf, -np.inf, 1], np.inf
+    with reported_as("the lead has no exponential fit", RuntimeError):
+        return curve_fit(
+            lambda x, a, b, length: a + b * np.exp(-x / length), steps, lead, start, bounds=bounds
+        )[0]
+
+
+def decay_table(rows: DataFrame, reference: str, names: Sequence[str], first: float) -> str:
+    """Returns a Markdown table of exponential fits to the mean leads from the step `first` on.
+
+    The interval of the asymptote is by the jackknife over the pairs.
+    """
+    lines = [["arm", "asymptote", "95% interval", "steps to halve the rest"]]
+    for name, leads in leads_of(rows, curves_of(rows), reference).items():
+        if name not in names or len(leads) < 3:
+            continue
+        leads, pairs = leads[[step for step in leads if step >= first]], len(leads)
+        asymptote, _, length = fit_decay(leads.mean())
+        without = [fit_decay(leads.drop(seed).mean())[0] for seed in leads.index]
+        error = np.std(without) * (pairs - 1) ** 0.5
+        reach = stats.t.isf(0.025, pairs - 1) * error
+        interval = f"{asymptote - reach:+.4f} to {asymptote + reach:+.4f}"
+        lines.append([name, f"{asymptote:+.4f}", interval, f"{length * np.log(2):.0f}"])
+    return markdown(lines)
+
+
+def draw_leads(rows: DataFrame, reference: str, path: Path) -> None:
+    """Draws each arm minus the reference on the choosing images, mean and standard error: by step
+    on the left, and by time at the end on the right."""
+    figure = Figure(figsize=(10, 3.4), layout="tight")
+    left, right = figure.subplots(1, 2)
+    bins = rows["val_bins"].apply(Series)
+    bins.columns = (np.arange(len(bins.columns)) + 0.5) / len(bins.columns)
+    for axes, losses in ((left, curves_of(rows)), (right, bins)):
+        for number, (name, minus) in enumerate(leads_of(rows, losses, reference).items()):
+            mean, error = minus.mean(), minus.sem()
+            axes.plot(mean.index, mean, ".-", label=name, color=f"C{number}")
+            axes.fill_between(
+                mean.index, mean - error, mean + error, color=f"C{number}", alpha=0.2, linewidth=0
+            )
+        axes.axhline(0, color="grey", linewidth=0.8)
+    left.set(xlabel="step", ylabel=f"loss on choosing images\nminus the loss of {reference}")
+    right.set(xlabel="time at the end (1: noise)")
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def parse_args() -> EquivalenceConfig:
@@ -163,7 +242,12 @@ def main(config: EquivalenceConfig) -> None:
     rows = chosen_rows(frame[is_choosing], frame[~is_choosing])
     if {config.reference, config.baseline} <= set(rows["name"]):
         table = equivalence_table(rows, config.reference, config.baseline, config.margin)
-        text = f"{text}\n{table}\n{lead_tables(rows, config.reference)}"
+        leads = lead_tables(rows, config.reference, config.steps)
+        text = f"{text}\n{table}\n{leads}"
+        if config.decaying:
+            decay = decay_table(rows, config.reference, config.decaying, config.decays_from)
+            text = f"{text}\n{decay}"
+        draw_leads(rows, config.reference, config.output / f"{config.rows[0].stem}.png")
     write_durably(config.output / "tables.md", text)
     print(text, end="")
 

@@ -4,6 +4,9 @@ rounded_adamw   AdamW on weights in bf16, with fp32 moments
 nucleus         expert choice as in Nucleus-Image
 frozen          token choice by a gate that stops learning
 table           token choice from a table by position, or by position and class
+warm            the choice of a table for some steps, then `topk`
+embedded        `topk`, and an embedding by class and position in each block
+biased          `topk` with logits by class and position
 
 Shape legend:
     N batch, T tokens per image, S = N*T tokens, E experts, K experts per token, C classes
@@ -11,9 +14,10 @@ Shape legend:
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import DiTBlock, DiTConfig
 from options.parts import option
 from routers import (
     ROUTERS,
@@ -21,6 +25,7 @@ from routers import (
     ExpertChoiceRouter,
     Router,
     Routing,
+    TopKRouter,
     expert_load,
     token_choice,
 )
@@ -157,7 +162,96 @@ def balanced_choice(tokens: int, experts: int, k: int) -> Tensor:
             return drawn
 
 
+class WarmRouter(TableRouter):
+    """The choice of a table in the first steps, without a balance loss, and then `topk`."""
+
+    after: int = option(100, ge=0, help="number of steps in which the table chooses")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.steps.zero_()
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        of_table = super().forward(x, context)
+        scores = self.score(x.flatten(0, 1)).softmax(dim=-1)  # (S, E)
+        chosen = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False).indices
+        by_table = self.steps < self.after
+        expert = torch.where(by_table, of_table.expert.view_as(chosen), chosen)
+        load = expert_load(expert.flatten(), self.num_experts)
+        loss = torch.where(by_table, 0.0, (load * scores.mean(dim=0)).sum()).sum()
+        rows = token_choice(expert, scores.gather(1, expert))
+        return Routing(*rows, loss, load, observed=load)
+
+    @torch.no_grad()
+    def update(self, observed: Tensor, skipped: Tensor | bool) -> None:
+        self.steps += ~torch.as_tensor(skipped, device=self.steps.device)
+
+
+class PlacesRouter(TopKRouter):
+    """Base class of routers with learned numbers by class and position, zero at first."""
+
+    tokens: int = option(16, ge=1, help="tokens per image")
+    classes: int = option(10, ge=1, help="number of classes; images without a class are one more")
+
+    def __post_init__(self):
+        super().__post_init__()
+        shape = self.classes + 1, self.tokens, self.width_of_places
+        self.places = nn.Parameter(torch.empty(shape))
+        nn.init.zeros_(self.places)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.places)
+
+
+class EmbeddedRouter(PlacesRouter):
+    """`topk` in blocks that add an embedding by class and position to their tokens."""
+
+    @property
+    def width_of_places(self) -> int:
+        return self.hidden_size
+
+
+def add_places(block: DiTBlock, inputs: tuple) -> tuple:
+    """Adds the embedding to the tokens (N, T, D) of a block."""
+    x, c, context, *others = inputs
+    return x + block.moe.gate.places[context["classes"]], c, context, *others
+
+
+make_block = getattr(DiTBlock.__init__, "of_core", DiTBlock.__init__)
+
+
+def make_embedded_block(self, config: DiTConfig, layer: int = 0) -> None:
+    """A router cannot change the tokens, so a hook of its block does."""
+    make_block(self, config, layer)
+    if self.moe is not None and config.router.name == "embedded":
+        self.register_forward_pre_hook(add_places)
+
+
+make_embedded_block.of_core = make_block  # a second import of this file replaces it
+DiTBlock.__init__ = make_embedded_block
+
+
+class BiasedRouter(PlacesRouter):
+    """`topk` whose logits are W x + b, where b depends on class and position."""
+
+    @property
+    def width_of_places(self) -> int:
+        return self.num_experts
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        logits = self.score(x) + self.places[context["classes"]].float()  # (N, T, E)
+        return self.choose(logits.flatten(0, 1))
+
+
 OPTIMIZERS["rounded_adamw"] = RoundedAdamW
 ROUTERS["nucleus"] = NucleusRouter
 ROUTERS["frozen"] = FrozenRouter
 ROUTERS["table"] = TableRouter
+ROUTERS["warm"] = WarmRouter
+ROUTERS["embedded"] = EmbeddedRouter
+ROUTERS["biased"] = BiasedRouter

@@ -30,7 +30,7 @@ TABLES = (
     ("ends", persistence_tables, ()),
     ("position", information_tables, ("arms", "reference")),
     ("scale", sample_tables, ("times", "reference", "output")),
-    ("val_loss", training_tables, ("times", "reference", "pairs", "output")),
+    ("val_loss", training_tables, ("times", "reference", "pairs", "steps", "output")),
 )
 
 
@@ -49,6 +49,9 @@ class ReportConfig:
     pairs: tuple[str, ...] = option(
         (), help="compare only these arms, as ARM:REFERENCE, in one table with one correction"
     )
+    steps: tuple[int, ...] = option(
+        (), help="also compare the losses on choosing images at these steps, without tests"
+    )
     output: Path = option(Path("results/tables"), help="folder for tables and figures")
 
 
@@ -63,7 +66,7 @@ def main(config: ReportConfig) -> None:
     if not kinds:
         raise UserError(f"--rows: got {names}, expected rows of experiments")
     make, flags = kinds[0]
-    idle = [name for name in ("arms", "times", "reference", "pairs") if name not in flags]
+    idle = [name for name in ("arms", "times", "reference", "pairs", "steps") if name not in flags]
     refuse_idle(config, idle, f"with {names}")
     text = make(rows, **{name: getattr(config, name) for name in flags})
     if not text:

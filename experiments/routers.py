@@ -19,6 +19,7 @@ machine is otherwise idle.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from evaluation.heldout import held_out_loss, latent_batches
 from experiments.arms import QUESTIONS, arm_flags
 from experiments.rows import add_row, read_lines, read_log
 from experiments.training_tables import training_tables
-from latents.cache import CachedLatents
+from latents.cache import CachedLatents, read_settings
 from latents.loading import available_cores
 from options.parts import option
 from options.settings import spelling
@@ -100,7 +101,12 @@ def command_of(config: ExperimentConfig, arm: str, seed: int) -> list[str]:
     every = str(max(1, steps // 10))
     is_file = (".yaml", ".py")
     words = [str(ROOT / word) if word.endswith(is_file) else word for word in arm_flags(arm)]
-    words = [word.format(runs=config.output / "runs", partner=seed ^ 1) for word in words]
+    filled = {"runs": config.output / "runs", "partner": seed ^ 1, "other": seed + 100}
+    if any("{classes}" in word for word in words):
+        latents = read_settings("--latents-path", Path(config.latents_path))
+        tokens = math.prod(latents.latent_shape[1:]) // 4
+        filled |= {"classes": len(latents.classes), "tokens": tokens}
+    words = [word.format(**filled) for word in words]
     return [
         "--model", config.model, "--objective", "rectified_flow",
         "--latents-path", config.latents_path, "--val-path", config.val_path,

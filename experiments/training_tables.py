@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from experiments.arms import QUESTIONS, Question
 from experiments.comparisons import paired_tests, pairs_table, test_cells, with_error
@@ -18,7 +18,7 @@ from tools.benchmarks.common import markdown
 
 def training_tables(
     rows: list[dict], *, output: Path, times: Path | None = None, reference: str | None = None,
-    pairs: tuple[str, ...] = (),
+    pairs: tuple[str, ...] = (), steps: tuple[int, ...] = (),
 ) -> str:  # fmt: skip
     """Returns a Markdown table for each question with rows of its reference and of another arm, and
     writes it to a .csv and a figure in the folder `output`.
@@ -27,6 +27,7 @@ def training_tables(
     reference: arm to compare with, in place of the reference of the question; questions without
         this arm are skipped
     pairs: ARM:REFERENCE; these are tested, in one table, in place of the arms of each question
+    steps: of a further table of each question, with the differences on the choosing images
     """
     text, known = [], {row["arm"] for row in rows}
     if reference not in (None, *known):
@@ -49,6 +50,8 @@ def training_tables(
         ]  # fmt: skip
         if question.has_own_lengths:
             text.append(steps_to_quality(rows, question, step_times))
+        if steps:
+            text += [leads_table(rows, question, steps), "\n"]
         DataFrame(lines).to_csv(output / f"question-{number}.csv", index=False)
         draw(rows, question, output / f"question-{number}.png")
     return "".join([*text, pairs_table(losses_of(rows), pairs)])
@@ -176,6 +179,20 @@ def table(
             "ms per step": f"{times[arm]:.0f}" if arm in times else "",
         })  # fmt: skip
     return lines
+
+
+def leads_table(rows: list[dict], question: Question, steps: tuple[int, ...]) -> str:
+    """Returns a Markdown table of the differences on the choosing images, by arm and step."""
+    curves = {(row["arm"], row["seed"]): Series(dict(map(tuple, row["curve"]))) for row in rows}
+    lines = [["arm", *map(str, steps)]]
+    for arm in question.arms:
+        gaps = DataFrame([
+            curve - curves[question.reference, seed] for (name, seed), curve in curves.items()
+            if name == arm and (question.reference, seed) in curves
+        ])  # fmt: skip
+        if arm != question.reference and len(gaps):
+            lines.append([arm, *(with_error(gaps[step], "+") for step in steps)])
+    return markdown(lines)
 
 
 def draw(rows: list[dict], question: Question, path: Path) -> None:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 from scipy import stats
 
-from checkpoints import load_model, step_folders
+from checkpoints import build_model, load_model, read_checkpoint, step_folders
 from checkpoints.costs import count_macs, count_parameters
 from evaluation.heldout import latent_batches
 from experiments import routers, specialisation
@@ -46,6 +46,7 @@ from experiments.every_table import multiplicity_table
 from experiments.expert_tables import dropping_tables, persistence_tables
 from experiments.noisy_copies import with_noise
 from experiments.persistence import shares
+from experiments.replaced_gates import Tables, replaced
 from experiments.rows import measure_missing
 from experiments.sample_tables import (
     comparisons_table,
@@ -54,6 +55,7 @@ from experiments.sample_tables import (
     read_samples,
 )
 from experiments.samples import border_contrast
+from experiments.shifted_images import shifted
 from experiments.specialisation import bits, call, count_choices
 from experiments.training_tables import (
     at_equal_time,
@@ -108,7 +110,10 @@ def test_all_arms_of_a_question_have_equal_compute(config):
     macs_of = functools.cache(count_macs)  # many arms train the same model
     macs = {arm: macs_of(model) for arm, model in models.items()}
     assert macs["topk"] == pytest.approx(macs["dense"], rel=0.01)
-    of_width = {models[arm].hidden_size: macs[arm] for arm in ("topk", "topk-256-4e-3-203")}
+    of_width = {
+        models[arm].hidden_size: macs[arm]
+        for arm in ("topk", "topk-256-4e-3-203", "topk-8e-3-1600")
+    }
     shares = {arm: n / of_width[models[arm].hidden_size] for arm, n in macs.items()}
     assert {arm: share for arm, share in shares.items() if abs(share - 1) > 0.05} == {}
     dense, sparse = (count_parameters(models[arm])[1] for arm in ("dense", "topk"))
@@ -480,7 +485,7 @@ def test_numbers_of_statements_are_printed_for_their_question(made_tables):
     """
     wrong = []
     for questions, text in statements():
-        lines = [line for question in questions for line in made_tables[question]]
+        lines = [line for question in questions for line in made_tables.get(question, [])]
         printed = " ".join(line for _, line in lines)
         known = set(re.findall(NUMBER, printed))
         known |= {number.partition(" ")[0] for number in known}
@@ -783,6 +788,122 @@ def test_a_table_gives_experts_by_class_and_position_and_no_class_its_own(config
     assert gate.weight.grad.abs().sum() > 0
 
 
+def test_a_warm_gate_has_the_choice_of_its_table_and_then_that_of_topk(plugins):
+    generator = torch.Generator().manual_seed(0)
+    router, topk = plugins.WarmRouter(**SIZES, classes=3, after=2), TopKRouter(**SIZES)
+    router.reset_parameters()
+    topk.load_state_dict({"weight": router.weight})
+    context = Context({"classes": torch.tensor([3, 0])})
+    for step in range(4):
+        x = torch.randn(2, 16, 8, generator=generator)
+        got, want = router(x, context), topk(x, context)
+        if step < 2:
+            assert torch.equal(got.expert.view(2, 16, 2), router.table[context["classes"]])
+            assert got.loss == 0
+        else:
+            assert torch.equal(got.expert, want.expert) and got.loss == want.loss
+        scores = router.score(x.flatten(0, 1)).softmax(dim=-1)
+        assert torch.equal(got.weight, scores[got.token, got.expert])
+        router.update(got.observed, skipped=True)  # changes nothing
+        router.update(got.observed, skipped=False)
+
+
+@pytest.mark.parametrize("name", ["embedded", "biased"])
+def test_places_start_as_topk_and_then_act_by_class_and_position(plugins, name):
+    """On one class and one position alone, as a table does."""
+    model = {"hidden_size": 16, "depth": 1, "num_heads": 2, "input_size": 8, "num_classes": 3}
+    generator, routed = torch.Generator().manual_seed(0), []
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
+    for router in ("topk", f"{name}:classes=3"):
+        torch.manual_seed(0)
+        made = DiT(**model, router=router).eval()
+        made.blocks[0].moe.gate.register_forward_hook(lambda _, inputs, out: routed.append(out))
+        made(x, t, torch.tensor([0, 3]))
+    assert torch.equal(routed[0].expert, routed[1].expert)
+    assert torch.equal(routed[0].weight, routed[1].weight)
+    with torch.no_grad():
+        made.blocks[0].moe.gate.places[3, 5] += torch.arange(
+            made.blocks[0].moe.gate.places.shape[2]
+        )
+    made(x, t, torch.tensor([0, 3]))
+    before, after = (one.weight.view(2, 16, 2) for one in routed[1:])
+    differs = (before != after).any(dim=2)
+    assert differs.nonzero().tolist() == [[1, 5]]  # adaLN-Zero: no attention yet
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    path = os.path.realpath(ROOT / "experiments" / "fixed_routers.py")
+    with patch.dict(ROUTERS):
+        import_plugins([path])
+        yield sys.modules[f"plugin:{path}"]
+
+
+def test_a_gate_is_replaced_by_what_it_chose_and_the_weights_that_it_gave(config, fixed, tmp_path):
+    """And the rows have the loss of each replacement, as the loss of the model itself."""
+    run = config.output / "runs" / "topk-8e-3-400-2"
+    call_main("train.py", *routers.command_of(config, "topk-8e-3-400", 2), "--max-steps", 2)
+    output = tmp_path / "rows.jsonl"
+    words = ["--latents-path", config.latents_path, "--report-path", config.report_path]
+    words += ["--runs", run, "--steps", 0, 1, "--batch-size", 2, "--output", output]
+    call_main("experiments.replaced_gates", *words)
+    rows = DataFrame(map(json.loads, output.read_text().splitlines()))
+    losses = rows.set_index(["choice", "weights", "steps"])["replaced_loss"]
+    assert len(losses) == 10
+    assert losses["gate", "gate", 0] == pytest.approx(routers.report_loss(config, "topk", run))
+    source, latents = read_checkpoint(run), CachedLatents(config.latents_path)
+    (batch,) = latent_batches(latents, range(8), None, latents.classes, batch_size=8)
+    x, y, t = batch["latents"], batch["label"], torch.full((8,), 0.5)
+    found = Tables(*count_by_class_and_position(build_model(source), x, y))
+    routed = []
+    for choice, weights in (("table", "gate"), ("gate", "table"), ("table", "table")):
+        model = build_model(replaced(source, found, choice, weights))
+        model.blocks[1].moe.gate.register_forward_hook(lambda _, x, out: routed.append(out))
+        model(x, t, y)
+    experts = [one.expert.view(8, 16, 2) for one in routed]
+    most = found.count[1].topk(2).values.sum(-1)  # (C + 1, T)
+    for number in (0, 2):
+        assert torch.equal(found.count[1][y].gather(2, experts[number]).sum(-1), most[y])
+    for number in (1, 2):
+        count, weight = (one[1][y].gather(2, experts[number]) for one in vars(found).values())
+        known = count > 0
+        got = routed[number].weight.view(8, 16, 2)[known]
+        assert torch.allclose(got, (weight / count)[known])
+
+
+def test_experts_at_some_times_are_those_of_topk_and_one_dense_layer_elsewhere(fixed):
+    generator, routed = torch.Generator().manual_seed(0), []
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([0.1, 0.5])
+    for router in ("at_times:high=0.3", "two_by_time:boundary=0.3"):
+        model = DiT(
+            hidden_size=16, depth=1, num_heads=2, input_size=8, num_experts=4, router=router
+        )
+        gate = model.blocks[0].moe.gate
+        gate.register_forward_hook(lambda _, inputs, out: routed.append((inputs[0], out)))
+        _, loss = model(x, t, torch.tensor([0, 1]))
+        loss.backward()
+        assert bool(gate.weight.grad.any()) == (router == "at_times:high=0.3")
+        if router == "at_times:high=0.3":
+            topk = TopKRouter(hidden_size=16, num_experts=4, num_experts_per_tok=2)
+            topk.load_state_dict(gate.state_dict())
+    (tokens, some), (_, two) = routed
+    want = topk(tokens[:1], NOTHING)  # of the first image, at 0.1
+    assert torch.equal(some.expert[:32], want.expert)
+    assert torch.allclose(some.weight[:32], want.weight) and torch.allclose(some.loss, want.loss)
+    assert some.expert[32:].view(16, 2).tolist() == [[4, 5]] * 16 and (some.weight[32:] == 1).all()
+    assert two.expert.view(2, 16, 2)[:, 0].tolist() == [[2, 3], [0, 1]] and (two.weight == 1).all()
+
+
+def test_images_are_shifted_around_by_their_names():
+    pixels = np.arange(12).reshape(3, 4)
+    moved = [shifted(pixels, f"bag/{number}.png") for number in range(500)]
+    places = [tuple(np.argwhere(one == 0)[0]) for one in moved]
+    assert {*places} == {(row, column) for row in range(3) for column in range(4)}
+    row, column = places[7]
+    assert np.array_equal(moved[7], np.roll(pixels, (row, column), (0, 1)))
+    assert np.array_equal(moved[7], shifted(pixels, "bag/7.png"))
+
+
 def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path):
     output = config.output / "runs"
     for seed in (0, 1):
@@ -796,7 +917,7 @@ def test_the_table_of_a_run_holds_what_its_partner_chooses_most(config, tmp_path
     latents = CachedLatents(config.latents_path)
     chosen = evenly_spaced(len(latents), 8)
     (batch,) = latent_batches(latents, chosen, None, latents.classes, batch_size=8)
-    counts = count_by_class_and_position(partner, batch["latents"], batch["label"])
+    counts, _ = count_by_class_and_position(partner, batch["latents"], batch["label"])
     times_and_experts = 10 * 2
     assert (counts.sum(-1)[:, -1] == 8 * times_and_experts).all()
     present = batch["label"].bincount(minlength=4) * times_and_experts
