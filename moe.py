@@ -266,7 +266,7 @@ class SparseMoEBlock(nn.Module):
         x: tokens (N, T, D)
         context: what the router reads besides
         """
-        routing = self.gate(self.gate.select_input(x, context), context)
+        routing = self.gate(x, context)
         x = cast_as_autocast(x)  # cast once for routed and shared experts
         y = self.experts(x.flatten(0, 1), routing).view_as(x)               # (N, T, D)
         if self.shared_experts is not None:

@@ -136,6 +136,13 @@ class Router(Component, nn.Module):
         else:
             nn.init.normal_(self.weight, std=self.weight_std)
 
+    def __call__(self, x: Tensor, context: Context) -> Routing:
+        """Calls `forward`, and the hooks, with the input that the option `input` selects.
+
+        x: modulated tokens (N, T, D)
+        """
+        return super().__call__(self.select_input(x, context), context)
+
     def select_input(self, x: Tensor, context: Context) -> Tensor:
         """Returns the router's input (N, T, F), as the option `input` says.
 

@@ -238,7 +238,14 @@ def test_lora_of_peft_on_every_linear_layer_is_merged_exactly():
         before = want
 
 
-def test_lora_of_peft_trains_the_stacked_experts(tmp_path):
+STACKED = ["moe.experts.gate_up_proj", "moe.experts.down_proj"]
+
+
+@pytest.mark.parametrize("layers, names, per_block", [
+    ([], STACKED, 2), ([], ["moe.gate.weight"], 1), (["qkv"], [], 1),
+    (["qkv", "proj", "gate_proj", "up_proj", "down_proj"], [*STACKED, "moe.gate.weight"], 8),
+], ids=["experts", "gate", "attention", "all"])  # fmt: skip
+def test_lora_of_peft_is_trained_saved_and_merged(layers, names, per_block, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model, target = DiT(**TINY_MODEL).eval(), torch.randn(2, 4, 8, 8)
@@ -246,12 +253,13 @@ def test_lora_of_peft_trains_the_stacked_experts(tmp_path):
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     base, before = copy.deepcopy(model), model(*batch)[0]
-    names = ["moe.experts.gate_up_proj", "moe.experts.down_proj"]
-    settings = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+    settings = peft.LoraConfig(
+        r=2, target_modules=layers, target_parameters=names, exclude_modules=["x_embedder.proj"]
+    )
     adapted = peft.get_peft_model(model, settings)
     assert torch.equal(adapted(*batch)[0], before)
     trained = {n: w for n, w in adapted.named_parameters() if w.requires_grad}
-    assert len(trained) == 2 * 2 * TINY_MODEL["depth"]
+    assert len(trained) == 2 * per_block * TINY_MODEL["depth"]
     optimizer, losses = torch.optim.Adam(trained.values(), lr=0.01), []
     for _ in range(5):
         loss = F.mse_loss(adapted(*batch)[0][:, :4], target)
@@ -265,6 +273,7 @@ def test_lora_of_peft_trains_the_stacked_experts(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(loaded(*batch)[0], want)
     assert relative_error(loaded.merge_and_unload()(*batch)[0], want) < 1e-6
+    assert torch.equal(adapted.unload()(*batch)[0], before)
 
 
 def test_second_derivatives_work_with_the_loop_and_raise_with_grouped_experts():
