@@ -266,6 +266,8 @@ def triton_fault() -> str:
 
 needs_triton = pytest.mark.needs_triton
 needs_gpu = pytest.mark.needs_gpu
+HAS_EXTRAS = (ROOT / "extras").exists()
+needs_extras = pytest.mark.skipif(not HAS_EXTRAS, reason="needs extras/")
 
 
 def pytest_runtest_setup(item) -> None:

@@ -19,7 +19,6 @@ TRAIN = {  # flags, after those of a small run on images: part of the line
     "--model DiT-S/3": "--model: got 'DiT-S/3'",
     "--num_experts_per_tok 5": "--num-experts-per-tok: got 5",
     "--ema exponential:decay=1.5": "--ema",
-    "--auxiliary sra sra": "--auxiliary",
     # Flags of version 0.2
     "--router-scale 2": "--router sigmoid:scale=",
     "--router-bias-step 0": "--router sigmoid:bias_step=",
@@ -31,7 +30,6 @@ TRAIN = {  # flags, after those of a small run on images: part of the line
     "--ema-length 0.1": "--ema power:length=",
     "--decay-share 0.2": "--lr-schedule trapezoid:decay_share=",
     "--lr-floor 0.1": "--lr-schedule cosine:lr_floor=",
-    "--auxiliary-repa-weight 1": "--auxiliary repa:weight=",
     # A thing said in two ways
     "--epochs 5 --max-steps 9": "--epochs: cannot be combined with --max-steps",
     "--latents-path x --data-path y": "--latents-path: cannot be combined with --data-path",
@@ -79,7 +77,6 @@ RECIPES = {  # content of a recipe: part of the line
     "router: {sigmoid: {scale: 2.5}}": "--router: got {'sigmoid'",
     "ema: [exponential:decay=0.9,warmup=True]": "--ema: got 'warmup=True' without",
     "ema: [{exponential: {decay: 0.9}}]": "--ema: got {'exponential'",
-    "auxiliary: [sra, sra]": "--auxiliary: got sra, sra",
     "config: x": "the key config",
     "run_name: x": "the key run_name",
     "lr: x": "--lr: got 'x'",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from helpers import (
     TINY_MODEL,
     call_main,
+    config_of_command,
     expect_error,
     only_run,
     relative_error,
@@ -30,6 +32,7 @@ from training.auxiliary import AUXILIARY_LOSSES, Pass
 from training.config import TrainConfig
 from training.engine import new_weights
 from training.engines.ddp import DDPEngine
+from training.memory import planned_weights, state_bytes
 from training.step import losses
 
 EVERY = ["repa", "sra", "dispersive", "contrastive"]
@@ -253,3 +256,40 @@ def test_impossible_auxiliary_losses_are_one_line_errors(flags, train_flags, tmp
         arguments = given if len(given) > 10 else [*flags(tmp_path), *given]
         assert message in expect_error(capsys, "train.py", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_no_projectors_in_an_ema():
+    config = replace(TrainConfig.default(), model=config_of("DiT-Ti/2"))
+    config = config.changed({"objective": "rectified_flow"})
+    with_repa = config.changed({"auxiliary": ["repa"]}, shapes={"tokens": (16, 8)})
+    plain, found = state_bytes(config), state_bytes(with_repa)
+    assert found["weights"] > plain["weights"] and found["EMA"] == plain["EMA"]
+    exact = sum(4 * weight.numel() for weight in planned_weights(config).values())
+    assert plain["EMA"] == exact
+
+
+def test_the_plan_refuses_micro_batches_of_one_image_as_the_run_does(capsys):
+    contrastive = ("--rf", "--auxiliary", "contrastive", "--global-batch-size", 1)
+    line = expect_error(capsys, "train.py", "--dry-run", "--model", "DiT-Ti/2", *contrastive)
+    assert "expected at least two images" in line
+
+
+def test_a_command_keeps_the_options_of_the_losses_of_a_recipe_in_the_order_of_the_table(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("auxiliary: ['dispersive:weight=0.4', sra]\nrf: 1\n")
+    recipe = partial(config_of_command, "--config", file)
+    config = recipe("--auxiliary", "contrastive", "dispersive")
+    assert [one.weight for one in config.auxiliary] == [0.4, 0.05]
+    for words in (("--auxiliary",), ("--auxiliary", "none")):
+        assert recipe(*words).auxiliary == []
+
+
+def test_wrong_words_of_auxiliary_losses_are_one_line_errors(tmp_path, capsys):
+    (recipe := tmp_path / "recipe.yaml").write_text("auxiliary: [sra, sra]\n")
+    for words, message in (
+        (("--auxiliary", "sra", "sra"), "--auxiliary: got sra, sra"),
+        (("--config", recipe), "--auxiliary: got sra, sra"),
+        (("--auxiliary", "repa:weight=-1"), "--auxiliary: repa:weight: got -1.0, expected"),
+        (("--auxiliary-repa-weight", 1), "--auxiliary repa:weight="),
+    ):
+        assert message in expect_error(capsys, "train.py", *words)

@@ -1,5 +1,6 @@
 """Muon compared with a loop over matrices."""
 
+import test_flags
 import torch
 from helpers import (
     relative_error,
@@ -11,6 +12,8 @@ from training.optimizers import (
     hidden_matrices,
     planned_state,
 )
+
+help_of = test_flags.help_of
 
 
 def reference_step(matrix, grad, momentum, lr, decay):
@@ -78,3 +81,9 @@ def test_muon_gives_the_same_weights_in_small_and_large_batches(monkeypatch):
     for name, weight in found[-1][1].items():
         for _, other in found[:-1]:
             assert relative_error(other[name].detach(), weight.detach()) < 1e-6, name
+
+
+def test_the_help_of_train_py_has_the_components_of_extras(help_of):
+    words = " ".join(help_of("train.py", "--help", "all").split())
+    for line in ("precision={bf16,fp32}", "--auxiliary dispersive", "--objective mean_flow"):
+        assert line in words

@@ -7,6 +7,7 @@ is 1000 t.
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from helpers import (
     save_checkpoint,
 )
 from safetensors.torch import load_file, save_file
+from test_layouts import random_diffusers_model
 from test_models import resolved
 from torch import Tensor
 
@@ -32,11 +34,12 @@ from checkpoints.weights import read_pickle
 from diffusion import SAMPLERS, classifier_free_guidance, create_diffusion
 from diffusion.objectives import Gaussian
 from diffusion.rectified_flow import RectifiedFlow
+from evaluate import EvaluateConfig, settings_of
 from extras.moe_dits import from_moe_dit
 from models import DiT
 from routers import Routing
 from runtime.errors import UserError
-from sampling.pipeline import open_checkpoint
+from sampling.pipeline import open_checkpoint, open_pipeline
 from sampling.sampling_config import SamplingConfig
 from training.step import update_routers
 
@@ -409,3 +412,25 @@ def test_diffmoe_as_ddpm_gives_the_official_losses_and_samples():
         noise_fn=lambda z: next(noises)[: len(z)],
     )  # fmt: skip
     assert relative_error(got, io["ddpm.sample4_cfg1.5"]) < 1e-5
+
+
+def test_evaluation_settings_identify_the_weights_and_the_model_flags(tmp_path, tiny_vae):
+    """Flags that change a published model change the settings. A diffusers folder has a digest."""
+
+    def settings(ckpt: Path, **flags) -> dict:
+        config = EvaluateConfig(ckpt=str(ckpt), vae_path=str(tiny_vae), **flags)
+        return settings_of(open_pipeline(config), config)
+
+    flags = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
+    choices = [
+        settings(
+            weights_path("diffmoe"),
+            **flags,
+            batch_size=size,
+            router=f"batch_pool:inference={choice}",
+        )
+        for choice, size in (("threshold", 4), ("threshold", 8), ("count", 4), ("count", 8))
+    ]
+    assert choices[0] == choices[1] and all(a != b for a, b in combinations(choices[1:], 2))
+    random_diffusers_model().save_pretrained(tmp_path / "dit")
+    assert len(settings(tmp_path / "dit")["checkpoint_sha256"]) == 64

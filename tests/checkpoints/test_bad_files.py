@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY_MODEL, expect_error
+from helpers import ROOT, TINY_MODEL, expect_error, needs_extras
 from safetensors.torch import save_file
 
 from checkpoints import Record, load_model, save_model
@@ -133,7 +133,9 @@ def test_a_file_that_holds_no_weights_is_not_called_damaged():
         load_model(Path(__file__).parents[2] / "README.md")
 
 
-@pytest.mark.parametrize("script", ["sample", "export", "upcycle"])
+@pytest.mark.parametrize(
+    "script", ["sample", "export", pytest.param("upcycle", marks=needs_extras)]
+)
 def test_scripts_report_a_bad_weight_file_in_one_line_with_exit_code_2(script, tmp_path, capsys):
     BAD["gadget.pt"](tmp_path / "gadget.pt")
     output = tmp_path / ("grid.png" if script == "sample" else "out")

@@ -118,7 +118,7 @@ def test_converting_published_weights_to_ours_and_back_changes_nothing(name, tmp
 @pytest.mark.parametrize(
     "field, value, named",
     [("norm", "rms", ""), ("rope", True, ""), ("time_scale", 1000.0, ""), ("class_tokens", 2, ""),
-     ("router", "race", ""), ("conditions", ("label", "size"), ""),
+     ("router", "race", ""), ("conditions", ("label", "vector:6"), ""),
      ("mlp_type", "gelu", "mlp_type"), ("sparse_layers", (1,), "sparse_layers"),
      ("patch_bottleneck", 8, "")],
 )  # fmt: skip

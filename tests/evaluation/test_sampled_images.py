@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,14 @@ from helpers import (
     main_in_processes,
     save_checkpoint,
 )
-from test_layouts import random_diffusers_model
 from test_models import randomised
-from test_published_moe import hints, weights_path
 from test_sampling import NAMES, randomised_preset
 
-from evaluate import EvaluateConfig, results_folder, settings_of
+from evaluate import EvaluateConfig, results_folder
 from evaluation.image_sets import read_image
 from evaluation.sampled_images import sample_labels
 from runtime.errors import UserError
 from sampling.generate import SamplerSettings, generate
-from sampling.pipeline import open_pipeline
 
 COMMON = ("--backbone", "efficientnet-lite0", "--sampler", "euler", "--cfg-scale", 2)
 
@@ -140,28 +136,6 @@ def test_the_default_evaluation_folder_is_named_by_the_run_and_the_settings(tmp_
     configs = [EvaluateConfig(ckpt=ckpt, **change) for change in changes]
     names = [results_folder(config, {"seed": 0}).name for config in configs]
     assert len(set(names)) == 4 and all(name.startswith("evaluation-my.run-") for name in names)
-
-
-def test_evaluation_settings_identify_the_weights_and_the_model_flags(tmp_path, tiny_vae):
-    """Flags that change a published model change the settings. A diffusers folder has a digest."""
-
-    def settings(ckpt: Path, **flags) -> dict:
-        config = EvaluateConfig(ckpt=str(ckpt), vae_path=str(tiny_vae), **flags)
-        return settings_of(open_pipeline(config), config)
-
-    flags = dict(num_heads=hints("diffmoe")["num_heads"], num_experts_per_tok=1)
-    choices = [
-        settings(
-            weights_path("diffmoe"),
-            **flags,
-            batch_size=size,
-            router=f"batch_pool:inference={choice}",
-        )
-        for choice, size in (("threshold", 4), ("threshold", 8), ("count", 4), ("count", 8))
-    ]
-    assert choices[0] == choices[1] and all(a != b for a, b in combinations(choices[1:], 2))
-    random_diffusers_model().save_pretrained(tmp_path / "dit")
-    assert len(settings(tmp_path / "dit")["checkpoint_sha256"]) == 64
 
 
 @pytest.mark.parametrize("label", [-1, 4])

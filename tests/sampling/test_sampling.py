@@ -223,7 +223,7 @@ def test_wrong_sample_py_arguments_are_one_line_errors(
 
 
 def test_class_labels_are_rejected_and_not_drawn_without_the_condition(tiny_vae, tmp_path, capsys):
-    model = randomised_preset(conditions=("size",), class_dropout_prob=0.0)
+    model = randomised_preset(conditions=("vector:6",), class_dropout_prob=0.0)
     facts = dict(image_size=16, vae_path=str(tiny_vae), objective="gaussian", class_names=NAMES)
     path = save_checkpoint(model, tmp_path / "model.safetensors", **facts)
     for script in ("sample.py", "expert_data.py"):

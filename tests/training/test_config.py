@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import config_of_command
+from helpers import HAS_EXTRAS, config_of_command
 
 from runtime.errors import UserError
 from train import run
@@ -52,20 +52,16 @@ def test_the_command_overrides_a_recipe_whose_values_are_words_or_typed(recipe):
 def test_a_word_of_the_command_keeps_the_options_of_the_recipe(recipe):
     text = (
         "router: sigmoid:scale=2.5\noptimizer: adamw:betas=0.9,0.95\nema:\n"
-        "- exponential:decay=0.9,warmup=True\nauxiliary: ['dispersive:weight=0.4', sra]\nrf: 1\n"
+        "- exponential:decay=0.9,warmup=True\nrf: 1\n"
     )
     words = ["--router", "sigmoid:bias_step=0", "--optimizer", "adamw:weight_decay=0.1"]
-    words += ["--ema", "power", "exponential:decay=0.5", "--auxiliary", "contrastive", "dispersive"]
+    words += ["--ema", "power", "exponential:decay=0.5"]
     config = recipe(text, *words)
     router = {"input": "modulated", "scale": 2.5, "bias_step": 0.0}
     assert config.model.router.options == router
     assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.95), 0.1)
     assert [ema.name for ema in config.ema] == ["power-0.1", "0.5"] and config.ema[1].warmup
-    assert [one.weight for one in config.auxiliary] == [0.4, 0.05]  # in the order of the table
     assert recipe(text, "--router", "race").model.router.options["momentum"] == 0.99
-    assert recipe(text, "--optimizer", "muon").optimizer.betas == (0.9, 0.95)
-    for words in (("--auxiliary",), ("--auxiliary", "none")):
-        assert recipe(text, *words).auxiliary == []
 
 
 def test_several_files_override_each_other_in_order(tmp_path):
@@ -104,7 +100,8 @@ def test_a_preset_sets_its_sizes_over_files_and_flags_of_sizes_override_both(
 def test_the_config_file_of_a_run_is_a_recipe_for_the_same_config(tmp_path):
     """What follows from other settings follows from the flags beside the file."""
     words = ("--depth", 6, "--objective", "flow_x:mean=0.5", "--sparse-layers", "deep-half")
-    words += ("--auxiliary", "dispersive:weight=0.1", "--ema", "power", "exponential:decay=0.9")
+    words += ("--ema", "power", "exponential:decay=0.9")
+    words += ("--auxiliary", "dispersive:weight=0.1") if HAS_EXTRAS else ()
     words += ("--freeze", "blocks.*.attn.*", "--val-share", 0.1, "--max-steps", 5)
     config = config_of_command(*words)
     file = config_file(tmp_path, config)
@@ -143,7 +140,6 @@ def test_a_later_alternative_replaces_an_earlier_one(recipe):
         ({"lr": 10**400}, "--lr: got 1000"),
         ({"num_experts": 2.5}, "--num-experts: got 2.5, expected an integer"),
         ({"optimizer": "adamw:betas=0.9"}, "--optimizer: adamw:betas: got '0.9', expected 2 num"),
-        ({"auxiliary": ["repa:weight=-1"]}, "--auxiliary: repa:weight: got -1.0, expected"),
         ({"ema_decay": 0.9}, "--ema exponential:decay="),
         ({"batch_size": 8}, "--batch-size: unknown flag; did you mean --global-batch-size"),
         ({"config": "no.yaml"}, "--config no.yaml (no such file)"),

@@ -28,6 +28,7 @@ from helpers import (
     expect_error,
     in_process,
     list_files,
+    needs_extras,
     only_run,
     rows,
     step_folder,
@@ -208,6 +209,7 @@ def test_every_change_of_a_run_is_a_line_on_the_screen_and_in_the_log(copied, fl
     assert config.optimizer.betas == (0.9, 0.999) and config.model.aux_loss_alpha == 0.5
 
 
+@needs_extras
 def test_emas_and_auxiliary_losses_are_the_list_that_a_command_says(copied, flags):
     """`none` is the empty list. What a command does not say goes on."""
     goes_on = partial(call_main, "train.py", "--resume", copied / "run")
