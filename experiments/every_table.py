@@ -14,7 +14,7 @@ from pathlib import Path
 from pandas import DataFrame, concat
 from scipy import stats
 
-from experiments import equivalence, report
+from experiments import equivalence, head_start, report
 from experiments.comparisons import computed_tests, holm
 from options.parts import option
 from runtime.errors import run_main
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "report": (report, report.ReportConfig),
     "equivalence": (equivalence, equivalence.EquivalenceConfig),
+    "head_start": (head_start, head_start.HeadStartConfig),
 }
 
 

@@ -408,6 +408,43 @@ def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds
     assert "NAME-RATE-STEPS" in expect_error(capsys, *words)
 
 
+def test_a_head_start_is_tested_with_all_seeds_and_a_third_of_the_advantage(tmp_path, capsys):
+    """Planted: `class` saves 40 steps at first and 20 later, and ends within the margin."""
+    noise = np.random.default_rng(0).normal(0, 0.0002, (4, 8))
+    shifts = {"topk": 0, "dense": 0.006, "class": 0.0012, "embedded": -0.004}
+    path = tmp_path / "rows.jsonl"
+    words = "experiments.head_start", "--rows", path, "--output", tmp_path
+    words = *words, "--steps", 160, 400, "--goals", 160, 400
+    saved = {"topk": (0, 0), "dense": (0, 0), "class": (40, 20), "embedded": (0, 0)}
+    for seeds in (7, 8):
+        rows = []
+        for (name, shift), of_arm in zip(shifts.items(), noise, strict=True):
+            early, late = saved[name]
+            for seed, error in enumerate(of_arm[:seeds]):
+                loss = 0.7 + shift + error
+                # One straight line from step to step: topk has 1 - step / 1000.
+                curve = [[step, 1 - (step + early) / 1000] for step in (80, 160, 240)]
+                curve += [[step, 1 - (step + late) / 1000] for step in (320, 400, 480)]
+                rows.append({
+                    "arm": f"{name}-8e-3-1600", "seed": seed, "val_loss": loss, "curve": curve,
+                    "val_bins": [1 + shift * (k < 3) for k in range(10)], "max_violation": 0.5,
+                })  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words)
+        tested, _, _, found, early, *decay = capsys.readouterr().out.split("\n\n")
+        lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in tested.splitlines()}
+        assert lines["class"][8] == ("equivalent" if seeds == 8 else "")
+        assert lines["embedded"][8] == ("better" if seeds == 8 else "")
+        zeros = "+0.0000 ± 0.0000 | +0.0000 ± 0.0000"
+        assert f"| class | +40 ± 0 | +20 ± 0 | +0.0012 ± 0.0000 | {zeros} |" in found
+        assert ("p (Holm)" in early) == (seeds == 8) == bool(decay)
+        assert f"| class | embedded | {seeds} | -0.0400" in early
+    margin = float(lines["class"][5])
+    assert margin == pytest.approx(np.mean(0.006 + noise[1] - noise[0]) / 3, abs=1e-4)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if "topk" not in r["arm"]))
+    assert "expected question 21" in expect_error(capsys, *words)
+
+
 Line = tuple[str, str]  # the head of a Markdown table, and one of its lines
 
 
