@@ -14,7 +14,7 @@ from pathlib import Path
 from pandas import DataFrame, concat
 from scipy import stats
 
-from experiments import equivalence, head_start, report
+from experiments import equivalence, head_start, noise_tables, replaced_tables, report
 from experiments.comparisons import computed_tests, holm
 from options.parts import option
 from runtime.errors import run_main
@@ -26,6 +26,8 @@ SCRIPTS = {
     "report": (report, report.ReportConfig),
     "equivalence": (equivalence, equivalence.EquivalenceConfig),
     "head_start": (head_start, head_start.HeadStartConfig),
+    "replaced_tables": (replaced_tables, replaced_tables.ReplacedTablesConfig),
+    "noise_tables": (noise_tables, noise_tables.NoiseTablesConfig),
 }
 
 

@@ -445,6 +445,74 @@ def test_a_head_start_is_tested_with_all_seeds_and_a_third_of_the_advantage(tmp_
     assert "expected question 21" in expect_error(capsys, *words)
 
 
+def planted_runs(shifts: dict[str, list[float]], seeds: int) -> list[dict]:
+    """Rows of arms whose losses in three ranges of ten times are 0.7 plus these shifts."""
+    generator, rows = np.random.default_rng(0), []
+    for name, (low, middle, high) in shifts.items():
+        for seed, error in enumerate(generator.normal(0, 0.0002, seeds)):
+            bins = [0.7 + error + s for s in [low] * 3 + [middle] * 5 + [high] * 2]
+            rows.append({
+                "arm": f"{name}-8e-3-1600", "seed": seed, "val_bins": bins, "max_violation": 0.5,
+                "val_loss": mean(bins), "report_loss": mean(bins), "curve": [[80, 1.0]],
+            })  # fmt: skip
+    return rows
+
+
+def test_experts_at_some_times_are_tested_at_these_times(tmp_path, capsys):
+    """Planted: experts help at low and middle noise. `two` is as good as `topk`."""
+    shifts = {
+        "dense": [0.006, 0.006, 0.0], "topk": [0.0, 0.0, 0.0], "low": [0.0, 0.006, 0.0],
+        "middle": [0.006, 0.0, 0.0], "high": [0.006, 0.006, 0.0], "two": [0.0, 0.0, 0.001],
+    }  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    words = "experiments.noise_tables", "--rows", path, "--output", tmp_path
+    for seeds in (7, 8):
+        rows = planted_runs(shifts, seeds)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words)
+        every, *own, ranges = capsys.readouterr().out.split("\n\n")
+        assert "| topk | -0.006" in ranges and bool(own) == (seeds == 8)
+    results = {line.split(" | ")[0][2:]: line.split(" | ")[8] for line in every.splitlines()}
+    found = [results[name] for name in ("low", "middle", "high", "two")]
+    assert found == ["worse", "worse", "worse", "equivalent"]
+    cells = [line.split(" | ") for line in own[0].splitlines()[2:]]
+    found = [(one[0][2:], one[1], float(one[4].split("(")[1][:-1]) < 0.05) for one in cells]
+    assert found == [
+        ("low", "t < 0.3", True), ("middle", "t 0.3 to 0.8", True), ("high", "t > 0.8", False),
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert "expected question 21" in expect_error(capsys, *words)
+
+
+def test_a_replaced_gate_is_compared_with_the_gate_that_was_tuned_as_long(tmp_path, capsys):
+    """Planted: the weights are worth more than the choice."""
+    trained = tmp_path / "trained.jsonl"
+    rows = planted_runs({"dense": [0.006] * 3, "topk": [0.0] * 3}, 8)
+    trained.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shifts = {("gate", "gate"): 0, ("table", "gate"): 0.0003, ("gate", "table"): 0.008,
+              ("table", "table"): 0.008, ("random", "gate"): 0.05}  # fmt: skip
+    path, generator = tmp_path / "rows.jsonl", np.random.default_rng(0)
+    words = "experiments.replaced_tables", "--rows", path, "--trained", trained
+    for seeds in (7, 8):
+        rows = [
+            {"seed": seed, "choice": choice, "weights": weights, "steps": steps,
+             "replaced_loss": 0.7 - steps / 1e4 + shift + generator.normal(0, 0.0002)}
+            for (choice, weights), shift in shifts.items() for seed in range(seeds)
+            for steps in (0, 50) if not (steps and choice == "random")
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words, "--output", tmp_path)
+        losses, *tested = capsys.readouterr().out.split("\n\n")
+        assert "| random choice | 8 " in losses or seeds == 7
+        assert bool(tested) == (seeds == 8)
+    results = {tuple(line[2:].split(" | ")[:3]): line for line in tested[0].splitlines()[2:]}
+    assert len(results) == 8
+    for steps in ("0", "50"):
+        assert results["choice", "gate", steps].endswith("| equivalent |")
+        assert results["both", "gate", steps].endswith("| worse |")
+        assert results["choice", "weights", steps].endswith("| better |")
+
+
 Line = tuple[str, str]  # the head of a Markdown table, and one of its lines
 
 
