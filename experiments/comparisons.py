@@ -19,7 +19,7 @@ def holm(p: Series) -> Series:
     return (order * np.arange(len(order), 0, -1)).cummax().clip(upper=1)
 
 
-def paired_tests(found: DataFrame) -> DataFrame:
+def paired_tests(found: DataFrame, *, listed: bool = True) -> DataFrame:
     """Tests columns of paired differences, (pairs, comparisons), against 0 by Student's t.
 
     Returns, for each comparison with at least two pairs:
@@ -27,13 +27,15 @@ def paired_tests(found: DataFrame) -> DataFrame:
     holm        p after Holm's correction for all comparisons; below 5%, a difference is detected
     detectable  difference that is detected with a power of at least 80%, if its deviation between
                 pairs is the one found (at Holm's first level, 5% / comparisons)
+
+    listed: whether `computed_tests` counts them
     """
     found = found.loc[:, found.count() > 1]
     p = Series({name: stats.ttest_1samp(found[name].dropna(), 0).pvalue for name in found})
     freedom, level = found.count() - 1, 0.05 / max(len(p), 1)
     errors = Series({name: errors_for_power(n, level) for name, n in freedom.items()})
     tests = DataFrame({"p": p, "holm": holm(p), "detectable": errors * found.sem()})
-    if len(tests):
+    if len(tests) and listed:
         computed_tests.append(tests)
     return tests
 

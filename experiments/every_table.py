@@ -14,7 +14,7 @@ from pathlib import Path
 from pandas import DataFrame, concat
 from scipy import stats
 
-from experiments import equivalence, report
+from experiments import equivalence, head_start, noise_tables, replaced_tables, report
 from experiments.comparisons import computed_tests, holm
 from options.parts import option
 from runtime.errors import run_main
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "report": (report, report.ReportConfig),
     "equivalence": (equivalence, equivalence.EquivalenceConfig),
+    "head_start": (head_start, head_start.HeadStartConfig),
+    "replaced_tables": (replaced_tables, replaced_tables.ReplacedTablesConfig),
+    "noise_tables": (noise_tables, noise_tables.NoiseTablesConfig),
 }
 
 

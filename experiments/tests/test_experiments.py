@@ -408,6 +408,111 @@ def test_arms_are_equivalent_different_or_undecided_at_the_rate_that_other_seeds
     assert "NAME-RATE-STEPS" in expect_error(capsys, *words)
 
 
+def test_a_head_start_is_tested_with_all_seeds_and_a_third_of_the_advantage(tmp_path, capsys):
+    """Planted: `class` saves 40 steps at first and 20 later, and ends within the margin."""
+    noise = np.random.default_rng(0).normal(0, 0.0002, (4, 8))
+    shifts = {"topk": 0, "dense": 0.006, "class": 0.0012, "embedded": -0.004}
+    path = tmp_path / "rows.jsonl"
+    words = "experiments.head_start", "--rows", path, "--output", tmp_path
+    words = *words, "--steps", 160, 400, "--goals", 160, 400
+    saved = {"topk": (0, 0), "dense": (0, 0), "class": (40, 20), "embedded": (0, 0)}
+    for seeds in (7, 8):
+        rows = []
+        for (name, shift), of_arm in zip(shifts.items(), noise, strict=True):
+            early, late = saved[name]
+            for seed, error in enumerate(of_arm[:seeds]):
+                loss = 0.7 + shift + error
+                # One straight line from step to step: topk has 1 - step / 1000.
+                curve = [[step, 1 - (step + early) / 1000] for step in (80, 160, 240)]
+                curve += [[step, 1 - (step + late) / 1000] for step in (320, 400, 480)]
+                rows.append({
+                    "arm": f"{name}-8e-3-1600", "seed": seed, "val_loss": loss, "curve": curve,
+                    "val_bins": [1 + shift * (k < 3) for k in range(10)], "max_violation": 0.5,
+                })  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words)
+        tested, _, _, found, early, *decay = capsys.readouterr().out.split("\n\n")
+        lines = {line.split(" | ")[0][2:]: line.split(" | ") for line in tested.splitlines()}
+        assert lines["class"][8] == ("equivalent" if seeds == 8 else "")
+        assert lines["embedded"][8] == ("better" if seeds == 8 else "")
+        zeros = "+0.0000 ± 0.0000 | +0.0000 ± 0.0000"
+        assert f"| class | +40 ± 0 | +20 ± 0 | +0.0012 ± 0.0000 | {zeros} |" in found
+        assert ("p (Holm)" in early) == (seeds == 8) == bool(decay)
+        assert f"| class | embedded | {seeds} | -0.0400" in early
+    margin = float(lines["class"][5])
+    assert margin == pytest.approx(np.mean(0.006 + noise[1] - noise[0]) / 3, abs=1e-4)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows if "topk" not in r["arm"]))
+    assert "expected question 21" in expect_error(capsys, *words)
+
+
+def planted_runs(shifts: dict[str, list[float]], seeds: int) -> list[dict]:
+    """Rows of arms whose losses in three ranges of ten times are 0.7 plus these shifts."""
+    generator, rows = np.random.default_rng(0), []
+    for name, (low, middle, high) in shifts.items():
+        for seed, error in enumerate(generator.normal(0, 0.0002, seeds)):
+            bins = [0.7 + error + s for s in [low] * 3 + [middle] * 5 + [high] * 2]
+            rows.append({
+                "arm": f"{name}-8e-3-1600", "seed": seed, "val_bins": bins, "max_violation": 0.5,
+                "val_loss": mean(bins), "report_loss": mean(bins), "curve": [[80, 1.0]],
+            })  # fmt: skip
+    return rows
+
+
+def test_experts_at_some_times_are_tested_at_these_times(tmp_path, capsys):
+    """Planted: experts help at low and middle noise. `two` is as good as `topk`."""
+    shifts = {
+        "dense": [0.006, 0.006, 0.0], "topk": [0.0, 0.0, 0.0], "low": [0.0, 0.006, 0.0],
+        "middle": [0.006, 0.0, 0.0], "high": [0.006, 0.006, 0.0], "two": [0.0, 0.0, 0.001],
+    }  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    words = "experiments.noise_tables", "--rows", path, "--output", tmp_path
+    for seeds in (7, 8):
+        rows = planted_runs(shifts, seeds)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words)
+        every, *own, ranges = capsys.readouterr().out.split("\n\n")
+        assert "| topk | -0.006" in ranges and bool(own) == (seeds == 8)
+    results = {line.split(" | ")[0][2:]: line.split(" | ")[8] for line in every.splitlines()}
+    found = [results[name] for name in ("low", "middle", "high", "two")]
+    assert found == ["worse", "worse", "worse", "equivalent"]
+    cells = [line.split(" | ") for line in own[0].splitlines()[2:]]
+    found = [(one[0][2:], one[1], float(one[4].split("(")[1][:-1]) < 0.05) for one in cells]
+    assert found == [
+        ("low", "t < 0.3", True), ("middle", "t 0.3 to 0.8", True), ("high", "t > 0.8", False),
+    ]  # fmt: skip
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert "expected question 21" in expect_error(capsys, *words)
+
+
+def test_a_replaced_gate_is_compared_with_the_gate_that_was_tuned_as_long(tmp_path, capsys):
+    """Planted: the weights are worth more than the choice."""
+    trained = tmp_path / "trained.jsonl"
+    rows = planted_runs({"dense": [0.006] * 3, "topk": [0.0] * 3}, 8)
+    trained.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shifts = {("gate", "gate"): 0, ("table", "gate"): 0.0003, ("gate", "table"): 0.008,
+              ("table", "table"): 0.008, ("random", "gate"): 0.05}  # fmt: skip
+    path, generator = tmp_path / "rows.jsonl", np.random.default_rng(0)
+    words = "experiments.replaced_tables", "--rows", path, "--trained", trained
+    for seeds in (7, 8):
+        rows = [
+            {"seed": seed, "choice": choice, "weights": weights, "steps": steps,
+             "replaced_loss": 0.7 - steps / 1e4 + shift + generator.normal(0, 0.0002)}
+            for (choice, weights), shift in shifts.items() for seed in range(seeds)
+            for steps in (0, 50) if not (steps and choice == "random")
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        call_main(*words, "--output", tmp_path)
+        losses, *tested = capsys.readouterr().out.split("\n\n")
+        assert "| random choice | 8 " in losses or seeds == 7
+        assert bool(tested) == (seeds == 8)
+    results = {tuple(line[2:].split(" | ")[:3]): line for line in tested[0].splitlines()[2:]}
+    assert len(results) == 8
+    for steps in ("0", "50"):
+        assert results["choice", "gate", steps].endswith("| equivalent |")
+        assert results["both", "gate", steps].endswith("| worse |")
+        assert results["choice", "weights", steps].endswith("| better |")
+
+
 Line = tuple[str, str]  # the head of a Markdown table, and one of its lines
 
 
