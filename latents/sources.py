@@ -48,7 +48,6 @@ from options.parts import Size, sides
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
 from runtime.processes import Distributed
 
-MAX_LABEL = 1000  # bytes of a .cls file, which a sparse one expands to gigabytes
 Batch = dict[str, Tensor]  # tensors by name: (N, ...) for a batch, (...) for one image
 
 
@@ -449,11 +448,6 @@ class ShardImages(Source):
                             self.passed_over["images whose key a later image has"] += 1
                         places[folder, key] = (shard, member.offset_data, member.size)
                     elif extension == "cls":
-                        if member.size > MAX_LABEL:
-                            raise ValueError(
-                                f"{self.shards[shard]}: {member.name}: got {member.size:,} bytes, "
-                                f"expected a label of at most {MAX_LABEL:,}"
-                            )
                         labels[folder, key] = tar.extractfile(member).read().decode().strip()
                     elif extension == "txt":
                         text = tar.extractfile(member).read(MAX_CAPTION)

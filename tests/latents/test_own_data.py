@@ -399,16 +399,6 @@ def test_what_a_shard_cannot_give_is_noted(tmp_path, capsys):
     assert all(f"1 {kind}" in line for kind in (*kinds, "links in shards"))
 
 
-def test_a_label_that_expands_to_megabytes_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "photos.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        tar.add(save(tmp_path, "a.png"), "a.png")
-        label = tarfile.TarInfo("a.cls")
-        label.pax_headers = {"GNU.sparse.map": "100000000,0", "GNU.sparse.size": "100000000"}
-        tar.addfile(label)
-    with pytest.raises(UserError, match=r"a\.cls: got 100,000,000 bytes, expected a label"):
-        open_images(str(tmp_path / "photos.tar"), 16)
-
-
 class Pairs:
     """Map-style dataset of (image, label), made from a folder of images."""
 
