@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the missing runs of question 21 on one set of images (aligned, shifted or emoji): all arms with one
-# seed, then with the next. To go on after an interruption, run the same command again. While results/PAUSE
-# exists, no new run starts.
+# seed, then with the next. Then it measures the runs of `topk` for question 22. To go on after an
+# interruption, run the same command again. While results/PAUSE exists, no new run starts.
 #
 #     bash experiments/head_start.sh aligned
 set -euo pipefail
@@ -15,7 +15,12 @@ case $name in
     emoji) train=data/emoji-train-latents held=data/emoji-held-out-latents more="--batch-size 64" ;;
     *) echo "got $name, expected aligned, shifted or emoji" >&2; exit 2 ;;
 esac
-mkdir -p "$output"
+replaced="--report-path data/reporting-latents"
+if [[ $name == emoji ]]; then replaced="--report-path $held --batch-size 64"; fi
+mkdir -p "$output" results/replaced-$name
+if [[ -e experiments/rows/replaced_$name.jsonl && ! -e results/replaced-$name/rows.jsonl ]]; then
+    cp experiments/rows/replaced_$name.jsonl results/replaced-$name/rows.jsonl
+fi
 if [[ -e $rows && ! -e $output/rows.jsonl ]]; then cp "$rows" "$output/rows.jsonl"; fi
 
 train_arm() {  # ARM SEED
@@ -43,4 +48,11 @@ for seed in 0 1 2 3 4 5 6 7; do
         $python -m experiments.choice_tables --latents-path $train --runs "$source"
     fi
     train_arm trained-8e-3-1600 $seed
+    topk=$output/runs/topk-8e-3-1600-$seed
+    if [[ $name != shifted && -e $topk ]]; then  # the weights of earlier sessions may be gone
+        # shellcheck disable=SC2086
+        $python -m experiments.replaced_gates --latents-path $train $replaced --runs "$topk" \
+            --output results/replaced-$name/rows.jsonl
+        cp results/replaced-$name/rows.jsonl experiments/rows/replaced_$name.jsonl
+    fi
 done

@@ -423,8 +423,9 @@ def test_a_head_start_is_tested_with_all_seeds_and_a_third_of_the_advantage(tmp_
             for seed, error in enumerate(of_arm[:seeds]):
                 loss = 0.7 + shift + error
                 # One straight line from step to step: topk has 1 - step / 1000.
-                curve = [[step, 1 - (step + early) / 1000] for step in (80, 160, 240)]
-                curve += [[step, 1 - (step + late) / 1000] for step in (320, 400, 480)]
+                start = 1 + error / 100
+                curve = [[step, start - (step + early) / 1000] for step in (80, 160, 240)]
+                curve += [[step, start - (step + late) / 1000] for step in (320, 400, 480)]
                 rows.append({
                     "arm": f"{name}-8e-3-1600", "seed": seed, "val_loss": loss, "curve": curve,
                     "val_bins": [1 + shift * (k < 3) for k in range(10)], "max_violation": 0.5,
