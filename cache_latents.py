@@ -8,7 +8,7 @@ r"""Encodes all images once and stores their posteriors, for training without an
 The cache holds mean and log-variance in fp16, for each image and its mirror image. After an
 interruption, run the same command again to write the missing shards. --features also stores
 features of the images: ImageNet at 256 x 256, with 256 tokens of 768 features, needs 1 TB. Captions
-are stored with the latents.
+are stored with the latents, and with --text-encoder also their features, in bf16.
 """
 
 import runtime  # isort: skip  # noqa: F401  # before torch: its threads, and Ctrl-C
@@ -43,6 +43,7 @@ from latents.image_grid import contact_sheet, write_png
 from latents.images_config import IMAGES_HELP, ImagesConfig
 from latents.loading import check_unreadable, read_batches
 from latents.sources import Batch, Source, open_on_all, size_notes
+from latents.text_encoder import TextEncoder, load_text_encoder
 from options.parts import Size, option, sides
 from runtime.devices import DTYPES
 from runtime.errors import UserError, pluralize, print_safely, printable, reported_as
@@ -69,6 +70,11 @@ class CacheConfig(ImagesConfig):
     feature_tokens: bool = option(
         False, help="also store the features of each token of the network"
     )
+    text_encoder: str | None = option(
+        None, metavar="MODEL[@LENGTH]",
+        help="store the last hidden states of each image's first caption, for --conditions tokens: "
+        "a text encoder of transformers (CLIP, T5, Gemma), hub id or folder; LENGTH tokens at most",
+    )  # fmt: skip
     plugin: tuple[str, ...] = option(
         (), metavar="FILE.py",
         help="Python files to import, which define image sources or autoencoders of your own",
@@ -82,16 +88,21 @@ def parse_args() -> CacheConfig:
 class Networks(NamedTuple):
     vae: Autoencoder
     features: FeatureNetwork | None
+    text: TextEncoder | None
 
 
 def load_networks(config: CacheConfig, device: torch.device) -> Networks:
     features = load_features(config.features, device) if config.features else None
+    text = load_text_encoder(config.text_encoder, device) if config.text_encoder else None
     vae = load_autoencoder(config.vae_path or DEFAULT_VAE, device, DTYPES[config.precision])
-    return Networks(vae, features)
+    return Networks(vae, features, text)
 
 
 def describe_features(config: CacheConfig, networks: Networks, size: Size) -> dict:
     """Returns the facts about the feature network that `settings_of` records."""
+    if (text := networks.text) is not None:
+        facts = {"revision": text.revision, "tokens": [text.length, text.width]}
+        return {"text_encoder": text.name, "sha256": text.sha256, **facts}
     if (network := networks.features) is None:
         return {}
     image = torch.zeros(1, 3, *sides(size), dtype=torch.uint8, device=networks.vae.device)
@@ -105,9 +116,9 @@ def describe_features(config: CacheConfig, networks: Networks, size: Size) -> di
 def bytes_of(settings: CacheSettings, vae: Autoencoder) -> dict[str, int]:
     """Returns the sizes in bytes of latents and features in a cache."""
     shapes = {"latents": (1 + vae.has_variance, *settings.latent_shape), **settings.features}
-    images = settings.num_images * (1 + settings.flip)
     names = [name for name in ("latents", *FEATURES) if name in shapes]
-    return {name: 2 * images * math.prod(shapes[name]) for name in names}
+    values = {name: math.prod(shapes[name]) * settings.views(name) for name in names}
+    return {name: 2 * settings.num_images * value for name, value in values.items()}
 
 
 def encode_view(networks: Networks, images: Tensor) -> dict[str, Tensor]:
@@ -145,6 +156,9 @@ def write_shards(
             seen = [encode_view(networks, view) for view in views]
             stored = seen[0].keys() & set(settings.tensors)
             part = {name: torch.stack([one[name] for one in seen], dim=1) for name in stored}
+            if networks.text is not None:
+                captions = [(images.captions[index] or [""])[0] for index, _ in keys[start:][:size]]
+                part["tokens"] = networks.text.rows(captions).cpu().unsqueeze(1)  # (N, 1, L, F)
             part["labels"] = batch["label"].to(torch.int32)
             part["size"] = torch.stack([batch["size"]] * len(views), dim=1)
             for name, values in part.items():
@@ -174,6 +188,11 @@ def prepare(
     parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in sizes.items())
     missing = begin_cache(folder, settings)
     write_captions(folder, images.captions)
+    if networks.text and len(without := images.captions.missing):
+        print_safely(
+            f"note: {len(without):,} of {pluralize(len(images), 'image')} have no caption, such as "
+            f"{images.name(without[0])}; they are stored as no text"
+        )
     for note in size_notes(images):
         print_safely(f"note: {note}")
     if not (sheet := folder / "images.png").exists():
@@ -189,9 +208,13 @@ def prepare(
 def main(config: CacheConfig) -> None:
     if config.feature_tokens and not config.features:
         raise UserError("--feature-tokens: has no effect without --features")
+    if config.text_encoder and config.features:
+        raise UserError("--text-encoder: cannot be combined with --features")
     import_plugins(config.plugin)
     dist = setup_distributed()
     images = open_on_all(config.data_path, config.image_size or 256, dist)
+    if config.text_encoder and not images.captions:
+        raise UserError("--text-encoder: got images without captions; see docs/your-data.md")
     load = partial(load_networks, config, dist.device)
     networks = dist.on_main(load) or load()  # the main process first: it may have to download
     settings, missing = dist.from_main(partial(prepare, config, images, networks))

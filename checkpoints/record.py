@@ -79,6 +79,11 @@ class Record:
         return Words(self.words, length) if self.words else None
 
     @property
+    def has_text(self) -> bool:
+        """Whether prompts can be encoded: as words, or by the text encoder of the latent cache."""
+        return bool(self.words) or "text_encoder" in self.facts
+
+    @property
     def norm(self) -> LatentNorm | None:
         return None if self.latents_norm is None else LatentNorm(**self.latents_norm)
 

@@ -8,6 +8,8 @@ on. Shard k holds the images from index k * shard_images, in the order of the so
     channel_sums  (2, C)          fp64   for `--latents-norm data`, see `channel_sums`
     labels        (n,)            int32
     size          (n, V, 4)       fp32   other tensors of a batch, by name, have shape (n, V, ...)
+    tokens        (n, 1, L, F)    bf16   features of the first captions, of both views, if a text
+                                         encoder computed them
 
 An unreadable image is replaced by the next readable one, as when training from images. A shard gets
 its final name once it is complete, so a cache is finished when all shards exist.
@@ -38,7 +40,7 @@ from latents.autoencoder import (
     NoiseFn,
     sample_latents,
 )
-from latents.captions import Captions
+from latents.captions import SIDES, Captions
 from latents.sources import (
     Batch,
     Source,
@@ -92,6 +94,15 @@ class CacheSettings:
     def num_images(self) -> int:
         return self.listing["count"]
 
+    def views(self, name: str) -> int:
+        """Number of views of a tensor of an image: features of its caption have one."""
+        return 1 if name == "tokens" and self.text_encoder else 1 + self.flip
+
+    @property
+    def text_encoder(self) -> str | None:
+        """Model and length of the encoder that computed the tokens, if any."""
+        return self.features.get("text_encoder")
+
     def shards(self, folder: Path) -> dict[Path, range]:
         """Returns the files of the shards, each with the indices of its images in the source."""
         files = {}
@@ -107,8 +118,8 @@ def settings_of(
 ) -> CacheSettings:  # fmt: skip
     """Returns the settings of a cache of these images.
 
-    features: name and digest of the network whose features are stored, and the shapes of the stored
-        "vector" and "tokens" of one image; empty without features
+    features: name ("network" or "text_encoder") and digest of the network whose features are
+        stored, and the shapes of the stored "vector" and "tokens" of one image; empty without
     """
     size = images.image_size
     return CacheSettings(
@@ -159,13 +170,13 @@ def read_captions(flag: str, folder: Path, settings: CacheSettings) -> Captions:
 
 def check_shard(tensors: Batch, settings: CacheSettings, count: int) -> None:
     """Requires that the tensors of a shard of `count` images are what the index says."""
-    (channels, *grid), views = settings.latent_shape, (1 + settings.flip,)
+    channels, *grid = settings.latent_shape
     has_variance = tensors["moments"].shape[2:3] == (2 * channels,)
     shapes = {"labels": (), "moments": (channels * (1 + has_variance), *grid), "size": (4,)}
     shapes |= {name: settings.features.get(name, ()) for name in FEATURES}  # of one image
     for name in settings.tensors:
         is_label = name == "labels"
-        expected = (count, *(() if is_label else views), *shapes[name])
+        expected = (count, *(() if is_label else (settings.views(name),)), *shapes[name])
         if (got := tuple(tensors[name].shape)) != expected:
             raise ValueError(f"{name}: got {got}, expected {expected}")
         if tensors[name].is_floating_point() == is_label:
@@ -207,6 +218,7 @@ class CachedLatents(Source):
         self.vae_path = find_moved(settings.vae_path, CONFIG_FILE, self.folder)
         self.vae_sha256 = settings.vae_sha256
         self.features_sha256 = settings.features.get("sha256")
+        self.text_encoder = settings.text_encoder
         files = settings.shards(self.folder)
         if missing := [path for path in files if not path.is_file()]:
             raise UserError(
@@ -234,12 +246,14 @@ class CachedLatents(Source):
     def __getitem__(self, key: tuple) -> tuple[Batch, list[str]]:
         index, flip, draw = (*key, 0.0)[:3]
         text, flip = self.text_of(index, flip, draw)
+        if self.text_encoder and "tokens" in self.requested:
+            flip = flip and not SIDES.search((self.captions[index] or [""])[0])
         shard, row = divmod(index, self.settings.shard_images)
         left_out = set(ON_REQUEST).difference(self.requested)
         tensors = self.shards[shard].items()
         views = {name: values[row] for name, values in tensors if name not in left_out}
         label = views.pop("labels").long()
-        seen = {name: view[int(flip)] for name, view in views.items()}
+        seen = {name: view[int(flip) % len(view)] for name, view in views.items()}
         return {"label": label, **seen, **text}, []
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:

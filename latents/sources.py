@@ -87,6 +87,7 @@ class Source(Dataset):
     vae_path: str | None = None  # autoencoder of cached latents; None for images
     vae_sha256: str | None = None  # digest of the autoencoder's weights; None for images
     features_sha256: str | None = None  # digest of the network that computed cached features
+    text_encoder: str | None = None  # MODEL@LENGTH, which computed the cached "tokens" of captions
     words: Words | None = None  # of the captions, that the model knows
     norm: LatentNorm | None = None  # None for images, until the autoencoder is read
     root = ""  # common folder of all names, if any

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ LONGEST = 77  # words of a caption; more are cut off
 @dataclass(frozen=True)
 class Words:
     """A vocabulary; a caption has at most `length` of its words."""
+
+    condition: ClassVar = "text"
 
     names: tuple[str, ...]
     length: int

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latents.words import Words
 from models import DiT
-from runtime.errors import UserError, print_safely, reported_as
+from runtime.errors import UserError, reported_as
 from sampling.sampling_config import SamplingConfig
 
 
@@ -53,15 +52,12 @@ def read_conditions(words: Sequence[str], model: DiT) -> dict[str, Tensor]:
     return found
 
 
-def read_prompts(config: SamplingConfig, words: Words | None) -> list[str]:
-    """Returns the prompts of --prompt or --prompts, if any.
-
-    words: that the model knows; None for a model without the condition text
-    """
+def read_prompts(config: SamplingConfig, has_text: bool) -> list[str]:
+    """Returns the prompts of --prompt or --prompts, if any; only for a model that has text."""
     given = {f"--{name.replace('_', '-')}": getattr(config, name)
              for name in ("prompt", "prompts", "negative_prompt")}  # fmt: skip
     said = [flag for flag, value in given.items() if value not in (None, ())]
-    if said and words is None:
+    if said and not has_text:
         raise UserError(
             f"{said[0]}: the model has no condition text, expected --class-labels; to add text, "
             "train with --finetune and --conditions label text"
@@ -75,9 +71,6 @@ def read_prompts(config: SamplingConfig, words: Words | None) -> list[str]:
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"--prompts: {path} has no prompts, expected one a line")
-    for prompt in (*prompts, config.negative_prompt or ""):
-        if unknown := words and words.unknown(prompt):
-            print_safely(f"note: unknown words are no words: {', '.join(unknown):.200}")
     return prompts
 
 

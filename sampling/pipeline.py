@@ -17,6 +17,8 @@ from checkpoints.record import NOTED_SHARE, with_overrides
 from diffusion import OBJECTIVES
 from diffusion.samplers import Callback
 from latents.autoencoder import DEFAULT_VAE, Autoencoder, load_autoencoder, weights_digest
+from latents.text_encoder import TextEncoder, load_text_encoder
+from latents.words import Words
 from models import DiT
 from options.parts import Word, sides
 from options.settings import spelling
@@ -50,7 +52,8 @@ class SamplingPipeline:
     guide_path: Path | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)  # see `rows_for`
     first_seed: int = 0
-    prompts: Sequence[str] = ()  # of the condition text
+    prompts: Sequence[str] = ()  # of the condition text, or tokens of a text encoder
+    encoder: Words | TextEncoder | None = None  # of the prompts
     negative: Mapping[str, Tensor] = field(default_factory=dict)  # see `generate`
 
     def prompted(self, prompts: Sequence[str], negative: str | None = None) -> "SamplingPipeline":
@@ -59,18 +62,28 @@ class SamplingPipeline:
 
         negative: text in place of no text in the predictions that guide
         """
-        words, settings = self.checkpoint.record.vocabulary, self.settings
-        if words is None:
+        encoder, settings = self.encoder or self.load_encoder(), self.settings
+        if encoder is None:
             raise UserError("prompt: the model has no condition text, expected classes")
-        found = replace(self, prompts=prompts)
+        found, name = replace(self, prompts=prompts, encoder=encoder), encoder.condition
         if prompts:
-            found.conditions = {**self.conditions, "text": words.rows(prompts)}
+            found.conditions = {**self.conditions, name: encoder.rows(prompts)}
         if negative is not None:
             if self.guide or settings.cfg_scale == 1:
                 with_what = "with --guide-ckpt" if self.guide else "without guidance"
                 raise UserError(f"--negative-prompt: has no effect {with_what}")
-            found.negative = {"text": words.rows([negative])[0]}
+            found.negative = {name: encoder.rows([negative])[0]}
         return found
+
+    def load_encoder(self) -> Words | TextEncoder | None:
+        """Returns what encodes prompts: the words of the model, or the text encoder that encoded
+        the captions of its cache; None for a model without text."""
+        record = self.checkpoint.record
+        if (name := record.facts.get("text_encoder")) is None:
+            return record.vocabulary
+        return load_text_encoder(
+            name, self.vae.device, "--prompt", record.facts.get("features_sha256")
+        )
 
     @property
     def class_names(self) -> list[str]:
@@ -164,8 +177,9 @@ class SamplingPipeline:
         seeds = seeds_of(seeds, len(numbers))
         if conditions is None:
             conditions = rows_for(self.conditions, seeds, self.first_seed)
-        names = self.model.conditions
-        if "text" in names and "label" not in names and "text" not in conditions:
+        has_text = self.checkpoint.record.has_text
+        is_given = {"text", "tokens"} & {*conditions}
+        if has_text and "label" not in self.model.conditions and not is_given:
             raise UserError('the model draws from text: pass --prompt TEXT ("" for no text)')
         latents = generate(
             self.model, numbers, seeds, chosen, conditions=conditions, negative=self.negative,
@@ -280,11 +294,17 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
     if guide is not None:
         guide_model = build(guide, device, DTYPES[precision])
         pipeline = replace(pipeline, guide=guide_model, guide_path=guide.path)
-    words = checkpoint.record.vocabulary
-    prompts, negative = read_prompts(config, words), config.negative_prompt
-    if "text" in model.conditions and not prompts and "label" in model.conditions:
+    has_text = checkpoint.record.has_text
+    prompts, negative = read_prompts(config, has_text), config.negative_prompt
+    if has_text and not prompts and "label" in model.conditions:
         print("note: the model also draws from text (--prompt); without it, images have no text")
-    return pipeline.prompted(prompts, negative) if prompts or negative is not None else pipeline
+    if not prompts and negative is None:
+        return pipeline
+    pipeline = pipeline.prompted(prompts, negative)
+    for prompt in (*prompts, negative or ""):
+        if unknown := pipeline.encoder.unknown(prompt):
+            print_safely(f"note: unknown words are no words: {', '.join(unknown):.200}")
+    return pipeline
 
 
 def build_offloaded(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> DiT:

@@ -1,15 +1,19 @@
 """Text: words of captions as a condition, in training, fine-tuning, sampling and export."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import call_main, expect_error, only_run
+from helpers import call_main, expect_error, only_run, relative_error
 from PIL import Image
 
 from checkpoints import read_checkpoint
 from conditions import drop_conditions
+from latents.cache import CachedLatents
 from latents.captions import Captions
 from latents.loading import BatchStream
 from latents.sources import open_images
+from latents.text_encoder import load_text_encoder
 from latents.words import Words
 from models import DiT
 from sampling.pipeline import open_pipeline
@@ -136,3 +140,106 @@ def test_a_model_of_text_alone_is_not_drawn_without_a_prompt(
     line = expect_error(capsys, "sample.py", "--ckpt", run, "--num-sampling-steps", 1,
                         "--output", tmp_path / "grid.png")  # fmt: skip
     assert "pass --prompt TEXT" in line
+
+
+WORDS = ("a", "picture", "red", "green", "blue")
+
+
+def tiny_clip(folder: Path) -> None:
+    """A random CLIP of texts and images, with its tokenizer."""
+    import transformers
+
+    pieces = ["<|startoftext|>", "<|endoftext|>", *(f"{word}</w>" for word in WORDS)]
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "projection_dim": 8}  # fmt: skip
+    text = {"vocab_size": 8, "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1}
+    config = transformers.CLIPConfig(
+        text_config={**size, **text}, vision_config={**size, "image_size": 16, "patch_size": 8}
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(pieces)}
+    transformers.CLIPTokenizer(vocabulary, [], model_max_length=6).save_pretrained(folder)
+
+
+def tiny_t5(folder: Path) -> None:
+    """A random T5, with its decoder, and its tokenizer."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=16, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -1.0) for w in WORDS)]
+    transformers.T5Tokenizer(pieces, extra_ids=0, model_max_length=6).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make, width", [(tiny_clip, 8), (tiny_t5, 12)])
+def test_a_text_encoder_fills_the_cache_and_reads_prompts(
+    make, width, captioned, tiny_vae, train_flags, tmp_path, capsys
+):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    encoder = tmp_path / "encoder"
+    make(encoder)
+    command = ("--data-path", captioned, "--image-size", 16, "--vae-path", tiny_vae,
+               "--output", tmp_path / "cache", "--text-encoder", encoder)  # fmt: skip
+    call_main("cache_latents.py", *command)
+    assert "1 of 12 images have no caption" in capsys.readouterr().out
+    cache = CachedLatents(tmp_path / "cache")
+    cache.requested = ["tokens"]
+    assert cache.text_encoder == f"{encoder}@6"
+    stored = torch.stack(
+        [cache[index, flip][0]["tokens"] for index in range(12) for flip in (0, 1)]
+    )
+    assert stored.shape == (24, 6, width) and stored.dtype == torch.bfloat16
+    assert torch.equal(stored[0::2], stored[1::2])
+    rows = load_text_encoder(str(encoder), "cpu").rows
+    every = [(captions or [""])[0] for captions in cache.captions]
+    assert torch.equal(stored[0::2], rows(every))
+    lengths = stored[0::2].ne(0).any(2).sum(1)
+    assert [int(n) == 0 for n in lengths] == [not caption for caption in every]
+    # As transformers computes them, one caption at a time, without padding.
+    kind = transformers.CLIPTextModel if make is tiny_clip else transformers.T5EncoderModel
+    network = kind.from_pretrained(encoder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+    alone = tokenizer([every[1]], return_tensors="pt", truncation=True)
+    with torch.no_grad():
+        want = network(**alone).last_hidden_state[0]
+    assert relative_error(stored[2, : len(want)].float(), want) < 1e-2
+    assert not stored[2, len(want) :].any()
+
+    flags = {"latents-path": tmp_path / "cache", "vae-path": tiny_vae, "data-path": None,
+             "max-steps": 2, "rf": True, "num-sample": 0, "global-batch-size": 8}  # fmt: skip
+    call_main("train.py", *train_flags(tmp_path / "runs", **flags),
+              "--conditions", "label", "tokens", "--run-name", "run")  # fmt: skip
+    run = tmp_path / "runs" / "run"
+    assert read_checkpoint(run).config.conditions == ("label", f"tokens:6x{width}")
+    config = SamplingConfig(ckpt=str(run), num_sampling_steps=2, prompt=("red", "blue"))
+    pipeline = open_pipeline(config)
+    for weight in pipeline.model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    drawn = pipeline.latents([None, None], [0, 1])
+    own = pipeline.latents([None, None], [0, 1], conditions={"tokens": rows(["red", "blue"])})
+    assert torch.equal(drawn, own)
+    assert not torch.allclose(pipeline.prompted(["red", "red"]).latents([None] * 2, [0, 1]), drawn)
+    call_main("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--prompt", "a red picture",
+              "--output", tmp_path / "grid.png")  # fmt: skip
+    network = kind.from_pretrained(encoder)
+    torch.nn.init.normal_(next(network.parameters()))
+    network.save_pretrained(encoder)
+    line = expect_error(capsys, "sample.py", "--ckpt", run, "--prompt", "a red picture")
+    assert "--prompt: got" in line and "with other weights" in line
+
+
+def test_a_text_encoder_that_cannot_be_used_is_one_line(captioned, image_tree, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "encoder").mkdir()
+    command = ("--image-size", 16, "--output", tmp_path / "cache", "--text-encoder",
+               tmp_path / "encoder")  # fmt: skip
+    line = expect_error(capsys, "cache_latents.py", "--data-path", captioned, *command)
+    assert "--text-encoder: got" in line and "expected a text encoder of transformers" in line
+    line = expect_error(capsys, "cache_latents.py", "--data-path", image_tree, *command)
+    assert "--text-encoder: got images without captions" in line
+    both = (*command, "--features", "efficientnet-lite0")
+    line = expect_error(capsys, "cache_latents.py", "--data-path", captioned, *both)
+    assert "--text-encoder: cannot be combined with --features" in line

@@ -94,6 +94,8 @@ def inputs_of(
         digest, dataset.norm = got, vae.norm
     has_features = bool(set(FEATURES).intersection(tensors_of(config)))
     facts = {"features_sha256": dataset.features_sha256} if has_features else {}
+    if has_features and dataset.text_encoder:
+        facts["text_encoder"] = dataset.text_encoder
     facts |= {"captions_sha256": captions} if captions else {}
     return vae, config.record(
         # The autoencoder of a cache may not exist on this machine, so its path is not resolved.
