@@ -18,6 +18,7 @@ from diffusers import (
 from helpers import (
     assert_same_values,
     call_main,
+    needs_extras,
     relative_error,
     save_checkpoint,
 )
@@ -66,6 +67,12 @@ CONFIGS: dict[str, dict] = {
     "span": {"conditions": ("label", "span")}, "text alone": {"conditions": ("text:3x4",)},
     "text, prototype": {"conditions": ("text:3x4",), "router": "prototype"},
 }  # fmt: skip
+OF_EXTRAS = ("all conditions", "span", "mean")  # cases with a condition of extras/
+
+
+def cases(table: dict) -> list:
+    marks = {name: [needs_extras] for name in OF_EXTRAS}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in table]
 
 
 def model_with(fields: dict) -> DiT:
@@ -97,7 +104,7 @@ def inputs_of(model: DiT) -> tuple[tuple, dict]:
     return (x, t, y), theirs
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", cases(CONFIGS))
 def test_an_exported_model_predicts_the_same_and_is_read_back_unchanged(case):
     model = model_with(CONFIGS[case])
     weights, fields = to_exported(model.state_dict(), model.config)
@@ -174,7 +181,7 @@ SCHEDULERS = {  # objective, sampler, scheduler and its options in place of the 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SCHEDULERS)
+@pytest.mark.parametrize("case", cases(SCHEDULERS))
 def test_diffusers_schedulers_sample_what_our_samplers_do(case, tmp_path, tiny_vae):
     objective, sampler, other = SCHEDULERS[case]
     conditions = ("label", "span") if case == "mean" else ("label",)
