@@ -253,7 +253,8 @@ class CachedLatents(Source):
         tensors = self.shards[shard].items()
         views = {name: values[row] for name, values in tensors if name not in left_out}
         label = views.pop("labels").long()
-        seen = {name: view[int(flip) % len(view)] for name, view in views.items()}
+        of_both = {"tokens"} if self.text_encoder else ()
+        seen = {name: view[0 if name in of_both else int(flip)] for name, view in views.items()}
         return {"label": label, **seen, **text}, []
 
     def geometry(self, vae_path: str) -> tuple[Size, int]:
