@@ -163,8 +163,8 @@ def latent_batches(
     if missing := [name for name in conditions if name not in images.shapes]:
         raise UserError(
             f"held-out images: got no {missing[0]}, expected the conditions of the model: "
-            f"{', '.join(conditions)}; a cache stores features (cache_latents.py --features), and "
-            "captions stand beside the images"
+            f"{', '.join(conditions)}; a cache stores features (cache_latents.py --features or "
+            "--text-encoder), and captions stand beside the images"
         )
     label_of = range(len(class_names))
     if set(images.classes) <= set(class_names):

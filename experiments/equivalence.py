@@ -90,14 +90,22 @@ def verdict(interval: tuple[float, float], margin: float, pairs: Series, holm: f
 
 
 def equivalence_table(
-    rows: DataFrame, reference: str, baseline: str, margin: float, least: int = 3
+    rows: DataFrame,
+    reference: str,
+    baseline: str,
+    margin: float,
+    least: int = 3,
+    *,
+    together: bool = False,
 ) -> str:
-    """Returns a Markdown table with a line for each name, tested if it has `least` pairs."""
+    """Returns a Markdown table with a line for each name, tested if it has `least` pairs, or, if
+    they are tested `together`, if all have."""
     losses = rows.pivot_table("report_loss", "seed", "name", sort=False)
     violations = rows.groupby("name")["max_violation"]
     others = [name for name in losses if name not in (reference, baseline)]
     found = {name: (losses[name] - losses[reference]).dropna() for name in others}
-    found = {name: pairs for name, pairs in found.items() if len(pairs) >= least}
+    tested = {name: pairs for name, pairs in found.items() if len(pairs) >= least}
+    found = {} if together and len(tested) < len(found) else tested
     tests = paired_tests(DataFrame(found))
     advantage = (losses[baseline] - losses[reference]).dropna()
     own = paired_tests(DataFrame({baseline: advantage if len(advantage) >= least else []}))

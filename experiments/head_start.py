@@ -119,7 +119,7 @@ def main(config: HeadStartConfig) -> None:
         raise UserError(f"--rows: got no rows of {reference} and {baseline}, expected question 21")
     margin = margin_of(rows, reference, baseline, config.pairs)
     tables = [
-        equivalence_table(rows, reference, baseline, margin, least=config.pairs),
+        equivalence_table(rows, reference, baseline, margin, least=config.pairs, together=True),
         lead_tables(rows, reference, config.steps),
         saved_table(rows, reference, config.goals),
         early_table(rows, config.steps[0], config),

@@ -49,7 +49,7 @@ for seed in 0 1 2 3 4 5 6 7; do
     fi
     train_arm trained-8e-3-1600 $seed
     topk=$output/runs/topk-8e-3-1600-$seed
-    if [[ $name != shifted && -e $topk ]]; then  # the weights of earlier sessions may be gone
+    if [[ $name != shifted && -e $topk ]]; then  # the weights of earlier runs may be gone
         # shellcheck disable=SC2086
         $python -m experiments.replaced_gates --latents-path $train $replaced --runs "$topk" \
             --output results/replaced-$name/rows.jsonl

@@ -59,7 +59,7 @@ def main(config: NoiseTablesConfig) -> None:
     if missing := {*ARMS[:2]} - {*rows["name"]}:
         raise UserError(f"--rows: got no rows of {min(missing)}, expected question 21")
     margin = margin_of(rows, "topk", "dense", config.pairs)
-    text = equivalence_table(rows, "topk", "dense", margin, least=config.pairs)
+    text = equivalence_table(rows, "topk", "dense", margin, least=config.pairs, together=True)
     text = f"{text}\n{range_tables(rows, config.pairs)}"
     write_durably(config.output / "tables.md", text)
     print(text, end="")

@@ -235,6 +235,9 @@ class CachedLatents(Source):
     def __len__(self) -> int:
         return self.settings.num_images
 
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
     @cached_property
     def captions(self) -> Captions:
         return read_captions(self.flag, self.folder, self.settings)

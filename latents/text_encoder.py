@@ -42,6 +42,8 @@ class TextEncoder(nn.Module):
         logging = transformers.utils.logging
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or it lists the weights of a decoder or of images
+        if config.is_encoder_decoder and not has_encoder:
+            raise ValueError(f"got {config.model_type} with a decoder, expected an encoder")
         self.network, found = kind.from_pretrained(
             model, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -51,7 +53,10 @@ class TextEncoder(nn.Module):
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.length = length or min(self.tokenizer.model_max_length, LONGEST)
+        most = getattr(config, "max_position_embeddings", None)  # T5 has none
+        if length is not None and not 0 < length <= (most or length):
+            raise ValueError(f"got {length} tokens, expected 1 to {most or LONGEST}")
+        self.length = length or min(self.tokenizer.model_max_length, most or LONGEST, LONGEST)
         self.name, self.width = f"{model}@{self.length}", config.hidden_size
 
     @cached_property
@@ -87,7 +92,7 @@ def load_text_encoder(
     # transformers, its download client and torch raise many kinds of exceptions.
     expected = "a text encoder of transformers with its tokenizer: a hub id or a folder"
     with reported_as(f"{flag}: got {name}, expected {expected}", Exception):
-        encoder = TextEncoder(model, length and int(length))
+        encoder = TextEncoder(model, None if length is None else int(length))
     if sha256 not in (None, encoder.sha256):
         raise UserError(f"{flag}: got {name} with other weights, expected those of the training")
     return encoder.to(device).eval().requires_grad_(False)

@@ -20,6 +20,7 @@ from runtime.errors import printable
 from sampling.generate import SamplerSettings, resolve_settings
 
 OF_TRAINING = ("times", "mean", "std")  # options of an objective that sampling does not read
+OF_TEXT = ("text_encoder", "features_sha256")  # without them, no prompt can be encoded
 PRIVATE = re.compile(  # settings with paths or names of the user
     "path$|_dir$|_config$|^run_name$|^resume$|^finetune$|^wandb$"
 )
@@ -35,7 +36,7 @@ def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         record,
         vae_path=None if is_local else record.vae_path,
         settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
-        facts={},
+        facts={k: v for k, v in record.facts.items() if k in OF_TEXT},
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         images=None,
     )

@@ -53,7 +53,7 @@ class SamplingPipeline:
     conditions: Mapping[str, Tensor] = field(default_factory=dict)  # see `rows_for`
     first_seed: int = 0
     prompts: Sequence[str] = ()  # of the condition text, or tokens of a text encoder
-    encoder: Words | TextEncoder | None = None  # of the prompts
+    encoders: Sequence[Words | TextEncoder] = ()  # of the prompts
     negative: Mapping[str, Tensor] = field(default_factory=dict)  # see `generate`
 
     def prompted(self, prompts: Sequence[str], negative: str | None = None) -> "SamplingPipeline":
@@ -62,28 +62,29 @@ class SamplingPipeline:
 
         negative: text in place of no text in the predictions that guide
         """
-        encoder, settings = self.encoder or self.load_encoder(), self.settings
-        if encoder is None:
+        encoders, settings = self.encoders or self.load_encoders(), self.settings
+        if not encoders:
             raise UserError("prompt: the model has no condition text, expected classes")
-        found, name = replace(self, prompts=prompts, encoder=encoder), encoder.condition
+        found = replace(self, prompts=prompts, encoders=encoders)
         if prompts:
-            found.conditions = {**self.conditions, name: encoder.rows(prompts)}
+            rows = {one.condition: one.rows(prompts).cpu() for one in encoders}
+            found.conditions = {**self.conditions, **rows}
         if negative is not None:
             if self.guide or settings.cfg_scale == 1:
                 with_what = "with --guide-ckpt" if self.guide else "without guidance"
                 raise UserError(f"--negative-prompt: has no effect {with_what}")
-            found.negative = {name: encoder.rows([negative])[0]}
+            found.negative = {one.condition: one.rows([negative])[0].cpu() for one in encoders}
         return found
 
-    def load_encoder(self) -> Words | TextEncoder | None:
-        """Returns what encodes prompts: the words of the model, or the text encoder that encoded
-        the captions of its cache; None for a model without text."""
+    def load_encoders(self) -> list[Words | TextEncoder]:
+        """Returns what encodes prompts: the words of the model, and the text encoder that encoded
+        the captions of its cache; nothing for a model without text."""
         record = self.checkpoint.record
-        if (name := record.facts.get("text_encoder")) is None:
-            return record.vocabulary
-        return load_text_encoder(
-            name, self.vae.device, "--prompt", record.facts.get("features_sha256")
-        )
+        found: list[Words | TextEncoder] = [record.vocabulary] if record.words else []
+        if name := record.facts.get("text_encoder"):
+            digest = record.facts.get("features_sha256")
+            found.append(load_text_encoder(name, self.vae.device, "--prompt", digest))
+        return found
 
     @property
     def class_names(self) -> list[str]:
@@ -115,7 +116,9 @@ class SamplingPipeline:
         found = {name: weights_digest(network) for name, network in networks.items()}
         found["vae"] = self.vae.weights_sha256
         rows = {**self.conditions, **{f"negative_{n}": v for n, v in self.negative.items()}}
-        found |= {n: hashlib.sha256(v.numpy()).hexdigest() for n, v in rows.items()}
+        found |= {
+            n: hashlib.sha256(v.view(torch.uint8).numpy()).hexdigest() for n, v in rows.items()
+        }
         return {f"{name}_sha256": digest for name, digest in found.items()}
 
     def describe(self) -> str:
@@ -302,7 +305,8 @@ def make_pipeline(config: SamplingConfig, checkpoint: Checkpoint) -> SamplingPip
         return pipeline
     pipeline = pipeline.prompted(prompts, negative)
     for prompt in (*prompts, negative or ""):
-        if unknown := pipeline.encoder.unknown(prompt):
+        words = [word for one in pipeline.encoders for word in one.unknown(prompt)]
+        if unknown := dict.fromkeys(words):
             print_safely(f"note: unknown words are no words: {', '.join(unknown):.200}")
     return pipeline
 

@@ -1,5 +1,6 @@
 """Text: words of captions as a condition, in training, fine-tuning, sampling and export."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,18 @@ def test_a_text_encoder_fills_the_cache_and_reads_prompts(
     assert not torch.allclose(pipeline.prompted(["red", "red"]).latents([None] * 2, [0, 1]), drawn)
     call_main("sample.py", "--ckpt", run, "--num-sampling-steps", 1, "--prompt", "a red picture",
               "--output", tmp_path / "grid.png")  # fmt: skip
+    call_main("export.py", "--ckpt", run, "--format", "safetensors", "--samples", 0,
+              "--output", tmp_path / "out")  # fmt: skip
+    exported = open_pipeline(replace(config, ckpt=str(tmp_path / "out"), vae_path=str(tiny_vae)))
+    assert torch.equal(exported.conditions["tokens"], pipeline.conditions["tokens"])
+    assert exported.digests == {
+        **exported.digests,
+        "tokens_sha256": pipeline.digests["tokens_sha256"],
+    }
+    call_main("train.py", *train_flags(tmp_path / "runs", **flags),
+              "--conditions", "label", "text", "tokens", "--run-name", "both")  # fmt: skip
+    both = open_pipeline(replace(config, ckpt=str(tmp_path / "runs" / "both")))
+    assert {*both.conditions} == {"text", "tokens"}
     network = kind.from_pretrained(encoder)
     torch.nn.init.normal_(next(network.parameters()))
     network.save_pretrained(encoder)
@@ -243,3 +256,9 @@ def test_a_text_encoder_that_cannot_be_used_is_one_line(captioned, image_tree, t
     both = (*command, "--features", "efficientnet-lite0")
     line = expect_error(capsys, "cache_latents.py", "--data-path", captioned, *both)
     assert "--text-encoder: cannot be combined with --features" in line
+    tiny_clip(tmp_path / "encoder")
+    for length in (0, 7):
+        longer = (*command[:-1], f"{tmp_path / 'encoder'}@{length}")
+        line = expect_error(capsys, "cache_latents.py", "--data-path", captioned, *longer)
+        assert f"got {length} tokens, expected 1 to 6" in line
+    assert not (tmp_path / "cache").exists()
