@@ -277,8 +277,8 @@ class DiTMoEPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         generator: one for all images, or one per image. With one per image, seeded s, s + 1, ...,
             the images are those of `sample.py --seed s`, with the same sampler.
         latents: initial noise (N, C, h, w)
-        conditions: further arguments of the transformer by name, a row per image:
-            pooled_projections, encoder_hidden_states or added_sizes
+        conditions: further arguments of the transformer by name, with one row, or one per class or
+            prompt: pooled_projections, encoder_hidden_states or added_sizes
         output_type: pil; np (N, H, W, 3) or pt (N, 3, H, W), both in [0, 1]; or latent (N, C, h, w)
         callback_on_step_end: called as callback(pipeline, step, timestep, {"latents": ...}); may
             return other latents
@@ -308,7 +308,8 @@ class DiTMoEPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         elif prompt is None and "label" in known:
             raise ValueError("class_labels: got none, expected the class of each image")
         else:
-            labels = [config.num_classes] * (1 if texts is None else len(texts))
+            rows = texts if texts is not None else next(iter((conditions or {}).values()), [0])
+            labels = [config.num_classes] * len(rows)
         if texts is not None and len(labels) != len(texts):
             if 1 not in (len(labels), len(texts)):
                 raise ValueError(f"prompt: got {len(texts)}, expected {len(labels)}, one per class")
@@ -317,21 +318,24 @@ class DiTMoEPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             raise ValueError("class_labels: got an empty list, expected at least one class")
         count = len(labels) * num_images_per_prompt
 
-        def repeated(rows: Tensor) -> Tensor:
+        def repeated(rows: Tensor, name: str) -> Tensor:
+            if len(rows) not in (1, len(labels)):
+                raise ValueError(f"{name}: got {len(rows)}, expected 1 or {len(labels)}")
             rows = rows.to(device).expand(len(labels), *rows.shape[1:])
             return rows.repeat_interleave(num_images_per_prompt, dim=0)
 
         inputs, null = {}, {}
         if "label" in known:
-            inputs["class_labels"] = repeated(torch.tensor(labels))
+            inputs["class_labels"] = repeated(torch.tensor(labels), "class_labels")
             null["class_labels"] = torch.full_like(inputs["class_labels"], config.num_classes)
         if texts is not None:
-            inputs["input_ids"] = repeated(texts)
+            inputs["input_ids"] = repeated(texts, "prompt")
             null["input_ids"] = torch.zeros_like(inputs["input_ids"])
             if negative_prompt is not None:
-                null["input_ids"] = repeated(self.word_ids(negative_prompt))
+                negative = self.word_ids(negative_prompt)
+                null["input_ids"] = repeated(negative, "negative_prompt")
         for name, value in (conditions or {}).items():
-            inputs[name] = value.to(device)
+            inputs[name] = repeated(value, name)
             is_kept = name == "added_sizes"  # which guidance does not drop
             null[name] = inputs[name] if is_kept else torch.zeros_like(inputs[name])
         guided_inputs = {name: torch.cat([inputs[name], null[name]]) for name in inputs}

@@ -316,6 +316,22 @@ def test_a_prompt_is_of_all_images_and_an_unknown_word_is_no_word(tmp_path, tiny
     assert draw(prompt=["red"]).shape == one[:1].shape  # no class
     with pytest.raises(ValueError, match="prompt: got 3, expected 2, one per class"):
         draw([0, 1], prompt=["red"] * 3)
+    with pytest.raises(ValueError, match="negative_prompt: got 3, expected 1 or 2"):
+        draw([0, 1], prompt="red", negative_prompt=["blue"] * 3)
+
+
+def test_features_of_tokens_are_of_all_images_or_of_each(tmp_path, tiny_vae):
+    pipeline = write(model_of("tokens:3x5"), tmp_path / "out", tiny_vae, class_names=())
+
+    def draw(rows: torch.Tensor, number: int = 1) -> torch.Tensor:
+        options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 2}
+        options |= {"generator": seeded(0, len(rows) * number), "num_images_per_prompt": number}
+        return pipeline(conditions={"encoder_hidden_states": rows}, **options).images
+
+    tokens = torch.randn(4, 3, 5)
+    each = draw(tokens)
+    assert len(each) == 4 and relative_error(draw(tokens[:1], 2)[0], each[0]) < 1e-5
+    assert not torch.allclose(draw(tokens[[0, 0]])[1], each[1])
 
 
 def test_fine_tuned_adapters_become_a_checkpoint_again(tmp_path, tiny_vae):
