@@ -37,17 +37,19 @@ class TextEncoder(nn.Module):
         config = transformers.AutoConfig.from_pretrained(model)
         self.revision = getattr(config, "_commit_hash", None)  # None for a folder
         config = getattr(config, "text_config", config)  # of a model of texts and images, as CLIP
-        has_encoder = type(config) in transformers.AutoModelForTextEncoding._model_mapping
+        has_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
         kind = transformers.AutoModelForTextEncoding if has_encoder else transformers.AutoModel
+        if getattr(config, "is_encoder_decoder", False) and not has_encoder:
+            raise ValueError(f"got {config.model_type} with a decoder, expected an encoder")
         logging = transformers.utils.logging
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # or it lists the weights of a decoder or of images
-        if config.is_encoder_decoder and not has_encoder:
-            raise ValueError(f"got {config.model_type} with a decoder, expected an encoder")
-        self.network, found = kind.from_pretrained(
-            model, config=config, dtype=torch.float32, output_loading_info=True
-        )
-        logging.set_verbosity(verbosity)
+        try:
+            self.network, found = kind.from_pretrained(
+                model, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         if found["missing_keys"]:
             raise ValueError(f"it has no weights {min(found['missing_keys'])}")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)

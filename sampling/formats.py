@@ -29,18 +29,26 @@ PRIVATE = re.compile(  # settings with paths or names of the user
 def public_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without information about the machine that it was trained on."""
     record = checkpoint.record
-    vae_path = Path(record.vae_path or PIXELS).expanduser()
-    is_local = vae_path != Path(PIXELS) and (vae_path.is_absolute() or vae_path.exists())
-    origin = record.initialized_from
+    vae_path, origin = record.vae_path or PIXELS, record.initialized_from
+    facts = {name: record.facts[name] for name in OF_TEXT if name in record.facts}
+    model, _, length = facts.get("text_encoder", "").rpartition("@")
+    if is_local(model):  # the name of the folder, which may lie where the model is used
+        facts["text_encoder"] = f"{Path(model).name}@{length}"
     record = replace(
         record,
-        vae_path=None if is_local else record.vae_path,
+        vae_path=None if vae_path != PIXELS and is_local(vae_path) else record.vae_path,
         settings={k: v for k, v in record.settings.items() if not PRIVATE.search(k)},
-        facts={k: v for k, v in record.facts.items() if k in OF_TEXT},
+        facts=facts,
         initialized_from=origin and {**origin, "path": Path(origin["path"]).name},
         images=None,
     )
     return replace(checkpoint, record=record, state_dict=dict(checkpoint.state_dict))
+
+
+def is_local(path: str) -> bool:
+    """Returns whether the path of a network is a folder of this machine, and not a hub id."""
+    folder = Path(path).expanduser()
+    return bool(path) and (folder.is_absolute() or folder.exists())
 
 
 def write_safetensors(checkpoint: Checkpoint, folder: Path) -> None:

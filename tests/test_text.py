@@ -176,7 +176,7 @@ def tiny_t5(folder: Path) -> None:
 
 @pytest.mark.parametrize("make, width", [(tiny_clip, 8), (tiny_t5, 12)])
 def test_a_text_encoder_fills_the_cache_and_reads_prompts(
-    make, width, captioned, tiny_vae, train_flags, tmp_path, capsys
+    make, width, captioned, tiny_vae, train_flags, tmp_path, capsys, monkeypatch
 ):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -227,6 +227,8 @@ def test_a_text_encoder_fills_the_cache_and_reads_prompts(
               "--output", tmp_path / "grid.png")  # fmt: skip
     call_main("export.py", "--ckpt", run, "--format", "safetensors", "--samples", 0,
               "--output", tmp_path / "out")  # fmt: skip
+    assert read_checkpoint(tmp_path / "out").record.facts["text_encoder"] == "encoder@6"
+    monkeypatch.chdir(tmp_path)  # where the folder of this name lies
     exported = open_pipeline(replace(config, ckpt=str(tmp_path / "out"), vae_path=str(tiny_vae)))
     assert torch.equal(exported.conditions["tokens"], pipeline.conditions["tokens"])
     assert exported.digests == {

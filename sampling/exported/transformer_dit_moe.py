@@ -619,6 +619,11 @@ class DiTMoETransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Attent
         output = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)    # (N, C', h, w)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **options):
+        known = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(known, **options)
+
     def save_config(self, save_directory: str | Path, *args, **options) -> None:
         """Saves the config as diffusers does, and this file, for AutoModel."""
         super().save_config(save_directory, *args, **options)
